@@ -1,0 +1,1 @@
+"""How factors are found: pure functions of tensors."""

@@ -1,0 +1,123 @@
+"""Weighted second moments of a table and their leading eigenvectors: the way around tall SVDs.
+
+The right singular vectors of `diag(q)^½ W` are the eigenvectors of the `d × d` matrix `S = Wᵀ diag(q) W`, so one pass
+of `2 V d²` operations over the rows replaces an SVD of the `V × d` table, and rows need no division by `√q`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# About 8 MiB of float32 a chunk: large enough for full matrix-product speed, small enough to stay out of the way.
+_CHUNK_ELEMENTS = 2**21
+
+# Weight of a row that never occurs, relative to the rarest row that does: the optimum of the rows that occur stays
+# what it is, and directions which they leave free go to the others instead of to chance.
+_UNSEEN_WEIGHT = 1e-6
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a table is solved: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_chunks(num_rows: int, dim: int) -> Iterator[slice]:
+    """Cut `num_rows` rows of `dim` elements into slices of bounded size."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, dim))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def row_weights(token_counts: Tensor | None, vocab_size: int, device: torch.device | None = None) -> Tensor:
+    """Turn token counts into row weights `q` of mean 1 (GroupReduce, eq. 2).
+
+    Args:
+        token_counts: `[vocab_size]` non-negative counts, or None for equal weights.
+        vocab_size: Number of rows of the table.
+        device: Where the weights are wanted.
+
+    Returns:
+        `[vocab_size]` float64 weights, all positive: a row that never occurs gets a millionth of the weight of the
+        rarest row that does. They are equal if no row occurs at all.
+    """
+    if token_counts is None:
+        return torch.ones(vocab_size, dtype=torch.float64, device=device)
+    counts = token_counts.to(device=device, dtype=torch.float64)
+    seen = counts > 0
+    if not bool(seen.any()):
+        return torch.ones_like(counts)
+    weights = torch.where(seen, counts, _UNSEEN_WEIGHT * counts[seen].min())
+    return weights * (vocab_size / weights.sum())
+
+
+def gram_matrix(weight: Tensor, weights: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Weighted second moment `S = Σ_i q_i w_i w_iᵀ` over all rows of a table, or over some.
+
+    Products run in the table's compute dtype, chunk by chunk, and are summed in float64.
+
+    Args:
+        weight: `[vocab_size, dim]` table of any floating dtype.
+        weights: `[vocab_size]` row weights `q`.
+        rows: Ids of the rows to sum over; None for all.
+
+    Returns:
+        `[dim, dim]` float64 matrix.
+    """
+    num_rows = weight.shape[0] if rows is None else rows.numel()
+    dim = weight.shape[1]
+    dtype = compute_dtype(weight.dtype)
+    total = torch.zeros(dim, dim, dtype=torch.float64, device=weight.device)
+    for chunk in row_chunks(num_rows, dim):
+        ids = chunk if rows is None else rows[chunk]
+        part = weight[ids].to(dtype)
+        total += part.T @ (part * weights[ids].to(dtype).unsqueeze(1))
+    # The two factors of the product are rounded differently: restore exact symmetry.
+    return (total + total.T).mul_(0.5)
+
+
+def top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """The `rank` leading eigenvectors of a symmetric positive semi-definite matrix.
+
+    Args:
+        gram: `[dim, dim]` matrix.
+        rank: How many, from 0 to `dim`.
+
+    Returns:
+        `[rank, dim]`, orthonormal rows in the matrix' dtype, the largest eigenvalue first.
+    """
+    if rank == 0:
+        return gram.new_zeros(0, gram.shape[0])
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[:, -rank:].flip(1).T.contiguous()
+
+
+def warm_eigenvectors(gram: Tensor, rank: int, basis: Tensor, iterations: int = 2, oversampling: int = 8) -> Tensor:
+    """Leading eigenvectors by subspace iteration from the basis of a similar matrix.
+
+    A refit after a few rows moved changes its subspace a little, so two iterations with a Rayleigh-Ritz step do what
+    a full decomposition would, at a fraction of its time. Above half of `dim` the full one is the cheaper.
+
+    Args:
+        gram: `[dim, dim]` symmetric positive semi-definite matrix.
+        rank: How many eigenvectors.
+        basis: `[old_rank, dim]` starting directions; missing ones are filled with the columns of the matrix that
+            carry the most of its trace.
+        iterations: Multiplications with the matrix before the Rayleigh-Ritz step.
+        oversampling: Extra directions that are iterated and dropped.
+
+    Returns:
+        `[rank, dim]`, orthonormal rows.
+    """
+    dim = gram.shape[0]
+    width = min(dim, rank + oversampling)
+    if rank == 0 or 2 * width > dim:
+        return top_eigenvectors(gram, rank)
+    missing = width - min(basis.shape[0], width)
+    fill = gram.diagonal().topk(missing).indices if missing else gram.new_empty(0, dtype=torch.long)
+    block = torch.cat([basis[:width].T, torch.nn.functional.one_hot(fill, dim).T.to(gram.dtype)], dim=1)
+    for _ in range(iterations):
+        block = torch.linalg.qr(gram @ block).Q
+    return (block @ top_eigenvectors(block.T @ gram @ block, rank).T).T.contiguous()
