@@ -1,0 +1,96 @@
+"""Ways of storing a table, and the registry of the methods that find them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from lightning_embcompress.factorizations.base import Factorization
+from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
+from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
+
+__all__ = [
+    "METHODS",
+    "BlockLowRank",
+    "Factorization",
+    "GroupReduceOptions",
+    "LowRank",
+    "LowRankOptions",
+    "Method",
+    "factorization_from_spec",
+    "get_method",
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compress a table, by the name it has in callbacks, recipes and `compress`.
+
+    Attributes:
+        factorization: The class that stores the table.
+        description: One line for lists.
+        needs_counts: Whether rows are weighted by token counts.
+        fixed: Options of the factorization that the method's name stands for.
+    """
+
+    factorization: type[Factorization[Any]]
+    description: str
+    needs_counts: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, **given: Any) -> Any:
+        """Make the options of the factorization from those given and those that are fixed.
+
+        Raises:
+            ValueError: If the method has no option of a given name, or a value is out of its range.
+        """
+        names = [option.name for option in fields(self.factorization.options_class) if option.name not in self.fixed]
+        for name in given:
+            if name not in names:
+                raise ValueError(
+                    f"unknown option {name!r}{nearest(name, names)}; the method has {', '.join(names) or 'none'}"
+                )
+        return self.factorization.options_class(**given, **self.fixed)
+
+
+METHODS: dict[str, Method] = {
+    "group_reduce": Method(BlockLowRank, "Frequency groups, each of a low rank of its own (GroupReduce)", True),
+    "low_rank": Method(LowRank, "Truncated SVD of the whole table", fixed={"weighted": False}),
+    "weighted_low_rank": Method(LowRank, "Truncated SVD, rows weighted by frequency", True, fixed={"weighted": True}),
+}
+
+
+def get_method(name: str) -> Method:
+    """Look a method up by its name.
+
+    Raises:
+        ValueError: If there is none of that name; the nearest ones are named.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; methods are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def factorization_from_spec(
+    spec: Mapping[str, Any], dtype: torch.dtype, device: torch.device | None = None
+) -> Factorization[Any]:
+    """Build an empty factorization of whatever class its structure names.
+
+    Raises:
+        ValueError: If the class is unknown or the structure is not possible.
+    """
+    kinds = {method.factorization.kind: method.factorization for method in METHODS.values()}
+    kind = spec.get("kind")
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of factorization {kind!r}; known are {', '.join(kinds)}")
+    return kinds[kind].from_spec(dict(spec), dtype, device)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The part of an error message that proposes what was probably meant, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=2)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

@@ -1,0 +1,216 @@
+"""What every way of storing a table has in common."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_embcompress.solvers.gram import compute_dtype, row_chunks
+
+# Name, dtype, shape and offsets of one tensor in the header of a safetensors file.
+TENSOR_HEADER_BYTES = 96
+
+
+OptionsT = TypeVar("OptionsT")
+"""A frozen dataclass of a method's own options, which checks their ranges when it is made."""
+
+
+class Factorization(nn.Module, ABC, Generic[OptionsT]):
+    """A table `W ∈ R^{vocab_size × dim}`, stored in fewer bytes, that is read by rows or multiplied from the right.
+
+    One instance serves an embedding (`rows`), a softmax projection (`logits`), or both at once when they are tied.
+    The table itself is never built while training or predicting.
+
+    A new method subclasses this in a file of its own, implements the abstract methods, and gets one line in
+    `lightning_embcompress.factorizations.METHODS`.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+    """
+
+    kind: ClassVar[str]
+    """Name under which `spec()` records the class."""
+    options_class: ClassVar[type[Any]]
+    """The dataclass of its options; all of them have defaults."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        """Keep the shape."""
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.provenance: dict[str, Any] = {}
+        """How the factors were found (method, options, error), as JSON; kept in plans."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the table.
+
+        Args:
+            ids: `[*]` token ids.
+
+        Returns:
+            `[*, dim]` in the dtype of the factors.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Product of hidden states with all rows, `h Wᵀ`.
+
+        Args:
+            hidden: `[*, dim]`.
+
+        Returns:
+            `[*, vocab_size]` in vocabulary order.
+        """
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """The structure without the values, as JSON: enough for `from_spec` to build it empty."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Build an empty structure that is ready to be loaded into.
+
+        Args:
+            spec: What `spec()` returned.
+            dtype: Dtype of the factors.
+            device: Device of the factors.
+
+        Raises:
+            ValueError: If the structure is not possible.
+        """
+
+    @classmethod
+    @abstractmethod
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: OptionsT | None = None) -> int:
+        """Fewest bytes that a table of this shape can be stored in with these options.
+
+        Raises:
+            ValueError: If an option does not fit the shape.
+        """
+
+    @classmethod
+    @abstractmethod
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: OptionsT | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Self:
+        """Approximate a trained table in at most `max_bytes` stored bytes.
+
+        Args:
+            weight: `[vocab_size, dim]` table; it is only read.
+            max_bytes: Most bytes that `stored_bytes()` of the result may be.
+            token_counts: `[vocab_size]` how often every token occurs in the training data.
+            options: The method's own; None for its defaults.
+            advance: Called with shares of the work that add up to 1.
+
+        Returns:
+            The factorization, in the table's dtype and on its device.
+        """
+
+    @abstractmethod
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: OptionsT | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Self:
+        """Solve again for a table that has changed, starting from the structure there is.
+
+        Args:
+            target: `[vocab_size, dim]` table to approximate.
+            max_bytes: As for `decompose`.
+            token_counts: As for `decompose`.
+            options: As for `decompose`.
+            advance: As for `decompose`.
+
+        Returns:
+            `self`, written in place, where the shapes stay what they are; otherwise a new factorization.
+        """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the factors."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factors."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The whole table, `[vocab_size, dim]`: for leaving the compressed form, never for using it."""
+        out = torch.empty(self.vocab_size, self.dim, dtype=self.dtype, device=self.device)
+        for chunk in row_chunks(self.vocab_size, self.dim):
+            out[chunk] = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
+        return out
+
+    def stored_bytes(self) -> int:
+        """Bytes on disk: every tensor of the state dict, its entry in the file's header, and the structure."""
+        return stored_bytes(
+            sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values()),
+            len(self.state_dict()),
+            self.spec(),
+        )
+
+    @torch.no_grad()
+    def weighted_error(self, target: Tensor, weights: Tensor) -> float:
+        """Relative weighted error `Σ_i q_i ‖w_i − ŵ_i‖² / Σ_i q_i ‖w_i‖²` (GroupReduce, eq. 2).
+
+        Args:
+            target: `[vocab_size, dim]` table that is approximated.
+            weights: `[vocab_size]` row weights `q`.
+        """
+        dtype = compute_dtype(target.dtype)
+        lost = total = 0.0
+        for chunk in row_chunks(self.vocab_size, self.dim):
+            part = target[chunk].to(self.device, dtype)
+            approximation = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device)).to(dtype)
+            weight = weights[chunk].to(part)
+            lost += float(((part - approximation).square().sum(dim=1) * weight).sum())
+            total += float((part.square().sum(dim=1) * weight).sum())
+        return lost / total if total > 0 else 0.0
+
+    def extra_repr(self) -> str:
+        """Shape for `print(module)`."""
+        return f"vocab_size={self.vocab_size}, dim={self.dim}"
+
+
+def stored_bytes(tensor_bytes: int, num_tensors: int, spec: dict[str, Any]) -> int:
+    """Bytes that tensors and their structure take in a file."""
+    return tensor_bytes + num_tensors * TENSOR_HEADER_BYTES + len(json.dumps(spec, separators=(",", ":")))
+
+
+def dense_bytes(vocab_size: int, dim: int, itemsize: int) -> int:
+    """Bytes of a table as it is."""
+    return vocab_size * dim * itemsize
+
+
+def positive_integers(spec: dict[str, Any], *names: str) -> list[int]:
+    """Read positive integers from a structure that came from a file.
+
+    Raises:
+        ValueError: If one is missing or is not a positive integer.
+    """
+    values = []
+    for name in names:
+        value = spec.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"the structure's {name!r} must be a positive integer, it is {value!r}")
+        values.append(value)
+    return values

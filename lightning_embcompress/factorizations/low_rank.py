@@ -1,0 +1,171 @@
+"""One low rank for the whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from lightning_embcompress.factorizations.base import Factorization, positive_integers, stored_bytes
+from lightning_embcompress.solvers.gram import row_weights
+from lightning_embcompress.solvers.low_rank import weighted_low_rank
+
+
+@dataclass(frozen=True)
+class LowRankOptions:
+    """Options of low rank.
+
+    Attributes:
+        weighted: Weight rows by their token counts; False gives the plain truncated SVD.
+    """
+
+    weighted: bool = True
+
+
+class LowRank(Factorization[LowRankOptions]):
+    """`W ≈ U B`: the truncated SVD of the table, or of the table with its rows weighted by frequency.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+        rank: Inner dimension, from 0 to `min(vocab_size, dim)`.
+        dtype: Dtype of the factors.
+        device: Device of the factors.
+
+    Raises:
+        ValueError: If the rank is out of its range.
+
+    Example:
+        >>> table = torch.randn(1000, 64)
+        >>> factors = LowRank.decompose(table, max_bytes=table.nbytes // 4)
+        >>> factors.rows(torch.tensor([3, 999])).shape, factors.logits(torch.randn(2, 64)).shape
+        (torch.Size([2, 64]), torch.Size([2, 1000]))
+    """
+
+    kind = "low_rank"
+    options_class = LowRankOptions
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        rank: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Build it empty."""
+        super().__init__(vocab_size, dim)
+        if not 0 <= rank <= min(vocab_size, dim):
+            raise ValueError(f"rank must be from 0 to min(vocab_size, dim) = {min(vocab_size, dim)}, it is {rank}")
+        self.rank = rank
+        self.coefficients = nn.Parameter(torch.zeros(vocab_size, rank, dtype=dtype, device=device))
+        self.basis = nn.Parameter(torch.zeros(rank, dim, dtype=dtype, device=device))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        return F.embedding(inverse, F.embedding(distinct, self.coefficients) @ self.basis)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`h Wᵀ = (h Bᵀ) Uᵀ`, see `Factorization.logits`."""
+        return F.linear(F.linear(hidden, self.basis), self.coefficients)
+
+    def spec(self) -> dict[str, Any]:
+        """Shape and rank."""
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "dim": self.dim, "rank": self.rank}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Build it empty, see `Factorization.from_spec`."""
+        vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
+        rank = spec.get("rank")
+        if not isinstance(rank, int):
+            raise ValueError(f"the structure's 'rank' must be an integer, it is {rank!r}")
+        return cls(vocab_size, dim, rank, dtype, device)
+
+    @classmethod
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: LowRankOptions | None = None) -> int:
+        """Bytes at rank 1."""
+        return cls._bytes_at(vocab_size, dim, itemsize, rank=1)
+
+    @classmethod
+    def _bytes_at(cls, vocab_size: int, dim: int, itemsize: int, rank: int) -> int:
+        spec = {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "rank": rank}
+        return stored_bytes(rank * (vocab_size + dim) * itemsize, 2, spec)
+
+    @classmethod
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: LowRankOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Self:
+        """Truncated SVD of the largest rank that fits, see `Factorization.decompose`.
+
+        Raises:
+            ValueError: If not even rank 1 fits.
+        """
+        vocab_size, dim = weight.shape
+        itemsize = weight.element_size()
+        # The digits of the rank in the metadata are counted at their widest.
+        most, rank_bytes = min(vocab_size, dim), (vocab_size + dim) * itemsize
+        fixed = cls._bytes_at(vocab_size, dim, itemsize, most) - most * rank_bytes
+        rank = min((max_bytes - fixed) // rank_bytes, most)
+        if rank < 1:
+            raise ValueError(f"{max_bytes} bytes do not hold rank 1 of a table of {vocab_size} x {dim}")
+        factorization = cls(vocab_size, dim, rank, weight.dtype, weight.device)
+        factorization._solve(weight, token_counts, options)
+        advance(1.0)
+        return factorization
+
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: LowRankOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Self:
+        """Solve again at the same rank, in place, see `Factorization.refined`."""
+        self._solve(target, token_counts, options, align=True)
+        advance(1.0)
+        return self
+
+    @torch.no_grad()
+    def _solve(
+        self, weight: Tensor, token_counts: Tensor | None, options: LowRankOptions | None, align: bool = False
+    ) -> None:
+        weighted = (options or LowRankOptions()).weighted
+        weights = row_weights(token_counts if weighted else None, self.vocab_size, weight.device)
+        coefficients, basis = weighted_low_rank(weight, self.rank, weights)
+        if align:
+            rotation = alignment(basis, self.basis)
+            coefficients, basis = (coefficients.to(rotation) @ rotation.T), rotation @ basis.to(rotation)
+        self.coefficients.copy_(coefficients)
+        self.basis.copy_(basis)
+
+
+def alignment(basis: Tensor, reference: Tensor) -> Tensor:
+    """Rotation `Q` that brings an orthonormal basis closest to a reference, `min ‖Q B − B_ref‖` (Procrustes).
+
+    The product of `U Qᵀ` and `Q B` stays what it is, while coefficients keep the meaning they had: an optimizer's
+    state for them goes on to fit, and no sign or order of eigenvectors flips from one refinement to the next.
+
+    Args:
+        basis: `[rank, dim]` orthonormal rows.
+        reference: `[rank, dim]`.
+
+    Returns:
+        `[rank, rank]` orthogonal, float32 or wider.
+    """
+    dtype = torch.promote_types(basis.dtype, torch.float32)
+    left, _, right = torch.linalg.svd(reference.to(dtype) @ basis.to(dtype).T)
+    rotation: Tensor = left @ right
+    return rotation
