@@ -1,0 +1,122 @@
+"""The One Billion Word benchmark, from a directory in its own layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_embcompress.data.text import TextFormat, find_files
+from lightning_embcompress.data.token_stream import Split, TokenStreamDataModule
+from lightning_embcompress.data.vocabulary import Vocabulary, read_vocabulary_file
+
+_TEST_FILES = "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
+
+
+class OneBillionWord(TokenStreamDataModule):
+    """The One Billion Word benchmark (Chelba et al., 2013): shuffled news sentences, one on each line.
+
+    A sentence ``w1 ... wn`` is read as ``<S> w1 ... wn`` and predicted as ``w1 ... wn </S>``: every word and every
+    ``</S>`` is a target, no ``<S>`` ever is, as in published perplexities, and no step is spent on predicting it. In
+    the cache a sentence is ``w1 ... wn </S>``; inputs read ``<S>`` wherever ``</S>`` stands.
+
+    The vocabulary of 793,471 words that published models use lists ``<S>`` but no ``</S>``: there ``<S>`` both begins
+    and ends sentences. So does this class with a vocabulary file of that kind.
+
+    Args:
+        data_dir: The benchmark's directory, with ``training-monolingual.tokenized.shuffled`` and
+            ``heldout-monolingual.tokenized.shuffled`` in it.
+        train_files: Paths or glob patterns, relative to ``data_dir``.
+        valid_files: The same; ``None`` for no validation. The default is the second held-out shard: published figures
+            are for the first, which is better kept for the test.
+        test_files: The same; ``None`` for ``news.en.heldout-00000-of-00050`` where it exists, else no test.
+        vocabulary_file: One ``word`` or ``word count`` on each line, ids in the order of the file; looked for in
+            ``data_dir``, then in the current directory. ``None`` counts the training text (the benchmark keeps words
+            that occur three times: ``min_count=3``).
+        begin_token: What is read before the first word of a sentence; ``None`` to read ``end_token`` there.
+        end_token: What is predicted after the last word of a sentence.
+        unk_token: See :class:`~lightning_embcompress.data.TokenStreamDataModule`, as for all arguments below.
+        batch_size: Streams per process.
+        eval_batch_size: Streams in validation and test.
+        sequence_length: Steps of a batch; 20 in Jozefowicz et al. (2016).
+        num_workers: Processes that read ahead.
+        cache_dir: Where ids are kept: about 3.2 GB for the whole benchmark.
+        min_count: Counted vocabulary: the least count.
+        max_vocab_size: Counted vocabulary: the largest size.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> data = OneBillionWord("1-billion-word-language-modeling-benchmark-r13output", min_count=3)
+        >>> data.batch_size, data.sequence_length
+        (128, 20)
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        train_files: str | list[str] = "training-monolingual.tokenized.shuffled/news.en-*",
+        valid_files: str | list[str] | None = "heldout-monolingual.tokenized.shuffled/news.en.heldout-00001-of-00050",
+        test_files: str | list[str] | None = None,
+        vocabulary_file: str | Path | None = None,
+        begin_token: str | None = "<S>",
+        end_token: str = "</S>",
+        unk_token: str = "<UNK>",
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        sequence_length: int = 20,
+        num_workers: int = 0,
+        cache_dir: str | Path | None = None,
+        min_count: int = 1,
+        max_vocab_size: int | None = None,
+    ) -> None:
+        """Check and keep the arguments."""
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            sequence_length=sequence_length,
+            num_workers=num_workers,
+            cache_dir=cache_dir,
+            vocabulary_file=vocabulary_file,
+            min_count=min_count,
+            max_vocab_size=max_vocab_size,
+            unk_token=unk_token,
+            eos_token=end_token,
+            bos_token=begin_token,
+            text_format=TextFormat(tokenizer="whitespace"),
+        )
+        self.data_dir = Path(data_dir).expanduser()
+        self.train_files = train_files
+        self.valid_files = valid_files
+        self.test_files = test_files
+        # The first word of the corpus is a target like the first word of any other sentence.
+        self.predict_first_token = True
+
+    def files(self, split: Split) -> list[Path]:
+        """Give the files of one part of the benchmark; none if it has no such part.
+
+        Args:
+            split: ``"train"``, ``"valid"`` or ``"test"``.
+
+        Raises:
+            FileNotFoundError: If ``data_dir`` does not exist, or a pattern matches no file in it.
+            ValueError: If the files are all empty.
+        """
+        if not self.data_dir.is_dir():
+            raise FileNotFoundError(
+                f"data_dir={str(self.data_dir)!r} is not a directory: give the directory of the unpacked benchmark "
+                f"(1-billion-word-language-modeling-benchmark-r13output)."
+            )
+        patterns = {"train": self.train_files, "valid": self.valid_files, "test": self.test_files}[split]
+        if patterns is None and split == "test" and (self.data_dir / _TEST_FILES).is_file():
+            patterns = _TEST_FILES
+        return [] if patterns is None else find_files(patterns, f"{split}_files", self.data_dir)
+
+    def _find_vocabulary_file(self, path: str | Path) -> Path:
+        path = Path(path).expanduser()
+        return self.data_dir / path if (self.data_dir / path).is_file() else path
+
+    def _vocabulary_from_file(self, path: Path) -> Vocabulary:
+        words, _ = read_vocabulary_file(path)
+        if self.bos_token is not None and self.eos_token not in words and self.bos_token in words:
+            self.eos_token = self.bos_token
+        return super()._vocabulary_from_file(path)

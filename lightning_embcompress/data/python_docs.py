@@ -1,0 +1,236 @@
+"""English that is on every machine: the documentation strings of Python's standard library."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+
+from lightning_embcompress.data.store import CacheEntry
+from lightning_embcompress.data.text import TextFormat
+from lightning_embcompress.data.token_stream import Split, TokenStreamDataModule
+from lightning_embcompress.progress import progress_bar
+
+# Not the library's own documentation, or not meant to be read: tests, other people's packages, fixtures with
+# deliberate errors, and builds' configuration.
+_SKIPPED_PARTS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "_vendor"}
+_TOPICS = ("pydoc_data", "topics.py")
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+# Raised whenever the same Python would give another text, so that old caches are not used.
+_EXTRACTION_VERSION = 1
+
+
+def python_files(root: Path) -> list[Path]:
+    """List the Python sources below a directory, sorted, without tests, caches and vendored code."""
+    files = root.rglob("*.py")
+    return sorted(path for path in files if not _SKIPPED_PARTS & set(path.relative_to(root).parts))
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """Give the documentation strings of a module, its classes and its functions, in the order of the source.
+
+    The source is parsed, never run.
+
+    Raises:
+        SyntaxError: If it is not Python.
+
+    Example:
+        >>> list(docstrings('def f():' + chr(10) + '    "Do nothing."'))
+        ['Do nothing.']
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+        tree = ast.parse(source)
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+        # Definitions stand among statements only: expressions, most of the tree, need not be walked.
+        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENTS)]
+        pending.extend(reversed(inner))
+
+
+def topics(source: str) -> dict[str, str]:
+    """Read the language reference that ``help()`` shows, from the source of ``pydoc_data.topics``."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            return {str(name): str(text) for name, text in ast.literal_eval(node.value).items()}
+    return {}
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Give the paragraphs of a text, each as one line; interpreter sessions are left out."""
+    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+        words = paragraph.split()
+        if words and words[0] != ">>>":
+            yield " ".join(words)
+
+
+def split_of(module: str) -> Split:
+    """Assign a module to a part of the corpus: 90 % training, 5 % validation, 5 % test, by a hash of its name."""
+    bucket = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") % 20
+    return "valid" if bucket == 0 else "test" if bucket == 1 else "train"
+
+
+class PythonDocs(TokenStreamDataModule):
+    """The documentation of Python itself as a corpus: English without a download.
+
+    The documentation strings of the standard library and the language reference of ``help()`` are read from source
+    files (nothing is imported), cut into paragraphs, freed of repetitions, and split by module. The same Python version
+    gives the same text, apart from library modules that an operating system leaves out.
+
+    Args:
+        include_installed: Whether to add the documentation strings of all installed packages: much more text, but
+            another one in each environment.
+        lowercase: Whether text is lower-cased.
+        eos_token: The token at the end of each paragraph; ``null`` for none.
+        unk_token: The token for words outside the vocabulary.
+        batch_size: See :class:`~lightning_embcompress.data.TokenStreamDataModule`, as for all arguments below.
+        eval_batch_size: Streams in validation and test.
+        sequence_length: Steps of a batch.
+        num_workers: Processes that read ahead.
+        cache_dir: Where text and ids are kept.
+        vocabulary_file: A list of words, in the order of their ids; ``None`` counts the training text.
+        min_count: Counted vocabulary: the least count.
+        max_vocab_size: Counted vocabulary: the largest size.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> data = PythonDocs(min_count=2)
+        >>> data.text_format.tokens("Return True if it doesn't.")[-2:]
+        ["doesn't", '.']
+    """
+
+    def __init__(
+        self,
+        include_installed: bool = False,
+        lowercase: bool = False,
+        eos_token: str | None = "</S>",
+        unk_token: str = "<UNK>",
+        batch_size: int = 20,
+        eval_batch_size: int | None = None,
+        sequence_length: int = 35,
+        num_workers: int = 0,
+        cache_dir: str | Path | None = None,
+        vocabulary_file: str | Path | None = None,
+        min_count: int = 1,
+        max_vocab_size: int | None = None,
+    ) -> None:
+        """Check and keep the arguments."""
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            sequence_length=sequence_length,
+            num_workers=num_workers,
+            cache_dir=cache_dir,
+            vocabulary_file=vocabulary_file,
+            min_count=min_count,
+            max_vocab_size=max_vocab_size,
+            unk_token=unk_token,
+            eos_token=eos_token,
+            text_format=TextFormat(tokenizer="words", lowercase=lowercase, line_ends=eos_token is not None),
+        )
+        self.include_installed = include_installed
+        self._texts: dict[Split, Path] | None = None
+
+    def files(self, split: Split) -> list[Path]:
+        """Give the file with the text of one part of the corpus, which is extracted at the first use.
+
+        Args:
+            split: ``"train"``, ``"valid"`` or ``"test"``.
+
+        Raises:
+            ValueError: If this Python has no sources of its standard library.
+        """
+        if self._texts is None:
+            self._texts = self._extract()
+        return [self._texts[split]]
+
+    def _extract(self) -> dict[Split, Path]:
+        roots = _installed_roots() if self.include_installed else []
+        settings = {
+            "extraction_version": _EXTRACTION_VERSION,
+            "python": [platform.python_implementation(), platform.python_version()],
+            "standard_library": sysconfig.get_path("stdlib"),
+            "installed": [str(root) for root in roots],
+            "packages": _installed_packages() if self.include_installed else [],
+        }
+        suffixes: dict[Split, str] = {"train": ".train.txt", "valid": ".valid.txt", "test": ".test.txt"}
+        entry = CacheEntry(self.cache_dir, "python-docs", settings, [], tuple(suffixes.values()))
+        with entry.locked():
+            if entry.read() is None:
+                texts = extract_documentation(Path(sysconfig.get_path("stdlib")), roots)
+                try:
+                    for split, suffix in suffixes.items():
+                        entry.temporary(suffix).write_text("".join(texts[split]), encoding="utf-8", newline="\n")
+                    entry.commit({"paragraphs": {split: len(lines) for split, lines in texts.items()}})
+                except BaseException:
+                    entry.discard()
+                    raise
+        return {split: entry.path(suffix).resolve() for split, suffix in suffixes.items()}
+
+
+def extract_documentation(standard_library: Path, installed: Iterable[Path] = ()) -> dict[Split, list[str]]:
+    """Extract the paragraphs of each part of the corpus, as lines.
+
+    Args:
+        standard_library: The directory of the standard library's sources.
+        installed: Directories of installed packages.
+
+    Raises:
+        ValueError: If there are no sources with documentation in the standard library.
+    """
+    texts: dict[Split, list[str]] = {"train": [], "valid": [], "test": []}
+    seen: set[str] = set()
+    modules = [
+        (path, path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"))
+        for root in (standard_library, *installed)
+        for path in python_files(root)
+    ]
+    with progress_bar("Reading documentation", total=len(modules)) as advance:
+        for path, module in modules:
+            for name, text in _texts_of(path, module):
+                for paragraph in paragraphs(text):
+                    # A paragraph that is repeated in another module must not be in two parts of the corpus.
+                    if paragraph not in seen:
+                        seen.add(paragraph)
+                        texts[split_of(name)].append(paragraph + "\n")
+            advance(1)
+    if not all(texts.values()):
+        raise ValueError(
+            f"The sources of Python's standard library were not found in {str(standard_library)!r}: use a Python that "
+            f"has them, or TextFiles with a text of your own."
+        )
+    return texts
+
+
+def _texts_of(path: Path, module: str) -> list[tuple[str, str]]:
+    try:
+        with tokenize.open(path) as file:  # honours the encoding that a source declares
+            source = file.read()
+        if path.parts[-2:] == _TOPICS:
+            return [(f"{module}.{topic}", text) for topic, text in sorted(topics(source).items())]
+        found = [(module, text) for text in docstrings(source)]
+        "".join(text for _, text in found).encode()  # lone surrogates cannot be written
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return []  # a template, or a source for another version of Python
+    return found
+
+
+def _installed_roots() -> list[Path]:
+    return sorted({Path(path) for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))})
+
+
+def _installed_packages() -> list[str]:
+    return sorted({f"{found.metadata['Name']} {found.version}" for found in distributions()})

@@ -1,0 +1,113 @@
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from lightning_embcompress.data import PythonDocs, python_docs
+from lightning_embcompress.data.python_docs import docstrings, extract_documentation, paragraphs, split_of, topics
+from lightning_embcompress.data.token_stream import Split
+
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small standard library with a module in each part of the corpus."""
+    root = tmp_path / "library"
+    root.mkdir()
+    for number in range(80):
+        text = f'"""Module {number}.\n\nShared paragraph.\n"""\ndef f():\n    """Do {number}."""\n'
+        (root / f"module{number:02}.py").write_text(text)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(root if name == "stdlib" else tmp_path / name))
+    return root
+
+
+def test_docstrings_in_order_of_the_source() -> None:
+    source = '"""M."""\nclass A:\n    """A."""\n    async def b(self):\n        """B."""\n'
+    source += 'if True:\n    def c():\n        "C."\ndef d(): pass\n'
+    assert list(docstrings(source)) == ["M.", "A.", "B.", "C."]
+
+
+def test_topics_are_data() -> None:
+    assert topics("# comment\ntopics = {'b': 'B' 'b', 'a': r'''A'''}\n") == {"b": "Bb", "a": "A"}
+    assert topics("x = 1") == {}
+
+
+def test_paragraphs_leave_out_sessions() -> None:
+    assert list(paragraphs("One\n  paragraph.\n\n\n>>> 1 + 1\n2\n\n  Two.")) == ["One paragraph.", "Two."]
+
+
+def test_split_is_fixed() -> None:
+    # The quickstart's figures depend on it.
+    assert [split_of(name) for name in ("abc", "argparse", "ast", "keyword")] == ["train", "train", "valid", "test"]
+    names = [f"module{number}" for number in range(2000)]
+    shares = {split: sum(split_of(name) == split for name in names) / 2000 for split in ("train", "valid", "test")}
+    assert shares["train"] == pytest.approx(0.9, abs=0.03)
+    assert shares["valid"] == pytest.approx(0.05, abs=0.02)
+
+
+def test_extraction(library: Path) -> None:
+    (library / "test").mkdir()
+    (library / "test" / "test_x.py").write_text('"""Never."""')
+    (library / "broken.py").write_text('"""Never."""\nprint "python 2"\n')
+    (library / "latin.py").write_bytes(b'# -*- coding: latin-1 -*-\n"""Caf\xe9."""\n')
+    (library / "pydoc_data").mkdir()
+    (library / "pydoc_data" / "topics.py").write_text("topics = {'if': 'The if statement.'}")
+    (library / "module00.py").write_text("raise SystemExit('sources are never run')")
+    texts = extract_documentation(library)
+    lines = [line for split in texts.values() for line in split]
+    assert len(set(lines)) == len(lines)
+    assert lines.count("Shared paragraph.\n") == 1
+    assert "Caf\u00e9.\n" in lines
+    assert "The if statement.\n" in lines
+    assert "Never.\n" not in lines
+    for number in range(1, 80):
+        assert f"Do {number}.\n" in texts[split_of(f"module{number:02}")]
+    assert texts == extract_documentation(library)
+
+
+def all_text(data: PythonDocs) -> str:
+    return "".join(data.files(split)[0].read_text(encoding="utf-8") for split in SPLITS)
+
+
+def test_installed_packages_are_an_option(library: Path, tmp_path: Path) -> None:
+    package = tmp_path / "purelib" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('"""An installed package."""')
+    without = PythonDocs(cache_dir=tmp_path / "cache", batch_size=2)
+    with_installed = PythonDocs(include_installed=True, cache_dir=tmp_path / "cache", batch_size=2)
+    assert "installed" not in all_text(without)
+    assert "An installed package.\n" in all_text(with_installed)
+
+
+def test_extracted_once_and_again_when_cut(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = PythonDocs(cache_dir=tmp_path / "cache").files("train")[0]
+    expected = path.read_bytes()
+    path.write_bytes(expected[:50])
+    assert PythonDocs(cache_dir=tmp_path / "cache").files("train")[0].read_bytes() == expected
+    monkeypatch.setattr(python_docs, "extract_documentation", None)
+    assert PythonDocs(cache_dir=tmp_path / "cache").files("train") == [path]
+
+
+def test_without_sources(library: Path, tmp_path: Path) -> None:
+    for path in library.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="standard library were not found.*TextFiles"):
+        PythonDocs(cache_dir=tmp_path / "cache").prepare_data()
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A third of the real library is enough to meet real sources, and three times faster.
+    sources = python_docs.python_files
+    monkeypatch.setattr(
+        python_docs, "python_files", lambda root: [*sources(root)[::3], *(root / "pydoc_data").glob("topics.py")]
+    )
+    data = PythonDocs(min_count=2, cache_dir=tmp_path)
+    data.prepare_data()
+    data.setup()
+    assert data.vocab_size > 3_000
+    assert int(data.token_counts.sum()) > 100_000
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        assert sum(targets.numel() for _, targets in loader) > 5_000
+    assert {"the", "returns", "iterator", "</S>", "<UNK>"} <= set(data.vocabulary.words)
