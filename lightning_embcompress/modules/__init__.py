@@ -1,0 +1,5 @@
+"""LightningModules of language models."""
+
+from lightning_embcompress.modules.lstm import LSTMLanguageModel
+
+__all__ = ["LSTMLanguageModel"]

@@ -1,0 +1,228 @@
+"""What every language model of the package shares: evaluation, optimizer, and the identity of its vocabulary."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX, Perplexity, token_negative_log_likelihood
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+"""Input ids and target ids, int64, both ``[batch_size, seq_len]``; the target -100 is not predicted."""
+Stage: TypeAlias = Literal["train", "val", "test", "predict"]
+
+
+def full_softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy in nats per token and the number of tokens; 0, not NaN, for no tokens.
+
+    Args:
+        logits: Unnormalised scores, shape ``[batch_size, seq_len, vocab_size]``.
+        targets: Ids of the true tokens, int64, shape ``[batch_size, seq_len]``; -100 is ignored.
+
+    Returns:
+        The loss, a float32 scalar, and the number of targets that are not ignored, an int64 scalar.
+
+    Example:
+        >>> import torch
+        >>> full_softmax_loss(torch.zeros(1, 2, 4), torch.tensor([[0, -100]]))
+        (tensor(1.3863), tensor(1))
+    """
+    count = targets.ne(IGNORE_INDEX).sum()
+    # float: a bfloat16 mean would be good to three digits only; no copy where the logits are float32.
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+    return torch.where(count > 0, loss, 0.0), count
+
+
+class LanguageModel(LightningModule):
+    """Base of the language models: a subclass says how it trains and how it scores, the rest is here.
+
+    Validation and test always use the full softmax. They log ``val_loss`` and ``test_loss`` in nats per token,
+    ``val_perplexity`` and ``test_perplexity``, over all tokens of the epoch and all processes, and with
+    ``frequency_bands`` also ``val_perplexity/rank_1-100`` and so on.
+
+    Args:
+        vocab_size: Number of tokens.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
+        lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
+        lr_scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` scheduler watches.
+        frequency_bands: Whether to measure the perplexity by frequency band too, from the data module's
+            ``token_counts``; costs a second pass over the logits.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler_interval: Literal["epoch", "step"],
+        lr_scheduler_monitor: str,
+        frequency_bands: bool,
+    ) -> None:
+        """Keep the arguments and make the metrics."""
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.lr_scheduler_monitor = lr_scheduler_monitor
+        self.frequency_bands = frequency_bands
+        self.val_perplexity = Perplexity()
+        self.test_perplexity = Perplexity()
+        self.val_bands: PerplexityByFrequency | None = None
+        self.test_bands: PerplexityByFrequency | None = None
+        self._vocabulary_fingerprint: str | None = None
+
+    @abstractmethod
+    def logits(self, inputs: Tensor, stage: Stage) -> Tensor:
+        """Score every next token, ``[batch_size, seq_len, vocab_size]``, as the continuation of the stage's text."""
+
+    def start_text(self, stage: Stage) -> None:
+        """Forget the stage's text: the next batch is a beginning. Nothing to do for a model without memory."""
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check the data module's vocabulary and read its token counts.
+
+        Raises:
+            ValueError: If the vocabulary is larger than the tables.
+        """
+        datamodule = self._datamodule()
+        vocabulary = getattr(datamodule, "vocabulary", None)
+        if vocabulary is not None and len(vocabulary) > self.vocab_size:
+            raise ValueError(
+                f"The vocabulary of the data has {len(vocabulary)} tokens, but the model's tables only"
+                f" vocab_size={self.vocab_size} rows. Set the model's vocab_size to {len(vocabulary)}."
+            )
+        if not self.frequency_bands:
+            # Not even looked at: counting a corpus may take long.
+            return
+        counts = getattr(datamodule, "token_counts", None)
+        if counts is None:
+            rank_zero_warn("frequency_bands=True has no effect: there is no data module with `token_counts`.")
+            return
+        self.val_bands = PerplexityByFrequency(torch.as_tensor(counts))
+        self.test_bands = PerplexityByFrequency(torch.as_tensor(counts))
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the full softmax loss in nats per token; logged for the whole epoch at its end."""
+        return self._evaluation_step(batch, "val", self.val_perplexity, self.val_bands)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the full softmax loss in nats per token; logged for the whole epoch at its end."""
+        return self._evaluation_step(batch, "test", self.test_perplexity, self.test_bands)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the negative log-likelihood of every target in nats, ``[batch_size, seq_len]``; 0 where ignored.
+
+        Not the logits: Lightning keeps all predictions, and those of 100 windows of 128 x 20 tokens over 793,471 words
+        are 800 GB.
+        """
+        inputs, targets = batch
+        return token_negative_log_likelihood(self.logits(inputs, "predict"), targets)
+
+    def _evaluation_step(
+        self, batch: Batch, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None
+    ) -> Tensor:
+        inputs, targets = batch
+        logits = self.logits(inputs, stage)
+        loss, count = full_softmax_loss(logits, targets)
+        perplexity.update(nll_sum=loss * count, count=count)
+        if bands is not None:
+            bands.update(logits, targets)
+        return loss
+
+    def _log_evaluation(self, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None) -> None:
+        value = perplexity.compute()
+        self.log(f"{stage}_loss", value.log())
+        self.log(f"{stage}_perplexity", value, prog_bar=True)
+        if bands is not None:
+            for name, band_value in bands.compute().items():
+                self.log(f"{stage}_perplexity/{name}", band_value)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Start the text and the sums anew, also after a callback's own evaluation in between."""
+        self._start_evaluation("val", self.val_perplexity, self.val_bands)
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """Start the text and the sums anew."""
+        self._start_evaluation("test", self.test_perplexity, self.test_bands)
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        """Start the text anew."""
+        self.start_text("predict")
+
+    def _start_evaluation(self, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None) -> None:
+        self.start_text(stage)
+        perplexity.reset()
+        if bands is not None:
+            bands.reset()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_loss`` and ``val_perplexity``, over all tokens of all processes."""
+        self._log_evaluation("val", self.val_perplexity, self.val_bands)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log ``test_loss`` and ``test_perplexity``, over all tokens of all processes."""
+        self._log_evaluation("test", self.test_perplexity, self.test_bands)
+
+    def _datamodule(self) -> Any:
+        # `self.trainer` raises where there is none, as in `load_from_checkpoint`.
+        return getattr(self._trainer, "datamodule", None)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer over all parameters, and the scheduler."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = {
+            "scheduler": self.lr_scheduler(optimizer),
+            "interval": self.lr_scheduler_interval,
+            "monitor": self.lr_scheduler_monitor,
+        }
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what identifies the vocabulary, if the data module does."""
+        vocabulary = getattr(self._datamodule(), "vocabulary", None)
+        fingerprint = getattr(vocabulary, "fingerprint", self._vocabulary_fingerprint)
+        if fingerprint is not None:
+            checkpoint["vocabulary"] = {"size": self.vocab_size, "fingerprint": fingerprint}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the vocabulary with the one that the checkpoint was trained with.
+
+        Raises:
+            ValueError: If the size or the fingerprint differs.
+        """
+        saved = checkpoint.get("vocabulary")
+        if saved is not None:
+            vocabulary = getattr(self._datamodule(), "vocabulary", None)
+            fingerprint = getattr(vocabulary, "fingerprint", saved["fingerprint"])
+            if saved["size"] != self.vocab_size or saved["fingerprint"] != fingerprint:
+                raise ValueError(
+                    f"The checkpoint was trained with a vocabulary of {saved['size']} tokens (fingerprint"
+                    f" {saved['fingerprint']}), but the model has vocab_size={self.vocab_size} and the data the"
+                    f" fingerprint {fingerprint}. Use the vocabulary file the checkpoint was trained with."
+                )
+            self._vocabulary_fingerprint = saved["fingerprint"]

@@ -1,0 +1,349 @@
+"""The LSTM language model: state, losses, tying, checkpoints, and the command line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_embcompress.modules import LSTMLanguageModel
+
+VOCAB_SIZE = 50
+
+
+class Vocabulary(SimpleNamespace):
+    def __len__(self) -> int:
+        return int(self.size)
+
+
+class Windows(LightningDataModule):
+    """Consecutive windows of three random texts, as a stateful corpus would give them."""
+
+    def __init__(self, seed: int = 0, windows: int = 6, fingerprint: str = "abc", vocab_size: int = VOCAB_SIZE) -> None:
+        super().__init__()
+        text = torch.randint(VOCAB_SIZE, (3, 5 * windows + 1), generator=torch.Generator().manual_seed(seed))
+        self.pairs = list(zip(text[:, :-1].split(5, dim=1), text[:, 1:].split(5, dim=1), strict=True))
+        self.vocabulary = Vocabulary(size=vocab_size, fingerprint=fingerprint)
+        self.token_counts = torch.arange(VOCAB_SIZE, 0, -1)
+
+    def _loader(self, pairs: list[tuple[Tensor, Tensor]]) -> DataLoader[Any]:
+        return DataLoader(pairs, batch_size=None)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.pairs)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.pairs[:2])
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def _model(**changes: Any) -> LSTMLanguageModel:
+    seed_everything(0, verbose=False)
+    arguments: dict[str, Any] = {"embedding_dim": 8, "hidden_size": 12, "num_layers": 2, "dropout": 0.0}
+    return LSTMLanguageModel(**{"vocab_size": VOCAB_SIZE, **arguments, **changes})
+
+
+def _trainer(path: Path, **changes: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
+    return Trainer(default_root_dir=path, **{**quiet, **changes})
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+class FactorizedHead(nn.Module):
+    """What replaces the head: no ``weight``, only a factorization that gives rows and logits."""
+
+    class Factorization(nn.Module):
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.left = nn.Parameter(weight.detach().clone())
+            self.right = nn.Parameter(torch.eye(weight.shape[1]))
+
+        def rows(self, ids: Tensor) -> Tensor:
+            return F.embedding(ids, self.left) @ self.right
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.factorization = self.Factorization(linear.weight)
+        self.bias = linear.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.factorization.right.T @ self.factorization.left.T + self.bias
+
+
+@pytest.mark.parametrize("changes", [{}, {"projection_size": 6}, {"softmax": "sampled", "num_sampled": 20}])
+def test_learns_and_logs(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = _model(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05), **changes)
+    trainer = _trainer(tmp_path, max_epochs=20)
+    trainer.fit(model, datamodule=Windows())
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert set(metrics) == {"train_loss", "val_loss", "val_perplexity"}
+    # The validation windows begin the training text, so a model that learns is far below the uniform log(50) = 3.91.
+    assert metrics["val_loss"] < 3.0
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-5)
+    (test,) = trainer.test(model, datamodule=Windows(), verbose=False)
+    assert test["test_loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
+    assert test["test_perplexity"] == pytest.approx(metrics["val_perplexity"], rel=1e-5)
+
+
+def test_windows_with_carried_state_equal_one_long_text(tmp_path: Path) -> None:
+    model, data = _model(projection_size=6), Windows()
+    text, targets = (torch.cat(part, dim=1) for part in zip(*data.pairs[:2], strict=True))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(text)[0].flatten(0, 1), targets.flatten(), reduction="none").view(3, 10)
+    trainer = _trainer(tmp_path)
+    (logged,) = trainer.validate(model, datamodule=data, verbose=False)
+    assert logged["val_loss"] == pytest.approx(expected.mean().item(), rel=1e-6)
+    predicted = trainer.predict(model, datamodule=data)
+    assert isinstance(predicted, list)
+    torch.testing.assert_close(torch.cat(predicted, dim=1), expected, rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_training_is_not_disturbed_by_validation_in_between(tmp_path: Path) -> None:
+    losses = []
+    for changes in ({"limit_val_batches": 0}, {"val_check_interval": 2, "num_sanity_val_steps": 2}):
+        recorded = Losses()
+        _trainer(tmp_path, callbacks=[recorded], max_epochs=2, **changes).fit(_model(), datamodule=Windows())
+        losses.append(recorded.values)
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1]
+
+
+def test_state_starts_anew_each_epoch_and_with_another_batch_size(tmp_path: Path) -> None:
+    still = _model(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    recorded = Losses()
+    _trainer(tmp_path, callbacks=[recorded], max_epochs=2).fit(still, datamodule=Windows())
+    assert recorded.values[:6] == recorded.values[6:]
+    inputs, _ = Windows().pairs[0]
+    still.start_text("val")
+    first = still.logits(inputs, "val")
+    assert not torch.equal(still.logits(inputs, "val"), first)
+    torch.testing.assert_close(still.logits(inputs[:2], "val"), first[:2])
+    still.start_text("val")
+    assert torch.equal(still.logits(inputs, "val"), first)
+
+
+def test_without_carried_state_every_window_is_a_beginning() -> None:
+    model = _model(carry_state=False)
+    inputs, _ = Windows().pairs[0]
+    assert torch.equal(model.logits(inputs, "train"), model.logits(inputs, "train"))
+
+
+def test_tied_tables_are_one_parameter_and_move_together(tmp_path: Path) -> None:
+    model = _model(tie_weights=True, projection_size=8)
+    assert sum(parameter.shape == (VOCAB_SIZE, 8) for parameter in model.parameters()) == 1
+    before = model.encoder.get_parameter("weight").clone()
+    _trainer(tmp_path).fit(model, datamodule=Windows())
+    assert model.decoder.weight is model.encoder.weight
+    assert not torch.equal(before, model.encoder.get_parameter("weight"))
+
+
+@pytest.mark.parametrize("softmax", ["full", "sampled"])
+def test_replaced_tables_train_and_evaluate(tmp_path: Path, softmax: Any) -> None:
+    model = _model(softmax=softmax, num_sampled=20)
+    trainer = _trainer(tmp_path)
+    (dense,) = trainer.validate(model, datamodule=Windows(), verbose=False)
+    model.decoder = FactorizedHead(model.decoder)  # type: ignore[arg-type]
+    (replaced,) = trainer.validate(model, datamodule=Windows(), verbose=False)
+    assert replaced["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5)
+    trainer.fit(model, datamodule=Windows())
+    assert not torch.equal(model.decoder.factorization.right, torch.eye(12))
+
+
+def test_initialisation() -> None:
+    model = _model(projection_size=6)
+    bounds = {"weight_ih_l0": 3 / 14, "weight_hh_l1": 3 / 12, "weight_hr_l0": 3 / 12}
+    for name, square in bounds.items():
+        assert 0.8 * square < model.lstm.get_parameter(name).abs().max().item() ** 2 <= square
+    assert model.lstm.get_parameter("bias_ih_l1").tolist() == [0.0] * 12 + [1.0] * 12 + [0.0] * 24
+    for table in (model.encoder, model.decoder):
+        assert 0.08 < table.get_parameter("weight").abs().max().item() <= 0.1
+    assert not model.lstm.get_parameter("bias_hh_l0").any()
+    assert not model.decoder.get_parameter("bias").any()
+
+
+def test_only_the_lstm_gradients_are_clipped(tmp_path: Path) -> None:
+    norms: dict[str, float] = {}
+
+    class Norms(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            if any(parameter.grad is not None for parameter in pl_module.parameters()):
+                for name in ("lstm", "decoder"):
+                    gradients = [parameter.grad for parameter in getattr(pl_module, name).parameters()]
+                    norms[name] = nn.utils.get_total_norm(gradients).item()
+
+    for clip in (None, 1e-3):
+        _trainer(tmp_path, max_steps=2, callbacks=[Norms()]).fit(_model(lstm_gradient_clip=clip), datamodule=Windows())
+        if clip is None:
+            assert norms["lstm"] > 1e-3
+    assert norms["lstm"] == pytest.approx(1e-3, rel=1e-2)
+    assert norms["decoder"] > 1e-2
+
+
+@pytest.mark.parametrize("softmax", ["full", "sampled"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("projection_size", [0, 6])
+def test_reduced_precision(tmp_path: Path, precision: Any, softmax: Any, projection_size: int) -> None:
+    model = _model(softmax=softmax, num_sampled=20, projection_size=projection_size, dropout=0.1)
+    trainer = _trainer(tmp_path, precision=precision)
+    trainer.fit(model, datamodule=Windows())
+    assert 3.0 < trainer.callback_metrics["val_loss"] < 4.2
+    assert model.val_perplexity.nll_sum.dtype == torch.float64
+
+
+def test_windows_of_ignored_targets(tmp_path: Path) -> None:
+    data, padded = Windows(), Windows()
+    padded.pairs.insert(1, (padded.pairs[0][0], torch.full((3, 5), -100)))
+    for changes in ({}, {"softmax": "sampled", "num_sampled": 20}):
+        model = _model(carry_state=False, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), **changes)
+        trainer = _trainer(tmp_path)
+        trainer.fit(model, datamodule=padded)
+        assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+        (alone,) = _trainer(tmp_path, limit_val_batches=1).validate(model, datamodule=data, verbose=False)
+        (both,) = _trainer(tmp_path, limit_val_batches=2).validate(model, datamodule=padded, verbose=False)
+        assert alone == pytest.approx(both)
+
+
+def test_evaluation_calls_cross_entropy_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = F.cross_entropy
+
+    def counted(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        calls.append((logits.shape, targets.shape, options))
+        return original(logits, targets, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", counted)
+    model = _model(softmax="sampled", num_sampled=20, frequency_bands=True)
+    _trainer(tmp_path).validate(model, datamodule=Windows(), verbose=False)
+    assert calls == [((15, VOCAB_SIZE), (15,), {"ignore_index": -100})] * 2
+
+
+def test_frequency_bands(tmp_path: Path) -> None:
+    data = Windows()
+    data.token_counts = torch.arange(200, 0, -1)
+    (logged,) = _trainer(tmp_path).test(_model(frequency_bands=True), datamodule=data, verbose=False)
+    assert logged["test_perplexity/rank_1-100"] == pytest.approx(logged["test_perplexity"], rel=1e-5)
+    assert math.isnan(logged["test_perplexity/rank_101-200"])
+    with pytest.warns(UserWarning, match="frequency_bands=True has no effect"):
+        _trainer(tmp_path).validate(_model(frequency_bands=True), data.val_dataloader(), verbose=False)
+
+
+def test_checkpoint_loads_and_knows_its_vocabulary(tmp_path: Path) -> None:
+    model, path = _model(projection_size=6), tmp_path / "model.ckpt"
+    trainer = _trainer(tmp_path)
+    trainer.fit(model, datamodule=Windows())
+    trainer.save_checkpoint(path)
+    loaded = LSTMLanguageModel.load_from_checkpoint(path, weights_only=True)
+    assert loaded.lstm.proj_size == 6
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    saved = torch.load(path, weights_only=True)
+    assert saved["vocabulary"] == {"size": VOCAB_SIZE, "fingerprint": "abc"}
+    assert "lstm_state" not in saved
+    _trainer(tmp_path).validate(_model(projection_size=6), datamodule=Windows(), ckpt_path=path, verbose=False)
+    with pytest.raises(ValueError, match=r"fingerprint abc\).*fingerprint xyz.*vocabulary file the checkpoint"):
+        _trainer(tmp_path).validate(model, datamodule=Windows(fingerprint="xyz"), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"vocabulary of 50 tokens.*vocab_size=60"):
+        LSTMLanguageModel.load_from_checkpoint(path, vocab_size=60)
+
+
+def test_resuming_within_an_epoch_takes_up_the_state(tmp_path: Path) -> None:
+    whole, rest = Losses(), Losses()
+    keep = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    _trainer(tmp_path, callbacks=[whole, keep], enable_checkpointing=True).fit(_model(), datamodule=Windows())
+
+    class Skip(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            # The plain loader starts over; give the step the window that comes next.
+            inputs, targets = Windows().pairs[batch_idx]
+            batch[0].copy_(inputs)
+            batch[1].copy_(targets)
+
+    trainer = _trainer(tmp_path, callbacks=[Skip(), rest])
+    trainer.fit(_model(), datamodule=Windows(), ckpt_path=tmp_path / "step=3.ckpt")
+    assert rest.values == whole.values[3:]
+
+
+def test_vocabulary_larger_than_the_tables(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"60 tokens.*vocab_size=50.*Set the model's vocab_size to 60"):
+        _trainer(tmp_path).fit(_model(), datamodule=Windows(vocab_size=60))
+
+
+def test_optimizer_and_scheduler_from_the_command_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+        model:
+          vocab_size: 50
+          softmax: sampled
+          num_sampled: 20
+          optimizer:
+            class_path: torch.optim.Adagrad
+            init_args: {lr: 0.2, initial_accumulator_value: 1.0}
+          lr_scheduler:
+            class_path: torch.optim.lr_scheduler.StepLR
+            init_args: {step_size: 2, gamma: 0.5}
+          lr_scheduler_interval: step
+        """
+    )
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    cli = LightningCLI(
+        LSTMLanguageModel,
+        Windows,
+        args=["--config", str(config), "--model.hidden_size=16", f"--trainer.default_root_dir={tmp_path}"],
+        run=False,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        trainer_defaults={**options, "enable_checkpointing": False, "max_epochs": 1},
+    )
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    (optimizer,) = cli.trainer.optimizers
+    assert isinstance(optimizer, torch.optim.Adagrad)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * 0.5**3)
+    assert cli.model.lstm.hidden_size == 16
+
+
+def test_plateau_scheduler_watches_the_validation_loss(tmp_path: Path) -> None:
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    model = _model(
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        lr_scheduler=lambda optimizer: plateau(optimizer, patience=0, threshold=0.5),
+    )
+    trainer = _trainer(tmp_path, max_epochs=3)
+    trainer.fit(model, datamodule=Windows())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"projection_size": 12}, "projection_size=12 must be smaller than hidden_size=12. Set it to 0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"table_init_range": 0.0}, "table_init_range=0.0"),
+        ({"tie_weights": True}, "embedding_dim=8 .* 12. Set embedding_dim=12"),
+        ({"softmax": "hierarchical"}, "'hierarchical'"),
+        ({"softmax": "sampled", "num_sampled": 51}, "num_sampled=51 .* vocab_size=50. Lower it"),
+        ({"lstm_gradient_clip": 0.0}, "lstm_gradient_clip=0.0"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _model(**changes)
