@@ -1,0 +1,112 @@
+"""The two roles of a compressed table: embedding and softmax projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.factorizations import Factorization
+
+
+class CompressedLayer(nn.Module):
+    """What both roles share: the factorization, which tied layers hold in common."""
+
+    def __init__(self, factorization: Factorization[Any]) -> None:
+        """Keep the factorization."""
+        super().__init__()
+        self.factorization = factorization
+
+    def __getattr__(self, name: str) -> Any:
+        """Explain why there is no weight."""
+        # AttributeError keeps `hasattr(layer, "weight")` False; the message is for those who read the weight anyway.
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no weight: the table is stored as "
+                f"{type(self.__dict__['_modules']['factorization']).__name__}. Call the layer, read single rows with "
+                "`.factorization.rows(ids)`, or build the whole table with `.factorization.dense()`"
+            )
+        return super().__getattr__(name)
+
+
+class CompressedEmbedding(CompressedLayer):
+    """Drop-in for `nn.Embedding` that computes rows from a factorization.
+
+    Args:
+        factorization: The table, `[num_embeddings, embedding_dim]`.
+        padding_idx: Id whose row is read without a gradient, as in `nn.Embedding`.
+        max_norm: Rows of a larger norm are scaled down to it when they are read.
+        norm_type: The p of that norm.
+
+    Example:
+        >>> from lightning_embcompress.factorizations import LowRank
+        >>> layer = CompressedEmbedding(LowRank(vocab_size=100, dim=16, rank=4))
+        >>> layer(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 16])
+    """
+
+    def __init__(
+        self,
+        factorization: Factorization[Any],
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+    ) -> None:
+        """Keep the factorization and what the embedding had beside its weight."""
+        super().__init__(factorization)
+        self.num_embeddings = factorization.vocab_size
+        self.embedding_dim = factorization.dim
+        self.padding_idx = padding_idx
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of the table, `[*] -> [*, embedding_dim]`, in the dtype of the factors."""
+        with torch.autocast(ids.device.type, enabled=False):
+            rows: Tensor = self.factorization.rows(ids)
+            if self.padding_idx is not None:
+                rows = torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+            if self.max_norm is not None:
+                norms = rows.detach().norm(p=self.norm_type, dim=-1, keepdim=True)
+                rows = rows * (self.max_norm / (norms + 1e-7)).clamp(max=1.0)
+            return rows
+
+    def extra_repr(self) -> str:
+        """Arguments for `print(module)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}" + (
+            f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
+        )
+
+
+class CompressedLinear(CompressedLayer):
+    """Drop-in for the `nn.Linear` of a softmax, `h Wᵀ + b`, from a factorization of `W`.
+
+    Args:
+        factorization: The table, `[out_features, in_features]`.
+        bias: The bias of the layer it replaces, kept as it is, or None.
+
+    Example:
+        >>> from lightning_embcompress.factorizations import LowRank
+        >>> layer = CompressedLinear(LowRank(vocab_size=100, dim=16, rank=4))
+        >>> layer(torch.randn(2, 16)).shape
+        torch.Size([2, 100])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, factorization: Factorization[Any], bias: nn.Parameter | None = None) -> None:
+        """Keep the factorization and the bias."""
+        super().__init__(factorization)
+        self.in_features = factorization.dim
+        self.out_features = factorization.vocab_size
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits, `[*, in_features] -> [*, out_features]`."""
+        logits: Tensor = self.factorization.logits(hidden)
+        return logits if self.bias is None else logits + self.bias
+
+    def extra_repr(self) -> str:
+        """Arguments for `print(module)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

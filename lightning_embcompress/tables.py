@@ -1,0 +1,244 @@
+"""Finding the tables of a model, checking that they may be replaced, and replacing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.factorizations import Factorization, nearest
+from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.solvers.gram import row_chunks
+
+
+@dataclass(frozen=True)
+class Table:
+    """One weight matrix with a row per token, and every module that reads it.
+
+    Attributes:
+        modules: Paths of the modules in the order of `model.named_modules()`; several if they are tied.
+        weight: What they share, `[vocab_size, dim]`.
+    """
+
+    modules: tuple[str, ...]
+    weight: Tensor
+
+    @property
+    def name(self) -> str:
+        """Path of the first module: how the table is called in plans, reports and messages."""
+        return self.modules[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(vocab_size, dim)`."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[Table]:
+    """Find the tables of a model.
+
+    `auto` takes the embedding and the projection of the same vocabulary size, tied or not; a model that has only one
+    of them gives that one. Where more than one choice is possible none is made: name the modules.
+
+    Args:
+        model: Any module.
+        tables: `"auto"`, or the path of one or more modules (`["encoder", "decoder"]`); modules tied to a named one
+            come with it.
+
+    Returns:
+        The tables in the order of `model.named_modules()`.
+
+    Raises:
+        ValueError: If nothing is found, if two candidates are, or if a module cannot be replaced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 100))
+        >>> [table.name for table in find_tables(model)]
+        ['0', '2']
+    """
+    named = dict(model.named_modules())
+    found = _automatic(named) if tables == "auto" else _named(named, [tables] if isinstance(tables, str) else tables)
+    for table in found:
+        _check_replaceable(table, named)
+    return found
+
+
+def check_finite(table: Table) -> None:
+    """Refuse a table that holds NaN or infinite values.
+
+    Raises:
+        ValueError: Naming the first such rows.
+    """
+    bad = [
+        ids[~torch.isfinite(table.weight.detach()[chunk]).all(dim=1).cpu()]
+        for chunk in row_chunks(*table.shape)
+        for ids in [torch.arange(chunk.start, chunk.stop)]
+    ]
+    rows = torch.cat(bad).tolist()
+    if rows:
+        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise ValueError(
+            f"table {table.name!r} has NaN or infinite values in {len(rows)} of its {table.shape[0]} rows "
+            f"(rows {shown}); the training diverged or the checkpoint is damaged: nothing was compressed"
+        )
+
+
+def replace_table(model: nn.Module, modules: Sequence[str], factorization: Factorization[Any]) -> None:
+    """Put compressed layers that share one factorization in the place of the modules that read a table.
+
+    Bias, `padding_idx` and `max_norm` stay what they were.
+
+    Args:
+        model: The module that holds them.
+        modules: Paths of the modules; dense or compressed already.
+        factorization: What they read from now on.
+    """
+    for path in modules:
+        old = model.get_submodule(path)
+        new: CompressedLayer
+        if isinstance(old, nn.Embedding | CompressedEmbedding):
+            new = CompressedEmbedding(factorization, old.padding_idx, old.max_norm, old.norm_type)
+        else:
+            assert isinstance(old, nn.Linear | CompressedLinear)
+            new = CompressedLinear(factorization, old.bias)
+        _swap(model, path, new)
+
+
+def restore_dense(model: nn.Module, fill: bool = True) -> None:
+    """Turn every compressed layer of a model back into `nn.Embedding` or `nn.Linear`, ties kept.
+
+    Args:
+        model: The module that holds them.
+        fill: Compute the weights from the factors; False leaves them empty, to be loaded into.
+    """
+    weights: dict[int, nn.Parameter] = {}
+    for path, old in list(model.named_modules()):
+        if not isinstance(old, CompressedLayer):
+            continue
+        table = old.factorization
+        if id(table) not in weights:
+            values = table.dense() if fill else torch.empty(table.vocab_size, table.dim, dtype=table.dtype)
+            trained = any(parameter.requires_grad for parameter in table.parameters())
+            weights[id(table)] = nn.Parameter(values.to(table.device), requires_grad=trained)
+        weight = weights[id(table)]
+        new: nn.Module
+        if isinstance(old, CompressedEmbedding):
+            new = nn.Embedding(
+                table.vocab_size,
+                table.dim,
+                padding_idx=old.padding_idx,
+                max_norm=old.max_norm,
+                norm_type=old.norm_type,
+                _weight=weight,
+            )
+            new.weight = weight
+        else:
+            assert isinstance(old, CompressedLinear)
+            # Made on the meta device: its own weight is thrown away at once.
+            new = nn.Linear(table.dim, table.vocab_size, bias=False, device="meta")
+            new.weight = weight
+            new.register_parameter("bias", old.bias)
+        _swap(model, path, new)
+
+
+def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent_path, _, name = path.rpartition(".")
+    new.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent_path), name, new)
+
+
+def _table_of(named: dict[str, nn.Module], weight: Tensor) -> Table:
+    paths = tuple(path for path, module in named.items() if getattr(module, "weight", None) is weight)
+    return Table(paths, weight)
+
+
+_Dense = nn.Embedding | nn.Linear
+
+
+def _automatic(named: dict[str, nn.Module]) -> list[Table]:
+    embeddings = {path: module for path, module in named.items() if isinstance(module, nn.Embedding)}
+    linears = {path: module for path, module in named.items() if isinstance(module, nn.Linear)}
+    sizes = {module.num_embeddings for module in embeddings.values()}
+    sizes &= {module.out_features for module in linears.values()}
+    if len(sizes) > 1:
+        raise _ambiguous("embeddings and projections of several sizes", {**embeddings, **linears})
+    chosen: dict[str, _Dense]
+    if sizes:
+        (size,) = sizes
+        heads = {path: module for path, module in linears.items() if module.out_features == size}
+        tokens = {path: module for path, module in embeddings.items() if module.num_embeddings == size}
+        roles: list[tuple[str, Mapping[str, _Dense]]] = [("embeddings", tokens), ("projections", heads)]
+        for role, modules in roles:
+            if len({id(module.weight) for module in modules.values()}) > 1:
+                raise _ambiguous(f"{role} of the same vocabulary size", modules)
+        chosen = {**tokens, **heads}
+    else:
+        chosen = {**(embeddings or linears)}
+        if not chosen:
+            compressed = [path for path, module in named.items() if isinstance(module, CompressedLayer)]
+            raise ValueError(
+                f"the model's tables {', '.join(map(repr, compressed))} are compressed already"
+                if compressed
+                else "found no table: the model has neither an nn.Embedding nor an nn.Linear. "
+                "Layers that are built in `configure_model` exist only once the Trainer has called it"
+            )
+        if len({id(module.weight) for module in chosen.values()}) > 1:
+            raise _ambiguous("candidates and no embedding and projection of the same vocabulary size", chosen)
+    weights = {id(chosen[path].weight): chosen[path].weight for path in named if path in chosen}
+    return [_table_of(named, weight) for weight in weights.values()]
+
+
+def _ambiguous(what: str, modules: Mapping[str, _Dense]) -> ValueError:
+    listed = "; ".join(f"{path!r} {tuple(module.weight.shape)}" for path, module in modules.items())
+    return ValueError(f"found two or more {what}: {listed}. Name the modules to compress, as in tables=['encoder']")
+
+
+def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
+    weights: dict[int, Tensor] = {}
+    for path in paths:
+        if path not in named:
+            candidates = [p for p, module in named.items() if isinstance(module, nn.Embedding | nn.Linear)]
+            raise ValueError(
+                f"the model has no module {path!r}{nearest(path, named)}; candidates are "
+                f"{', '.join(map(repr, candidates)) or 'none'}"
+            )
+        module = named[path]
+        if isinstance(module, CompressedLayer):
+            raise ValueError(f"module {path!r} is compressed already; restore it with densify(model) first")
+        if not isinstance(module, nn.Embedding | nn.Linear):
+            raise ValueError(
+                f"module {path!r} is a {type(module).__name__}: only nn.Embedding and nn.Linear can be compressed"
+            )
+        weights[id(module.weight)] = module.weight
+    tables = [_table_of(named, weight) for weight in weights.values()]
+    if not tables:
+        raise ValueError("tables is an empty list: name at least one module, or use 'auto'")
+    order = list(named)
+    return sorted(tables, key=lambda table: order.index(table.name))
+
+
+def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
+    for path, module in named.items():
+        names = [name for name, parameter in module._parameters.items() if parameter is table.weight]
+        if not names:
+            continue
+        where = f"module {path!r} of table {table.name!r}"
+        # A subclass may do more with its weight than its base class does (scale it, for one): replacing it blindly
+        # would drop that.
+        if type(module) not in (nn.Embedding, nn.Linear):
+            raise ValueError(
+                f"{where} is a {type(module).__module__}.{type(module).__qualname__}: only plain nn.Embedding and "
+                "nn.Linear can be replaced; name other modules in tables=[...]"
+            )
+        if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
+            raise ValueError(
+                f"{where} has sparse=True or scale_grad_by_freq=True, which factors cannot honour; both only concern "
+                "gradients: set them to False before compressing"
+            )
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(f"{where} has hooks, which would be lost; remove them and register them after compression")
+    if not table.weight.is_floating_point():
+        raise ValueError(f"table {table.name!r} holds {table.weight.dtype}: only floating-point tables can be solved")
