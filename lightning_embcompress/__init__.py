@@ -1,3 +1,38 @@
 """Compress the embedding and softmax tables of language models inside PyTorch Lightning."""
 
-__version__ = "0.1.0.dev0"
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce
+    from lightning_embcompress.checkpoint import load_compressed, load_from_checkpoint, save_compressed
+    from lightning_embcompress.plan import Plan, compress, densify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EmbeddingCompression",
+    "GroupReduce",
+    "Plan",
+    "compress",
+    "densify",
+    "load_compressed",
+    "load_from_checkpoint",
+    "save_compressed",
+]
+
+_HOMES = {
+    "callbacks": ("EmbeddingCompression", "GroupReduce"),
+    "checkpoint": ("load_compressed", "load_from_checkpoint", "save_compressed"),
+    "plan": ("Plan", "compress", "densify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: the commands answer help and mistakes without waiting for torch.
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

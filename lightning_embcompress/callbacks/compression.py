@@ -1,0 +1,321 @@
+"""The callback that compresses tables while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
+from lightning_embcompress.callbacks.optimizer import splice
+from lightning_embcompress.callbacks.residual import open_table, write_residual, write_target
+from lightning_embcompress.checkpoint import attach
+from lightning_embcompress.factorizations import Factorization, get_method
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.plan import Request, check_budget, check_counts, plan_of, plan_requests
+from lightning_embcompress.report import model_bytes, show_plan, show_requests, write_report
+from lightning_embcompress.tables import Table, check_finite, replace_table
+
+
+class EmbeddingCompression(Callback):
+    """Compress the embedding and softmax tables of a model at the start of an epoch, and refine them at later ones.
+
+    Tables are replaced in place, the optimizer goes on with the factors, and checkpoints record the structure, so
+    that `ckpt_path` works from before and after the compression. Perplexity on the validation data is measured before
+    and after every step, shown, logged to every logger, and written to `report.json` in the run's folder.
+
+    Epochs count from 0; what is due at an epoch happens before its first step. With `fast_dev_run`, whose only epoch
+    is the first, everything happens there.
+
+    Args:
+        method: Name of a method, such as `group_reduce`.
+        ratio: Dense bytes over stored bytes, for every table.
+        size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
+        at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
+        refine_at_epochs: Later epochs at whose start they are solved again, for the table as training has moved it
+            plus what the last solution left out of it. That residual is kept in the run's folder, as large as the
+            dense tables, and may be deleted when the run will not be resumed any more.
+        tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.find_tables`.
+        monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by. By default the
+            cross-entropy over the vocabulary that `validation_step` computes is used.
+        token_counts: `[vocab_size]` how often every token occurs in the training data. By default they are the data
+            module's `token_counts`, or counted by one pass over the training data.
+        **options: Options of the method (in YAML under `dict_kwargs`).
+
+    Raises:
+        ValueError: If an argument is out of its range; when training starts, if the tables, the ratio or the epochs
+            cannot be used. Nothing is changed then.
+
+    Example:
+        >>> callback = EmbeddingCompression("low_rank", ratio=4, at_epoch=2, refine_at_epochs=[3])
+    """
+
+    def __init__(
+        self,
+        method: str,
+        *,
+        ratio: float | None = None,
+        size: str | int | None = None,
+        at_epoch: int = 0,
+        refine_at_epochs: Sequence[int] = (),
+        tables: str | list[str] = "auto",
+        monitor: str | None = None,
+        token_counts: list[int] | Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        """Check what can be checked without a model."""
+        check_budget(ratio, size)
+        get_method(method).options(**options)
+        if at_epoch < 0:
+            raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
+        if early := [epoch for epoch in refine_at_epochs if epoch <= at_epoch]:
+            raise ValueError(
+                f"refine_at_epochs {list(refine_at_epochs)} must all come after at_epoch={at_epoch}; {early[0]} does "
+                "not: there is nothing to refine before the tables are compressed"
+            )
+        self.method = method
+        self.ratio = ratio
+        self.size = size
+        self.at_epoch = at_epoch
+        self.refine_at_epochs = sorted(set(refine_at_epochs))
+        self.tables = tables
+        self.monitor = monitor
+        self.token_counts = token_counts
+        self.options = options
+        self._compressed: list[dict[str, Any]] = []
+        self._refined: list[int] = []
+        self._counts: Tensor | None = None
+        self._perplexity: dict[str, Any] = {
+            "dense": None,
+            "compressed": None,
+            "refined": [],
+            "final": None,
+            "split": "validation",
+        }
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(method=self.method, at_epoch=self.at_epoch, tables=self.tables)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "compressed": self._compressed,
+            "refined": self._refined,
+            "token_counts": self._counts,
+            "perplexity": self._perplexity,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._compressed = state_dict["compressed"]
+        self._refined = state_dict["refined"]
+        self._counts = state_dict["token_counts"]
+        self._perplexity = state_dict["perplexity"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
+        attach(pl_module)
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__} trains on one device for now, the Trainer has {trainer.world_size}: use "
+                "devices=1, or compress() before training"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            # EMAWeightAveraging is a WeightAveraging, which older versions of Lightning do not have.
+            names = {cls.__name__ for cls in type(callback).__mro__}
+            if isinstance(callback, StochasticWeightAveraging) or "WeightAveraging" in names:
+                raise ValueError(
+                    f"{type(callback).__name__} averages weights by shape and breaks when tables are replaced in the "
+                    f"middle of training: remove it, or compress() the model before training instead of by "
+                    f"{type(self).__name__}"
+                )
+        last = max([self.at_epoch, *self.refine_at_epochs])
+        if trainer.max_epochs not in (None, -1) and last >= trainer.max_epochs and not _fast_dev_run(trainer):
+            name = "refine_at_epochs" if self.refine_at_epochs else "at_epoch"
+            raise ValueError(
+                f"{name} asks for epoch {last}, but max_epochs={trainer.max_epochs} ends before it (epochs count from "
+                f"0): train for at least {last + 1} epochs or choose an earlier one"
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check tables and budget before the first step, and show what will be done."""
+        if self._compressed:
+            return
+        requests = self._requests(pl_module)
+        given = self._known_counts(trainer)
+        if given is not None:
+            check_counts(given, requests)
+        show_requests(requests)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what is due at this epoch."""
+        epoch = trainer.current_epoch
+        everything = _fast_dev_run(trainer)
+        if not self._compressed and (epoch >= self.at_epoch or everything):
+            self._compress(trainer, pl_module)
+        due = [refine for refine in self.refine_at_epochs if refine not in self._refined]
+        for refine in due:
+            if refine == epoch or everything:
+                self._refine(trainer, pl_module, refine)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final model and write the report."""
+        if not self._compressed:
+            rank_zero_warn(
+                f"training ended at epoch {trainer.current_epoch}, before at_epoch={self.at_epoch}: "
+                "nothing was compressed"
+            )
+            return
+        self._perplexity["final"] = self._measure(trainer, pl_module, "final")
+        self._write_report(trainer, pl_module)
+        values = self._perplexity
+        steps = [("dense", values["dense"]), ("compressed", values["compressed"])]
+        steps += [(f"refined at epoch {entry['epoch']}", entry["value"]) for entry in values["refined"]]
+        steps.append(("final", values["final"]))
+        if shown := ", ".join(f"{name} {value:.2f}" for name, value in steps if value is not None):
+            rank_zero_info(f"Validation perplexity: {shown}")
+
+    def _requests(self, module: nn.Module) -> list[Request]:
+        return plan_requests(module, self.method, self.ratio, self.size, self.tables, **self.options)
+
+    def _known_counts(self, trainer: Trainer) -> Any:
+        if self.token_counts is not None:
+            return self.token_counts
+        return getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
+
+    def _counts_for(self, trainer: Trainer, module: LightningModule, requests: Sequence[Request]) -> Tensor | None:
+        """Token counts as they are known, or by a pass over the training data where a method needs them."""
+        counts = self._known_counts(trainer)
+        if counts is None and get_method(self.method).needs_counts:
+            layers = [module.get_submodule(path) for request in requests for path in request.table.modules]
+            embedding = next((layer for layer in layers if isinstance(layer, nn.Embedding)), None)
+            counts = stream_token_counts(trainer, module, embedding, requests[0].table.shape[0])
+        return check_counts(counts, requests)
+
+    def _compress(self, trainer: Trainer, module: LightningModule) -> None:
+        requests = self._requests(module)
+        for request in requests:
+            check_finite(request.table)
+        counts = self._counts_for(trainer, module, requests)
+        self._perplexity["dense"] = self._measure(trainer, module, "dense", requests)
+        solved = []
+        for request in requests:
+            factors = request.solve(request.table.weight, counts)
+            request.record(factors, request.table.weight, counts)
+            residual = None
+            if self.refine_at_epochs:
+                residual = self._residual_path(trainer, request.table.name, trainer.current_epoch)
+                write_residual(residual, request.table.weight, factors)
+            solved.append((request, factors, residual))
+        for request, factors, residual in solved:
+            self._replace(trainer, module, request.table.modules, factors)
+            self._compressed.append(
+                {
+                    "modules": list(request.table.modules),
+                    "max_bytes": request.max_bytes,
+                    "residual": None if residual is None else str(residual),
+                }
+            )
+        # Only a refinement reads them again.
+        self._counts = counts if self.refine_at_epochs else None
+        self._perplexity["compressed"] = self._measure(trainer, module, "compressed")
+        self._show(trainer, module, f"Compressed at epoch {trainer.current_epoch}")
+
+    def _refine(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        remaining = [later for later in self.refine_at_epochs if later > epoch]
+        jobs = []
+        for entry in self._compressed:
+            factors = self._factorization(module, entry)
+            jobs.append((entry, factors, open_table(Path(entry["residual"]), factors)))
+        for entry, factors, residual in jobs:
+            path = self._residual_path(trainer, entry["modules"][0], epoch)
+            target = write_target(path, residual, factors)
+            on_device = target.to(factors.device)
+            request = Request(Table(tuple(entry["modules"]), on_device), self.method, self.options, entry["max_bytes"])
+            solved = request.solve(on_device, self._counts, start=factors)
+            request.record(solved, on_device, self._counts)
+            if solved is not factors:
+                self._replace(trainer, module, entry["modules"], solved)
+            if remaining:
+                write_residual(path, target, solved)
+                entry["residual"] = str(path)
+            else:
+                path.unlink()
+        self._refined.append(epoch)
+        value = self._measure(trainer, module, "refined")
+        self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
+        self._show(trainer, module, f"Refined at epoch {trainer.current_epoch}")
+
+    def _factorization(self, module: nn.Module, entry: Mapping[str, Any]) -> Factorization[Any]:
+        layer = module.get_submodule(entry["modules"][0])
+        if not isinstance(layer, CompressedLayer):
+            raise ValueError(
+                f"table {entry['modules'][0]!r} was compressed by {type(self).__name__}, but is a "
+                f"{type(layer).__name__} now: it was replaced by other code and cannot be refined"
+            )
+        return layer.factorization
+
+    def _replace(
+        self, trainer: Trainer, module: LightningModule, paths: Sequence[str], factorization: Factorization[Any]
+    ) -> None:
+        old = {path: module.get_submodule(path) for path in paths}
+        replace_table(module, paths, factorization)
+        if splice(trainer.optimizers, module, old):
+            rank_zero_info(f"The optimizer's state of table {paths[0]!r} was dropped: its factors start with none.")
+
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, name: str, requests: Sequence[Request] = ()
+    ) -> float | None:
+        sizes = [request.table.shape[0] for request in requests] or [
+            table.spec["vocab_size"] for table in plan_of(module).tables
+        ]
+        value = validation_perplexity(trainer, module, sizes, self.monitor, f"Perplexity, {name}")
+        if value is not None:
+            self._log(trainer, {f"perplexity_{name}": value})
+        return value
+
+    def _log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        # Not `self.log`: Lightning forbids it in some of the hooks that come here.
+        for logger in trainer.loggers:
+            logger.log_metrics({f"embcompress/{name}": value for name, value in values.items()}, trainer.global_step)
+
+    def _show(self, trainer: Trainer, module: LightningModule, title: str) -> None:
+        plan = plan_of(module)
+        show_plan(plan, module, title)
+        values = {"tables_ratio": plan.ratio, "model_ratio": model_bytes(module)["ratio"]}
+        for table in plan.tables:
+            values[f"{table.name}/ratio"] = table.ratio
+            if table.weighted_error is not None:
+                values[f"{table.name}/weighted_error"] = table.weighted_error
+        self._log(trainer, values)
+        self._write_report(trainer, module)
+
+    def _write_report(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero and not _fast_dev_run(trainer):
+            write_report(self._folder(trainer) / "report.json", module, self._perplexity)
+
+    def _residual_path(self, trainer: Trainer, table: str, epoch: int) -> Path:
+        # One file an epoch: a run resumed from before a refinement finds the residual of that time.
+        return (self._folder(trainer) / "residuals" / f"{table}-epoch{epoch}.bin").absolute()
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _fast_dev_run(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
