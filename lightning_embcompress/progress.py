@@ -15,7 +15,7 @@ def progress_bar(description: str, total: float) -> Iterator[Callable[[float], N
     """Show a progress bar on standard error and yield a function that advances it.
 
     The bar goes to standard error, so that it never mixes with output that another program reads, and vanishes
-    when it is done: what remains on the screen is the result, not the waiting.
+    when it is done: what remains on the screen is the result, not the waiting. A log file gets no bar.
 
     Args:
         description: What is being done, as a person reads it (``"Counting words"``).
@@ -26,7 +26,8 @@ def progress_bar(description: str, total: float) -> Iterator[Callable[[float], N
         ...     for _ in range(3):
         ...         advance(1)
     """
-    if getattr(rank_zero_only, "rank", 0) not in (0, None):
+    console = Console(stderr=True)
+    if not console.is_terminal or getattr(rank_zero_only, "rank", 0) not in (0, None):
         yield lambda _: None
         return
     columns = (
@@ -36,6 +37,6 @@ def progress_bar(description: str, total: float) -> Iterator[Callable[[float], N
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.update(task, advance=amount)

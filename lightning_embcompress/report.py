@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, Request, TablePlan, plan_of
+from lightning_embcompress.tables import all_modules
 
 
 def model_bytes(model: nn.Module) -> dict[str, float]:
@@ -48,7 +50,7 @@ def table_report(model: nn.Module) -> list[dict[str, Any]]:
     """One mapping for every compressed table of a model, as in `report.json`."""
     parameters = {
         path: sum(parameter.numel() for parameter in module.factorization.parameters())
-        for path, module in model.named_modules()
+        for path, module in all_modules(model).items()
         if isinstance(module, CompressedLayer)
     }
     return [
@@ -69,12 +71,23 @@ def table_report(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def write_report(path: Path, model: nn.Module, perplexity: Mapping[str, Any]) -> None:
-    """Write `report.json`: tables, model and perplexities. The file is replaced in one step."""
-    report = {"tables": table_report(model), "model": model_bytes(model), "perplexity": dict(perplexity)}
+    """Write `report.json`: tables, model and perplexities. The file is replaced in one step.
+
+    Values of a diverged run that are not finite become null: JSON has no infinity.
+    """
+    report = _finite({"tables": table_report(model), "model": model_bytes(model), "perplexity": dict(perplexity)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @rank_zero_only
@@ -91,7 +104,7 @@ def show_requests(requests: Sequence[Request]) -> None:
             f"{request.max_bytes / 1e6:.3f}",
             f"{now / request.max_bytes:.2f}x",
         )
-    Console().print(screen)
+    _print(screen)
 
 
 @rank_zero_only
@@ -123,7 +136,13 @@ def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
         f"{whole['ratio']:.2f}x",
         "",
     )
-    Console().print(screen)
+    _print(screen)
+
+
+def _print(screen: ScreenTable) -> None:
+    console = Console()
+    # A log file has no width of its own, and 80 columns would break the rows.
+    (console if console.is_terminal else Console(width=132)).print(screen)
 
 
 def _shape(shape: tuple[int, int]) -> str:

@@ -1,18 +1,19 @@
 """Weighted second moments of a table and their leading eigenvectors: the way around tall SVDs.
 
 The right singular vectors of `diag(q)^½ W` are the eigenvectors of the `d × d` matrix `S = Wᵀ diag(q) W`, so one pass
-of `2 V d²` operations over the rows replaces an SVD of the `V × d` table, and rows need no division by `√q`.
+of `2 V d²` operations over the rows replaces an SVD of the `V × d` table, and coefficients need no division by `√q`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# About 8 MiB of float32 a chunk: large enough for full matrix-product speed, small enough to stay out of the way.
-_CHUNK_ELEMENTS = 2**21
+# About 4 MiB of float32 a chunk: large enough for full matrix-product speed, small enough to stay out of the way.
+_CHUNK_ELEMENTS = 2**20
 
 # Weight of a row that never occurs, relative to the rarest row that does: the optimum of the rows that occur stays
 # what it is, and directions which they leave free go to the others instead of to chance.
@@ -66,16 +67,64 @@ def gram_matrix(weight: Tensor, weights: Tensor, rows: Tensor | None = None) -> 
     Returns:
         `[dim, dim]` float64 matrix.
     """
+    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    add_gram(total, weight, weights, rows)
+    return total
+
+
+def add_gram(
+    total: Tensor, weight: Tensor, weights: Tensor, rows: Tensor | None = None, sign: Literal[1, -1] = 1
+) -> None:
+    """Add the weighted second moment of rows to a matrix in place, or subtract it; arguments as `gram_matrix`."""
     num_rows = weight.shape[0] if rows is None else rows.numel()
     dim = weight.shape[1]
     dtype = compute_dtype(weight.dtype)
-    total = torch.zeros(dim, dim, dtype=torch.float64, device=weight.device)
+    product = torch.empty(dim, dim, dtype=dtype, device=weight.device)
     for chunk in row_chunks(num_rows, dim):
         ids = chunk if rows is None else rows[chunk]
-        part = weight[ids].to(dtype)
-        total += part.T @ (part * weights[ids].to(dtype).unsqueeze(1))
-    # The two factors of the product are rounded differently: restore exact symmetry.
-    return (total + total.T).mul_(0.5)
+        # Both factors of the product are the same numbers, so that it is symmetric.
+        part = weight[ids].to(dtype) * weights[ids].sqrt().to(dtype).unsqueeze(1)
+        total.add_(torch.mm(part.T, part, out=product), alpha=sign)
+
+
+class PackedSymmetric:
+    """Several symmetric matrices of one size, each stored as its upper triangle.
+
+    Args:
+        count: How many matrices.
+        dim: Their size.
+        dtype: Dtype they are stored in.
+        device: Where they are.
+    """
+
+    def __init__(self, count: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Reserve the memory in one piece."""
+        self.dim = dim
+        row, column = torch.triu_indices(dim, dim, device=device)
+        self._place = row * dim + column
+        self._values = torch.zeros(count, self._place.numel(), dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        """Number of matrices."""
+        return self._values.shape[0]
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One matrix, `[dim, dim]`."""
+        matrix = self._values.new_zeros(self.dim, self.dim)
+        matrix.view(-1)[self._place] = self._values[index]
+        diagonal = matrix.diagonal().clone()
+        matrix += matrix.T.clone()
+        matrix.diagonal().copy_(diagonal)
+        return matrix
+
+    def __setitem__(self, index: int, matrix: Tensor) -> None:
+        """Store one matrix; its lower triangle is not looked at."""
+        self._values[index] = matrix.reshape(-1)[self._place].to(self._values.dtype)
+
+    def trace(self, index: int) -> float:
+        """Trace of one matrix."""
+        diagonal = self._place % (self.dim + 1) == 0
+        return float(self._values[index][diagonal].sum(dtype=torch.float64))
 
 
 def top_eigenvectors(gram: Tensor, rank: int) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.solvers.gram import (
+    PackedSymmetric,
+    add_gram,
     compute_dtype,
     gram_matrix,
     row_chunks,
@@ -106,31 +108,28 @@ def group_reduce(
     advance(step)
 
     ranks = moments.ranks(max_elements)
-    if refine_rounds:
-        bases = moments.bases(ranks)
-        best = (moments.error(bases), block_of_row, ranks)
-        errors = [best[0]]
-        for round_index in range(refine_rounds):
-            moves = _choose_moves(weight, weights, block_of_row, ranks, bases, move_fraction)
-            if moves is None:
-                advance(step * (refine_rounds - round_index))
-                break
-            rows, destinations = moves
-            block_of_row = block_of_row.index_put((rows,), destinations)
-            moments.update(block_of_row)
-            ranks = moments.ranks(max_elements)
-            bases = moments.bases(ranks, bases)
-            errors.append(moments.error(bases))
-            if errors[-1] < best[0]:
-                best = (errors[-1], block_of_row, ranks)
-            advance(step)
+    bases, error = moments.solve(ranks)
+    errors = [error]
+    best = (error, block_of_row, ranks)
+    for round_index in range(refine_rounds):
+        moves = _choose_moves(weight, weights, block_of_row, ranks, bases, move_fraction)
+        if moves is None:
+            advance(step * (refine_rounds - round_index))
+            break
+        rows, destinations = moves
+        block_of_row = block_of_row.index_put((rows,), destinations)
+        moments.update(block_of_row)
+        ranks = moments.ranks(max_elements)
+        bases, error = moments.solve(ranks, bases)
+        errors.append(error)
+        if error < best[0]:
+            best = (error, block_of_row, ranks)
+        advance(step)
+    if len(errors) > 1:
+        # The rounds are compared by eigenvectors that were only updated; the best one gets exact ones.
         _, block_of_row, ranks = best
         moments.update(block_of_row)
-    else:
-        errors = []
-
-    bases = moments.bases(ranks, exact=True)
-    errors = errors or [moments.error(bases)]
+        bases, _ = moments.solve(ranks)
     advance(step)
     return BlockSolution(block_of_row, ranks, bases, errors)
 
@@ -142,12 +141,12 @@ class _Moments:
         self.weight = weight
         self.weights = weights
         self.block_of_row = block_of_row
-        # Kept in the compute dtype: `groups` float64 matrices would take most of the memory that solving may use.
+        # Half of `groups` matrices in the compute dtype: whole ones in float64 would take most of the memory that
+        # solving may use.
         dtype = compute_dtype(weight.dtype)
-        self.grams = [
-            gram_matrix(weight, weights, (block_of_row == block).nonzero().squeeze(1)).to(dtype)
-            for block in range(groups)
-        ]
+        self.grams = PackedSymmetric(groups, weight.shape[1], dtype, weight.device)
+        for block in range(groups):
+            self.grams[block] = gram_matrix(weight, weights, (block_of_row == block).nonzero().squeeze(1))
 
     @property
     def sizes(self) -> list[int]:
@@ -160,47 +159,48 @@ class _Moments:
         frequencies = [float(m) / size if size else 0.0 for m, size in zip(mass, sizes, strict=True)]
         return proportional_ranks(frequencies, sizes, self.weight.shape[1], max_elements)
 
-    def bases(
-        self, ranks: list[int], previous: list[Tensor | None] | None = None, exact: bool = False
-    ) -> list[Tensor | None]:
-        """Leading eigenvectors of every block; None for blocks that are stored as their rows."""
-        found: list[Tensor | None] = []
-        for block, (gram, size, rank) in enumerate(zip(self.grams, self.sizes, ranks, strict=True)):
-            before = previous[block] if previous is not None else None
-            if is_dense(size, rank, gram.shape[0]):
-                found.append(None)
-            elif before is None:
-                found.append(top_eigenvectors(gram.double() if exact else gram, rank).to(gram.dtype))
-            else:
-                found.append(warm_eigenvectors(gram, rank, before))
-        return found
+    def solve(self, ranks: list[int], previous: list[Tensor | None] | None = None) -> tuple[list[Tensor | None], float]:
+        """Leading eigenvectors of every block, None for those stored as their rows, and the error they leave.
 
-    def error(self, bases: list[Tensor | None]) -> float:
-        """Relative weighted error `Σ_b (tr S_b − tr B_b S_b B_bᵀ) / Σ_b tr S_b`."""
+        Args:
+            ranks: Rank of every block.
+            previous: Bases of similar blocks to start from.
+
+        Returns:
+            The bases, and the relative weighted error `Σ_b (tr S_b − tr B_b S_b B_bᵀ) / Σ_b tr S_b`.
+        """
+        bases: list[Tensor | None] = []
         total = lost = 0.0
-        for gram, basis in zip(self.grams, bases, strict=True):
-            trace = float(gram.diagonal().double().sum())
+        for block, (size, rank) in enumerate(zip(self.sizes, ranks, strict=True)):
+            trace = self.grams.trace(block)
             total += trace
-            if basis is not None:
-                lost += trace - float(((basis @ gram) * basis).sum(dtype=torch.float64))
-        return max(lost, 0.0) / total if total > 0 else 0.0
+            if is_dense(size, rank, self.grams.dim):
+                bases.append(None)
+                continue
+            gram = self.grams[block]
+            before = previous[block] if previous is not None else None
+            basis = top_eigenvectors(gram, rank) if before is None else warm_eigenvectors(gram, rank, before)
+            lost += trace - float(((basis @ gram) * basis).sum(dtype=torch.float64))
+            bases.append(basis)
+        return bases, max(lost, 0.0) / total if total > 0 else 0.0
 
     def update(self, block_of_row: Tensor) -> None:
         """Move rows: subtract them from the blocks they left, add them to those they joined."""
         moved = (block_of_row != self.block_of_row).nonzero().squeeze(1)
         left, joined = self.block_of_row[moved], block_of_row[moved]
         self.block_of_row = block_of_row
-        for block, gram in enumerate(self.grams):
+        for block in range(len(self.grams)):
             gone, come = moved[left == block], moved[joined == block]
             if gone.numel() + come.numel() == 0:
                 continue
             now = (block_of_row == block).nonzero().squeeze(1)
             if gone.numel() + come.numel() >= now.numel():
-                updated = gram_matrix(self.weight, self.weights, now)
-            else:
-                updated = gram.double() + gram_matrix(self.weight, self.weights, come)
-                updated -= gram_matrix(self.weight, self.weights, gone)
-            self.grams[block] = updated.to(gram.dtype)
+                self.grams[block] = gram_matrix(self.weight, self.weights, now)
+                continue
+            updated = self.grams[block].double()
+            add_gram(updated, self.weight, self.weights, come)
+            add_gram(updated, self.weight, self.weights, gone, sign=-1)
+            self.grams[block] = updated
 
 
 def _choose_moves(

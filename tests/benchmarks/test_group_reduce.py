@@ -1,0 +1,89 @@
+"""GroupReduce at scale: `pytest tests/benchmarks -s --benchmark-only`, ratios of both sides of one run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.plan import compress, plan_requests
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measure import PeakMemory, seconds  # noqa: E402
+
+VOCAB_SIZE, DIM = 100_000, 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def head() -> nn.Linear:
+    """A table with a falling spectrum that differs between frequent and rare words, as trained tables have."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(DIM, VOCAB_SIZE, bias=False)
+    spectrum = torch.linspace(1.0, 0.03, DIM)
+    with torch.no_grad():
+        for rows in layer.weight.split(VOCAB_SIZE // 10):
+            rows.normal_(generator=generator).mul_(spectrum[torch.randperm(DIM, generator=generator)])
+    return layer
+
+
+@pytest.fixture(scope="module")
+def counts() -> Tensor:
+    return (1e7 / torch.arange(1, VOCAB_SIZE + 1)).long()
+
+
+def test_compression_costs_at_most_20_gram_products(benchmark, head: nn.Linear, counts: Tensor) -> None:
+    (request,) = plan_requests(head, "group_reduce", 6.6, tables=[""], groups=20, refine_rounds=5)
+    weight = head.weight.detach()
+    gram = seconds(lambda: weight.T @ weight)
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        benchmark.pedantic(lambda: request.record(request.solve(weight, counts), weight, counts), rounds=1)
+        taken = time.perf_counter() - start
+    ratio, share = taken / gram, memory.bytes / weight.nbytes
+    benchmark.extra_info.update(gram_seconds=gram, gram_products=ratio, peak_memory_share=share)
+    sys.stdout.write(
+        f"\ncompress {VOCAB_SIZE} x {DIM}, 20 groups, 5 refinements: {taken:.1f} s = {ratio:.1f} Gram products of "
+        f"{gram:.2f} s; peak memory beyond the table {share:.1%} of it ({torch.get_num_threads()} threads)\n"
+    )
+    assert ratio <= 20
+    assert share < 0.40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+def test_logits_of_one_state_are_4_times_faster(benchmark, head: nn.Linear, counts: Tensor, threads: int) -> None:
+    if threads > (os.cpu_count() or 1):
+        pytest.skip("fewer cores than threads")
+    model = nn.Sequential(nn.Linear(DIM, VOCAB_SIZE, bias=False))
+    model[0].weight.copy_(head.weight)
+    # Shuffled counts: blocks are scattered over the vocabulary, and logits have to be brought back to its order.
+    shuffled = counts[torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(1))]
+    compress(model, "group_reduce", ratio=6.6, token_counts=shuffled, groups=20, refine_rounds=0)
+    hidden = torch.randn(1, DIM)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pairs = [(seconds(lambda: head(hidden), 10), seconds(lambda: model(hidden), 10)) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    benchmark.pedantic(lambda: model(hidden), rounds=10)
+    dense, compressed = sorted(pairs, key=lambda pair: pair[0] / pair[1])[len(pairs) // 2]
+    benchmark.extra_info.update(dense_seconds=dense, compressed_seconds=compressed, speedup=dense / compressed)
+    sys.stdout.write(
+        f"\nlogits of one state, {VOCAB_SIZE} x {DIM} at 6.6x, {threads} threads: dense {dense * 1e3:.2f} ms, "
+        f"compressed {compressed * 1e3:.2f} ms, {dense / compressed:.1f} times faster\n"
+    )
+    assert dense / compressed >= 4
