@@ -45,7 +45,8 @@ def counts() -> Tensor:
 
 
 def test_compression_costs_at_most_20_gram_products(benchmark, head: nn.Linear, counts: Tensor) -> None:
-    (request,) = plan_requests(head, "group_reduce", 6.6, tables=[""], groups=20, refine_rounds=5)
+    model = nn.Sequential(head)
+    (request,) = plan_requests(model, "group_reduce", 6.6, tables=["0"], groups=20, refine_rounds=5)
     weight = head.weight.detach()
     gram = seconds(lambda: weight.T @ weight)
     with PeakMemory() as memory:
