@@ -61,8 +61,10 @@ class CompressedEmbedding(CompressedLayer):
         self.max_norm = max_norm
         self.norm_type = norm_type
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows of the table, `[*] -> [*, embedding_dim]`, in the dtype of the factors."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the table for ids, `[*] -> [*, embedding_dim]`, in the dtype of the factors."""
+        # `input` as in `nn.Embedding`: foreign code may pass it by name.
+        ids = input
         with torch.autocast(ids.device.type, enabled=False):
             rows: Tensor = self.factorization.rows(ids)
             if self.padding_idx is not None:
@@ -102,10 +104,11 @@ class CompressedLinear(CompressedLayer):
         self.out_features = factorization.vocab_size
         self.register_parameter("bias", bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Logits, `[*, in_features] -> [*, out_features]`."""
-        logits: Tensor = self.factorization.logits(hidden)
-        return logits if self.bias is None else logits + self.bias
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits of hidden states, `[*, in_features] -> [*, out_features]`."""
+        logits: Tensor = self.factorization.logits(input)
+        # Under autocast the logits are narrower than the bias: as in `nn.Linear`, their dtype is the result's.
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def extra_repr(self) -> str:
         """Arguments for `print(module)`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -45,7 +47,7 @@ class EmbeddingCompression(Callback):
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by. By default the
             cross-entropy over the vocabulary that `validation_step` computes is used.
         token_counts: `[vocab_size]` how often every token occurs in the training data. By default they are the data
-            module's `token_counts`, or counted by one pass over the training data.
+            module's `token_counts`, or counted by one pass over the training data; needed where that never ends.
         **options: Options of the method (in YAML under `dict_kwargs`).
 
     Raises:
@@ -88,6 +90,9 @@ class EmbeddingCompression(Callback):
         self.monitor = monitor
         self.token_counts = token_counts
         self.options = options
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._compressed: list[dict[str, Any]] = []
         self._refined: list[int] = []
         self._counts: Tensor | None = None
@@ -106,15 +111,17 @@ class EmbeddingCompression(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "compressed": self._compressed,
             "refined": self._refined,
             "token_counts": self._counts,
             "perplexity": self._perplexity,
         }
+        return deepcopy(state)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = deepcopy(state_dict)
         self._compressed = state_dict["compressed"]
         self._refined = state_dict["refined"]
         self._counts = state_dict["token_counts"]
@@ -123,7 +130,9 @@ class EmbeddingCompression(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
-        attach(pl_module)
+        # A module that restores its structure itself does so after checks of its own.
+        if not getattr(pl_module, "restores_structure", False):
+            attach(pl_module)
         if stage != "fit":
             return
         if trainer.world_size > 1:
@@ -151,8 +160,19 @@ class EmbeddingCompression(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check tables and budget before the first step, and show what will be done."""
+        there = plan_of(pl_module).tables
+        if self._compressed and not there:
+            # The callback was used for another model before.
+            self._start_anew()
         if self._compressed:
+            self._check_residuals(pl_module)
             return
+        if there and self.tables == "auto":
+            raise ValueError(
+                f"the tables {', '.join(repr(table.name) for table in there)} are compressed already, and not by this "
+                f"{type(self).__name__}: resume with the method, at_epoch and tables of the run that did it, remove "
+                "the callback, restore them with densify(model), or name other modules as tables"
+            )
         requests = self._requests(pl_module)
         given = self._known_counts(trainer)
         if given is not None:
@@ -162,14 +182,34 @@ class EmbeddingCompression(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due at this epoch."""
+        if not _fast_dev_run(trainer):
+            self._do_due(trainer, pl_module, (self._folder(trainer) / "residuals").absolute())
+            return
+        with TemporaryDirectory(prefix="embcompress-") as folder:
+            self._do_due(trainer, pl_module, Path(folder))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Do what is due, after a checkpoint that was saved between the last step of an epoch and its end.
+
+        Lightning leaves `on_train_epoch_start` of the next epoch out when it resumes from there.
+        """
+        if batch_idx == 0:
+            self.on_train_epoch_start(trainer, pl_module)
+
+    def _do_due(self, trainer: Trainer, module: LightningModule, residuals: Path) -> None:
         epoch = trainer.current_epoch
         everything = _fast_dev_run(trainer)
         if not self._compressed and (epoch >= self.at_epoch or everything):
-            self._compress(trainer, pl_module)
-        due = [refine for refine in self.refine_at_epochs if refine not in self._refined]
-        for refine in due:
-            if refine == epoch or everything:
-                self._refine(trainer, pl_module, refine)
+            self._compress(trainer, module, residuals)
+        for due in self.refine_at_epochs:
+            if not self._compressed or due in self._refined:
+                continue
+            if due == epoch or everything:
+                self._refine(trainer, module, due, residuals)
+            elif due < epoch:
+                rank_zero_warn(f"the refinement at epoch {due} is left out: training is at epoch {epoch} already")
+                self._refined.append(due)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,7 +233,8 @@ class EmbeddingCompression(Callback):
         return plan_requests(module, self.method, self.ratio, self.size, self.tables, **self.options)
 
     def _known_counts(self, trainer: Trainer) -> Any:
-        if self.token_counts is not None:
+        # Data modules may count a corpus only when they are asked: not for a method that does not need it.
+        if self.token_counts is not None or not get_method(self.method).needs_counts:
             return self.token_counts
         return getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
 
@@ -206,7 +247,7 @@ class EmbeddingCompression(Callback):
             counts = stream_token_counts(trainer, module, embedding, requests[0].table.shape[0])
         return check_counts(counts, requests)
 
-    def _compress(self, trainer: Trainer, module: LightningModule) -> None:
+    def _compress(self, trainer: Trainer, module: LightningModule, residuals: Path) -> None:
         requests = self._requests(module)
         for request in requests:
             check_finite(request.table)
@@ -216,34 +257,35 @@ class EmbeddingCompression(Callback):
         for request in requests:
             factors = request.solve(request.table.weight, counts)
             request.record(factors, request.table.weight, counts)
-            residual = None
+            entry: dict[str, Any] = {"modules": list(request.table.modules), "max_bytes": request.max_bytes}
+            entry |= {"residual": None, "checksum": None}
             if self.refine_at_epochs:
-                residual = self._residual_path(trainer, request.table.name, trainer.current_epoch)
-                write_residual(residual, request.table.weight, factors)
-            solved.append((request, factors, residual))
-        for request, factors, residual in solved:
-            self._replace(trainer, module, request.table.modules, factors)
-            self._compressed.append(
-                {
-                    "modules": list(request.table.modules),
-                    "max_bytes": request.max_bytes,
-                    "residual": None if residual is None else str(residual),
-                }
-            )
+                path = residuals / f"{request.table.name}-epoch{trainer.current_epoch}.bin"
+                entry["residual"] = str(path)
+                entry["checksum"] = write_residual(path, request.table.weight, factors)
+            solved.append((entry, factors))
+        for entry, factors in solved:
+            self._replace(trainer, module, entry["modules"], factors)
+            self._compressed.append(entry)
         # Only a refinement reads them again.
         self._counts = counts if self.refine_at_epochs else None
         self._perplexity["compressed"] = self._measure(trainer, module, "compressed")
         self._show(trainer, module, f"Compressed at epoch {trainer.current_epoch}")
 
-    def _refine(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+    def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, residuals: Path) -> None:
         remaining = [later for later in self.refine_at_epochs if later > epoch]
         jobs = []
         for entry in self._compressed:
             factors = self._factorization(module, entry)
-            jobs.append((entry, factors, open_table(Path(entry["residual"]), factors)))
+            jobs.append((entry, factors, open_table(self._residual(entry), factors, entry["checksum"])))
+        targets = []
         for entry, factors, residual in jobs:
-            path = self._residual_path(trainer, entry["modules"][0], epoch)
+            path = residuals / f"{entry['modules'][0]}-epoch{epoch}.bin"
             target = write_target(path, residual, factors)
+            # Before the first table is changed.
+            check_finite(Table(tuple(entry["modules"]), target))
+            targets.append((entry, factors, path, target))
+        for entry, factors, path, target in targets:
             on_device = target.to(factors.device)
             request = Request(Table(tuple(entry["modules"]), on_device), self.method, self.options, entry["max_bytes"])
             solved = request.solve(on_device, self._counts, start=factors)
@@ -251,14 +293,31 @@ class EmbeddingCompression(Callback):
             if solved is not factors:
                 self._replace(trainer, module, entry["modules"], solved)
             if remaining:
-                write_residual(path, target, solved)
+                entry["checksum"] = write_residual(path, target, solved)
                 entry["residual"] = str(path)
             else:
+                # The file before stays, for a run that is resumed from before this refinement.
                 path.unlink()
+                entry["residual"] = entry["checksum"] = None
         self._refined.append(epoch)
         value = self._measure(trainer, module, "refined")
         self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
         self._show(trainer, module, f"Refined at epoch {trainer.current_epoch}")
+
+    def _check_residuals(self, module: nn.Module) -> None:
+        """Refuse to resume towards a refinement that cannot be done."""
+        if set(self.refine_at_epochs) <= set(self._refined):
+            return
+        for entry in self._compressed:
+            open_table(self._residual(entry), self._factorization(module, entry))
+
+    def _residual(self, entry: Mapping[str, Any]) -> Path:
+        if entry["residual"] is None:
+            raise ValueError(
+                f"no residual of table {entry['modules'][0]!r} was kept, because no refinement was planned after those "
+                f"at epochs {self._refined}: resume with the refine_at_epochs that the run had"
+            )
+        return Path(entry["residual"])
 
     def _factorization(self, module: nn.Module, entry: Mapping[str, Any]) -> Factorization[Any]:
         layer = module.get_submodule(entry["modules"][0])
@@ -307,10 +366,6 @@ class EmbeddingCompression(Callback):
     def _write_report(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and not _fast_dev_run(trainer):
             write_report(self._folder(trainer) / "report.json", module, self._perplexity)
-
-    def _residual_path(self, trainer: Trainer, table: str, epoch: int) -> Path:
-        # One file an epoch: a run resumed from before a refinement finds the residual of that time.
-        return (self._folder(trainer) / "residuals" / f"{table}-epoch{epoch}.bin").absolute()
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:

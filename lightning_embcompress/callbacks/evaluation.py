@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torchmetrics import Metric
+from torch.utils.data import DataLoader
+from torchmetrics import Metric, MetricCollection
 
 from lightning_embcompress.progress import progress_bar
 
@@ -25,9 +28,10 @@ def validation_perplexity(
 ) -> float | None:
     """Perplexity of a module on the validation data of a running fit, by a loop of its own without gradients.
 
-    Every batch goes through `validation_step`, as in Lightning's own loop and with the same limits, but nothing is
-    logged and neither the random state nor modes nor metrics of the module change. Without `monitor` the loss is the
-    cross-entropy that the step computes over one of the vocabularies, averaged over targets.
+    Every batch goes through the module's validation hooks and `validation_step`, as in Lightning's own loop and with
+    the same limits, but nothing is logged and neither the random state nor modes, buffers or metrics of the module
+    change. Without `monitor` the loss is the cross-entropy that the step computes over one of the vocabularies,
+    averaged over targets.
 
     Args:
         trainer: The Trainer that is fitting.
@@ -42,34 +46,55 @@ def validation_perplexity(
     Raises:
         ValueError: If the step logs nothing under the name of `monitor`.
     """
-    loop = trainer.fit_loop.epoch_loop.val_loop
     if not trainer.enable_validation:
         return None
-    if trainer.val_dataloaders is None:
-        loop.setup_data()
-    limits = trainer.num_val_batches
-    total = sum(limits)
-    if not total:
-        return None
-    loss = _HeadCrossEntropy(vocab_sizes)
-    logged = _Logged(monitor)
-    several = len(limits) > 1
-    with _undisturbed(module, logged), torch.no_grad(), trainer.precision_plugin.val_step_context():
-        module.eval()
-        module.on_validation_epoch_start()
-        bar_total = 1 if math.isinf(total) else total
-        with loss, progress_bar(title, total=bar_total) as advance:
-            for batch, batch_index, loader_index in _batches(
-                trainer, module, CombinedLoader(trainer.val_dataloaders, "sequential"), limits
-            ):
-                logged.batch_size = extract_batch_size(batch)
-                arguments = (batch, batch_index, loader_index) if several else (batch, batch_index)
-                module.validation_step(*arguments)
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    stage = trainer.state.stage
+    # As in Lightning's own loop: data hooks ask the trainer whether it is training.
+    trainer.validating = True
+    try:
+        if trainer.val_dataloaders is None:
+            loop.setup_data()
+        limits = trainer.num_val_batches
+        total = sum(limits)
+        if not total:
+            return None
+        loss = _HeadCrossEntropy(vocab_sizes)
+        logged = _Logged(monitor)
+        with (
+            _undisturbed(module, logged),
+            torch.no_grad(),
+            progress_bar(title, total=1 if math.isinf(total) else total) as advance,
+            _apart(trainer.val_dataloaders, getattr(loop._combined_loader, "_mode", "sequential")) as loader,
+        ):
+            module.on_validation_model_eval()
+            module.on_validation_start()
+            module.on_validation_epoch_start()
+            for batch, batch_index, loader_index in _batches(trainer, module, loader, limits):
+                logged.batch, logged.loader_index = batch, loader_index
+                arguments = (batch, batch_index, loader_index) if len(limits) > 1 else (batch, batch_index)
+                module.on_validation_batch_start(*arguments)
+                with trainer.precision_plugin.val_step_context(), loss:
+                    outputs = module.validation_step(*arguments)
+                module.on_validation_batch_end(outputs, *arguments)
                 advance(1)
-        module.on_validation_epoch_end()
-    if monitor is not None:
-        return math.exp(logged.mean())
-    return math.exp(loss.total / loss.count) if loss.count else None
+            module.on_validation_epoch_end()
+            module.on_validation_end()
+            # Here, where a monitored metric still has its state.
+            mean = loss.mean() if monitor is None else logged.mean()
+    finally:
+        trainer.state.stage = stage
+    if mean is None:
+        rank_zero_warn(
+            f"the validation_step of {type(module).__name__} computes no cross-entropy over "
+            f"{' or '.join(map(str, sorted(set(vocab_sizes))))} classes, so its perplexity is not known: name a "
+            "logged loss as monitor, if there is one in nats per token"
+        )
+        return None
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
 
 
 def stream_token_counts(
@@ -78,7 +103,8 @@ def stream_token_counts(
     """Count the tokens of the training data by one pass over it, for modules whose data module has no counts.
 
     `training_step` is entered with every batch and left again at the first moment the tokens are known: when the
-    embedding is called or, for a module without one, when the cross-entropy is. Nothing is trained.
+    embedding is called or, for a module without one, when the cross-entropy is. Nothing is trained. Data that never
+    ends, or can be read only once, needs given counts instead.
 
     Args:
         trainer: The Trainer that is fitting.
@@ -95,23 +121,29 @@ def stream_token_counts(
     counts = torch.zeros(vocab_size, dtype=torch.long)
 
     def count(ids: Tensor) -> None:
-        ids = ids.detach().flatten()
-        counts.add_(torch.bincount(ids[(ids >= 0) & (ids < vocab_size)], minlength=vocab_size).cpu())
+        ids = ids.detach().flatten().cpu()
+        counts.add_(torch.bincount(ids[(ids >= 0) & (ids < vocab_size)], minlength=vocab_size))
         raise _SeenEnough
 
-    loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+    def count_inputs(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        count(arguments[0] if arguments else next(iter(keywords.values())))
+
     limit = trainer.num_training_batches
+    mode = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
     with ExitStack() as stack:
         stack.enter_context(_undisturbed(module, _Logged(None)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.precision_plugin.train_step_context())
         if embedding is not None:
-            hook = embedding.register_forward_pre_hook(lambda _, arguments: count(arguments[0]))
+            hook = embedding.register_forward_pre_hook(count_inputs, with_kwargs=True)
             stack.callback(hook.remove)
-        else:
-            stack.enter_context(_HeadCrossEntropy([vocab_size], on_targets=count))
         advance = stack.enter_context(progress_bar("Counting tokens", total=limit if math.isfinite(limit) else 1))
-        for batch, batch_index, _ in _batches(trainer, module, loader, limit):
+        loader = stack.enter_context(_apart(trainer.train_dataloader, mode))
+        if embedding is None:
+            stack.enter_context(_HeadCrossEntropy([vocab_size], on_targets=count))
+        # The loader itself does not stop at a limit of training: Lightning's loop does.
+        batches = islice(_batches(trainer, module, loader, limit), int(limit) if math.isfinite(limit) else None)
+        for batch, batch_index, _ in batches:
             with suppress(_SeenEnough):
                 module.training_step(batch, batch_index)
             advance(1)
@@ -162,13 +194,17 @@ class _HeadCrossEntropy(TorchFunctionMode):
         self.total += float(func(input.float(), target, ignore_index=ignore_index, reduction="sum"))
         self.count += int(valid.sum())
 
+    def mean(self) -> float | None:
+        return self.total / self.count if self.count else None
+
 
 class _Logged:
     """Takes the place of `module.log`: keeps the values of one name and drops everything else."""
 
     def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
-        self.batch_size = 1
+        self.batch: Any = None
+        self.loader_index = 0
         self.total = 0.0
         self.weight = 0
         self.metric: Metric | None = None
@@ -176,12 +212,13 @@ class _Logged:
 
     def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
         self.seen.add(name)
-        if name != self.monitor:
+        # The second is what Lightning calls it if there are several loaders.
+        if self.monitor not in (name, f"{name}/dataloader_idx_{self.loader_index}"):
             return
         if isinstance(value, Metric):
             self.metric = value
             return
-        weight = self.batch_size if batch_size is None else batch_size
+        weight = extract_batch_size(self.batch) if batch_size is None else batch_size
         self.total += float(value) * weight
         self.weight += weight
 
@@ -201,14 +238,20 @@ class _Logged:
 
 @contextmanager
 def _undisturbed(module: LightningModule, logged: _Logged) -> Iterator[None]:
-    """Divert what the module logs, and put back its modes, its metrics and the random state afterwards."""
+    """Divert what the module logs, and put back its modes, buffers, metrics and the random state afterwards."""
     training = [(part, part.training) for part in module.modules()]
-    metrics = [
-        (metric, {name: _copied(getattr(metric, name)) for name in metric._defaults}, metric._update_count)
-        for metric in module.modules()
-        if isinstance(metric, Metric)
+    buffers = [
+        (part._buffers, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
     ]
+    # Whole, for some keep more than what `add_state` knows of.
+    metrics = [(part, _state(part)) for part in module.modules() if isinstance(part, Metric | MetricCollection)]
     with isolate_rng():
+        for metric, _ in metrics:
+            # As Lightning leaves them after an epoch in which they were logged.
+            metric.reset()
         module.log, module.log_dict = logged.log, logged.log_dict  # type: ignore[method-assign]
         try:
             yield
@@ -216,15 +259,45 @@ def _undisturbed(module: LightningModule, logged: _Logged) -> Iterator[None]:
             del module.log, module.log_dict
             for part, mode in training:
                 part.training = mode
-            for metric, state, updates in metrics:
-                metric.reset()
-                for name, value in state.items():
-                    setattr(metric, name, value)
-                metric._update_count = updates
+            for owner, name, buffer, value in buffers:
+                owner[name] = buffer.copy_(value)
+            for metric, state in metrics:
+                metric.__dict__.clear()
+                metric.__dict__.update(state)
 
 
-def _copied(state: Any) -> Any:
-    return list(state) if isinstance(state, list) else state.clone()
+def _state(metric: Metric | MetricCollection) -> dict[str, Any]:
+    if isinstance(metric, MetricCollection):
+        return {**metric.__dict__, "_groups": copy.deepcopy(metric._groups)}
+    states = {name: getattr(metric, name) for name in metric._defaults}
+    copies = {name: list(state) if isinstance(state, list) else state.clone() for name, state in states.items()}
+    return {**metric.__dict__, **copies}
+
+
+@contextmanager
+def _apart(loaders: Any, mode: Any) -> Iterator[CombinedLoader]:
+    """Loaders of the same data with iterators of their own, whose generators are put back afterwards.
+
+    Training has made its iterator of the first epoch already, and persistent workers serve one iterator only.
+    """
+    combined = CombinedLoader(loaders, mode)
+    generators = {}
+    copies = []
+    for loader in combined.flattened:
+        if isinstance(loader, DataLoader):
+            for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+                generator = getattr(owner, "generator", None)
+                if isinstance(generator, torch.Generator):
+                    generators[generator] = generator.get_state()
+            loader = copy.copy(loader)
+            loader._iterator = None
+        copies.append(loader)
+    combined.flattened = copies
+    try:
+        yield combined
+    finally:
+        for generator, state in generators.items():
+            generator.set_state(state)
 
 
 def _batches(

@@ -8,6 +8,7 @@ Refinement therefore aims at `T = Ŵ_now + R`: the table as training has moved i
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.solvers.gram import row_chunks
 
 
-def write_residual(path: Path, target: Tensor, factorization: Factorization[Any]) -> None:
-    """Write `R = T − Ŵ` in the table's dtype, chunk by chunk, under a temporary name that is then renamed."""
-    _write(path, target, factorization, sign=-1)
+def write_residual(path: Path, target: Tensor, factorization: Factorization[Any]) -> int:
+    """Write `R = T − Ŵ` in the table's dtype, chunk by chunk, under a temporary name that is then renamed.
+
+    Returns:
+        The checksum by which `open_table` knows the file again.
+    """
+    return _write(path, target, factorization, sign=-1)
 
 
 def write_target(path: Path, residual: Tensor, factorization: Factorization[Any]) -> Tensor:
@@ -29,15 +34,20 @@ def write_target(path: Path, residual: Tensor, factorization: Factorization[Any]
     return open_table(path, factorization)
 
 
-def open_table(path: Path, factorization: Factorization[Any]) -> Tensor:
+def open_table(path: Path, factorization: Factorization[Any], checksum: int | None = None) -> Tensor:
     """Map a file that was written here into memory.
+
+    Args:
+        path: The file.
+        factorization: Of the table it belongs to.
+        checksum: What `write_residual` returned, to be compared; None to compare the size only.
 
     Returns:
         `[vocab_size, dim]` in the dtype of the factors.
 
     Raises:
         FileNotFoundError: If it is missing.
-        ValueError: If its size is not that of the table.
+        ValueError: If its size is not that of the table, or its checksum another.
     """
     shape, dtype = (factorization.vocab_size, factorization.dim), factorization.dtype
     size = shape[0] * shape[1] * dtype.itemsize
@@ -51,19 +61,36 @@ def open_table(path: Path, factorization: Factorization[Any]) -> Tensor:
             f"the residual {str(path)!r} is damaged: a table of {shape[0]} x {shape[1]} takes {size} bytes, the file "
             f"has {path.stat().st_size}"
         )
+    if checksum is not None and _checksum(path) != checksum:
+        raise ValueError(
+            f"the residual {str(path)!r} is not the one that was written for this checkpoint: it is damaged, or "
+            "another run wrote to the same folder. Put it back, or resume without refine_at_epochs"
+        )
     return torch.from_file(str(path), size=shape[0] * shape[1], dtype=dtype).view(shape)
 
 
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
 @torch.no_grad()
-def _write(path: Path, base: Tensor, factorization: Factorization[Any], sign: int) -> None:
+def _write(path: Path, base: Tensor, factorization: Factorization[Any], sign: int) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     device = factorization.device
+    checksum = 0
     with temporary.open("wb") as file:
         for chunk in row_chunks(factorization.vocab_size, factorization.dim):
             rows = factorization.rows(torch.arange(chunk.start, chunk.stop, device=device))
             values = base[chunk].to(device).float() if rows.dtype.itemsize < 4 else base[chunk].to(device)
             values = (values + sign * rows).to(rows.dtype).cpu().contiguous()
             # By bytes: numpy has no bfloat16.
-            file.write(values.view(torch.uint8).numpy().tobytes())
+            data = values.view(torch.uint8).numpy().tobytes()
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
     os.replace(temporary, path)
+    return checksum

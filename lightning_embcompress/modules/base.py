@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_embcompress.checkpoint import restore_structure, write_record
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX, Perplexity, token_negative_log_likelihood
 
@@ -58,6 +59,9 @@ class LanguageModel(LightningModule):
         frequency_bands: Whether to measure the perplexity by frequency band too, from the data module's
             ``token_counts``; costs a second pass over the logits.
     """
+
+    restores_structure: ClassVar[bool] = True
+    """Whether checkpoints keep which tables are compressed without a callback's help."""
 
     def __init__(
         self,
@@ -202,7 +206,8 @@ class LanguageModel(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what identifies the vocabulary, if the data module does."""
+        """Store the structure of compressed tables, and what identifies the vocabulary, if the data module does."""
+        write_record(self, checkpoint)
         vocabulary = getattr(self._datamodule(), "vocabulary", None)
         fingerprint = getattr(vocabulary, "fingerprint", self._vocabulary_fingerprint)
         if fingerprint is not None:
@@ -210,10 +215,10 @@ class LanguageModel(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the vocabulary with the one that the checkpoint was trained with.
+        """Compare the vocabulary with the one that the checkpoint was trained with, then take its tables' structure.
 
         Raises:
-            ValueError: If the size or the fingerprint differs.
+            ValueError: If the size or the fingerprint differs, or the tables do not fit; nothing is changed then.
         """
         saved = checkpoint.get("vocabulary")
         if saved is not None:
@@ -226,3 +231,4 @@ class LanguageModel(LightningModule):
                     f" fingerprint {fingerprint}. Use the vocabulary file the checkpoint was trained with."
                 )
             self._vocabulary_fingerprint = saved["fingerprint"]
+        restore_structure(self, checkpoint)

@@ -216,9 +216,11 @@ class LSTMLanguageModel(LanguageModel):
         self._states.pop(stage, None)
 
     @override
-    def on_train_epoch_start(self) -> None:
-        """Start the texts from a zero state."""
-        self.start_text("train")
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start the texts of an epoch from a zero state."""
+        # Lightning leaves `on_train_epoch_start` out when it resumes from after the last step of an epoch.
+        if batch_idx == 0:
+            self.start_text("train")
 
     @override
     def on_train_epoch_end(self) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_embcompress import compress, densify
 from lightning_embcompress.modules.sampled_softmax import (
     Candidates,
     head_rows,
@@ -204,3 +207,30 @@ def test_log_expected_count_is_accurate_for_rare_ids() -> None:
     probability = math.log1p(1 / vocab_size) / math.log(vocab_size + 1)
     expected = math.log(-math.expm1(8192 * math.log1p(-probability)))
     assert log_expected_count(torch.tensor([vocab_size - 1]), vocab_size, 8192.0).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["low_rank", "group_reduce"])
+def test_rows_of_a_compressed_head(method: str) -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(16, 200))
+    compress(head, method, ratio=2, token_counts=torch.arange(200, 0, -1))
+    dense = copy.deepcopy(head)
+    densify(dense)
+    ids = torch.tensor([[5, 199, 5], [0, 77, 77]])
+    torch.testing.assert_close(head_rows(head[0], ids), head_rows(dense[0], ids))
+    hidden, targets = torch.randn(2, 3, 16, requires_grad=True), torch.tensor([[1, 2, 3], [4, 199, -100]])
+    candidates = sample_candidates(200, 50)
+    losses = [
+        sampled_softmax_loss(hidden, targets, partial(head_rows, layer), layer.bias, candidates, 200)
+        for layer in (head[0], dense[0])
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    gradients = [torch.autograd.grad(loss, hidden, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    losses[0].backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters() if parameter.numel())
+    # All ids sampled: the full softmax of the compressed head.
+    full = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten())
+    every = sample_candidates(200, 200)
+    rows = partial(head_rows, head[0])
+    torch.testing.assert_close(sampled_softmax_loss(hidden, targets, rows, head[0].bias, every, 200), full)

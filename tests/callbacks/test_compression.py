@@ -1,0 +1,325 @@
+"""The callback on modules that were written without it: what it changes, what it refuses, what it reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.optim import lr_scheduler
+
+from lightning_embcompress import EmbeddingCompression, GroupReduce, compress
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.plan import plan_of
+
+MakeTrainer = Callable[..., Trainer]
+
+TABLES = {
+    "untied": [("encoder",), ("decoder",)],
+    "tied": [("encoder", "decoder")],
+    "head": [("decoder",)],
+    "embedding": [("encoder",)],
+}
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step),
+    "one_cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=200),
+}
+
+
+class Watch(Callback):
+    """Comes after the compression: takes notes at the start and at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.compressed: list[bool] = []
+        self.groups: list[int] = []
+        self.at_start: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+        self.steps = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.compressed.append(any(isinstance(module, CompressedLayer) for module in pl_module.modules()))
+        self.groups.append(len(trainer.optimizers[0].param_groups))
+        self.at_start.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.steps += 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["val_loss"]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+@pytest.mark.parametrize("kind", TABLES)
+def test_foreign_modules(foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str, schedule: str) -> None:
+    model = foreign.model(kind)
+
+    def configure(module: Any) -> Any:
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        return [optimizer], [{"scheduler": SCHEDULERS[schedule](optimizer), "interval": "step"}]
+
+    model.optimizers_of = configure
+    dense = {id(model.get_submodule(path).weight) for paths in TABLES[kind] for path in paths}
+    watch = Watch()
+    trainer = make_trainer(EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=1), watch)
+    trainer.fit(model, **foreign.loaders(kind))
+
+    assert watch.compressed == [False, True, True]
+    assert [table.modules for table in plan_of(model).tables] == TABLES[kind]
+    assert all(table.ratio >= 2 for table in plan_of(model).tables)
+    (optimizer,) = trainer.optimizers
+    assert watch.groups == [1, 1, 1]
+    optimized = [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
+    assert optimized == [id(parameter) for parameter in model.parameters()]
+    assert not dense & set(optimized)
+    assert not dense & {id(parameter) for parameter in optimizer.state}
+    factors = [name for name, _ in model.named_parameters() if ".factorization." in name]
+    assert factors
+    for name in factors:
+        moved = model.get_parameter(name) - watch.at_start[1][name]
+        assert moved.abs().max() > 1e-3, name
+    assert watch.losses[2] < watch.losses[0]
+
+
+def test_at_epoch_0_compresses_before_the_first_step(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model, expected, watch = foreign.model(), foreign.model(), Watch()
+    make_trainer(EmbeddingCompression("low_rank", ratio=2), watch, max_epochs=1).fit(model, **foreign.loaders())
+    compress(expected, "low_rank", ratio=2)
+    assert watch.compressed == [True]
+    torch.testing.assert_close(watch.at_start[0], dict(expected.named_parameters()), rtol=0, atol=0)
+
+
+def test_fast_dev_run_does_everything_and_leaves_nothing(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    model = foreign.model()
+    callback = GroupReduce(ratio=2, at_epoch=5, refine_at_epochs=[6, 7], groups=3)
+    make_trainer(callback, fast_dev_run=True).fit(model, **foreign.loaders())
+    state = callback.state_dict()
+    assert len(plan_of(model).tables) == 2
+    assert state["refined"] == [6, 7]
+    assert all(entry["value"] > 1 for entry in state["perplexity"]["refined"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_frozen_table_stays_frozen(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model, watch = foreign.model(), Watch()
+    model.encoder.weight.requires_grad_(False)
+    make_trainer(EmbeddingCompression("low_rank", ratio=2), watch, max_epochs=1).fit(model, **foreign.loaders())
+    for name, parameter in model.encoder.named_parameters(prefix="encoder"):
+        assert not parameter.requires_grad
+        assert torch.equal(parameter, watch.at_start[0][name])
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 4}, {"max_steps": 30}])
+def test_other_ways_of_training(foreign: SimpleNamespace, make_trainer: MakeTrainer, changes: dict[str, Any]) -> None:
+    callback, watch = GroupReduce(ratio=2, at_epoch=1, refine_at_epochs=[2], groups=3), Watch()
+    trainer = make_trainer(callback, watch, gradient_clip_val=1.0, deterministic=True, **{"max_epochs": 4, **changes})
+    trainer.fit(foreign.model(), **foreign.loaders())
+    assert watch.losses[-1] < watch.losses[0]
+    assert watch.compressed[:2] == [False, True]
+
+
+def test_one_callback_serves_one_model_after_the_other(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    callback = EmbeddingCompression("low_rank", ratio=2)
+    for _ in range(2):
+        model = foreign.model()
+        make_trainer(callback, max_epochs=1).fit(model, **foreign.loaders())
+        assert len(plan_of(model).tables) == 2
+    trainer = make_trainer(callback, max_epochs=1)
+    parameters = dict(model.named_parameters())
+    trainer.fit(model, **foreign.loaders())
+    # A second fit of the compressed model goes on with what is there.
+    assert {name: id(value) for name, value in model.named_parameters()} == {k: id(v) for k, v in parameters.items()}
+
+
+def test_report_and_logged_values(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run")
+    callback = GroupReduce(size="7kB", at_epoch=1, refine_at_epochs=[2], groups=2)
+    model = foreign.model()
+    make_trainer(callback, logger=logger, max_epochs=4).fit(model, **foreign.loaders())
+
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(report) == ["tables", "model", "perplexity"]
+    keys = {"name", "method", "shape", "dense_bytes", "stored_bytes", "ratio", "parameter_ratio"}
+    for table in report["tables"]:
+        assert keys <= set(table)
+        assert table["shape"] == [foreign.vocab_size, foreign.dim]
+        assert table["dense_bytes"] == 4 * foreign.vocab_size * foreign.dim
+        assert table["ratio"] == table["dense_bytes"] / table["stored_bytes"]
+        factors = model.get_submodule(table["name"]).factorization.parameters()
+        elements = sum(parameter.numel() for parameter in factors)
+        assert table["parameter_ratio"] == foreign.vocab_size * foreign.dim / elements
+    assert [table["name"] for table in report["tables"]] == ["encoder", "decoder"]
+    assert sum(table["stored_bytes"] for table in report["tables"]) <= 7000
+    whole, rest = report["model"], sum(value.nbytes for value in foreign.model().state_dict().values())
+    assert list(whole) == ["dense_bytes", "stored_bytes", "ratio"]
+    assert whole["dense_bytes"] == rest
+    assert whole["ratio"] == whole["dense_bytes"] / whole["stored_bytes"]
+    perplexity = report["perplexity"]
+    assert list(perplexity) == ["dense", "compressed", "refined", "final", "split"]
+    assert perplexity["split"] == "validation"
+    assert [entry["epoch"] for entry in perplexity["refined"]] == [2]
+    assert perplexity["dense"] < perplexity["compressed"]
+
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {name: float(row[name]) for row in rows for name in row if row[name]}
+    assert logged["embcompress/perplexity_dense"] == pytest.approx(perplexity["dense"])
+    assert logged["embcompress/perplexity_compressed"] == pytest.approx(perplexity["compressed"])
+    assert logged["embcompress/perplexity_refined"] == pytest.approx(perplexity["refined"][0]["value"])
+    assert logged["embcompress/perplexity_final"] == pytest.approx(perplexity["final"])
+    assert logged["embcompress/encoder/ratio"] == pytest.approx(report["tables"][0]["ratio"])
+    assert logged["embcompress/model_ratio"] == pytest.approx(whole["ratio"])
+    assert 0 < logged["embcompress/decoder/weighted_error"] < 1
+
+
+def test_without_validation_data(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    callback = GroupReduce(ratio=2, at_epoch=1, refine_at_epochs=[2], groups=3)
+    loader = foreign.loaders()["train_dataloaders"]
+    make_trainer(callback).fit(foreign.model(), train_dataloaders=loader)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["perplexity"] == {
+        "dense": None,
+        "compressed": None,
+        "refined": [{"epoch": 2, "value": None}],
+        "final": None,
+        "split": "validation",
+    }
+
+
+def test_a_diverged_run_still_has_a_report_in_json(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    model = foreign.model()
+    with torch.no_grad():
+        model.decoder.bias[5] = 1e6
+    model.optimizers_of = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
+    callback = EmbeddingCompression("low_rank", ratio=2)
+    make_trainer(callback, max_epochs=1).fit(model, **foreign.loaders())
+    assert callback.state_dict()["perplexity"]["final"] == math.inf
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["perplexity"]["final"] is None
+
+
+def _two_heads(model: Any) -> None:
+    model.second = nn.Linear(model.decoder.in_features, model.decoder.out_features)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "message"),
+    [
+        ({"at_epoch": 3}, None, r"at_epoch asks for epoch 3, but max_epochs=3.*at least 4"),
+        ({"refine_at_epochs": [1, 9]}, None, r"refine_at_epochs asks for epoch 9"),
+        ({"ratio": 500.0}, None, r"'encoder' \(150, 16\).*smallest it can be is"),
+        ({"ratio": None, "size": "1MB"}, None, r"size '1MB' is not below"),
+        ({"tables": ["encoder", "decodr"]}, None, r"no module 'decodr' \(did you mean 'decoder'"),
+        ({}, _two_heads, r"found two or more projections.*'decoder'.*'second'.*Name the modules"),
+        ({"token_counts": [1] * 149}, None, r"150 rows of table 'encoder', its shape is \(149,\)"),
+        ({"token_counts": [1] * 149 + [-1]}, None, r"entry 149 is -1"),
+    ],
+)
+def test_refused_before_training_starts(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, arguments: Any, change: Any, message: str, tmp_path: Path
+) -> None:
+    model, watch = foreign.model(), Watch()
+    if change is not None:
+        change(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    callback = EmbeddingCompression("weighted_low_rank", **{"ratio": 2, **arguments})
+    with pytest.raises(ValueError, match=message):
+        make_trainer(callback, watch).fit(model, **foreign.loaders())
+    assert watch.steps == 0
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"at_epoch": 2, "refine_at_epochs": [1, 3]}, r"\[1, 3\] must all come after at_epoch=2; 1 does not"),
+        ({"at_epoch": -1}, "at_epoch must be 0 or more"),
+        ({"ratio": 0.5}, "ratio must be above 1"),
+        ({"size": "1MB"}, "either a ratio or a size"),
+        ({"group": 3}, r"unknown option 'group' \(did you mean 'groups'"),
+    ],
+)
+def test_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddingCompression("group_reduce", **{"ratio": 2, **arguments})
+
+
+def test_a_table_of_nan_is_refused_when_its_epoch_comes(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model = foreign.model()
+
+    class Diverge(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            pl_module.decoder.weight.data[[7, 9]] = math.nan
+
+    with pytest.raises(ValueError, match=r"'decoder' has NaN or infinite values in 2 of its 150 rows \(rows 7, 9\)"):
+        make_trainer(Diverge(), EmbeddingCompression("low_rank", ratio=2, at_epoch=1)).fit(model, **foreign.loaders())
+    assert not plan_of(model).tables
+    assert model.encoder.weight.isfinite().all()
+
+
+class EMAWeightAveraging(Callback):
+    """Older versions of Lightning have none, so it is known by name."""
+
+
+def test_weight_averaging_is_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    averaging: list[Callback] = [StochasticWeightAveraging(0.1), type("WeightAveraging", (EMAWeightAveraging,), {})()]
+    for other in averaging:
+        with pytest.raises(ValueError, match=f"{type(other).__name__} averages weights by shape.*remove it"):
+            make_trainer(EmbeddingCompression("low_rank", ratio=2), other).fit(foreign.model(), **foreign.loaders())
+
+
+def test_several_devices_are_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    trainer, callback = make_trainer(devices=2, strategy="ddp_spawn"), EmbeddingCompression("low_rank", ratio=2)
+    with pytest.raises(ValueError, match="trains on one device for now, the Trainer has 2: use devices=1"):
+        callback.setup(trainer, foreign.model(), "fit")
+
+
+def test_a_model_that_was_compressed_otherwise_is_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model = foreign.model()
+    compress(model, "low_rank", ratio=2)
+    # Not taken for a table: the only Linear that is left.
+    with pytest.raises(ValueError, match=r"'encoder', 'decoder' are compressed already, and not by this"):
+        make_trainer(EmbeddingCompression("low_rank", ratio=2)).fit(model, **foreign.loaders())
+
+
+def test_training_that_ends_before(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=2)
+    with pytest.warns(UserWarning, match="before at_epoch=2: nothing was compressed"):
+        make_trainer(callback, max_steps=5).fit(foreign.model(), **foreign.loaders())
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_counts_of_a_data_module_are_read_only_where_they_are_needed(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer
+) -> None:
+    loaders = foreign.loaders()
+
+    class Data(LightningDataModule):
+        asked = 0
+
+        @property
+        def token_counts(self) -> list[int]:
+            self.asked += 1
+            return list(range(foreign.vocab_size, 0, -1))
+
+        def train_dataloader(self) -> Any:
+            return loaders["train_dataloaders"]
+
+    for method, asked in (("low_rank", False), ("weighted_low_rank", True)):
+        data, model = Data(), foreign.model()
+        make_trainer(EmbeddingCompression(method, ratio=2), max_epochs=1).fit(model, datamodule=data)
+        assert bool(data.asked) is asked

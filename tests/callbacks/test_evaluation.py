@@ -1,0 +1,322 @@
+"""Measuring within a fit: the right values, and nothing is any different for it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
+
+from lightning_embcompress import EmbeddingCompression
+from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
+from lightning_embcompress.plan import plan_of
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Measure(Callback):
+    """Measures at every epoch's start, at the hook where the compression does."""
+
+    def __init__(self, vocab_size: int, monitor: str | None = None, count: bool = False) -> None:
+        self.vocab_size, self.monitor, self.count = vocab_size, monitor, count
+        self.values: list[float | None] = []
+        self.counts: list[Tensor] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.values.append(validation_perplexity(trainer, pl_module, [self.vocab_size], self.monitor, "Measuring"))
+        if self.count:
+            embedding = getattr(pl_module, "encoder", None)
+            self.counts.append(stream_token_counts(trainer, pl_module, embedding, self.vocab_size))
+
+
+class State(Callback):
+    """Comes after: notes all that measuring could have changed."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        metrics = [part for part in pl_module.modules() if isinstance(part, Metric)]
+        self.notes.append(
+            [
+                [part.training for part in pl_module.modules()],
+                [
+                    {name: torch.as_tensor(getattr(metric, name)).clone() for name in metric._defaults}
+                    for metric in metrics
+                ],
+                [metric._update_count for metric in metrics],
+                [buffer.clone() for buffer in pl_module.buffers()],
+                torch.get_rng_state(),
+                torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore[index,union-attr]
+                random.getstate()[1],
+                trainer.training,
+                len(trainer.callback_metrics),
+                "log" in pl_module.__dict__,
+            ]
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.notes.append([value.clone() for value in pl_module.state_dict().values()])
+
+
+def _crowded(foreign: SimpleNamespace, kind: str) -> Any:
+    """A module with everything that an evaluation could disturb."""
+
+    class Crowded(type(foreign.model(kind))):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(foreign.dim)).eval()
+            self.running = MeanMetric()
+            self.best = MaxMetric()
+            self.sum = self.running + self.best
+            classes = {"task": "multiclass", "num_classes": foreign.vocab_size, "average": "micro"}
+            del classes["task"]
+            self.both = MetricCollection([MulticlassAccuracy(**classes), MulticlassPrecision(**classes)])  # type: ignore[arg-type]
+            self.started = 0
+
+        def on_validation_start(self) -> None:
+            self.seen: list[float] = []
+
+        def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.seen.append(float(outputs))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            # In mid-state when the next epoch starts, and when the measuring comes.
+            self.running.update(loss.detach())
+            return loss  # type: ignore[no-any-return]
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert not self.trainer.training
+            assert not self.norm.training
+            loss = super().validation_step(batch, batch_idx)
+            self.running.update(loss * torch.rand(()) + random.random() + np.random.rand())
+            self.both.update(self(batch[0]).flatten(0, -2), batch[1].flatten())
+            return loss  # type: ignore[no-any-return]
+
+        def on_validation_epoch_end(self) -> None:
+            assert self.seen
+            self.best.update(self.running.compute())
+            self.log("val_best", self.best)
+            self.log_dict(self.both)
+            self.log("train_loss", 1e9, prog_bar=True, logger=True)
+
+    seed_everything(0, verbose=False)
+    return Crowded()
+
+
+@pytest.mark.parametrize("kind", ["untied", "head"])
+def test_measuring_changes_nothing(foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str) -> None:
+    notes, values = [], []
+    for measured in (False, True):
+        state, measure = State(), Measure(foreign.vocab_size, count=True)
+        generator = torch.Generator().manual_seed(5)
+        loaders = foreign.loaders(kind, generator=generator)
+        trainer = make_trainer(*([measure] if measured else []), state, num_sanity_val_steps=1)
+        trainer.fit(_crowded(foreign, kind), **loaders)
+        notes.append([*state.notes, generator.get_state()])
+        values.append(measure.values)
+    assert len(notes[0]) == 5
+    torch.testing.assert_close(notes[1], notes[0], rtol=0, atol=0)
+    assert values[1][2] < values[1][0]
+
+
+def test_counting_changes_nothing(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    results = []
+    for arguments in ({}, {"token_counts": torch.bincount(foreign.text()[:, :-1].flatten(), minlength=150)}):
+        model = foreign.model(dropout=0.3)
+        callback = EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=1, **arguments)
+        make_trainer(callback).fit(model, **foreign.loaders())
+        assert len(plan_of(model).tables) == 2
+        results.append(dict(model.state_dict()))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("at_epoch", [0, 1])
+def test_a_callback_that_is_not_due_yet_changes_nothing(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, at_epoch: int
+) -> None:
+    class Keep(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+            self.kept = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    results = []
+    for callbacks in ([], [EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=at_epoch + 1)]):
+        keep = Keep()
+        trainer = make_trainer(keep, *callbacks, max_epochs=at_epoch + 2)
+        trainer.fit(foreign.model(dropout=0.3), **foreign.loaders())
+        results.append(keep.kept)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "head", "embedding"])
+def test_streamed_counts(foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str) -> None:
+    measure = Measure(foreign.vocab_size, count=True)
+    make_trainer(measure, max_epochs=2).fit(foreign.model(kind), **foreign.loaders(kind))
+    inputs, targets = foreign.dataset(kind).tensors
+    true = torch.bincount((targets if kind == "head" else inputs).flatten(), minlength=foreign.vocab_size)
+    assert [torch.equal(counts, true) for counts in measure.counts] == [True, True]
+
+
+def test_streamed_counts_obey_the_limit(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    measure, loaders = Measure(foreign.vocab_size, count=True), foreign.loaders(shuffle=False)
+    make_trainer(measure, max_epochs=1, limit_train_batches=5).fit(foreign.model(), **loaders)
+    true = torch.bincount(foreign.text()[:40, :-1].flatten(), minlength=foreign.vocab_size)
+    assert torch.equal(measure.counts[0], true)
+
+
+def test_counting_leaves_persistent_workers_to_training(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    class Steps(Callback):
+        count = 0
+
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            self.count += 1
+
+    steps = Steps()
+    loaders = foreign.loaders(num_workers=1, persistent_workers=True)
+    callback = EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=0)
+    make_trainer(callback, steps, max_epochs=1).fit(foreign.model(), **loaders)
+    assert steps.count == 12
+
+
+def test_no_tokens_to_count(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model = foreign.model("head")
+    model.loss = nn.MultiMarginLoss()
+    with pytest.raises(ValueError, match="no token was seen in the training data: give the callback token_counts"):
+        make_trainer(EmbeddingCompression("group_reduce", ratio=2)).fit(model, **foreign.loaders("head"))
+    assert not plan_of(model).tables
+
+
+def _cross_entropy(model: Any, loader: Any, ignore_index: int = -100, limit: int = 10**9) -> tuple[float, int]:
+    """Sum and count, computed anew from the definition."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index, (inputs, targets) in enumerate(loader):
+            if index < limit:
+                scores = model(inputs).double().log_softmax(dim=-1)
+                keep = targets != ignore_index
+                total -= scores.gather(-1, targets.where(keep, 0).unsqueeze(-1)).squeeze(-1)[keep].sum().item()
+                count += int(keep.sum())
+    return total, count
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("loss", ["plain", "ignored", "smoothed", "likelihood"])
+def test_the_value(foreign: SimpleNamespace, make_trainer: MakeTrainer, loss: str, limit: int | None) -> None:
+    model, loaders = foreign.model(), foreign.loaders()
+    if loss == "ignored":
+        # Batches of unequal counts: a mean of means would be another number.
+        data = loaders["val_dataloaders"].dataset
+        data.tensors[1][:8, 1:] = 0
+        model.loss = nn.CrossEntropyLoss(ignore_index=0)
+    if loss == "smoothed":
+        model.loss = nn.CrossEntropyLoss(torch.rand(foreign.vocab_size), label_smoothing=0.2, reduction="sum")
+    if loss == "likelihood":
+        model.decoder = nn.Sequential(model.decoder, nn.LogSoftmax(dim=-1))
+        model.loss = nn.NLLLoss()
+    measure = Measure(foreign.vocab_size)
+    changes = {} if limit is None else {"limit_val_batches": limit}
+    total, count = _cross_entropy(
+        model.eval(), loaders["val_dataloaders"], 0 if loss == "ignored" else -100, limit or 10**9
+    )
+    make_trainer(measure, max_epochs=1, **changes).fit(model.train(), **loaders)
+    assert measure.values[0] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_the_value_over_several_loaders(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model, loaders = foreign.model(), foreign.loaders()
+    text = foreign.text()[:20]
+    second = DataLoader(TensorDataset(text[:, :3], text[:, 1:4]), batch_size=7)
+    loaders["val_dataloaders"] = [loaders["val_dataloaders"], second]
+    sums = [_cross_entropy(model.eval(), loader) for loader in loaders["val_dataloaders"]]
+    measure, monitored = Measure(foreign.vocab_size), Measure(foreign.vocab_size, "val_loss/dataloader_idx_1")
+    make_trainer(measure, monitored, max_epochs=1).fit(model.train(), **loaders)
+    assert measure.values[0] == pytest.approx(math.exp(sum(t for t, _ in sums) / sum(c for _, c in sums)), rel=1e-5)
+    assert monitored.values[0] == pytest.approx(math.exp(sums[1][0] / sums[1][1]), rel=1e-5)
+
+
+def test_the_value_in_reduced_precision(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model, loaders, measure = foreign.model(), foreign.loaders(), Measure(foreign.vocab_size)
+    exact = math.exp(np.divide(*_cross_entropy(model.eval(), loaders["val_dataloaders"])))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = math.exp(np.divide(*_cross_entropy(model, loaders["val_dataloaders"])))
+    make_trainer(measure, max_epochs=1, precision="bf16-mixed").fit(model.train(), **loaders)
+    assert measure.values[0] == pytest.approx(rounded, rel=1e-5)
+    assert measure.values[0] != pytest.approx(exact, rel=1e-5)
+
+
+def test_a_monitored_loss(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    loaders = foreign.loaders()
+    loaders["val_dataloaders"] = DataLoader(loaders["val_dataloaders"].dataset, batch_size=20)
+    model = foreign.model()
+    expected = math.exp(np.divide(*_cross_entropy(model.eval(), loaders["val_dataloaders"])))
+    measure = Measure(-1, "val_loss")
+    make_trainer(measure, max_epochs=1).fit(model.train(), **loaders)
+    assert measure.values[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_monitored_metric(foreign: SimpleNamespace, make_trainer: MakeTrainer, at_end: bool) -> None:
+    class Monitored(foreign.Foreign):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.nats = MeanMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.nats.update(100.0)
+            return super().training_step(batch, batch_idx)  # type: ignore[no-any-return]
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = self._loss(batch)
+            self.nats.update(loss, weight=batch[1].numel())
+            if not at_end:
+                self.log("nats", self.nats)
+            return loss  # type: ignore[no-any-return]
+
+        def on_validation_epoch_end(self) -> None:
+            if at_end:
+                self.log("nats", self.nats.compute())
+
+    seed_everything(0, verbose=False)
+    model, loaders = Monitored(), foreign.loaders()
+    model.optimizers_of = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
+    expected = math.exp(np.divide(*_cross_entropy(model.eval(), loaders["val_dataloaders"])))
+    measure = Measure(-1, "nats")
+    make_trainer(measure, max_epochs=2).fit(model.train(), **loaders)
+    # The second is measured when the metric is full of what training has put there.
+    assert measure.values == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_a_wrong_monitor(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model = foreign.model()
+    before = [value.clone() for value in model.state_dict().values()]
+    with pytest.raises(ValueError, match=r"monitor 'val_los' is not logged in validation; logged are \['val_loss'\]"):
+        make_trainer(EmbeddingCompression("low_rank", ratio=2, monitor="val_los")).fit(model, **foreign.loaders())
+    torch.testing.assert_close(list(model.state_dict().values()), before, rtol=0, atol=0)
+
+
+def test_no_loss_at_the_head(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    measure = Measure(foreign.vocab_size)
+    with pytest.warns(UserWarning, match="computes no cross-entropy over 150 classes.*monitor"):
+        make_trainer(measure, max_epochs=1).fit(foreign.model("embedding"), **foreign.loaders("embedding"))
+    assert measure.values == [None]
+
+
+@pytest.mark.parametrize("changes", [{"limit_val_batches": 0}, {"num_sanity_val_steps": 0}])
+def test_validation_that_is_off_or_late(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, changes: dict[str, Any]
+) -> None:
+    measure = Measure(foreign.vocab_size)
+    trainer = make_trainer(measure, max_epochs=2, check_val_every_n_epoch=2, **changes)
+    trainer.fit(foreign.model(), **foreign.loaders())
+    assert [value is None for value in measure.values] == ["limit_val_batches" in changes] * 2
