@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import factorization_from_spec
-from lightning_embcompress.plan import Plan, apply_plan, plan_of
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
+from lightning_embcompress.tables import all_modules
 
 RECORD_KEY = "embcompress"
 """Where a Lightning checkpoint keeps the plan; a checkpoint of a dense model has no such key."""
@@ -53,13 +55,19 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         apply_plan(module, plan)
 
 
+def restores_structure(module: LightningModule | type[LightningModule]) -> bool:
+    """Whether a module calls `write_record` and `restore_structure` in its own hooks."""
+    return bool(getattr(module, "restores_structure", False))
+
+
 def attach(module: LightningModule) -> None:
     """Make a module keep its structure in checkpoints, and take it from them. Doing it twice changes nothing.
 
     The hooks are replaced on the instance, because callbacks are left out of weights-only checkpoints and their
-    `on_load_checkpoint` comes after the weights are loaded, when it is too late.
+    `on_load_checkpoint` comes after the weights are loaded, when it is too late. A module with a true
+    `restores_structure` does both itself, after checks of its own, and is left alone.
     """
-    if not isinstance(module.__dict__.get("on_save_checkpoint"), _SaveHook):
+    if not restores_structure(module) and not isinstance(module.__dict__.get("on_save_checkpoint"), _SaveHook):
         module.on_save_checkpoint = _SaveHook(module, module.on_save_checkpoint)  # type: ignore[method-assign]
         module.on_load_checkpoint = _LoadHook(module, module.on_load_checkpoint)  # type: ignore[method-assign]
 
@@ -89,6 +97,9 @@ def check_checkpoint_file(path: str | os.PathLike[str]) -> None:
         FileNotFoundError: If there is no such file.
         ValueError: If it is cut short or is something else.
     """
+    if "://" in str(path):
+        # Not on this machine: Lightning reads it through fsspec, and says what is wrong with it.
+        return
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
     # `torch.save` writes a zip archive, whose directory stands at the end: a truncated file has none.
@@ -112,6 +123,9 @@ def load_from_checkpoint(cls: type[_Module], path: str | os.PathLike[str], **kwa
         ValueError: If it is not a whole checkpoint, or its plan does not fit the module.
     """
     check_checkpoint_file(path)
+    if restores_structure(cls):
+        restored: _Module = cls.load_from_checkpoint(Path(path), **kwargs)
+        return restored
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         restore_structure(self, checkpoint)
@@ -135,7 +149,8 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: A directory, made if it is missing, for `model.safetensors` and `config.json`.
 
     Raises:
-        ValueError: If the module keeps state that is not a tensor.
+        ValueError: If the module keeps state that is not a tensor, or the directory holds a `config.json` that
+            `save_compressed` did not write.
     """
     directory = Path(path)
     tensors: dict[str, Tensor] = {}
@@ -154,6 +169,12 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
             continue
         stored[identity] = name
         tensors[name] = tensor.detach().contiguous()
+    record_file = directory / CONFIG_FILE
+    if record_file.exists() and not _is_ours(record_file):
+        raise ValueError(
+            f"{str(record_file)!r} belongs to something else, perhaps a Hugging Face model, and would be lost: save to "
+            "a directory of its own"
+        )
     config = {"format": _FORMAT, "plan": plan_of(model).to_dict(), "aliases": aliases}
     directory.mkdir(parents=True, exist_ok=True)
     weights, record = directory / f".{WEIGHTS_FILE}.tmp", directory / f".{CONFIG_FILE}.tmp"
@@ -165,6 +186,14 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     finally:
         weights.unlink(missing_ok=True)
         record.unlink(missing_ok=True)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("format") == _FORMAT
 
 
 def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan:
@@ -205,37 +234,58 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan:
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise ValueError(f"{str(directory / CONFIG_FILE)!r} was not written by save_compressed")
     plan = Plan.from_dict(config.get("plan"))
-    aliases = config.get("aliases", {})
-    _check_tensors(directory / WEIGHTS_FILE, model, plan, aliases)
+    check_plan(model, plan)
+    tensors = _read_tensors(directory / WEIGHTS_FILE, config.get("aliases", {}))
+    _check_tensors(directory, model, plan, tensors)
     apply_plan(model, plan)
-    tensors = load_file(directory / WEIGHTS_FILE)
-    model.load_state_dict({**tensors, **{name: tensors[source] for name, source in aliases.items()}})
+    model.load_state_dict(tensors)
     return plan_of(model)
 
 
-def _check_tensors(file: Path, model: nn.Module, plan: Plan, aliases: dict[str, str]) -> None:
-    """Compare the header of a file with what a model will have once it is compressed as planned."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for table in plan.tables:
-        state = factorization_from_spec(table.spec, torch.float32, torch.device("meta")).state_dict()
-        for module in table.modules:
-            expected = {
-                name: shape
-                for name, shape in expected.items()
-                if name != f"{module}.weight" and not name.startswith(f"{module}.factorization.")
-            }
-            expected |= {f"{module}.factorization.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+def _read_tensors(file: Path, aliases: Any) -> dict[str, Tensor]:
+    """Tensors of a file by all their names: those that layers share are in it once."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        tensors: dict[str, Tensor] = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{str(file)!r} is damaged or cut short: {error}") from error
-    if unknown := set(aliases.values()) - set(found):
-        raise ValueError(f"{str(file.parent)!r} is damaged: {sorted(unknown)[0]!r} is missing from {file.name}")
-    found |= {name: found[source] for name, source in aliases.items()}
+    if not isinstance(aliases, dict):
+        raise ValueError(f"{str(file.parent / CONFIG_FILE)!r} is damaged: 'aliases' is {aliases!r}")
+    for name, source in aliases.items():
+        if source not in tensors:
+            raise ValueError(f"{str(file.parent)!r} is damaged: {source!r} is missing from {file.name}")
+        tensors[name] = tensors[source]
+    return tensors
+
+
+def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Compare tensors with what a model will have once it is compressed as planned, before it is changed."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    compressed = [(path, layer) for path, layer in all_modules(model).items() if isinstance(layer, CompressedLayer)]
+    for path, layer in compressed:
+        expected = _without(expected, f"{path}.factorization.")
+        expected[f"{path}.weight"] = (layer.factorization.vocab_size, layer.factorization.dim)
+    for table in plan.tables:
+        factorization = factorization_from_spec(table.spec, getattr(torch, table.dtype))
+        for path in table.modules:
+            expected = _without(expected, f"{path}.weight")
+            for name, tensor in factorization.state_dict().items():
+                expected[f"{path}.factorization.{name}"] = tuple(tensor.shape)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{str(file.parent)!r} does not fit the model: {name!r} is {found.get(name, 'missing')} in the file "
+                f"{str(directory)!r} does not fit the model: {name!r} is {found.get(name, 'missing')} in the file "
                 f"and {expected.get(name, 'missing')} in the model"
             )
+    for table in plan.tables:
+        # Loaded on trial: only the factorization itself knows which values are possible.
+        prefix = f"{table.name}.factorization."
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        try:
+            factorization_from_spec(table.spec, getattr(torch, table.dtype)).load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{str(directory / WEIGHTS_FILE)!r} is damaged: {error}") from error
+
+
+def _without(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}

@@ -19,6 +19,7 @@ from typing_extensions import override
 # jsonargparse resolves `class_path: LSTMLanguageModel` among the classes that are imported.
 import lightning_embcompress.callbacks
 import lightning_embcompress.modules  # noqa: F401
+from lightning_embcompress.checkpoint import attach, check_checkpoint_file
 from lightning_embcompress.data import TokenStreamDataModule
 
 # The CLI's own default draws a random seed, and two runs of one recipe would differ without a word.
@@ -176,6 +177,10 @@ class EmbcompressCLI(LightningCLI):
                 "no model: the recipe needs a key `model` with a `class_path` (the name of a model of this package, or "
                 "package.module.Class), or the command line --model CLASS"
             )
+        ckpt_path = self._get(self.config, "ckpt_path")
+        # The others are words that Lightning resolves to a path.
+        if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc"):
+            check_checkpoint_file(ckpt_path)
 
     @override
     def instantiate_classes(self) -> None:
@@ -186,6 +191,8 @@ class EmbcompressCLI(LightningCLI):
             if self._link_error is not None:
                 raise self._link_error from None
             raise
+        # Checkpoints of compressed models can then be tested by recipes without a callback too.
+        attach(self.model)
 
     def _linking(self) -> Callable[[LightningDataModule | None], Any]:
         def vocab_size_of(data: LightningDataModule | None) -> Any:  # the name is shown in --help

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,14 @@ from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.gram import row_weights
-from lightning_embcompress.tables import Table, check_finite, find_tables, replace_table, restore_dense
+from lightning_embcompress.tables import (
+    Table,
+    all_modules,
+    check_finite,
+    find_tables,
+    replace_table,
+    restore_dense,
+)
 
 PLAN_VERSION = 1
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?B?)\s*", re.IGNORECASE)
@@ -115,9 +123,15 @@ class Plan:
         for entry in record["tables"]:
             if not isinstance(entry, Mapping) or set(entry) != names:
                 raise ValueError(f"a table of the compression plan must have the keys {sorted(names)}, got {entry!r}")
-            if not isinstance(getattr(torch, str(entry["dtype"]), None), torch.dtype):
+            modules, dtype = entry["modules"], getattr(torch, str(entry["dtype"]), None)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
                 raise ValueError(f"the compression plan names an unknown dtype {entry['dtype']!r}")
-            tables.append(TablePlan(**{**entry, "modules": tuple(entry["modules"])}))
+            if not isinstance(modules, list | tuple) or not modules or not all(isinstance(m, str) for m in modules):
+                raise ValueError(f"'modules' of the compression plan must be a list of paths, it is {modules!r}")
+            for name in ("options", "spec"):
+                if not isinstance(entry[name], Mapping):
+                    raise ValueError(f"{name!r} of the compression plan must be a mapping, it is {entry[name]!r}")
+            tables.append(TablePlan(**{**entry, "modules": tuple(modules)}))
         return cls(tuple(tables), version)
 
 
@@ -241,10 +255,15 @@ def plan_requests(
             raise ValueError(
                 f"table {table.name!r} {table.shape} cannot be stored in {max_bytes} bytes ({ratio:.4g}x) by "
                 f"{method!r} with these options: the smallest it can be is {smallest} bytes "
-                f"({table.weight.nbytes / smallest:.4g}x); ask for less, or use fewer groups or another method"
+                f"({_round_down(table.weight.nbytes / smallest)}x); ask for less, or use fewer groups or another method"
             )
         requests.append(Request(table, method, options, max_bytes))
     return requests
+
+
+def _round_down(ratio: float) -> float:
+    """Two decimals that can be asked for: the nearest ones may be a little more than what can be reached."""
+    return math.floor(ratio * 100) / 100
 
 
 def check_counts(token_counts: Any, requests: Sequence[Request]) -> Tensor | None:
@@ -338,7 +357,7 @@ def plan_of(model: nn.Module) -> Plan:
     """
     modules: dict[int, list[str]] = {}
     factorizations: dict[int, Factorization[Any]] = {}
-    for path, module in model.named_modules():
+    for path, module in all_modules(model).items():
         if isinstance(module, CompressedLayer):
             modules.setdefault(id(module.factorization), []).append(path)
             factorizations[id(module.factorization)] = module.factorization
@@ -375,7 +394,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Give a model the structure of a plan, empty and ready to be loaded into.
 
     Layers that are compressed otherwise, or that the plan leaves dense, are rebuilt too: afterwards the model has the
-    structure of the plan, whatever it had before. An empty plan makes it dense.
+    structure of the plan, whatever it had before. An empty plan makes it dense. As everywhere in torch, the model's
+    dtype and device stay what they are, whatever those of the file.
 
     Args:
         model: The model that the plan was made for, of ordinary layers or compressed already.
@@ -384,8 +404,30 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     Raises:
         ValueError: If the plan does not fit the model. The model is as it was.
     """
-    named = dict(model.named_modules())
+    check_plan(model, plan)
+    named = all_modules(model)
     factorizations = []
+    for table in plan.tables:
+        old = _table_parameters(named[table.modules[0]])
+        factorizations.append(factorization_from_spec(table.spec, old[0].dtype, old[0].device))
+        factorizations[-1].requires_grad_(any(parameter.requires_grad for parameter in old))
+        factorizations[-1].provenance = {
+            "method": table.method,
+            "options": dict(table.options),
+            "weighted_error": table.weighted_error,
+        }
+    restore_dense(model, fill=False)
+    for table, factorization in zip(plan.tables, factorizations, strict=True):
+        replace_table(model, table.modules, factorization)
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Check that a model has the tables of a plan.
+
+    Raises:
+        ValueError: If a module is missing, is of another kind or of another shape.
+    """
+    named = all_modules(model)
     for table in plan.tables:
         shape = (table.spec.get("vocab_size"), table.spec.get("dim"))
         for path in table.modules:
@@ -400,20 +442,6 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
                     f"the plan's table {path!r} is {shape[0]} x {shape[1]}, the model's is {own[0]} x {own[1]}: build "
                     "the model with the vocabulary and the sizes that the checkpoint was trained with"
                 )
-    for table in plan.tables:
-        module = named[table.modules[0]]
-        device = next(module.parameters()).device
-        factorizations.append(factorization_from_spec(table.spec, getattr(torch, table.dtype), device))
-        trained = any(parameter.requires_grad for parameter in _table_parameters(module))
-        factorizations[-1].requires_grad_(trained)
-        factorizations[-1].provenance = {
-            "method": table.method,
-            "options": dict(table.options),
-            "weighted_error": table.weighted_error,
-        }
-    restore_dense(model, fill=False)
-    for table, factorization in zip(plan.tables, factorizations, strict=True):
-        replace_table(model, table.modules, factorization)
 
 
 def _table_shape(module: nn.Module) -> tuple[int, int]:

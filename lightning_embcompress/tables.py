@@ -59,11 +59,16 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
         >>> [table.name for table in find_tables(model)]
         ['0', '2']
     """
-    named = dict(model.named_modules())
+    named = all_modules(model)
     found = _automatic(named) if tables == "auto" else _named(named, [tables] if isinstance(tables, str) else tables)
     for table in found:
         _check_replaceable(table, named)
     return found
+
+
+def all_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its path; one that is registered twice has two paths, and must be replaced in both."""
+    return dict(model.named_modules(remove_duplicate=False))
 
 
 def check_finite(table: Table) -> None:
@@ -115,7 +120,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
         fill: Compute the weights from the factors; False leaves them empty, to be loaded into.
     """
     weights: dict[int, nn.Parameter] = {}
-    for path, old in list(model.named_modules()):
+    for path, old in all_modules(model).items():
         if not isinstance(old, CompressedLayer):
             continue
         table = old.factorization
@@ -150,9 +155,10 @@ def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent_path), name, new)
 
 
-def _table_of(named: dict[str, nn.Module], weight: Tensor) -> Table:
+def _table_of(named: dict[str, nn.Module], path: str, weight: Tensor) -> Table:
+    # A parametrized weight is another tensor at every access, and found nowhere: it is refused later by its module.
     paths = tuple(path for path, module in named.items() if getattr(module, "weight", None) is weight)
-    return Table(paths, weight)
+    return Table(paths or (path,), weight)
 
 
 _Dense = nn.Embedding | nn.Linear
@@ -176,19 +182,21 @@ def _automatic(named: dict[str, nn.Module]) -> list[Table]:
                 raise _ambiguous(f"{role} of the same vocabulary size", modules)
         chosen = {**tokens, **heads}
     else:
+        if compressed := [path for path, module in named.items() if isinstance(module, CompressedLayer)]:
+            raise ValueError(
+                f"the model's tables {', '.join(map(repr, compressed))} are compressed already: restore them with "
+                "densify(model) first, or name the modules to compress beside them, as in tables=['encoder']"
+            )
         chosen = {**(embeddings or linears)}
         if not chosen:
-            compressed = [path for path, module in named.items() if isinstance(module, CompressedLayer)]
             raise ValueError(
-                f"the model's tables {', '.join(map(repr, compressed))} are compressed already"
-                if compressed
-                else "found no table: the model has neither an nn.Embedding nor an nn.Linear. "
+                "found no table: the model has neither an nn.Embedding nor an nn.Linear. "
                 "Layers that are built in `configure_model` exist only once the Trainer has called it"
             )
         if len({id(module.weight) for module in chosen.values()}) > 1:
             raise _ambiguous("candidates and no embedding and projection of the same vocabulary size", chosen)
-    weights = {id(chosen[path].weight): chosen[path].weight for path in named if path in chosen}
-    return [_table_of(named, weight) for weight in weights.values()]
+    weights = {id(weight): (path, weight) for path in named if path in chosen for weight in [chosen[path].weight]}
+    return [_table_of(named, path, weight) for path, weight in weights.values()]
 
 
 def _ambiguous(what: str, modules: Mapping[str, _Dense]) -> ValueError:
@@ -197,7 +205,7 @@ def _ambiguous(what: str, modules: Mapping[str, _Dense]) -> ValueError:
 
 
 def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
-    weights: dict[int, Tensor] = {}
+    weights: dict[int, tuple[str, Tensor]] = {}
     for path in paths:
         if path not in named:
             candidates = [p for p, module in named.items() if isinstance(module, nn.Embedding | nn.Linear)]
@@ -212,8 +220,9 @@ def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
             raise ValueError(
                 f"module {path!r} is a {type(module).__name__}: only nn.Embedding and nn.Linear can be compressed"
             )
-        weights[id(module.weight)] = module.weight
-    tables = [_table_of(named, weight) for weight in weights.values()]
+        weight = module.weight
+        weights[id(weight)] = (path, weight)
+    tables = [_table_of(named, path, weight) for path, weight in weights.values()]
     if not tables:
         raise ValueError("tables is an empty list: name at least one module, or use 'auto'")
     order = list(named)
@@ -222,10 +231,14 @@ def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
 
 def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
     for path, module in named.items():
-        names = [name for name, parameter in module._parameters.items() if parameter is table.weight]
-        if not names:
+        if path not in table.modules and all(other is not table.weight for other in module._parameters.values()):
             continue
         where = f"module {path!r} of table {table.name!r}"
+        if not path:
+            raise ValueError(
+                f"the model is itself an {type(module).__name__}, which cannot be replaced in place: put it into a "
+                "module, as in nn.Sequential(layer)"
+            )
         # A subclass may do more with its weight than its base class does (scale it, for one): replacing it blindly
         # would drop that.
         if type(module) not in (nn.Embedding, nn.Linear):

@@ -239,7 +239,7 @@ def test_vocab_size_is_not_counted_for_a_model_that_takes_none(toys: ModuleType)
             "--model=cli_toys.Words",
             "Words needs a vocab_size and there is no data module; set model.init_args.vocab_size",
         ),
-        ("--ckpt_path=none.ckpt", "Checkpoint file not found: none.ckpt"),
+        ("--ckpt_path=none.ckpt", "there is no checkpoint 'none.ckpt'"),
     ],
 )
 def test_a_recognised_mistake_is_one_line(

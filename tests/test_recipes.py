@@ -83,7 +83,9 @@ def test_one_billion_word_recipe_runs(benchmark_folder: Path, tmp_path: Path) ->
     assert main(["run", "lstm_obw", "--trainer.fast_dev_run=true", *options]) == 0
 
 
-def test_one_billion_word_recipe_compresses_and_resumes(benchmark_folder: Path, tmp_path: Path) -> None:
+def test_one_billion_word_recipe_compresses_and_resumes(
+    benchmark_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [
         *SMALL_OBW,
         f"--data.data_dir={benchmark_folder}",
@@ -101,6 +103,10 @@ def test_one_billion_word_recipe_compresses_and_resumes(benchmark_folder: Path, 
     assert [entry["epoch"] for entry in report["perplexity"]["refined"]] == [6]
     last = folder / "checkpoints" / "last.ckpt"
     assert main(["test", "--config", "lstm_obw", *options, "--ckpt_path", str(last)]) == 0
+    capsys.readouterr()
+    last.write_bytes(last.read_bytes()[:-1000])
+    assert main(["run", "lstm_obw", *options, "--ckpt_path", str(last)]) == 1
+    assert "last.ckpt' is not a whole checkpoint" in capsys.readouterr().err
 
 
 def test_one_billion_word_recipe_on_real_text(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -130,9 +131,7 @@ class EmbeddingCompression(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
-        # A module that restores its structure itself does so after checks of its own.
-        if not getattr(pl_module, "restores_structure", False):
-            attach(pl_module)
+        attach(pl_module)
         if stage != "fit":
             return
         if trainer.world_size > 1:
@@ -174,7 +173,7 @@ class EmbeddingCompression(Callback):
                 "the callback, restore them with densify(model), or name other modules as tables"
             )
         requests = self._requests(pl_module)
-        given = self._known_counts(trainer)
+        given = self._known_counts(trainer, requests)
         if given is not None:
             check_counts(given, requests)
         show_requests(requests)
@@ -232,15 +231,20 @@ class EmbeddingCompression(Callback):
     def _requests(self, module: nn.Module) -> list[Request]:
         return plan_requests(module, self.method, self.ratio, self.size, self.tables, **self.options)
 
-    def _known_counts(self, trainer: Trainer) -> Any:
+    def _known_counts(self, trainer: Trainer, requests: Sequence[Request]) -> Any:
         # Data modules may count a corpus only when they are asked: not for a method that does not need it.
         if self.token_counts is not None or not get_method(self.method).needs_counts:
             return self.token_counts
-        return getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
+        counts = getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
+        rows = min(request.table.shape[0] for request in requests)
+        if counts is not None and len(counts) < rows:
+            # Tables are often padded to a round number of rows; no token of the data is in those.
+            counts = nn.functional.pad(torch.as_tensor(counts), (0, rows - len(counts)))
+        return counts
 
     def _counts_for(self, trainer: Trainer, module: LightningModule, requests: Sequence[Request]) -> Tensor | None:
         """Token counts as they are known, or by a pass over the training data where a method needs them."""
-        counts = self._known_counts(trainer)
+        counts = self._known_counts(trainer, requests)
         if counts is None and get_method(self.method).needs_counts:
             layers = [module.get_submodule(path) for request in requests for path in request.table.modules]
             embedding = next((layer for layer in layers if isinstance(layer, nn.Embedding)), None)

@@ -159,17 +159,17 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         positions, by_position = self.position.index_select(0, distinct).sort()
         ends = torch.tensor(self.sizes, device=positions.device).cumsum(0)
         counts = torch.diff(torch.searchsorted(positions, ends), prepend=ends.new_zeros(1)).tolist()
+        # In training blocks without an id too: all factors get a gradient, if of zeros, as DDP insists.
+        every_block = torch.is_grad_enabled() or not ids.numel()
         pieces = []
         start = 0
         for piece, size, coefficients, basis, dense in zip(
             torch.split(positions, counts), self.sizes, self.coefficients, self.bases(), self.dense_blocks, strict=True
         ):
-            if piece.numel():
+            if piece.numel() or every_block:
                 block = F.embedding(piece - start, coefficients)
                 pieces.append(block if dense else block @ basis)
             start += size
-        if not pieces:
-            return self.basis.new_empty(*ids.shape, self.dim)
         place = torch.empty_like(by_position)
         place[by_position] = torch.arange(by_position.numel(), device=place.device)
         return F.embedding(place[inverse], torch.cat(pieces))
@@ -243,6 +243,7 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         return stored_bytes(packed_bytes(vocab_size, bit_width(groups)), groups + 2, spec)
 
     @classmethod
+    @torch.no_grad()
     def decompose(
         cls,
         weight: Tensor,
@@ -258,9 +259,11 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         """
         options = options or GroupReduceOptions()
         weights = row_weights(token_counts, weight.shape[0], weight.device)
-        start = equal_frequency_groups(weights, options.groups_for(weight.shape[0]))
-        return cls._from_solution(weight, cls._solve(weight, weights, max_bytes, start, options, advance))
+        groups = options.groups_for(weight.shape[0])
+        start = equal_frequency_groups(weights, groups)
+        return cls._from_solution(weight, cls._solve(weight, weights, max_bytes, start, groups, options, advance))
 
+    @torch.no_grad()
     def refined(
         self,
         target: Tensor,
@@ -269,13 +272,26 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         options: GroupReduceOptions | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
-        """Refine from the blocks as they are, see `Factorization.refined`; there stay as many."""
+        """Refine from the blocks as they are, see `Factorization.refined`; there stay as many.
+
+        Blocks that words have moved between may suit a table that has changed much no longer: frequency groups are
+        tried beside them, and taken where they leave a weighted error that is clearly lower.
+        """
         options = options or GroupReduceOptions()
+        groups = len(self.sizes)
         weights = row_weights(token_counts, self.vocab_size, target.device)
-        start = self.block_of_row.to(target.device)
-        solution = self._solve(target, weights, max_bytes, start, options, advance)
+        now = self.block_of_row.to(target.device)
+        afresh = equal_frequency_groups(weights, groups)
+        starts = [now] if torch.equal(now, afresh) else [now, afresh]
+        solutions = [
+            self._solve(target, weights, max_bytes, start, groups, options, lambda part: advance(part / len(starts)))
+            for start in starts
+        ]
+        solution = solutions[0]
+        if min(solutions[-1].errors) < 0.98 * min(solution.errors):
+            solution = solutions[-1]
         solved = self._from_solution(target, solution, reference=self)
-        if solved.spec() != self.spec():
+        if solved.spec() != self.spec() or not torch.equal(solved.packed_block_index, self.packed_block_index):
             return solved
         # In place: the optimizer goes on with the parameters it knows.
         self.load_state_dict(solved.state_dict())
@@ -288,11 +304,11 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         weights: Tensor,
         max_bytes: int,
         start: Tensor,
+        groups: int,
         options: GroupReduceOptions,
         advance: Callable[[float], None],
     ) -> BlockSolution:
         vocab_size, dim = weight.shape
-        groups = int(start.max()) + 1
         max_elements = (max_bytes - cls._fixed_bytes(vocab_size, dim, groups)) // weight.element_size()
         return group_reduce(
             weight, weights, max_elements, groups, options.refine_rounds, options.move_fraction, start, advance

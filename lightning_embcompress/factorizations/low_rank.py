@@ -91,12 +91,13 @@ class LowRank(Factorization[LowRankOptions]):
     @classmethod
     def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: LowRankOptions | None = None) -> int:
         """Bytes at rank 1."""
-        return cls._bytes_at(vocab_size, dim, itemsize, rank=1)
+        return (vocab_size + dim) * itemsize + cls._fixed_bytes(vocab_size, dim)
 
     @classmethod
-    def _bytes_at(cls, vocab_size: int, dim: int, itemsize: int, rank: int) -> int:
-        spec = {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "rank": rank}
-        return stored_bytes(rank * (vocab_size + dim) * itemsize, 2, spec)
+    def _fixed_bytes(cls, vocab_size: int, dim: int) -> int:
+        """Bytes beside the factors at most: the digits of the rank are counted at their widest."""
+        spec = {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "rank": min(vocab_size, dim)}
+        return stored_bytes(0, 2, spec)
 
     @classmethod
     def decompose(
@@ -114,10 +115,8 @@ class LowRank(Factorization[LowRankOptions]):
         """
         vocab_size, dim = weight.shape
         itemsize = weight.element_size()
-        # The digits of the rank in the metadata are counted at their widest.
-        most, rank_bytes = min(vocab_size, dim), (vocab_size + dim) * itemsize
-        fixed = cls._bytes_at(vocab_size, dim, itemsize, most) - most * rank_bytes
-        rank = min((max_bytes - fixed) // rank_bytes, most)
+        rank_bytes = (vocab_size + dim) * itemsize
+        rank = min((max_bytes - cls._fixed_bytes(vocab_size, dim)) // rank_bytes, vocab_size, dim)
         if rank < 1:
             raise ValueError(f"{max_bytes} bytes do not hold rank 1 of a table of {vocab_size} x {dim}")
         factorization = cls(vocab_size, dim, rank, weight.dtype, weight.device)

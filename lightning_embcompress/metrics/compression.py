@@ -28,7 +28,8 @@ class CompressionRatio(Metric):
 
     is_differentiable = False
     higher_is_better = True
-    full_state_update = False
+    # So that `forward`, too, keeps the last model instead of the mean of all.
+    full_state_update = True
     dense_bytes: Tensor
     stored_bytes: Tensor
 

@@ -82,7 +82,7 @@ def add_gram(
     product = torch.empty(dim, dim, dtype=dtype, device=weight.device)
     for chunk in row_chunks(num_rows, dim):
         ids = chunk if rows is None else rows[chunk]
-        # Both factors of the product are the same numbers, so that it is symmetric.
+        # Half of each weight on either side: the product is symmetric but for rounding.
         part = weight[ids].to(dtype) * weights[ids].sqrt().to(dtype).unsqueeze(1)
         total.add_(torch.mm(part.T, part, out=product), alpha=sign)
 

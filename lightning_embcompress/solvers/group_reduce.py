@@ -200,6 +200,9 @@ class _Moments:
             updated = self.grams[block].double()
             add_gram(updated, self.weight, self.weights, come)
             add_gram(updated, self.weight, self.weights, gone, sign=-1)
+            if float(updated.trace()) < 1e-3 * self.grams.trace(block):
+                # Nearly all of its weight has left: what remains would be rounding.
+                updated = gram_matrix(self.weight, self.weights, now)
             self.grams[block] = updated
 
 

@@ -108,7 +108,8 @@ def test_resuming_equals_the_uninterrupted_run(
     for epoch in range(5):
         folder = tmp_path / f"from{epoch}"
         ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
-        resumed = _run(make_trainer, foreign, kind, configure, folder, ckpt_path=ckpt, weights_only=True)
+        assert torch.load(ckpt, weights_only=True)
+        resumed = _run(make_trainer, foreign, kind, configure, folder, ckpt_path=ckpt)
         for name in ("parameters", "optimizer"):
             torch.testing.assert_close(getattr(resumed, name), getattr(whole, name), rtol=0, atol=0)
         scheduler = resumed.scheduler | {"lr_lambdas": None, "anneal_func": None, "_anneal_func_type": None}

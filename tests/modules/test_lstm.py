@@ -251,7 +251,7 @@ def test_checkpoint_loads_and_knows_its_vocabulary(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path)
     trainer.fit(model, datamodule=Windows())
     trainer.save_checkpoint(path)
-    loaded = LSTMLanguageModel.load_from_checkpoint(path, weights_only=True)
+    loaded = LSTMLanguageModel.load_from_checkpoint(path)
     assert loaded.lstm.proj_size == 6
     torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
     saved = torch.load(path, weights_only=True)
