@@ -16,6 +16,8 @@ from lightning_embcompress.plan import compress, plan_requests
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import PeakMemory, seconds  # noqa: E402
 
+pytestmark = pytest.mark.timeout(1800)
+
 VOCAB_SIZE, DIM = 100_000, 1024
 
 
