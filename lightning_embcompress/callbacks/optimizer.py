@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 
 def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[str, nn.Module]) -> int:
@@ -42,6 +43,12 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
                 first = next(i for i, parameter in enumerate(parameters) if id(parameter) in owned)
                 rest = [parameter for parameter in parameters[first:] if id(parameter) not in owned]
                 parameters[first:] = local + rest
+                if isinstance(optimizer, Adagrad):
+                    # Made with its state in older versions of torch, and never given one later.
+                    for parameter in local:
+                        if id(parameter) in come:
+                            start = torch.full_like(parameter, group["initial_accumulator_value"])
+                            optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": start}
             for parameter in before:
                 if id(parameter) in gone and optimizer.state.pop(parameter, None):
                     dropped += 1

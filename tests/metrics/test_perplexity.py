@@ -84,6 +84,8 @@ def test_sums_of_two_processes_add_up() -> None:
     merged = Perplexity(dist_sync_fn=gathered, distributed_available_fn=lambda: True)
     merged.update(*batches[0])
     assert merged.compute().item() == pytest.approx(_numpy_perplexity(batches), rel=1e-6)
+    if not hasattr(ranks[0], "merge_state"):
+        pytest.skip("this version of torchmetrics merges states by gathering only")
     ranks[0].merge_state(ranks[1])
     assert ranks[0].compute().item() == pytest.approx(_numpy_perplexity(batches), rel=1e-6)
 
