@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table as ScreenTable
 from torch import nn
 
+from lightning_embcompress.budget import Request
 from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.plan import Plan, Request, TablePlan, plan_of
+from lightning_embcompress.plan import Plan, TablePlan, plan_of
 from lightning_embcompress.tables import all_modules
 
 

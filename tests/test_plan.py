@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.budget import parse_size
 from lightning_embcompress.factorizations import METHODS, BlockLowRank
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.plan import Plan, apply_plan, compress, densify, parse_size, plan_of
+from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
 
 _METHODS = sorted(METHODS)
 

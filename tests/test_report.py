@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_embcompress.budget import plan_requests
 from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.plan import compress, plan_of, plan_requests
+from lightning_embcompress.plan import compress, plan_of
 from lightning_embcompress.report import model_bytes, show_plan, show_requests, table_report, write_report
 
 

@@ -15,13 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_embcompress.budget import Request, check_budget, check_counts, plan_requests
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
 from lightning_embcompress.callbacks.optimizer import splice
 from lightning_embcompress.callbacks.residual import open_table, write_residual, write_target
 from lightning_embcompress.checkpoint import attach
 from lightning_embcompress.factorizations import Factorization, get_method
 from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.plan import Request, check_budget, check_counts, plan_of, plan_requests
+from lightning_embcompress.plan import plan_of
 from lightning_embcompress.report import model_bytes, show_plan, show_requests, write_report
 from lightning_embcompress.tables import Table, check_finite, replace_table
 

@@ -1,0 +1,186 @@
+"""What tables are to become and in how many bytes: the request, checked before anything is solved or changed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.factorizations import Factorization, Method, get_method
+from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.solvers.gram import row_weights
+from lightning_embcompress.tables import Table, find_tables
+
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?B?)\s*", re.IGNORECASE)
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A table that is to be compressed: what into, and in how many bytes."""
+
+    table: Table
+    method_name: str
+    options: dict[str, Any]
+    max_bytes: int
+
+    @property
+    def method(self) -> Method:
+        """The entry of `METHODS`."""
+        return get_method(self.method_name)
+
+    def solve(
+        self, weight: Tensor, token_counts: Tensor | None, start: Factorization[Any] | None = None
+    ) -> Factorization[Any]:
+        """Find the factors of a table, with a progress bar.
+
+        Args:
+            weight: `[vocab_size, dim]`, the table's weight or what it is to be refined to.
+            token_counts: `[vocab_size]` counts.
+            start: A factorization to refine instead of starting afresh.
+        """
+        solve = self.method.factorization.decompose if start is None else start.refined
+        description = f"{'Compressing' if start is None else 'Refining'} {self.table.name} {tuple(weight.shape)}"
+        with (
+            torch.no_grad(),
+            torch.autocast(weight.device.type, enabled=False),
+            progress_bar(description, total=1.0) as advance,
+        ):
+            options = self.method.options(**self.options)
+            factorization = solve(weight.detach(), self.max_bytes, token_counts, options, advance)
+        trained = weight if start is None else next(start.parameters())
+        return factorization.requires_grad_(trained.requires_grad)
+
+    def record(self, factorization: Factorization[Any], weight: Tensor, token_counts: Tensor | None) -> None:
+        """Note on a factorization how it was found and how far it is from the table."""
+        weights = row_weights(token_counts if self.method.needs_counts else None, weight.shape[0])
+        factorization.provenance = {
+            "method": self.method_name,
+            "options": dict(self.options),
+            "weighted_error": factorization.weighted_error(weight.detach(), weights),
+        }
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as `80MB` (MB = 10⁶ bytes) or `80000000`.
+
+    Raises:
+        ValueError: If it cannot be read or is not positive.
+
+    Example:
+        >>> parse_size("1.5MB")
+        1500000
+    """
+    match = _SIZE.fullmatch(str(size))
+    number = float(match.group(1)) * _UNITS[match.group(2).upper().rstrip("B") or ""] if match else 0
+    if number < 1:
+        raise ValueError(f"size must be a number of bytes such as '80MB', '1.5GB' or 80000000, it is {size!r}")
+    return int(number)
+
+
+def check_budget(ratio: float | None, size: str | int | None) -> None:
+    """Check that a budget is given in exactly one way.
+
+    Raises:
+        ValueError: If none or both are given, or the value is out of its range.
+    """
+    if (ratio is None) == (size is None):
+        raise ValueError(f"give either a ratio or a size, not both: ratio is {ratio!r}, size is {size!r}")
+    if ratio is not None and not 1 < ratio < float("inf"):
+        raise ValueError(f"ratio must be above 1 (dense bytes over stored bytes), it is {ratio!r}")
+    if size is not None:
+        parse_size(size)
+
+
+def plan_requests(
+    model: nn.Module,
+    method: str,
+    ratio: float | None = None,
+    size: str | int | None = None,
+    tables: str | Sequence[str] = "auto",
+    **options: Any,
+) -> list[Request]:
+    """Decide what becomes of which table, and refuse what cannot be reached, before anything is solved or changed.
+
+    Args:
+        model: The model.
+        method: Name in `METHODS`.
+        ratio: Dense bytes over stored bytes, the same for every table.
+        size: Bytes of all tables together, instead of a ratio.
+        tables: See `find_tables`.
+        **options: Options of the method.
+
+    Raises:
+        ValueError: If the tables, the budget or an option cannot be used; the nearest ratio that can be reached is
+            named.
+    """
+    check_budget(ratio, size)
+    chosen = get_method(method)
+    all_options = chosen.options(**options)
+    found = find_tables(model, tables)
+    total = sum(table.weight.nbytes for table in found)
+    if ratio is None:
+        assert size is not None
+        ratio = total / parse_size(size)
+        if ratio <= 1:
+            raise ValueError(
+                f"size {size!r} is not below the {total / 1e6:.3f} MB that the tables "
+                f"{', '.join(repr(table.name) for table in found)} have now: nothing to compress"
+            )
+    requests = []
+    for table in found:
+        max_bytes = int(table.weight.nbytes / ratio)
+        smallest = chosen.factorization.smallest_bytes(*table.shape, table.weight.element_size(), all_options)
+        if smallest > max_bytes:
+            raise ValueError(
+                f"table {table.name!r} {table.shape} cannot be stored in {max_bytes} bytes ({ratio:.4g}x) by "
+                f"{method!r} with these options: the smallest it can be is {smallest} bytes "
+                f"({_round_down(table.weight.nbytes / smallest)}x); ask for less, or use fewer groups or another method"
+            )
+        requests.append(Request(table, method, options, max_bytes))
+    return requests
+
+
+def _round_down(ratio: float) -> float:
+    """Two decimals that can be asked for: the nearest ones may be a little more than what can be reached."""
+    return math.floor(ratio * 100) / 100
+
+
+def check_counts(token_counts: Any, requests: Sequence[Request]) -> Tensor | None:
+    """Check token counts against the tables that need them.
+
+    Returns:
+        `[vocab_size]` tensor, or None.
+
+    Raises:
+        ValueError: If they are needed and missing, of the wrong length, negative or not finite.
+    """
+    if token_counts is None:
+        for request in requests:
+            if request.method.needs_counts:
+                raise ValueError(
+                    f"method {request.method_name!r} weights the rows of table {request.table.name!r} by frequency: "
+                    "give token_counts, how often every token occurs in the training data (torch.bincount(ids, "
+                    "minlength=vocab_size)), or use 'low_rank', which needs none"
+                )
+        return None
+    counts = torch.as_tensor(token_counts).detach().cpu()
+    for request in requests:
+        vocab_size = request.table.shape[0]
+        if counts.shape != (vocab_size,):
+            raise ValueError(
+                f"token_counts must have one entry for each of the {vocab_size} rows of table {request.table.name!r}, "
+                f"its shape is {tuple(counts.shape)}"
+            )
+    bad = (~torch.isfinite(counts.double()) | (counts < 0)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"token_counts must be finite and not negative; entry {bad[0]} is {counts[bad[0]].item()} "
+            f"({len(bad)} such entries)"
+        )
+    return counts
