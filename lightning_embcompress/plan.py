@@ -204,6 +204,33 @@ def plan_of(model: nn.Module) -> Plan:
     )
 
 
+def model_bytes(model: nn.Module) -> dict[str, float]:
+    """Bytes of a whole model as it would be dense and as it is stored, shared tensors counted once.
+
+    Returns:
+        `dense_bytes`, `stored_bytes` and their `ratio`, as in `report.json`.
+
+    Example:
+        >>> model_bytes(nn.Linear(10, 5, bias=False))
+        {'dense_bytes': 200, 'stored_bytes': 200, 'ratio': 1.0}
+    """
+    plan = plan_of(model)
+    inside = {
+        tensor.data_ptr()
+        for module in model.modules()
+        if isinstance(module, CompressedLayer)
+        for tensor in module.factorization.state_dict().values()
+    }
+    outside = {
+        tensor.data_ptr(): tensor.nbytes
+        for tensor in model.state_dict().values()
+        if tensor.numel() and tensor.data_ptr() not in inside
+    }
+    rest = sum(outside.values())
+    dense, stored = rest + plan.dense_bytes, rest + plan.stored_bytes
+    return {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored if stored else 1.0}
+
+
 def densify(model: nn.Module) -> None:
     """Turn a compressed model back into one of ordinary layers, in place: every table is built from its factors.
 

@@ -16,35 +16,8 @@ from torch import nn
 
 from lightning_embcompress.budget import Request
 from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.plan import Plan, TablePlan, plan_of
+from lightning_embcompress.plan import Plan, TablePlan, model_bytes, plan_of
 from lightning_embcompress.tables import all_modules
-
-
-def model_bytes(model: nn.Module) -> dict[str, float]:
-    """Bytes of a whole model as it would be dense and as it is stored, shared tensors counted once.
-
-    Returns:
-        `dense_bytes`, `stored_bytes` and their `ratio`, as in `report.json`.
-
-    Example:
-        >>> model_bytes(nn.Linear(10, 5, bias=False))
-        {'dense_bytes': 200, 'stored_bytes': 200, 'ratio': 1.0}
-    """
-    plan = plan_of(model)
-    inside = {
-        tensor.data_ptr()
-        for module in model.modules()
-        if isinstance(module, CompressedLayer)
-        for tensor in module.factorization.state_dict().values()
-    }
-    outside = {
-        tensor.data_ptr(): tensor.nbytes
-        for tensor in model.state_dict().values()
-        if tensor.numel() and tensor.data_ptr() not in inside
-    }
-    rest = sum(outside.values())
-    dense, stored = rest + plan.dense_bytes, rest + plan.stored_bytes
-    return {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored if stored else 1.0}
 
 
 def table_report(model: nn.Module) -> list[dict[str, Any]]:

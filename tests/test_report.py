@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_embcompress.budget import plan_requests
 from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.plan import compress, plan_of
-from lightning_embcompress.report import model_bytes, show_plan, show_requests, table_report, write_report
+from lightning_embcompress.plan import compress, model_bytes, plan_of
+from lightning_embcompress.report import show_plan, show_requests, table_report, write_report
 
 
 def _model(tied: bool = False) -> nn.ModuleDict:

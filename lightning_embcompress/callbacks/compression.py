@@ -22,8 +22,8 @@ from lightning_embcompress.callbacks.residual import open_table, write_residual,
 from lightning_embcompress.checkpoint import attach
 from lightning_embcompress.factorizations import Factorization, get_method
 from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.report import model_bytes, show_plan, show_requests, write_report
+from lightning_embcompress.plan import model_bytes, plan_of
+from lightning_embcompress.report import show_plan, show_requests, write_report
 from lightning_embcompress.tables import Table, check_finite, replace_table
 
 

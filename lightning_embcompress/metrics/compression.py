@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.report import model_bytes
+from lightning_embcompress.plan import model_bytes, plan_of
 
 
 class CompressionRatio(Metric):

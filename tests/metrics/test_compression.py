@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from lightning_embcompress.metrics import CompressionRatio
-from lightning_embcompress.plan import compress, plan_of
-from lightning_embcompress.report import model_bytes
+from lightning_embcompress.plan import compress, model_bytes, plan_of
 
 
 def _model() -> nn.Sequential:
