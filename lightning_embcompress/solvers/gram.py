@@ -102,19 +102,23 @@ class PackedSymmetric:
         self.dim = dim
         row, column = torch.triu_indices(dim, dim, device=device)
         self._place = row * dim + column
+        self._mirror = column * dim + row
         self._values = torch.zeros(count, self._place.numel(), dtype=dtype, device=device)
 
     def __len__(self) -> int:
         """Number of matrices."""
         return self._values.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype they are stored in."""
+        return self._values.dtype
+
     def __getitem__(self, index: int) -> Tensor:
         """One matrix, `[dim, dim]`."""
         matrix = self._values.new_zeros(self.dim, self.dim)
         matrix.view(-1)[self._place] = self._values[index]
-        diagonal = matrix.diagonal().clone()
-        matrix += matrix.T.clone()
-        matrix.diagonal().copy_(diagonal)
+        matrix.view(-1)[self._mirror] = self._values[index]
         return matrix
 
     def __setitem__(self, index: int, matrix: Tensor) -> None:

@@ -169,17 +169,23 @@ class _Moments:
         Returns:
             The bases, and the relative weighted error `Σ_b (tr S_b − tr B_b S_b B_bᵀ) / Σ_b tr S_b`.
         """
+        dim, sizes = self.grams.dim, self.sizes
+        widths = [0 if is_dense(size, rank, dim) else rank for size, rank in zip(sizes, ranks, strict=True)]
+        # What is kept is allocated before what is not: between the work space of one block and that of the next it
+        # would keep the allocator from giving that back.
+        stacked = torch.empty(sum(widths), dim, dtype=self.grams.dtype, device=self.weight.device)
         bases: list[Tensor | None] = []
         total = lost = 0.0
-        for block, (size, rank) in enumerate(zip(self.sizes, ranks, strict=True)):
+        for block, basis in enumerate(torch.split(stacked, widths)):
             trace = self.grams.trace(block)
             total += trace
-            if is_dense(size, rank, self.grams.dim):
+            if is_dense(sizes[block], ranks[block], dim):
                 bases.append(None)
                 continue
             gram = self.grams[block]
             before = previous[block] if previous is not None else None
-            basis = top_eigenvectors(gram, rank) if before is None else warm_eigenvectors(gram, rank, before)
+            rank = ranks[block]
+            basis.copy_(top_eigenvectors(gram, rank) if before is None else warm_eigenvectors(gram, rank, before))
             lost += trace - float(((basis @ gram) * basis).sum(dtype=torch.float64))
             bases.append(basis)
         return bases, max(lost, 0.0) / total if total > 0 else 0.0
