@@ -186,10 +186,11 @@ class EmbcompressCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError:
-            # jsonargparse wraps what happens inside a link in a message about links.
-            if self._link_error is not None:
-                raise self._link_error from None
+        except ValueError as error:
+            # jsonargparse wraps what happens inside a link in a message about links, and what a class says of its
+            # arguments in one about types.
+            if own := self._link_error or _own_error(error):
+                raise own from None
             raise
         # Checkpoints of compressed models can then be tested by recipes without a callback too.
         attach(self.model)
@@ -212,6 +213,20 @@ class EmbcompressCLI(LightningCLI):
             return vocab_size
 
         return vocab_size_of
+
+
+def _own_error(error: BaseException) -> BaseException | None:
+    """Find the error of this package that others were raised for."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback = cause.__traceback__
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        name = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
+        if isinstance(cause, ValueError | FileNotFoundError) and name.startswith("lightning_embcompress."):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _vocab_size(class_path: str, given: Any, data: LightningDataModule | None) -> Any:

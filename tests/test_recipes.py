@@ -129,3 +129,9 @@ def test_one_billion_word_recipe_on_real_text(tmp_path: Path) -> None:
         "--trainer.callbacks.groups=5",
     ]
     assert main(["run", "lstm_obw", *options]) == 0
+
+
+def test_what_a_callback_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quickstart", "--trainer.callbacks.at_epoch=9"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("embcompress: error: refine_at_epochs [3] must all come after at_epoch=9")
