@@ -170,7 +170,8 @@ class _Moments:
             The bases, and the relative weighted error `Σ_b (tr S_b − tr B_b S_b B_bᵀ) / Σ_b tr S_b`.
         """
         dim, sizes = self.grams.dim, self.sizes
-        widths = [0 if is_dense(size, rank, dim) else rank for size, rank in zip(sizes, ranks, strict=True)]
+        dense = [is_dense(size, rank, dim) for size, rank in zip(sizes, ranks, strict=True)]
+        widths = [0 if as_rows else rank for as_rows, rank in zip(dense, ranks, strict=True)]
         # What is kept is allocated before what is not: between the work space of one block and that of the next it
         # would keep the allocator from giving that back.
         stacked = torch.empty(sum(widths), dim, dtype=self.grams.dtype, device=self.weight.device)
@@ -179,7 +180,7 @@ class _Moments:
         for block, basis in enumerate(torch.split(stacked, widths)):
             trace = self.grams.trace(block)
             total += trace
-            if is_dense(sizes[block], ranks[block], dim):
+            if dense[block]:
                 bases.append(None)
                 continue
             gram = self.grams[block]
@@ -221,7 +222,7 @@ def _choose_moves(
     move_fraction: float,
 ) -> tuple[Tensor, Tensor] | None:
     """Rows that move in one round and the blocks they move to; None when few are left that would."""
-    own_error, best_error, best_block = _score(weight, block_of_row, bases)
+    best_error, best_block = _score(weight, block_of_row, bases)
     candidates = (best_block != block_of_row).nonzero().squeeze(1)
     # Lowest error at the destination first; of equal ones (a block of full rank has error 0 for all) the most frequent.
     candidates = candidates[torch.argsort(weights[candidates], descending=True, stable=True)]
@@ -241,16 +242,15 @@ def _choose_moves(
     return (rows, best_block[rows]) if rows.numel() > _FEW_MOVES else None
 
 
-def _score(weight: Tensor, block_of_row: Tensor, bases: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    """Unweighted error of every row in its own block, its lowest error in any block, and that block (eq. 5).
+def _score(weight: Tensor, block_of_row: Tensor, bases: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Lowest unweighted error of every row in any block, and that block (eq. 5).
 
     The error under an orthonormal basis is `‖w_i‖² − ‖w_i Bᵀ‖²`: one product of the table with all bases side by side.
     A row stays where it is unless another block is better by more than rounding.
     """
     dtype = compute_dtype(weight.dtype)
     num_rows, dim = weight.shape
-    own = torch.empty(num_rows, dtype=dtype, device=weight.device)
-    best = torch.empty_like(own)
+    best = torch.empty(num_rows, dtype=dtype, device=weight.device)
     best_block = torch.empty_like(block_of_row)
     dense = [block for block, basis in enumerate(bases) if basis is None]
     factored = [block for block, basis in enumerate(bases) if basis is not None]
@@ -264,9 +264,9 @@ def _score(weight: Tensor, block_of_row: Tensor, bases: list[Tensor | None]) -> 
         for block, product in zip(factored, torch.split(part @ stacked, widths, dim=1), strict=True):
             errors[:, block] = norms - torch.linalg.vector_norm(product, dim=1).square_()
         errors.clamp_(min=0.0)
-        own[chunk] = errors.gather(1, block_of_row[chunk].unsqueeze(1)).squeeze(1)
+        own = errors.gather(1, block_of_row[chunk].unsqueeze(1)).squeeze(1)
         lowest, where = errors.min(dim=1)
-        stays = lowest >= own[chunk] - 1e-5 * norms
-        best[chunk] = torch.where(stays, own[chunk], lowest)
+        stays = lowest >= own - 1e-5 * norms
+        best[chunk] = torch.where(stays, own, lowest)
         best_block[chunk] = torch.where(stays, block_of_row[chunk], where)
-    return own, best, best_block
+    return best, best_block
