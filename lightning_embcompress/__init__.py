@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce
+    from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain
     from lightning_embcompress.checkpoint import load_compressed, load_from_checkpoint, save_compressed
     from lightning_embcompress.plan import Plan, compress, densify
 
@@ -16,6 +16,7 @@ __all__ = [
     "EmbeddingCompression",
     "GroupReduce",
     "Plan",
+    "TensorTrain",
     "compress",
     "densify",
     "load_compressed",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "callbacks": ("EmbeddingCompression", "GroupReduce"),
+    "callbacks": ("EmbeddingCompression", "GroupReduce", "TensorTrain"),
     "checkpoint": ("load_compressed", "load_from_checkpoint", "save_compressed"),
     "plan": ("Plan", "compress", "densify"),
 }

@@ -6,17 +6,21 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import Factorization, Method, get_method
+from lightning_embcompress.factorizations.base import Options
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.tables import Table, find_tables
 
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?B?)\s*", re.IGNORECASE)
+Tie: TypeAlias = Literal["keep", "untie", "auto"]
+"""What becomes of a table that embedding and softmax share, see `compress`."""
+
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -28,6 +32,8 @@ class Request:
     method_name: str
     options: dict[str, Any]
     max_bytes: int
+    untied: str | None = None
+    """Name of the table that it was a part of, if that is to become two."""
 
     @property
     def method(self) -> Method:
@@ -63,6 +69,7 @@ class Request:
             "method": self.method_name,
             "options": dict(self.options),
             "weighted_error": factorization.weighted_error(weight.detach(), weights),
+            "untied": self.untied,
         }
 
 
@@ -83,14 +90,23 @@ def parse_size(size: str | int) -> int:
     return int(number)
 
 
-def check_budget(ratio: float | None, size: str | int | None) -> None:
+def check_budget(ratio: float | None, size: str | int | None, options: Options) -> None:
     """Check that a budget is given in exactly one way.
 
+    Args:
+        ratio: Dense bytes over stored bytes.
+        size: Bytes.
+        options: Of the method: some of them say how large the factors are.
+
     Raises:
-        ValueError: If none or both are given, or the value is out of its range.
+        ValueError: If it is given in no way or in several, or the value is out of its range.
     """
-    if (ratio is None) == (size is None):
-        raise ValueError(f"give either a ratio or a size, not both: ratio is {ratio!r}, size is {size!r}")
+    given: dict[str, Any] = {"ratio": ratio, "size": size}
+    given |= {name: getattr(options, name) for name in options.size_options}
+    if len([value for value in given.values() if value is not None]) != 1:
+        names = list(given)
+        listed = ", ".join(f"{name} is {value!r}" for name, value in given.items())
+        raise ValueError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}: {listed}")
     if ratio is not None and not 1 < ratio < float("inf"):
         raise ValueError(f"ratio must be above 1 (dense bytes over stored bytes), it is {ratio!r}")
     if size is not None:
@@ -103,6 +119,7 @@ def plan_requests(
     ratio: float | None = None,
     size: str | int | None = None,
     tables: str | Sequence[str] = "auto",
+    tie: Tie = "keep",
     **options: Any,
 ) -> list[Request]:
     """Decide what becomes of which table, and refuse what cannot be reached, before anything is solved or changed.
@@ -113,19 +130,21 @@ def plan_requests(
         ratio: Dense bytes over stored bytes, the same for every table.
         size: Bytes of all tables together, instead of a ratio.
         tables: See `find_tables`.
-        **options: Options of the method.
+        tie: What becomes of a table that embedding and softmax share, see `compress`.
+        **options: Options of the method; some methods have one that says how large the factors are, instead of a ratio.
 
     Raises:
         ValueError: If the tables, the budget or an option cannot be used; the nearest ratio that can be reached is
             named.
     """
-    check_budget(ratio, size)
     chosen = get_method(method)
     all_options = chosen.options(**options)
+    check_budget(ratio, size, all_options)
+    if tie not in get_args(Tie):
+        raise ValueError(f"tie must be one of {', '.join(map(repr, get_args(Tie)))}, it is {tie!r}")
     found = find_tables(model, tables)
     total = sum(table.weight.nbytes for table in found)
-    if ratio is None:
-        assert size is not None
+    if size is not None:
         ratio = total / parse_size(size)
         if ratio <= 1:
             raise ValueError(
@@ -134,16 +153,32 @@ def plan_requests(
             )
     requests = []
     for table in found:
-        max_bytes = int(table.weight.nbytes / ratio)
+        parts = _untied(model, table) if tie == "untie" else [table]
+        # The bytes of a table that becomes two are shared between them.
+        dense = table.weight.nbytes // len(parts)
         smallest = chosen.factorization.smallest_bytes(*table.shape, table.weight.element_size(), all_options)
+        max_bytes = smallest if ratio is None else int(dense / ratio)
         if smallest > max_bytes:
             raise ValueError(
                 f"table {table.name!r} {table.shape} cannot be stored in {max_bytes} bytes ({ratio:.4g}x) by "
                 f"{method!r} with these options: the smallest it can be is {smallest} bytes "
-                f"({_round_down(table.weight.nbytes / smallest)}x); ask for less, or use fewer groups or another method"
+                f"({_round_down(dense / smallest)}x); ask for less, or use other options or another method"
             )
-        requests.append(Request(table, method, options, max_bytes))
+        if smallest >= dense:
+            raise ValueError(
+                f"table {table.name!r} {table.shape} would take {smallest} bytes by {method!r} with these options, not "
+                f"less than the {dense} bytes it has now: nothing to compress; ask for smaller factors"
+            )
+        untied = table.name if len(parts) > 1 else None
+        requests += [Request(part, method, options, max_bytes, untied) for part in parts]
     return requests
+
+
+def _untied(model: nn.Module, table: Table) -> list[Table]:
+    """A table by the two ways in which it is read, or as it is where there is only one."""
+    embeddings = tuple(path for path in table.modules if isinstance(model.get_submodule(path), nn.Embedding))
+    others = tuple(path for path in table.modules if path not in embeddings)
+    return [Table(modules, table.weight) for modules in (embeddings, others) if modules]
 
 
 def _round_down(ratio: float) -> float:

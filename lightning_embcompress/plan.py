@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.budget import check_counts, plan_requests
+from lightning_embcompress.budget import Tie, check_counts, plan_requests
 from lightning_embcompress.factorizations import Factorization, factorization_from_spec
 from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
@@ -20,7 +20,8 @@ from lightning_embcompress.tables import (
     restore_dense,
 )
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+"""Version 2 added `untied`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TablePlan:
         dtype: Dtype of the factors (`"float32"`).
         stored_bytes: Bytes of the factorization on disk.
         weighted_error: Relative weighted error when it was solved last; None if that is not known.
+        untied: Name of the dense table that this one and another were made of; None for a table of its own.
     """
 
     modules: tuple[str, ...]
@@ -44,6 +46,7 @@ class TablePlan:
     dtype: str
     stored_bytes: int
     weighted_error: float | None
+    untied: str | None = None
 
     @property
     def name(self) -> str:
@@ -52,9 +55,9 @@ class TablePlan:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the table before it was compressed."""
+        """Bytes of the table before it was compressed; a table that became two is counted half in each."""
         itemsize = getattr(torch, self.dtype).itemsize
-        return dense_bytes(self.spec["vocab_size"], self.spec["dim"], itemsize)
+        return dense_bytes(self.spec["vocab_size"], self.spec["dim"], itemsize) // (1 if self.untied is None else 2)
 
     @property
     def ratio(self) -> float:
@@ -114,6 +117,8 @@ class Plan:
         names = set(TablePlan.__dataclass_fields__)
         tables = []
         for entry in record["tables"]:
+            if version == 1 and isinstance(entry, Mapping):
+                entry = {"untied": None, **entry}
             if not isinstance(entry, Mapping) or set(entry) != names:
                 raise ValueError(f"a table of the compression plan must have the keys {sorted(names)}, got {entry!r}")
             modules, dtype = entry["modules"], getattr(torch, str(entry["dtype"]), None)
@@ -125,7 +130,7 @@ class Plan:
                 if not isinstance(entry[name], Mapping):
                     raise ValueError(f"{name!r} of the compression plan must be a mapping, it is {entry[name]!r}")
             tables.append(TablePlan(**{**entry, "modules": tuple(modules)}))
-        return cls(tuple(tables), version)
+        return cls(tuple(tables))
 
 
 def compress(
@@ -135,6 +140,7 @@ def compress(
     ratio: float | None = None,
     size: str | int | None = None,
     tables: str | Sequence[str] = "auto",
+    tie: Tie = "keep",
     token_counts: Any = None,
     **options: Any,
 ) -> Plan:
@@ -144,10 +150,14 @@ def compress(
 
     Args:
         model: Any `nn.Module` that holds `nn.Embedding` and `nn.Linear` layers, tied or not.
-        method: `"group_reduce"`, `"weighted_low_rank"`, `"low_rank"`: a name in `METHODS`.
-        ratio: Dense bytes over stored bytes, for every table.
+        method: `"group_reduce"`, `"tensor_train"`, `"low_rank"`, ...: a name in `METHODS`.
+        ratio: Dense bytes over stored bytes, for every table. Some methods have an option that takes its place, such as
+            `max_rank=4` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `"80MB"` (MB = 10⁶) or a number.
         tables: `"auto"`, or paths of modules, see `find_tables`.
+        tie: What becomes of a table that embedding and softmax share. `"keep"`: one set of factors serves both.
+            `"untie"`: each gets its own, of half the bytes. `"auto"`: whichever leaves the lower predicted loss at
+            equal bytes; with rows weighted by frequency, the same for both, one set is never worse, and is kept.
         token_counts: `[vocab_size]` how often every token occurs in the training data; needed by the methods that
             weight by frequency.
         **options: Options of the method, such as `groups=20`.
@@ -164,7 +174,7 @@ def compress(
         >>> [(table.name, table.ratio >= 4) for table in plan.tables]
         [('0', True), ('1', True)]
     """
-    requests = plan_requests(model, method, ratio, size, tables, **options)
+    requests = plan_requests(model, method, ratio, size, tables, tie, **options)
     counts = check_counts(token_counts, requests)
     for request in requests:
         check_finite(request.table)
@@ -198,6 +208,7 @@ def plan_of(model: nn.Module) -> Plan:
                 dtype=str(factorizations[key].dtype).removeprefix("torch."),
                 stored_bytes=factorizations[key].stored_bytes(),
                 weighted_error=factorizations[key].provenance.get("weighted_error"),
+                untied=factorizations[key].provenance.get("untied"),
             )
             for key, paths in modules.items()
         )
@@ -269,6 +280,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             "method": table.method,
             "options": dict(table.options),
             "weighted_error": table.weighted_error,
+            "untied": table.untied,
         }
     restore_dense(model, fill=False)
     for table, factorization in zip(plan.tables, factorizations, strict=True):

@@ -2,5 +2,6 @@
 
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
 from lightning_embcompress.callbacks.group_reduce import GroupReduce
+from lightning_embcompress.callbacks.tensor_train import TensorTrain
 
-__all__ = ["EmbeddingCompression", "GroupReduce"]
+__all__ = ["EmbeddingCompression", "GroupReduce", "TensorTrain"]

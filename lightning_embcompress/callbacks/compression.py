@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_embcompress.budget import Request, check_budget, check_counts, plan_requests
+from lightning_embcompress.budget import Request, Tie, check_budget, check_counts, plan_requests
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
 from lightning_embcompress.callbacks.optimizer import splice
 from lightning_embcompress.callbacks.residual import open_table, write_residual, write_target
@@ -39,13 +39,16 @@ class EmbeddingCompression(Callback):
 
     Args:
         method: Name of a method, such as `group_reduce`.
-        ratio: Dense bytes over stored bytes, for every table.
+        ratio: Dense bytes over stored bytes, for every table. Some methods have an option that takes its place, such as
+            `max_rank` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
         at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
         refine_at_epochs: Later epochs at whose start they are solved again, for the table as training has moved it
             plus what the last solution left out of it. That residual is kept in the run's folder, as large as the
             dense tables, and may be deleted when the run will not be resumed any more.
         tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.find_tables`.
+        tie: What becomes of a table that embedding and softmax share: `keep` one set of factors for both, `untie` into
+            two of half the bytes each, or `auto`, see `lightning_embcompress.compress`.
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by. By default the
             cross-entropy over the vocabulary that `validation_step` computes is used.
         token_counts: `[vocab_size]` how often every token occurs in the training data. By default they are the data
@@ -69,13 +72,13 @@ class EmbeddingCompression(Callback):
         at_epoch: int = 0,
         refine_at_epochs: Sequence[int] = (),
         tables: str | list[str] = "auto",
+        tie: Tie = "keep",
         monitor: str | None = None,
         token_counts: list[int] | Tensor | None = None,
         **options: Any,
     ) -> None:
         """Check what can be checked without a model."""
-        check_budget(ratio, size)
-        get_method(method).options(**options)
+        check_budget(ratio, size, get_method(method).options(**options))
         if at_epoch < 0:
             raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
         if early := [epoch for epoch in refine_at_epochs if epoch <= at_epoch]:
@@ -89,6 +92,7 @@ class EmbeddingCompression(Callback):
         self.at_epoch = at_epoch
         self.refine_at_epochs = sorted(set(refine_at_epochs))
         self.tables = tables
+        self.tie = tie
         self.monitor = monitor
         self.token_counts = token_counts
         self.options = options
@@ -230,7 +234,7 @@ class EmbeddingCompression(Callback):
             rank_zero_info(f"Validation perplexity: {shown}")
 
     def _requests(self, module: nn.Module) -> list[Request]:
-        return plan_requests(module, self.method, self.ratio, self.size, self.tables, **self.options)
+        return plan_requests(module, self.method, self.ratio, self.size, self.tables, self.tie, **self.options)
 
     def _known_counts(self, trainer: Trainer, requests: Sequence[Request]) -> Any:
         # Data modules may count a corpus only when they are asked: not for a method that does not need it.
@@ -263,15 +267,14 @@ class EmbeddingCompression(Callback):
             factors = request.solve(request.table.weight, counts)
             request.record(factors, request.table.weight, counts)
             entry: dict[str, Any] = {"modules": list(request.table.modules), "max_bytes": request.max_bytes}
-            entry |= {"residual": None, "checksum": None}
+            entry |= {"untied": request.untied, "residual": None, "checksum": None}
             if self.refine_at_epochs:
                 path = residuals / f"{request.table.name}-epoch{trainer.current_epoch}.bin"
                 entry["residual"] = str(path)
                 entry["checksum"] = write_residual(path, request.table.weight, factors)
             solved.append((entry, factors))
-        for entry, factors in solved:
-            self._replace(trainer, module, entry["modules"], factors)
-            self._compressed.append(entry)
+        self._replace(trainer, module, [(entry["modules"], factors) for entry, factors in solved])
+        self._compressed += [entry for entry, _ in solved]
         # Only a refinement reads them again.
         self._counts = counts if self.refine_at_epochs else None
         self._perplexity["compressed"] = self._measure(trainer, module, "compressed")
@@ -292,11 +295,12 @@ class EmbeddingCompression(Callback):
             targets.append((entry, factors, path, target))
         for entry, factors, path, target in targets:
             on_device = target.to(factors.device)
-            request = Request(Table(tuple(entry["modules"]), on_device), self.method, self.options, entry["max_bytes"])
+            table = Table(tuple(entry["modules"]), on_device)
+            request = Request(table, self.method, self.options, entry["max_bytes"], entry["untied"])
             solved = request.solve(on_device, self._counts, start=factors)
             request.record(solved, on_device, self._counts)
             if solved is not factors:
-                self._replace(trainer, module, entry["modules"], solved)
+                self._replace(trainer, module, [(entry["modules"], solved)])
             if remaining:
                 entry["checksum"] = write_residual(path, target, solved)
                 entry["residual"] = str(path)
@@ -334,12 +338,15 @@ class EmbeddingCompression(Callback):
         return layer.factorization
 
     def _replace(
-        self, trainer: Trainer, module: LightningModule, paths: Sequence[str], factorization: Factorization[Any]
+        self, trainer: Trainer, module: LightningModule, solved: Sequence[tuple[Sequence[str], Factorization[Any]]]
     ) -> None:
-        old = {path: module.get_submodule(path) for path in paths}
-        replace_table(module, paths, factorization)
+        old = {path: module.get_submodule(path) for paths, _ in solved for path in paths}
+        for paths, factorization in solved:
+            replace_table(module, paths, factorization)
+        # All at once: two tables may take the place of one.
         if splice(trainer.optimizers, module, old):
-            rank_zero_info(f"The optimizer's state of table {paths[0]!r} was dropped: its factors start with none.")
+            names = ", ".join(repr(paths[0]) for paths, _ in solved)
+            rank_zero_info(f"The optimizer's state of {names} was dropped: the factors start with none.")
 
     def _measure(
         self, trainer: Trainer, module: LightningModule, name: str, requests: Sequence[Request] = ()

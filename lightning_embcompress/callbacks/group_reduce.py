@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_embcompress.budget import Tie
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
 
 
@@ -24,6 +25,7 @@ class GroupReduce(EmbeddingCompression):
         refine_rounds: Most rounds of moving words between groups when the tables are solved; 0 for none.
         variant: `paper` is the published algorithm.
         tables: `auto`, or the names of the modules.
+        tie: What becomes of a table that embedding and softmax share: `keep`, `untie` or `auto`.
         monitor: Name of a loss that validation logs, to measure the perplexity by.
         token_counts: `[vocab_size]` how often every token occurs in the training data, if the data module does not
             say it.
@@ -49,6 +51,7 @@ class GroupReduce(EmbeddingCompression):
         refine_rounds: int = 5,
         variant: Literal["paper"] = "paper",
         tables: str | list[str] = "auto",
+        tie: Tie = "keep",
         monitor: str | None = None,
         token_counts: list[int] | Tensor | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class GroupReduce(EmbeddingCompression):
             at_epoch=at_epoch,
             refine_at_epochs=refine_at_epochs,
             tables=tables,
+            tie=tie,
             monitor=monitor,
             token_counts=token_counts,
             groups=groups,

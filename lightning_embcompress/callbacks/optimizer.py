@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,31 +26,44 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
     Returns:
         How many old parameters had a state that was dropped.
     """
+    order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    layers = [(list(old.parameters()), list(model.get_submodule(path).parameters())) for path, old in replaced.items()]
+    kept = {id(parameter) for _, after in layers for parameter in after}
+    gone = {id(parameter): parameter for before, _ in layers for parameter in before if id(parameter) not in kept}
     dropped = 0
-    for path, old in replaced.items():
-        before = list(old.parameters())
-        after = list(model.get_submodule(path).parameters())
-        gone = {id(parameter) for parameter in before} - {id(parameter) for parameter in after}
-        come = {id(parameter) for parameter in after} - {id(parameter) for parameter in before}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                # In place: some optimizers keep a reference to this list.
-                parameters = group["params"]
-                if not any(id(parameter) in gone for parameter in parameters):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            # In place: some optimizers keep a reference to this list.
+            parameters = group["params"]
+            owned = {id(parameter) for parameter in parameters}
+            if not owned & gone.keys():
+                continue
+            places = [order.get(id(parameter), math.inf) for parameter in parameters if id(parameter) not in gone]
+            end = 0
+            for before, after in layers:
+                if not any(id(parameter) in owned & gone.keys() for parameter in before):
                     continue
                 here = {id(parameter) for parameter in parameters}
-                local = [parameter for parameter in after if id(parameter) in come or id(parameter) in here]
-                owned = {id(parameter) for parameter in before}
-                first = next(i for i, parameter in enumerate(parameters) if id(parameter) in owned)
-                rest = [parameter for parameter in parameters[first:] if id(parameter) not in owned]
+                known = {id(parameter) for parameter in before}
+                come = [parameter for parameter in after if id(parameter) not in known | here]
+                if not come and not here & known & gone.keys():
+                    continue
+                # A layer tied to one before it finds the table gone: its factors follow those of that one.
+                first = next((i for i, parameter in enumerate(parameters) if id(parameter) in known), end)
+                new = {id(parameter) for parameter in come}
+                local = [parameter for parameter in after if id(parameter) in here | new]
+                rest = [parameter for parameter in parameters[first:] if id(parameter) not in known]
                 parameters[first:] = local + rest
+                end = first + len(local)
                 if isinstance(optimizer, Adagrad):
                     # Made with its state in older versions of torch, and never given one later.
-                    for parameter in local:
-                        if id(parameter) in come:
-                            start = torch.full_like(parameter, group["initial_accumulator_value"])
-                            optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": start}
-            for parameter in before:
-                if id(parameter) in gone and optimizer.state.pop(parameter, None):
-                    dropped += 1
+                    for parameter in come:
+                        start = torch.full_like(parameter, group["initial_accumulator_value"])
+                        optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": start}
+            if places == sorted(places):
+                # A table that became two left one place, its factors have two.
+                parameters.sort(key=lambda parameter: order.get(id(parameter), math.inf))
+        for key, parameter in gone.items():
+            if optimizer.state.pop(parameter, None):
+                dropped += 1
     return dropped

@@ -12,6 +12,7 @@ import torch
 from lightning_embcompress.factorizations.base import Factorization
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
+from lightning_embcompress.factorizations.tensor_train import TensorTrain, TensorTrainOptions
 
 __all__ = [
     "METHODS",
@@ -21,6 +22,8 @@ __all__ = [
     "LowRank",
     "LowRankOptions",
     "Method",
+    "TensorTrain",
+    "TensorTrainOptions",
     "factorization_from_spec",
     "get_method",
 ]
@@ -60,6 +63,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "group_reduce": Method(BlockLowRank, "Frequency groups, each of a low rank of its own (GroupReduce)", True),
     "low_rank": Method(LowRank, "Truncated SVD of the whole table", fixed={"weighted": False}),
+    "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
     "weighted_low_rank": Method(LowRank, "Truncated SVD, rows weighted by frequency", True, fixed={"weighted": True}),
 }
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks
@@ -17,8 +20,25 @@ from lightning_embcompress.solvers.gram import compute_dtype, row_chunks
 TENSOR_HEADER_BYTES = 96
 
 
-OptionsT = TypeVar("OptionsT")
-"""A frozen dataclass of a method's own options, which checks their ranges when it is made."""
+# Elements of a piece of the table that is built on the way to the logits: 2 MiB of float32 stay in a core's cache.
+_PIECE_ELEMENTS = 2**19
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method can be told: subclasses add fields with defaults, and check their ranges when they are made."""
+
+    size_options: ClassVar[tuple[str, ...]] = ()
+    """Names of the options that say how large the factors are, in place of a ratio."""
+
+    @property
+    def fixes_size(self) -> bool:
+        """Whether the options leave nothing for a ratio to decide."""
+        return any(getattr(self, name) is not None for name in self.size_options)
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+"""The options of a method."""
 
 
 class Factorization(nn.Module, ABC, Generic[OptionsT]):
@@ -93,6 +113,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: OptionsT | None = None) -> int:
         """Fewest bytes that a table of this shape can be stored in with these options.
 
+        Where the options fix the size, these are the bytes it takes.
+
         Raises:
             ValueError: If an option does not fit the shape.
         """
@@ -111,7 +133,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
 
         Args:
             weight: `[vocab_size, dim]` table; it is only read.
-            max_bytes: Most bytes that `stored_bytes()` of the result may be.
+            max_bytes: Most bytes that `stored_bytes()` of the result may be; where the options fix the size, what
+                `smallest_bytes` says.
             token_counts: `[vocab_size]` how often every token occurs in the training data.
             options: The method's own; None for its defaults.
             advance: Called with shares of the work that add up to 1.
@@ -159,6 +182,33 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         for chunk in row_chunks(self.vocab_size, self.dim):
             out[chunk] = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
         return out
+
+    def logits_of_rows(self, hidden: Tensor, rows: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+        """`h Wᵀ` for methods whose rows cost less to compute than to multiply with: a piece of the table at a time.
+
+        A piece is computed, multiplied and forgotten, and computed again in the backward pass: the table as a whole
+        is never there.
+
+        Args:
+            hidden: `[*, dim]`.
+            rows: Computes the rows from `start` to `stop` when called with `(start, stop, *factors)`. It must not read
+                other parameters: in the backward pass they may be others.
+            *factors: What it reads.
+
+        Returns:
+            `[*, vocab_size]`.
+        """
+        step = min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
+
+        def piece(states: Tensor, start: int, *read: Tensor) -> Tensor:
+            return F.linear(states, rows(start, min(start + step, self.vocab_size), *read))
+
+        starts = range(0, self.vocab_size, step)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            pieces = [checkpoint(piece, hidden, start, *factors, use_reentrant=False) for start in starts]
+        else:
+            pieces = [piece(hidden, start, *factors) for start in starts]
+        return torch.cat(pieces, dim=-1)
 
     def stored_bytes(self) -> int:
         """Bytes on disk: every tensor of the state dict, its entry in the file's header, and the structure."""

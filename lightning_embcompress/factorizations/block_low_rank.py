@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Factorization, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.base import Factorization, Options, positive_integers, stored_bytes
 from lightning_embcompress.factorizations.low_rank import alignment
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.solvers.gram import row_weights
@@ -21,7 +21,7 @@ from lightning_embcompress.solvers.rank_allocation import is_dense, smallest_ele
 
 
 @dataclass(frozen=True)
-class GroupReduceOptions:
+class GroupReduceOptions(Options):
     """Options of GroupReduce.
 
     Attributes:

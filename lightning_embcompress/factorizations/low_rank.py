@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Factorization, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.base import Factorization, Options, positive_integers, stored_bytes
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import weighted_low_rank
 
 
 @dataclass(frozen=True)
-class LowRankOptions:
+class LowRankOptions(Options):
     """Options of low rank.
 
     Attributes:
+        rank: The rank, instead of a ratio.
         weighted: Weight rows by their token counts; False gives the plain truncated SVD.
+
+    Raises:
+        ValueError: If the rank is not positive.
     """
 
+    rank: int | None = None
     weighted: bool = True
+    size_options: ClassVar[tuple[str, ...]] = ("rank",)
+
+    def __post_init__(self) -> None:
+        """Check the rank."""
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be 1 or more, it is {self.rank}")
 
 
 class LowRank(Factorization[LowRankOptions]):
@@ -90,8 +101,17 @@ class LowRank(Factorization[LowRankOptions]):
 
     @classmethod
     def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: LowRankOptions | None = None) -> int:
-        """Bytes at rank 1."""
-        return (vocab_size + dim) * itemsize + cls._fixed_bytes(vocab_size, dim)
+        """Bytes at the rank asked for, or at rank 1.
+
+        Raises:
+            ValueError: If the rank asked for is above `min(vocab_size, dim)`.
+        """
+        rank = (options or LowRankOptions()).rank or 1
+        if rank > min(vocab_size, dim):
+            raise ValueError(
+                f"rank must be at most {min(vocab_size, dim)} for a table of {vocab_size} x {dim}, it is {rank}"
+            )
+        return rank * (vocab_size + dim) * itemsize + cls._fixed_bytes(vocab_size, dim)
 
     @classmethod
     def _fixed_bytes(cls, vocab_size: int, dim: int) -> int:
@@ -117,8 +137,13 @@ class LowRank(Factorization[LowRankOptions]):
         itemsize = weight.element_size()
         rank_bytes = (vocab_size + dim) * itemsize
         rank = min((max_bytes - cls._fixed_bytes(vocab_size, dim)) // rank_bytes, vocab_size, dim)
-        if rank < 1:
-            raise ValueError(f"{max_bytes} bytes do not hold rank 1 of a table of {vocab_size} x {dim}")
+        if max_bytes < cls.smallest_bytes(vocab_size, dim, itemsize, options):
+            raise ValueError(
+                f"{max_bytes} bytes do not hold rank {options.rank or 1 if options else 1} of a table of "
+                f"{vocab_size} x {dim}"
+            )
+        if options is not None and options.rank is not None:
+            rank = options.rank
         factorization = cls(vocab_size, dim, rank, weight.dtype, weight.device)
         factorization._solve(weight, token_counts, options)
         advance(1.0)
