@@ -63,7 +63,7 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
             if places == sorted(places):
                 # A table that became two left one place, its factors have two.
                 parameters.sort(key=lambda parameter: order.get(id(parameter), math.inf))
-        for key, parameter in gone.items():
+        for parameter in gone.values():
             if optimizer.state.pop(parameter, None):
                 dropped += 1
     return dropped

@@ -13,6 +13,7 @@ from lightning_embcompress.factorizations.base import Factorization
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
 from lightning_embcompress.factorizations.tensor_train import TensorTrain, TensorTrainOptions
+from lightning_embcompress.factorizations.tensor_train_matrix import TensorTrainMatrix, TensorTrainMatrixOptions
 
 __all__ = [
     "METHODS",
@@ -23,6 +24,8 @@ __all__ = [
     "LowRankOptions",
     "Method",
     "TensorTrain",
+    "TensorTrainMatrix",
+    "TensorTrainMatrixOptions",
     "TensorTrainOptions",
     "factorization_from_spec",
     "get_method",
@@ -64,6 +67,7 @@ METHODS: dict[str, Method] = {
     "group_reduce": Method(BlockLowRank, "Frequency groups, each of a low rank of its own (GroupReduce)", True),
     "low_rank": Method(LowRank, "Truncated SVD of the whole table", fixed={"weighted": False}),
     "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
+    "tensor_train_matrix": Method(TensorTrainMatrix, "One tensor train for the whole table (TT embedding)"),
     "weighted_low_rank": Method(LowRank, "Truncated SVD, rows weighted by frequency", True, fixed={"weighted": True}),
 }
 

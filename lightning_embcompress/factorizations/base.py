@@ -183,7 +183,9 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
             out[chunk] = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
         return out
 
-    def logits_of_rows(self, hidden: Tensor, rows: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    def logits_of_rows(
+        self, hidden: Tensor, rows: Callable[..., Tensor], *factors: Tensor, step: int | None = None
+    ) -> Tensor:
         """`h Wᵀ` for methods whose rows cost less to compute than to multiply with: a piece of the table at a time.
 
         A piece is computed, multiplied and forgotten, and computed again in the backward pass: the table as a whole
@@ -194,17 +196,18 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
             rows: Computes the rows from `start` to `stop` when called with `(start, stop, *factors)`. It must not read
                 other parameters: in the backward pass they may be others.
             *factors: What it reads.
+            step: Rows of a piece; None for as many as stay in the cache, and at most a quarter of the table.
 
         Returns:
             `[*, vocab_size]`.
         """
-        step = min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
+        step = step or min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
 
         def piece(states: Tensor, start: int, *read: Tensor) -> Tensor:
             return F.linear(states, rows(start, min(start + step, self.vocab_size), *read))
 
         starts = range(0, self.vocab_size, step)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_exporting():
             pieces = [checkpoint(piece, hidden, start, *factors, use_reentrant=False) for start in starts]
         else:
             pieces = [piece(hidden, start, *factors) for start in starts]
@@ -264,3 +267,22 @@ def positive_integers(spec: dict[str, Any], *names: str) -> list[int]:
             raise ValueError(f"the structure's {name!r} must be a positive integer, it is {value!r}")
         values.append(value)
     return values
+
+
+def integers(spec: dict[str, Any], name: str) -> list[int]:
+    """Read a list of integers from a structure that came from a file.
+
+    Raises:
+        ValueError: If it is missing or something else.
+    """
+    value = spec.get(name)
+    if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
+        raise ValueError(f"the structure's {name!r} must be a list of integers, it is {value!r}")
+    return value
+
+
+def is_exporting() -> bool:
+    """Whether a graph is being made that must not depend on values: distinct ids cannot be told from others there."""
+    # Older versions of torch tell no difference between exporting and compiling.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return bool(exporting())

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Factorization, Options, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.base import (
+    Factorization,
+    Options,
+    integers,
+    is_exporting,
+    positive_integers,
+    stored_bytes,
+)
 from lightning_embcompress.factorizations.low_rank import alignment
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.solvers.gram import row_weights
@@ -155,6 +162,8 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
 
         Every distinct id is computed once; those of a block share one product with its basis.
         """
+        if is_exporting():
+            return self._exported_rows(ids)
         distinct, inverse = torch.unique(ids, return_inverse=True)
         positions, by_position = self.position.index_select(0, distinct).sort()
         ends = torch.tensor(self.sizes, device=positions.device).cumsum(0)
@@ -174,11 +183,28 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         place[by_position] = torch.arange(by_position.numel(), device=place.device)
         return F.embedding(place[inverse], torch.cat(pieces))
 
+    def _exported_rows(self, ids: Tensor) -> Tensor:
+        """Rows in a graph whose shapes do not depend on the ids: every id is looked up in every block."""
+        positions = F.embedding(ids, self.position.unsqueeze(1))
+        rows = self.basis.new_zeros(*ids.shape, self.dim)
+        start = 0
+        for size, coefficients, basis, dense in zip(
+            self.sizes, self.coefficients, self.bases(), self.dense_blocks, strict=True
+        ):
+            if size:
+                block = F.embedding((positions.squeeze(-1) - start).clamp(0, size - 1), coefficients)
+                here = (positions >= start) & (positions < start + size)
+                rows = torch.where(here, block if dense else block @ basis, rows)
+            start += size
+        return rows
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`: one product with all bases side by side, then one a block."""
         blocks = self.block_logits(hidden)
         if self.in_order:
             return blocks
+        if is_exporting():
+            return blocks.index_select(-1, self.position)
         return cast(Tensor, _VocabularyOrder.apply(blocks, self.position, self.order))  # type: ignore[no-untyped-call]
 
     def block_logits(self, hidden: Tensor) -> Tensor:
@@ -210,11 +236,7 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Build it empty, see `Factorization.from_spec`."""
         vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
-        for name in ("sizes", "ranks"):
-            value = spec.get(name)
-            if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
-                raise ValueError(f"the structure's {name!r} must be a list of integers, it is {value!r}")
-        return cls(vocab_size, dim, spec["sizes"], spec["ranks"], dtype, device)
+        return cls(vocab_size, dim, integers(spec, "sizes"), integers(spec, "ranks"), dtype, device)
 
     @classmethod
     def smallest_bytes(

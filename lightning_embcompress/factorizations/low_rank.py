@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Factorization, Options, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.base import (
+    Factorization,
+    Options,
+    is_exporting,
+    positive_integers,
+    stored_bytes,
+)
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import weighted_low_rank
 
@@ -79,6 +85,8 @@ class LowRank(Factorization[LowRankOptions]):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
+        if is_exporting():
+            return F.embedding(ids, self.coefficients) @ self.basis
         distinct, inverse = torch.unique(ids, return_inverse=True)
         return F.embedding(inverse, F.embedding(distinct, self.coefficients) @ self.basis)
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Factorization, Options, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.base import (
+    Factorization,
+    Options,
+    integers,
+    is_exporting,
+    positive_integers,
+    stored_bytes,
+)
 from lightning_embcompress.solvers.tensor_train import (
     core_sizes,
     tensor_train,
@@ -122,22 +129,23 @@ class TensorTrain(Factorization[TensorTrainOptions]):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
-        if torch.compiler.is_compiling():
-            return train_rows(F.embedding(ids.flatten(), self.cores), self.shape, self.ranks, self.dim).reshape(
-                *ids.shape, self.dim
-            )
+        if is_exporting():
+            rows = train_rows(F.embedding(ids.flatten(), self.cores), self.shape, self.ranks, self.dim)
+            return rows.reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
         return F.embedding(inverse, train_rows(F.embedding(distinct, self.cores), self.shape, self.ranks, self.dim))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""
         states = hidden.reshape(-1, self.dim)
-        if torch.compiler.is_compiling() or states.shape[0] > _FEW_STATES:
+        if is_exporting():
+            logits = train_logits(self.cores, states, self.shape, self.ranks)
+        elif states.shape[0] > _FEW_STATES:
             return self.logits_of_rows(hidden, self._read, self.cores)
-        pieces = [
-            train_logits(cores, states, self.shape, self.ranks) for cores in torch.split(self.cores, _CHUNK_TOKENS)
-        ]
-        return torch.cat(pieces, dim=-1).reshape(*hidden.shape[:-1], self.vocab_size)
+        else:
+            pieces = torch.split(self.cores, _CHUNK_TOKENS)
+            logits = torch.cat([train_logits(cores, states, self.shape, self.ranks) for cores in pieces], dim=-1)
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def _read(self, start: int, stop: int, cores: Tensor) -> Tensor:
         return train_rows(cores[start:stop], self.shape, self.ranks, self.dim)
@@ -257,15 +265,3 @@ class TensorTrain(Factorization[TensorTrainOptions]):
 
 def _largest_rank(shape: Sequence[int]) -> int:
     return max(train_ranks(shape, math.prod(shape)))
-
-
-def integers(spec: dict[str, Any], name: str) -> list[int]:
-    """Read a list of integers from a structure that came from a file.
-
-    Raises:
-        ValueError: If it is missing or something else.
-    """
-    value = spec.get(name)
-    if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
-        raise ValueError(f"the structure's {name!r} must be a list of integers, it is {value!r}")
-    return value
