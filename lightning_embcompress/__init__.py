@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_embcompress.registration import register
+
 if TYPE_CHECKING:
     from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain
     from lightning_embcompress.checkpoint import load_compressed, load_from_checkpoint, save_compressed
@@ -29,6 +31,9 @@ _HOMES = {
     "checkpoint": ("load_compressed", "load_from_checkpoint", "save_compressed"),
     "plan": ("Plan", "compress", "densify"),
 }
+
+# Makes `from_pretrained` of transformers load compressed models; imports nothing.
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -22,10 +22,11 @@ class CompressedLayer(nn.Module):
         """Explain why there is no weight."""
         # AttributeError keeps `hasattr(layer, "weight")` False; the message is for those who read the weight anyway.
         if name == "weight":
+            # Not `self.factorization`: while a model is being loaded there may be none.
+            stored = type(self._modules.get("factorization")).__name__
             raise AttributeError(
-                f"{type(self).__name__} has no weight: the table is stored as "
-                f"{type(self.__dict__['_modules']['factorization']).__name__}. Call the layer, read single rows with "
-                "`.factorization.rows(ids)`, or build the whole table with `.factorization.dense()`"
+                f"{type(self).__name__} has no weight: the table is stored as {stored}. Call the layer, read single "
+                "rows with `.factorization.rows(ids)`, or build the whole table with `.factorization.dense()`"
             )
         return super().__getattr__(name)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress import huggingface
 from lightning_embcompress.factorizations import Factorization, nearest
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.solvers.gram import row_chunks
@@ -110,6 +111,7 @@ def replace_table(model: nn.Module, modules: Sequence[str], factorization: Facto
             assert isinstance(old, nn.Linear | CompressedLinear)
             new = CompressedLinear(factorization, old.bias)
         _swap(model, path, new)
+    huggingface.follow(model)
 
 
 def restore_dense(model: nn.Module, fill: bool = True) -> None:
@@ -147,6 +149,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             new.weight = weight
             new.register_parameter("bias", old.bias)
         _swap(model, path, new)
+    huggingface.follow(model)
 
 
 def _swap(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -27,7 +27,7 @@ from lightning_embcompress.checkpoint import (
 )
 from lightning_embcompress.factorizations import METHODS
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.plan import Plan, compress, densify, plan_of
+from lightning_embcompress.plan import PLAN_VERSION, Plan, compress, densify, plan_of
 
 _IDS = torch.tensor([[1, 5, 799], [0, 5, 17]])
 
@@ -51,7 +51,11 @@ class _Model(nn.Module):
 
 def _compressed(method: str = "group_reduce", ratio: float = 3, **given: Any) -> _Model:
     model = _Model(**given)
-    compress(model, method, ratio=ratio, token_counts=torch.arange(800, 0, -1))
+    chosen = METHODS[method]
+    # Not every method reaches every ratio.
+    smallest = chosen.factorization.smallest_bytes(*model.encoder.weight.shape, 4, chosen.options())
+    ratio = min(ratio, model.encoder.weight.nbytes / smallest)
+    compress(model, method, ratio=ratio, token_counts=torch.arange(len(model.encoder.weight), 0, -1))
     return model
 
 
@@ -203,9 +207,9 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         r"config.json' was not written by save_compressed",
     ),
     "newer plan": (
-        lambda folder: _edit_config(folder, lambda config: config["plan"].update(version=2)),
+        lambda folder: _edit_config(folder, lambda config: config["plan"].update(version=PLAN_VERSION + 1)),
         ValueError,
-        r"version 2, this package reads versions up to 1: upgrade",
+        rf"version {PLAN_VERSION + 1}, this package reads versions up to {PLAN_VERSION}: upgrade",
     ),
     "no plan": (
         lambda folder: _edit_config(folder, lambda config: config.pop("plan")),
