@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -131,7 +131,8 @@ def rows_of_distinct_ids(cores: Sequence[Tensor], ids: Tensor) -> Tensor:
     """Rows of distinct ids, where ids that share a beginning share the work for it.
 
     Every id is a number with digits `i_1 … i_N`. From the left, the products of all beginnings that occur are extended
-    by one core: those with the same next digit in one matrix product with that slice of the core.
+    by one core: those with the same next digit in one matrix product with that slice of the core. The last two cores
+    go together, so that the longest beginnings, which are the bulk of it, are used while they are in the cache.
 
     Args:
         cores: `[R_{k-1}, I_k, J_k, R_k]`.
@@ -140,29 +141,67 @@ def rows_of_distinct_ids(cores: Sequence[Tensor], ids: Tensor) -> Tensor:
     Returns:
         `[count, ∏ J_k]`.
     """
-    if not ids.numel():
+    if not ids.numel() or len(cores) == 1:
         return rows_of_ids(cores, ids)
     modes = [core.shape[1] for core in cores]
     beginnings, place = ids.new_zeros(1), ids.new_zeros(1)
     rows = cores[0].new_ones(1, 1, 1)
-    for level, core in enumerate(cores):
-        left, mode, columns, right = core.shape
+    for level in range(len(cores) - 2):
         extended = torch.unique_consecutive(ids // math.prod(modes[level + 1 :]))
-        parents = place[torch.searchsorted(beginnings, extended // mode)]
-        digits, by_digit = (extended % mode).sort(stable=True)
-        counts = torch.bincount(digits, minlength=mode).tolist()
-        # Unbound once: the gradient of a slice would be as large as the core.
-        products = [
-            rows.index_select(0, some).reshape(-1, left) @ part.reshape(left, columns * right)
-            for some, part in zip(torch.split(parents[by_digit], counts), core.unbind(1), strict=True)
-            if len(some)
-        ]
-        # They stay in the order of the last digit, and are found by their place in it: moving them would cost as much.
-        rows = torch.cat(products).reshape(len(extended), rows.shape[1] * columns, right)
-        place = torch.empty_like(by_digit)
-        place[by_digit] = torch.arange(len(place), device=place.device)
-        beginnings = extended
-    return rows.squeeze(2).index_select(0, place)
+        parents = place[torch.searchsorted(beginnings, extended // modes[level])]
+        digits, by_digit = (extended % modes[level]).sort(stable=True)
+        counts = torch.bincount(digits, minlength=modes[level]).tolist()
+        rows = torch.cat([part for part in _extended(rows, cores[level], parents[by_digit], counts) if part.numel()])
+        # They stay in the order of the last digit, and are found by their place in it.
+        beginnings, place = extended, _inverse(by_digit)
+    core, last = cores[-2:]
+    extended = torch.unique_consecutive(ids // modes[-1])
+    parents = place[torch.searchsorted(beginnings, extended // modes[-2])]
+    digits, by_digit = (extended % modes[-2]).sort(stable=True)
+    counts = torch.bincount(digits, minlength=modes[-2]).tolist()
+    place = _inverse(by_digit)
+    # The ids in the order of the digit before their last one, and which of the beginnings with that digit is theirs.
+    positions, by_position = place[torch.searchsorted(extended, ids // modes[-1])].sort()
+    endings = last.squeeze(3).transpose(0, 1).index_select(0, (ids % modes[-1])[by_position])
+    shares = torch.bincount(digits[positions], minlength=modes[-2]).tolist()
+    pieces = []
+    start = 0
+    for product, count, own, ending in zip(
+        _extended(rows, core, parents[by_digit], counts),
+        counts,
+        torch.split(positions, shares),
+        torch.split(endings, shares),
+        strict=True,
+    ):
+        if count:
+            pieces.append(torch.bmm(product.index_select(0, own - start), ending).flatten(1))
+        start += count
+    return torch.cat(pieces).index_select(0, _inverse(by_position))
+
+
+def _extended(rows: Tensor, core: Tensor, parents: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Products of beginnings with one more core, for every digit of it those that continue with the digit.
+
+    Args:
+        rows: `[beginnings, columns so far, R_{k-1}]`.
+        core: `[R_{k-1}, I_k, J_k, R_k]`.
+        parents: Which beginning is continued, sorted by the digit.
+        counts: How many are continued by each of the `I_k` digits.
+
+    Yields:
+        `[count, columns so far · J_k, R_k]` for every digit.
+    """
+    left, _, columns, right = core.shape
+    # Unbound once: the gradient of a slice would be as large as the core.
+    for some, part in zip(torch.split(parents, list(counts)), core.unbind(1), strict=True):
+        product = rows.index_select(0, some).reshape(len(some) * rows.shape[1], left) @ part.reshape(left, -1)
+        yield product.reshape(len(some), rows.shape[1] * columns, right)
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    place = torch.empty_like(permutation)
+    place[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return place
 
 
 def rows_of_range(cores: Sequence[Tensor], start: int, stop: int) -> Tensor:
