@@ -104,13 +104,13 @@ def test_tt_matrix_lookup_is_20_times_faster_than_tensorly_torch(benchmark, matr
             count: seconds(lambda count=count: matrix.rows(ids[torch.arange(2048) % count])) for count in (16, 256)
         }
     benchmark.pedantic(lambda: matrix.rows(ids), rounds=5)
+    shared = ", ".join(f"{count} are distinct {taken * 1e3:.1f} ms" for count, taken in times.items())
     both = [seconds(lambda layer=layer: layer(ids).sum().backward(), 2) for layer in (matrix.rows, theirs)]
     sys.stdout.write(
         f"\nTT-matrix lookup of 2048 distinct ids of {VOCAB_SIZE} x {DIM}, {VOCAB_SIZE * DIM / _entries(matrix):.1f}x, "
         f"rank 128: {ours * 1e3:.1f} ms, tensorly-torch {others * 1e3:.0f} ms, {others / ours:.1f} times as long; "
-        f"2048 ids of which {', '.join(f'{count} are distinct {taken * 1e3:.1f} ms' for count, taken in times.items())}; "
-        f"forward and backward {both[0] * 1e3:.0f} ms, tensorly-torch {both[1] * 1e3:.0f} ms "
-        f"({torch.get_num_threads()} thread)\n"
+        f"2048 ids of which {shared}; forward and backward {both[0] * 1e3:.0f} ms, tensorly-torch {both[1] * 1e3:.0f} "
+        f"ms ({torch.get_num_threads()} thread)\n"
     )
     assert others / ours >= 20
     assert times[16] < times[256] < ours
