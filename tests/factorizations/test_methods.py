@@ -29,8 +29,16 @@ def test_unknown_option_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown option 'group' \(did you mean 'groups'\?\); the method has variant"):
         get_method("group_reduce").options(group=3)
     # What the name of the method stands for is no option of it.
-    with pytest.raises(ValueError, match=r"unknown option 'weighted'; the method has none"):
+    with pytest.raises(ValueError, match=r"unknown option 'weighted'; the method has rank"):
         get_method("low_rank").options(weighted=True)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_options_that_fix_the_size_are_known_as_such(name: str) -> None:
+    options = get_method(name).options()
+    assert not options.fixes_size
+    for option in options.size_options:
+        assert getattr(options, option) is None
 
 
 @pytest.mark.parametrize(
