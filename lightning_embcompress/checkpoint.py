@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_embcompress import huggingface
 from lightning_embcompress.factorizations import factorization_from_spec
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
@@ -24,6 +25,7 @@ RECORD_KEY = "embcompress"
 """Where a Lightning checkpoint keeps the plan; a checkpoint of a dense model has no such key."""
 
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 _FORMAT = "lightning-embcompress"
 
@@ -173,7 +175,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if record_file.exists() and not _is_ours(record_file):
         raise ValueError(
             f"{str(record_file)!r} belongs to something else, perhaps a Hugging Face model, and would be lost: save to "
-            "a directory of its own"
+            "a directory of its own, or a model of transformers with model.save_pretrained(path)"
         )
     config = {"format": _FORMAT, "plan": plan_of(model).to_dict(), "aliases": aliases}
     directory.mkdir(parents=True, exist_ok=True)
@@ -196,15 +198,25 @@ def _is_ours(file: Path) -> bool:
     return isinstance(config, dict) and config.get("format") == _FORMAT
 
 
-def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan:
-    """Load what `save_compressed` wrote into a model built as it was before compression, in place.
+@overload
+def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan: ...
+
+
+@overload
+def load_compressed(path: str | os.PathLike[str], model: None = None) -> nn.Module: ...
+
+
+def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None) -> Plan | nn.Module:
+    """Load what `save_compressed`, or `save_pretrained` of a compressed model of transformers, wrote.
 
     Args:
         path: The directory.
-        model: A module of the same architecture; its tables are replaced.
+        model: A module of the same architecture, dense or compressed in whatever way: its tables are replaced, in
+            place; it keeps its dtype. It may hold the model of transformers that was saved. Without it the model is
+            built as the directory says, which only one that `save_pretrained` wrote does.
 
     Returns:
-        The plan of the model.
+        The plan of the model that was given, or the model that was built.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -224,37 +236,117 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan:
         True
     """
     directory = Path(path)
-    for file in (directory / CONFIG_FILE, directory / WEIGHTS_FILE):
-        if not file.is_file():
-            raise FileNotFoundError(f"{str(directory)!r} is not a compressed model: {file.name} is missing")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise ValueError(f"{str(directory / CONFIG_FILE)!r} was not written by save_compressed")
-    plan = Plan.from_dict(config.get("plan"))
+    config = _read_config(directory)
+    if config.get("format") != _FORMAT:
+        if model is None:
+            return _build_pretrained(directory, config)
+        # A LightningModule, say, around the model that was saved.
+        model = huggingface.only_model(model) or model
+    elif model is None:
+        raise ValueError(
+            f"{str(directory)!r} was written by save_compressed and does not say what kind of model it is: build one "
+            "as it was before compression and pass it, as in load_compressed(path, model)"
+        )
+    record = config.get("quantization_config") if config.get("format") != _FORMAT else config.get("plan")
+    plan = Plan.from_dict(record)
     check_plan(model, plan)
-    tensors = _read_tensors(directory / WEIGHTS_FILE, config.get("aliases", {}))
+    tensors = _read_tensors(directory, config, model, plan)
     _check_tensors(directory, model, plan, tensors)
     apply_plan(model, plan)
     model.load_state_dict(tensors)
     return plan_of(model)
 
 
-def _read_tensors(file: Path, aliases: Any) -> dict[str, Tensor]:
-    """Tensors of a file by all their names: those that layers share are in it once."""
+def _read_config(directory: Path) -> dict[str, Any]:
+    """`config.json`, after a look at whether all files are there."""
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(directory)!r} is not a compressed model: {file.name} is missing")
+    config = _read_json(file)
+    quantization = config.get("quantization_config")
+    of_transformers = isinstance(quantization, dict) and quantization.get("quant_method") == huggingface.QUANT_METHOD
+    if config.get("format") != _FORMAT and not of_transformers:
+        raise ValueError(
+            f"{str(file)!r} was not written by save_compressed, nor by save_pretrained of a compressed model"
+        )
+    for weights in _weight_files(directory):
+        if not weights.is_file():
+            raise FileNotFoundError(
+                f"{str(directory)!r} is not a whole compressed model: {weights.name} is missing; copy it there, or "
+                "save the model again"
+            )
+    return config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} is damaged or cut short: {error}") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} is damaged: it is no mapping")
+    return content
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The file of the weights, or those that it was split into."""
+    index = directory / INDEX_FILE
+    if (directory / WEIGHTS_FILE).is_file() or not index.is_file():
+        return [directory / WEIGHTS_FILE]
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{str(index)!r} is damaged: 'weight_map' is {names!r}")
+    return [directory / str(name) for name in sorted(set(names.values()))]
+
+
+def _build_pretrained(directory: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The model that a directory of transformers describes."""
+    import transformers
+
+    Plan.from_dict(config["quantization_config"])
+    architectures = config.get("architectures") or ["AutoModelForCausalLM"]
+    architecture = getattr(transformers, str(architectures[0]), None)
+    if architecture is None:
+        raise ValueError(
+            f"{str(directory / CONFIG_FILE)!r} names the architecture {architectures[0]!r}, which transformers "
+            f"{transformers.__version__} does not have: build the model and pass it, as in load_compressed(path, model)"
+        )
+    model: nn.Module = architecture.from_pretrained(directory)
+    return model
+
+
+def _read_tensors(directory: Path, config: Mapping[str, Any], model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Tensors by all their names: those that layers share are stored once."""
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(directory):
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is damaged or cut short: {error}") from error
+    aliases = config.get("aliases", {}) if config.get("format") == _FORMAT else _aliases(model, plan, tensors)
     if not isinstance(aliases, dict):
-        raise ValueError(f"{str(file.parent / CONFIG_FILE)!r} is damaged: 'aliases' is {aliases!r}")
+        raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: 'aliases' is {aliases!r}")
     for name, source in aliases.items():
         if source not in tensors:
-            raise ValueError(f"{str(file.parent)!r} is damaged: {source!r} is missing from {file.name}")
+            raise ValueError(f"{str(directory)!r} is damaged: {source!r} is missing from {WEIGHTS_FILE}")
         tensors[name] = tensors[source]
     return tensors
+
+
+def _aliases(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Other names of tensors that transformers stored under one: those of the plan's ties, and of the model's own."""
+    aliases: dict[str, str] = {}
+    for table in plan.tables:
+        stored = [name for name in tensors if name.startswith(f"{table.name}.factorization.")]
+        for path in table.modules[1:]:
+            aliases |= {path + name.removeprefix(table.name): name for name in stored}
+    state = model.state_dict(keep_vars=True)
+    stored_names = {id(tensor): name for name, tensor in state.items() if name in tensors}
+    return aliases | {
+        name: stored_names[id(tensor)]
+        for name, tensor in state.items()
+        if name not in tensors and id(tensor) in stored_names
+    }
 
 
 def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
 
 QUANT_METHOD = "embcompress"
 """Under this name `config.json` records the plan, and transformers finds our quantizer."""
@@ -30,6 +30,45 @@ def pretrained_models(root: nn.Module) -> dict[str, Any]:
     library = sys.modules.get("transformers.modeling_utils")
     kind = getattr(library, "PreTrainedModel", ())
     return {path: module for path, module in root.named_modules() if isinstance(module, kind)}
+
+
+def only_model(root: nn.Module) -> Any:
+    """The model of transformers that a module is or holds, if it is one; what that holds in turn does not count."""
+    outer: list[str] = []
+    models = pretrained_models(root)
+    for path in models:
+        if not any(path.startswith(f"{other}." if other else "") for other in outer):
+            outer.append(path)
+    return models[outer[0]] if len(outer) == 1 else None
+
+
+def vocabulary_layers(root: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
+    """Token embeddings and softmax projection of the model of transformers that a module is or holds.
+
+    Returns:
+        What the model says, as far as it is of use: no embedding and no projection if it does not say. An encoder and
+        decoder may have an embedding each.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50, n_positions=50))
+        >>> vocabulary_layers(model)
+        ([Embedding(50, 8)], None)
+    """
+    model = only_model(root)
+    if model is None:
+        return [], None
+    parts = [model, model.get_encoder(), model.get_decoder()] if _has_encoder_and_decoder(model) else [model]
+    try:
+        embeddings, projection = [part.get_input_embeddings() for part in parts], model.get_output_embeddings()
+    except NotImplementedError:
+        return [], None
+    usable = {id(module): module for module in embeddings if isinstance(module, nn.Embedding | CompressedEmbedding)}
+    return list(usable.values()), projection if isinstance(projection, nn.Linear | CompressedLinear) else None
+
+
+def _has_encoder_and_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
 
 
 def follow(root: nn.Module) -> None:
@@ -109,6 +148,8 @@ class _SaveHook(_Hook):
         # Here and not at the top: replacing tables, which plans are built on, is what this module serves.
         from lightning_embcompress.plan import plan_of
 
+        # A part of the model may have been changed by itself.
+        follow(self.model)
         state = self.model.state_dict() if state_dict is None else state_dict
         twice = tuple(f"{path}.factorization." for path in aliases(self.model))
         state = {name: tensor for name, tensor in state.items() if not name.startswith(twice)}
@@ -213,15 +254,19 @@ def _declare_ties(model: Any, root: nn.Module) -> None:
         for path, source in factors.items()
         for name, _ in model.get_submodule(source).named_parameters()
     }
-    factorizations = _factorizations(model)
-    pairs = [(target.rpartition(".")[0], source.rpartition(".")[0]) for target, source in dense.items()]
-    separate = [
-        one in factorizations and other in factorizations and factorizations[one] is not factorizations[other]
-        for one, other in pairs
-    ]
     # Only where nothing is left of what it stands for: some models read it to decide which others are tied.
-    if separate and all(separate) and model.config.tie_word_embeddings:
+    if dense and model.config.tie_word_embeddings and all(_is_broken(model, *tie) for tie in dense.items()):
         _give_own_config(model, root).tie_word_embeddings = False
+
+
+def _is_broken(model: Any, target: str, source: str) -> bool:
+    """Whether the layers of two weights, which were one while dense, no longer share what they read."""
+    if not target.endswith(".weight"):
+        return False
+    layers = [model.get_submodule(name.rpartition(".")[0]) for name in (target, source)]
+    # While a model is being loaded, tied layers are without factors.
+    factors = [layer._modules.get("factorization") for layer in layers if isinstance(layer, CompressedLayer)]
+    return len(factors) == 1 or (len(factors) == 2 and None not in factors and factors[0] is not factors[1])
 
 
 def _give_own_config(model: Any, root: nn.Module) -> Any:

@@ -6,6 +6,7 @@ imports more than that is imported when it is used.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,12 +55,17 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         self.plan = _fitted(Plan.from_dict(self.quantization_config.to_dict()), model)
         check_plan(model, self.plan)
         for table in self.plan.tables:
-            factorization = _empty(table, model.get_submodule(table.name).weight.dtype)
-            replace_table(model, table.modules, factorization.to("meta"))
-        # A tensor with two names is read from the file under one of them; transformers would take the other for
-        # missing, and overwrite what was read. So only the first layer has the factors while they are loaded.
-        for path in huggingface.aliases(model):
-            del model.get_submodule(path).factorization
+            dense = model.get_submodule(table.name).weight
+            # What stands for the weight until the end of loading: some models initialise it from outside its layer.
+            placeholder = torch.empty_like(dense, device="meta")
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+            replace_table(model, table.modules, _empty(table, dense.dtype).to("meta"))
+            for path in table.modules:
+                model.get_submodule(path).__dict__["weight"] = placeholder
+            # A tensor with two names is read from the file under one of them; transformers would take the other for
+            # missing, and overwrite what was read. So only the first layer has the factors while they are loaded.
+            for path in table.modules[1:]:
+                del model.get_submodule(path).factorization
         huggingface.follow(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -73,7 +79,9 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         for table in self.plan.tables:
             factorization = _loaded(table, model.get_submodule(table.name).factorization)
             for path in table.modules:
-                model.get_submodule(path).factorization = factorization
+                layer = model.get_submodule(path)
+                layer.factorization = factorization
+                del layer.__dict__["weight"]
         # From here on it is a model like any other: what transformers calls quantized can neither be cast nor trained.
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
@@ -92,8 +100,35 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
 
 
 def _fitted(plan: Plan, model: Any) -> Plan:
-    """A plan with its paths as they are in a model of another head: with or without the name of the base model."""
-    return plan
+    """A plan for a model of another head than the one it was saved from, or of none.
+
+    Paths are taken with or without the name of the base model, as transformers takes those of weights. What this model
+    ties to a table reads it too, and a softmax that it does not have is left out.
+    """
+    from lightning_embcompress.tables import all_modules
+
+    base, there = f"{model.base_model_prefix}.", all_modules(model)
+    headless = model.get_output_embeddings() is None
+    ties = [(one.removesuffix(".weight"), other.removesuffix(".weight")) for one, other in _ties(model).items()]
+    placed = []
+    for table in plan.tables:
+        names = [(path, base + path, path.removeprefix(base)) for path in table.modules]
+        # One that is not found keeps its name, which `check_plan` then names.
+        paths = [next((name for name in candidates if name in there), candidates[0]) for candidates in names]
+        placed.append([path for path in paths if path in there or not headless])
+    taken = {path for paths in placed for path in paths}
+    for paths in placed:
+        # Every tie has the same source: from any of a group the source is one step away, and the rest another one.
+        for _ in range(2):
+            tied = [one if other in paths else other for one, other in ties if one in paths or other in paths]
+            paths += [path for path in dict.fromkeys(tied) if path not in taken]
+            taken.update(paths)
+    tables = zip(plan.tables, placed, strict=True)
+    return replace(plan, tables=tuple(replace(table, modules=tuple(paths)) for table, paths in tables if paths))
+
+
+def _ties(model: Any) -> dict[str, str]:
+    return {one: other for one, other in model.all_tied_weights_keys.items() if one.endswith(".weight")}
 
 
 def _empty(table: TablePlan, dtype: torch.dtype) -> Factorization[Any]:
@@ -106,8 +141,18 @@ def _empty(table: TablePlan, dtype: torch.dtype) -> Factorization[Any]:
 
 def _loaded(table: TablePlan, read: Factorization[Any]) -> Factorization[Any]:
     """A factorization with tensors that transformers has put into place one by one, which tells it nothing."""
+    for name, tensor in read.state_dict(keep_vars=True).items():
+        if tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False):
+            raise ValueError(
+                f"'{table.name}.factorization.{name}' was not loaded: it is missing from the model's files, or was to "
+                "stay on disk, where factors cannot be read from. Take all files of one save_pretrained, and load them "
+                "to memory"
+            )
     factorization = _empty(table, read.dtype)
-    factorization.load_state_dict(read.state_dict(), assign=True)
+    try:
+        factorization.load_state_dict(read.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the compressed table {table.name!r} is damaged: {error}") from error
     factorization.provenance = {
         "method": table.method,
         "options": dict(table.options),

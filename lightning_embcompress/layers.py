@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.scaled_embeddings import Scale
 
 
 class CompressedLayer(nn.Module):
@@ -39,6 +40,8 @@ class CompressedEmbedding(CompressedLayer):
         padding_idx: Id whose row is read without a gradient, as in `nn.Embedding`.
         max_norm: Rows of a larger norm are scaled down to it when they are read.
         norm_type: The p of that norm.
+        scale: What rows are multiplied by, if the embedding was of a class that does so; the factors are those of the
+            table as it is stored, which a tied softmax reads without the scale.
 
     Example:
         >>> from lightning_embcompress.factorizations import LowRank
@@ -53,6 +56,7 @@ class CompressedEmbedding(CompressedLayer):
         padding_idx: int | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
+        scale: Scale | None = None,
     ) -> None:
         """Keep the factorization and what the embedding had beside its weight."""
         super().__init__(factorization)
@@ -61,6 +65,7 @@ class CompressedEmbedding(CompressedLayer):
         self.padding_idx = padding_idx
         self.max_norm = max_norm
         self.norm_type = norm_type
+        self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table for ids, `[*] -> [*, embedding_dim]`, in the dtype of the factors."""
@@ -73,13 +78,13 @@ class CompressedEmbedding(CompressedLayer):
             if self.max_norm is not None:
                 norms = rows.detach().norm(p=self.norm_type, dim=-1, keepdim=True)
                 rows = rows * (self.max_norm / (norms + 1e-7)).clamp(max=1.0)
-            return rows
+            return rows if self.scale is None else self.scale(rows)
 
     def extra_repr(self) -> str:
         """Arguments for `print(module)`."""
-        return f"{self.num_embeddings}, {self.embedding_dim}" + (
-            f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
-        )
+        padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
+        scale = f", scale={self.scale.value:g}" if self.scale is not None else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}{scale}"
 
 
 class CompressedLinear(CompressedLayer):

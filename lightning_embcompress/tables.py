@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_embcompress import huggingface
 from lightning_embcompress.factorizations import Factorization, nearest
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.scaled_embeddings import scale_of
 from lightning_embcompress.solvers.gram import row_chunks
 
 
@@ -61,7 +62,9 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
         ['0', '2']
     """
     named = all_modules(model)
-    found = _automatic(named) if tables == "auto" else _named(named, [tables] if isinstance(tables, str) else tables)
+    found = (
+        _automatic(model, named) if tables == "auto" else _named(named, [tables] if isinstance(tables, str) else tables)
+    )
     for table in found:
         _check_replaceable(table, named)
     return found
@@ -95,7 +98,7 @@ def check_finite(table: Table) -> None:
 def replace_table(model: nn.Module, modules: Sequence[str], factorization: Factorization[Any]) -> None:
     """Put compressed layers that share one factorization in the place of the modules that read a table.
 
-    Bias, `padding_idx` and `max_norm` stay what they were.
+    Bias, `padding_idx`, `max_norm` and the scale of a scaled embedding stay what they were.
 
     Args:
         model: The module that holds them.
@@ -106,7 +109,8 @@ def replace_table(model: nn.Module, modules: Sequence[str], factorization: Facto
         old = model.get_submodule(path)
         new: CompressedLayer
         if isinstance(old, nn.Embedding | CompressedEmbedding):
-            new = CompressedEmbedding(factorization, old.padding_idx, old.max_norm, old.norm_type)
+            scale = scale_of(old) if isinstance(old, nn.Embedding) else old.scale
+            new = CompressedEmbedding(factorization, old.padding_idx, old.max_norm, old.norm_type, scale)
         else:
             assert isinstance(old, nn.Linear | CompressedLinear)
             new = CompressedLinear(factorization, old.bias)
@@ -115,7 +119,7 @@ def replace_table(model: nn.Module, modules: Sequence[str], factorization: Facto
 
 
 def restore_dense(model: nn.Module, fill: bool = True) -> None:
-    """Turn every compressed layer of a model back into `nn.Embedding` or `nn.Linear`, ties kept.
+    """Turn every compressed layer of a model back into the `nn.Embedding` or `nn.Linear` it was, ties kept.
 
     Args:
         model: The module that holds them.
@@ -133,15 +137,12 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
         weight = weights[id(table)]
         new: nn.Module
         if isinstance(old, CompressedEmbedding):
-            new = nn.Embedding(
-                table.vocab_size,
-                table.dim,
-                padding_idx=old.padding_idx,
-                max_norm=old.max_norm,
-                norm_type=old.norm_type,
-                _weight=weight,
-            )
-            new.weight = weight
+            if old.scale is not None:
+                new = old.scale.dense(weight, old.padding_idx)
+            else:
+                new = nn.Embedding(table.vocab_size, table.dim, padding_idx=old.padding_idx, _weight=weight)
+                new.weight = weight
+            new.max_norm, new.norm_type = old.max_norm, old.norm_type
         else:
             assert isinstance(old, CompressedLinear)
             # Made on the meta device: its own weight is thrown away at once.
@@ -167,11 +168,24 @@ def _table_of(named: dict[str, nn.Module], path: str, weight: Tensor) -> Table:
 _Dense = nn.Embedding | nn.Linear
 
 
-def _automatic(named: dict[str, nn.Module]) -> list[Table]:
+def _automatic(model: nn.Module, named: dict[str, nn.Module]) -> list[Table]:
     embeddings = {path: module for path, module in named.items() if isinstance(module, nn.Embedding)}
     linears = {path: module for path, module in named.items() if isinstance(module, nn.Linear)}
+    said, projection = huggingface.vocabulary_layers(model)
+    compressed = [path for path, module in named.items() if isinstance(module, CompressedLayer)]
     sizes = {module.num_embeddings for module in embeddings.values()}
     sizes &= {module.out_features for module in linears.values()}
+    if said:
+        # The model says which it is: no other layer that happens to have as many rows is meant.
+        embeddings = {path: module for path, module in embeddings.items() if any(module is one for one in said)}
+        sizes = {module.num_embeddings for module in embeddings.values()}
+    if projection is not None:
+        linears = {path: module for path, module in linears.items() if module is projection}
+    if any(isinstance(module, CompressedLayer) for module in [*said, projection]) or (compressed and not sizes):
+        raise ValueError(
+            f"the model's tables {', '.join(map(repr, compressed))} are compressed already: restore them with "
+            "densify(model) first, or name the modules to compress beside them, as in tables=['encoder']"
+        )
     if len(sizes) > 1:
         raise _ambiguous("embeddings and projections of several sizes", {**embeddings, **linears})
     chosen: dict[str, _Dense]
@@ -185,11 +199,6 @@ def _automatic(named: dict[str, nn.Module]) -> list[Table]:
                 raise _ambiguous(f"{role} of the same vocabulary size", modules)
         chosen = {**tokens, **heads}
     else:
-        if compressed := [path for path, module in named.items() if isinstance(module, CompressedLayer)]:
-            raise ValueError(
-                f"the model's tables {', '.join(map(repr, compressed))} are compressed already: restore them with "
-                "densify(model) first, or name the modules to compress beside them, as in tables=['encoder']"
-            )
         chosen = {**(embeddings or linears)}
         if not chosen:
             raise ValueError(
@@ -244,10 +253,12 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
             )
         # A subclass may do more with its weight than its base class does (scale it, for one): replacing it blindly
         # would drop that.
-        if type(module) not in (nn.Embedding, nn.Linear):
+        scaled = isinstance(module, nn.Embedding) and scale_of(module) is not None
+        if type(module) not in (nn.Embedding, nn.Linear) and not scaled:
             raise ValueError(
                 f"{where} is a {type(module).__module__}.{type(module).__qualname__}: only plain nn.Embedding and "
-                "nn.Linear can be replaced; name other modules in tables=[...]"
+                "nn.Linear, and scaled embeddings of transformers that are known, can be replaced; name other modules "
+                "in tables=[...]"
             )
         if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
             raise ValueError(

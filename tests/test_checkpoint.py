@@ -163,7 +163,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         FileNotFoundError,
-        r"is not a compressed model: model.safetensors is missing",
+        r"is not a whole compressed model: model.safetensors is missing; copy it there",
     ),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
@@ -204,7 +204,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "config that is a list": (
         lambda folder: (folder / "config.json").write_text("[]"),
         ValueError,
-        r"config.json' was not written by save_compressed",
+        r"config.json' is damaged: it is no mapping",
     ),
     "newer plan": (
         lambda folder: _edit_config(folder, lambda config: config["plan"].update(version=PLAN_VERSION + 1)),
