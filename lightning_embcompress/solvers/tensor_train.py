@@ -63,9 +63,14 @@ def tensor_train(vectors: Tensor, shape: Sequence[int], ranks: Sequence[int]) ->
     """
     count, length = vectors.shape
     rest = torch.nn.functional.pad(vectors.to(compute_dtype(vectors.dtype)), (0, math.prod(shape) - length))
+    # Squares of very small or large entries would leave the range of the dtype.
+    scale = torch.linalg.vector_norm(rest, torch.inf, dim=1, keepdim=True)
+    rest = rest / torch.where(scale == 0, 1, scale)
+    entries = math.prod(shape)
     cores = []
     for size, left, right in zip(shape[:-1], ranks, ranks[1:], strict=False):
-        rest = rest.reshape(count, left * size, rest[0].numel() // (left * size) if count else 0)
+        entries //= size
+        rest = rest.reshape(count, left * size, entries)
         if right == left * size:
             basis = torch.eye(right, dtype=rest.dtype, device=rest.device).expand(count, -1, -1)
         elif right == rest.shape[2]:
@@ -74,8 +79,8 @@ def tensor_train(vectors: Tensor, shape: Sequence[int], ranks: Sequence[int]) ->
         else:
             basis = torch.linalg.eigh(rest @ rest.mT).eigenvectors[..., -right:].flip(-1)
             rest = basis.mT @ rest
-        cores.append(basis.reshape(count, -1))
-    return torch.cat([*cores, rest.reshape(count, -1)], dim=1)
+        cores.append(basis.flatten(1))
+    return torch.cat([*cores, rest.flatten(1) * scale], dim=1)
 
 
 def train_halves(cores: Tensor, shape: Sequence[int], ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
