@@ -18,9 +18,9 @@ from typing_extensions import override
 
 # jsonargparse resolves `class_path: LSTMLanguageModel` among the classes that are imported.
 import lightning_embcompress.callbacks
+import lightning_embcompress.data
 import lightning_embcompress.modules  # noqa: F401
 from lightning_embcompress.checkpoint import attach, check_checkpoint_file
-from lightning_embcompress.data import TokenStreamDataModule
 
 # The CLI's own default draws a random seed, and two runs of one recipe would differ without a word.
 DEFAULT_SEED = 1
@@ -68,8 +68,9 @@ class RecipeTrainer(Trainer):
         from_data = datamodule is not None and is_overridden("test_dataloader", datamodule, LightningDataModule)
         if not from_data and not is_overridden("test_dataloader", model, LightningModule):
             return "there is no test data"
-        # These have the hook, and raise in it where the recipe names no test files.
-        if isinstance(datamodule, TokenStreamDataModule) and not datamodule.files("test"):
+        # The data modules of this package have the hook, and raise in it where the recipe names no test files.
+        files = getattr(datamodule, "files", None)
+        if callable(files) and not files("test"):
             return "there is no test data"
         if not is_overridden("test_step", model, LightningModule):
             return f"{type(model).__name__} has no `test_step`"

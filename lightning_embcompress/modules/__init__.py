@@ -1,5 +1,6 @@
 """LightningModules of language models."""
 
+from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
 
-__all__ = ["LSTMLanguageModel"]
+__all__ = ["HuggingFaceCausalLM", "LSTMLanguageModel"]

@@ -1,0 +1,299 @@
+"""Any causal language model of transformers as a LightningModule."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from typing_extensions import override
+
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.modules.base import LanguageModel, Stage, full_softmax_loss
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class HuggingFaceCausalLM(LanguageModel):
+    """A causal language model of transformers: pretrained, or trained from scratch from its configuration.
+
+    A batch is a mapping with ``input_ids`` and optionally ``attention_mask`` (0 for padding, on either side) and
+    ``labels`` (default: the ids), int64 ``[batch_size, seq_len]``. Labels are shifted inside, as in transformers: the
+    label at a position is predicted from the positions before it. Labels of -100, padding, and the token after padding
+    on the left are not predicted. A pair of inputs and targets that are shifted already, as the data modules of this
+    package give it, is a batch too.
+
+    Logged: ``train_loss``, ``val_loss``, ``test_loss`` in nats per token, ``val_perplexity`` and ``test_perplexity``,
+    and with ``frequency_bands`` also ``val_perplexity/rank_1-100`` and so on.
+
+    The configuration is kept in checkpoints: ``HuggingFaceCausalLM.load_from_checkpoint(path)`` needs neither the hub
+    nor the directory that the model came from.
+
+    Args:
+        pretrained: A directory that ``save_pretrained`` has written, or a name on the Hugging Face hub.
+        config: In place of ``pretrained``, to train from scratch: a mapping with ``model_type`` and what differs from
+            that type's defaults (``{"model_type": "gpt2", "n_layer": 2}``), or a directory or hub name whose
+            ``config.json`` is read.
+        vocab_size: Number of tokens of the data. A ``config`` mapping without a ``vocab_size`` gets a table of as many
+            rows; any other table must have at least as many. ``None`` for the model's own.
+        dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``. For training in bfloat16 leave it and set the
+            Trainer's ``precision`` to ``bf16-mixed``.
+        gradient_checkpointing: Whether layers are computed again in the backward pass instead of being kept: less
+            memory, about a third more time.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
+        lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
+        lr_scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` scheduler watches.
+        frequency_bands: Whether validation and test also measure the perplexity by frequency band of the target, from
+            the data module's ``token_counts``; costs a second pass over the logits.
+
+    Attributes:
+        model: The model of transformers.
+
+    Raises:
+        ValueError: If not exactly one of ``pretrained`` and ``config`` is given, if it cannot be loaded or is no causal
+            language model, or if its table has fewer rows than ``vocab_size``.
+
+    Example:
+        >>> import torch
+        >>> config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
+        >>> model = HuggingFaceCausalLM(config=config, vocab_size=100)
+        >>> model(torch.randint(100, (2, 5))).shape
+        torch.Size([2, 5, 100])
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | str | None = None,
+        vocab_size: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler_monitor: str = "val_loss",
+        frequency_bands: bool = False,
+    ) -> None:
+        """Build the model."""
+        if (pretrained is None) == (config is None):
+            given = "neither is" if pretrained is None else f"pretrained={pretrained!r} and config are both"
+            raise ValueError(
+                f"Exactly one of pretrained and config must be given, but {given}: pretrained is a directory or hub "
+                "name to go on from, config describes a model to train from scratch. Set the other to null."
+            )
+        if config is None:
+            model = _load_pretrained(str(pretrained), dtype)
+        else:
+            model = _from_config(_read_config(config, vocab_size), dtype)
+        table_size = int(model.get_input_embeddings().num_embeddings)
+        if vocab_size is not None and vocab_size > table_size:
+            source = f"pretrained={pretrained!r}" if pretrained is not None else "config"
+            raise ValueError(
+                f"The data has vocab_size={vocab_size} tokens, but the table of {source} only {table_size} rows. Use "
+                "the tokenizer that belongs to the model, or a config without a vocab_size of its own."
+            )
+        super().__init__(
+            table_size, optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_monitor, frequency_bands
+        )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        # Plain JSON values, so that checkpoints load with `weights_only=True`; in place of `pretrained`, which may not
+        # be there any more when one is loaded.
+        self.hparams.update(pretrained=None, config=_recorded(model.config))
+        self.model: Any = model
+        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @override
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Score every next token.
+
+        Args:
+            input_ids: Token ids, int64, shape ``[batch_size, seq_len]``.
+            attention_mask: 0 where ``input_ids`` is padding, on either side, else 1; None for no padding.
+
+        Returns:
+            Logits, shape ``[batch_size, seq_len, vocab_size]``, in the dtype of the weights, or of autocast.
+        """
+        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+            if self._takes_position_ids:
+                # Some models count the padding on the left as positions, if nobody tells them.
+                arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        scored: Tensor = self.model(**arguments).logits
+        return scored
+
+    @override
+    def logits(self, inputs: Tensor, stage: Stage) -> Tensor:
+        """Score every next token, ``[batch_size, seq_len, vocab_size]``; every row of a batch is a text of its own."""
+        return self.forward(inputs)
+
+    @override
+    def scores(self, batch: Any, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Score a batch.
+
+        Args:
+            batch: A mapping, or a pair of inputs and targets (see the class).
+            stage: Not used.
+
+        Returns:
+            Logits, ``[batch_size, seq_len, vocab_size]``, and target ids, int64, ``[batch_size, seq_len]``, -100 where
+            nothing is predicted, as at the last position of a mapping.
+        """
+        if isinstance(batch, Mapping):
+            mask = batch.get("attention_mask")
+            return self.forward(batch["input_ids"], mask), _targets(batch.get("labels", batch["input_ids"]), mask)
+        inputs, targets = batch
+        return self.logits(inputs, stage), targets
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss in nats per token, logged as ``train_loss``."""
+        logits, targets = self.scores(batch, "train")
+        loss, _ = full_softmax_loss(logits, targets)
+        self.log("train_loss", loss, prog_bar=True, batch_size=targets.shape[0])
+        return loss
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save the model as transformers does, compressed or not.
+
+        Args:
+            path: A directory, made if it is missing. ``AutoModelForCausalLM.from_pretrained`` loads it, where this
+                package is imported if tables are compressed.
+        """
+        self.model.save_pretrained(str(path))
+
+
+def _targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Shift labels to where they are predicted: `labels[:, t + 1]` at position `t`.
+
+    The logits keep their last position, whose target is ignored: cutting it off would copy them.
+    """
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[:, :-1] = labels[:, 1:]
+    if attention_mask is not None:
+        # What stands on padding predicts nothing either: on the left, that would be the first token of the text.
+        padding = attention_mask.eq(0)
+        targets.masked_fill_(padding, IGNORE_INDEX)
+        targets[:, :-1].masked_fill_(padding[:, 1:], IGNORE_INDEX)
+    return targets
+
+
+def _load_pretrained(name: str, dtype: str) -> Any:
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ValueError(
+                f"pretrained={name!r} has no config.json: give a directory that save_pretrained has written. To train "
+                "from scratch set pretrained to null and describe the model with config."
+            )
+        name = str(directory)
+    elif directory.exists() or directory.is_absolute() or name.startswith((".", "~")):
+        raise ValueError(
+            f"pretrained={name!r} is not a directory: give one that save_pretrained has written, or a name on the "
+            "Hugging Face hub."
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **{_dtype_argument(): getattr(torch, dtype)})
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"pretrained={name!r} cannot be loaded: give a directory that save_pretrained has written, or the name of "
+            f"a causal language model on the Hugging Face hub. What transformers says: {_one_line(error)}"
+        ) from error
+    # It comes in evaluation mode, in which Lightning would train it, without dropout.
+    return model.train()
+
+
+def _from_config(config: PretrainedConfig, dtype: str) -> Any:
+    try:
+        auto: Any = AutoModelForCausalLM  # its functions have no types
+        return auto.from_config(config, **{_dtype_argument(): getattr(torch, dtype)}).train()
+    except ValueError as error:
+        raise ValueError(
+            f"config with model_type={config.model_type!r} gives no causal language model. What transformers says: "
+            f"{_one_line(error)}"
+        ) from error
+
+
+def _dtype_argument() -> str:
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if version >= (4, 56) else "torch_dtype"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> PretrainedConfig:
+    """Make the configuration of a model from scratch."""
+    if isinstance(config, str):
+        directory = Path(config).expanduser()
+        try:
+            read: PretrainedConfig = AutoConfig.from_pretrained(str(directory) if directory.exists() else config)
+            return read
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"config={config!r} cannot be read: give a mapping with model_type, a directory with config.json, or a "
+                f"name on the Hugging Face hub. What transformers says: {_one_line(error)}"
+            ) from error
+    given = dict(config)
+    model_type = given.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("config has no model_type: name the architecture, for example {'model_type': 'gpt2'}.")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError:
+        close = difflib.get_close_matches(str(model_type), transformers.CONFIG_MAPPING, n=3)
+        meant = f": did you mean {' or '.join(close)}?" if close else "."
+        raise ValueError(f"config.model_type={model_type!r} is not an architecture of transformers{meant}") from None
+    if "transformers_version" not in given:
+        # What a person wrote; a whole configuration may come from another version, with other keys.
+        _check_keys(given, default)
+        if vocab_size is not None:
+            given.setdefault("vocab_size", vocab_size)
+    rows = given.get("vocab_size", getattr(default, "vocab_size", None))
+    for name in _SPECIAL_IDS:
+        # The type's defaults are those of a vocabulary of its own.
+        if name not in given and rows is not None and _beyond(getattr(default, name, None), rows):
+            given[name] = None
+        elif rows is not None and _beyond(given.get(name), rows):
+            raise ValueError(
+                f"config.{name}={given[name]} is not in the table, which has vocab_size={rows} rows: give an id below "
+                f"{rows}, or null."
+            )
+    try:
+        return AutoConfig.for_model(model_type, **given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config of type {model_type!r} is not valid: {_one_line(error)}") from error
+
+
+def _beyond(token_id: Any, rows: int) -> bool:
+    ids = token_id if isinstance(token_id, list) else [token_id]
+    return any(isinstance(one, int) and one >= rows for one in ids)
+
+
+def _check_keys(given: Mapping[str, Any], default: PretrainedConfig) -> None:
+    known = set(default.to_dict()) | set(default.attribute_map)
+    for key in given:
+        if key not in known and not hasattr(default, key):
+            close = difflib.get_close_matches(key, known, n=3)
+            meant = f": did you mean {' or '.join(close)}?" if close else "."
+            raise ValueError(f"config.{key} is not a key of {type(default).__name__}{meant}")
+
+
+def _recorded(config: PretrainedConfig) -> dict[str, Any]:
+    """Give a configuration as plain JSON values, without what only its files are concerned with."""
+    record: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    for key in ("quantization_config", "_name_or_path"):
+        record.pop(key, None)
+    return record
