@@ -42,29 +42,34 @@ def only_model(root: nn.Module) -> Any:
     return models[outer[0]] if len(outer) == 1 else None
 
 
-def vocabulary_layers(root: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
-    """Token embeddings and softmax projection of the model of transformers that a module is or holds.
+def vocabulary_layers(root: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Token embeddings and softmax projections of a module, as far as a model of transformers in it says.
 
     Returns:
-        What the model says, as far as it is of use: no embedding and no projection if it does not say. An encoder and
-        decoder may have an embedding each.
+        Its embeddings, of which an encoder and a decoder may have one each, and its projection; where it has none,
+        projections that are outside of it. Nothing if there is no such model, or it does not say.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
         >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50, n_positions=50))
-        >>> vocabulary_layers(model)
-        ([Embedding(50, 8)], None)
+        >>> vocabulary_layers(nn.Sequential(model, nn.Linear(8, 50)))
+        ([Embedding(50, 8)], [Linear(in_features=8, out_features=50, bias=True)])
     """
     model = only_model(root)
     if model is None:
-        return [], None
+        return [], []
     parts = [model, model.get_encoder(), model.get_decoder()] if _has_encoder_and_decoder(model) else [model]
     try:
-        embeddings, projection = [part.get_input_embeddings() for part in parts], model.get_output_embeddings()
+        layers, projection = [part.get_input_embeddings() for part in parts], model.get_output_embeddings()
     except NotImplementedError:
-        return [], None
-    usable = {id(module): module for module in embeddings if isinstance(module, nn.Embedding | CompressedEmbedding)}
-    return list(usable.values()), projection if isinstance(projection, nn.Linear | CompressedLinear) else None
+        return [], []
+    embeddings = {id(layer): layer for layer in layers if isinstance(layer, nn.Embedding | CompressedEmbedding)}
+    if not embeddings:
+        return [], []
+    own = set(model.modules())
+    candidates = [layer for layer in root.modules() if layer not in own] if projection is None else [projection]
+    projections: list[nn.Module] = [layer for layer in candidates if isinstance(layer, nn.Linear | CompressedLinear)]
+    return list(embeddings.values()), projections
 
 
 def _has_encoder_and_decoder(model: Any) -> bool:

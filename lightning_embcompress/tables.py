@@ -171,17 +171,16 @@ _Dense = nn.Embedding | nn.Linear
 def _automatic(model: nn.Module, named: dict[str, nn.Module]) -> list[Table]:
     embeddings = {path: module for path, module in named.items() if isinstance(module, nn.Embedding)}
     linears = {path: module for path, module in named.items() if isinstance(module, nn.Linear)}
-    said, projection = huggingface.vocabulary_layers(model)
+    said, projections = huggingface.vocabulary_layers(model)
     compressed = [path for path, module in named.items() if isinstance(module, CompressedLayer)]
     sizes = {module.num_embeddings for module in embeddings.values()}
     sizes &= {module.out_features for module in linears.values()}
     if said:
         # The model says which it is: no other layer that happens to have as many rows is meant.
-        embeddings = {path: module for path, module in embeddings.items() if any(module is one for one in said)}
+        embeddings = {path: module for path, module in embeddings.items() if module in said}
+        linears = {path: module for path, module in linears.items() if module in projections}
         sizes = {module.num_embeddings for module in embeddings.values()}
-    if projection is not None:
-        linears = {path: module for path, module in linears.items() if module is projection}
-    if any(isinstance(module, CompressedLayer) for module in [*said, projection]) or (compressed and not sizes):
+    if any(isinstance(module, CompressedLayer) for module in said + projections) or (compressed and not sizes):
         raise ValueError(
             f"the model's tables {', '.join(map(repr, compressed))} are compressed already: restore them with "
             "densify(model) first, or name the modules to compress beside them, as in tables=['encoder']"
