@@ -167,6 +167,12 @@ class _SaveHook(_Hook):
 @contextmanager
 def _quantization_config(config: Any, record: dict[str, Any]) -> Iterator[None]:
     before = config.__dict__.get("quantization_config")
+    method = before.get("quant_method") if isinstance(before, Mapping) else getattr(before, "quant_method", None)
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(
+            f"the model is quantized by {method!s} besides, and {type(config).__name__} has room for one record: make "
+            "the tables dense with densify(model) before save_pretrained, or use save_compressed(model, path)"
+        )
     config.quantization_config = record
     try:
         yield
@@ -207,7 +213,8 @@ class _ResizeHook(_RefusalHook):
     def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Many programs ask for the size of their tokenizer, whether it has changed or not.
         embedding = self.model.get_input_embeddings()
-        if new_num_tokens in (None, embedding.num_embeddings) and not args and not kwargs.get("pad_to_multiple_of"):
+        now = getattr(embedding, "num_embeddings", None)
+        if new_num_tokens in (None, now) and not args and not kwargs.get("pad_to_multiple_of"):
             return embedding
         return super().__call__(new_num_tokens, *args, **kwargs)
 
@@ -237,7 +244,9 @@ def _unhook(model: Any) -> None:
     del model._tied_weights_keys
     parameters = dict(model.named_parameters(remove_duplicate=False))
     model.all_tied_weights_keys = {
-        target: source for target, source in ties.items() if parameters[target] is parameters[source]
+        target: source
+        for target, source in ties.items()
+        if target in parameters and parameters[target] is parameters.get(source)
     }
     if own_keys is not None:
         model._tied_weights_keys = own_keys
@@ -260,7 +269,11 @@ def _declare_ties(model: Any, root: nn.Module) -> None:
         for name, _ in model.get_submodule(source).named_parameters()
     }
     # Only where nothing is left of what it stands for: some models read it to decide which others are tied.
-    if dense and model.config.tie_word_embeddings and all(_is_broken(model, *tie) for tie in dense.items()):
+    if (
+        dense
+        and getattr(model.config, "tie_word_embeddings", False)
+        and all(_is_broken(model, *tie) for tie in dense.items())
+    ):
         _give_own_config(model, root).tie_word_embeddings = False
 
 

@@ -84,8 +84,8 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
                 del layer.__dict__["weight"]
         # From here on it is a model like any other: what transformers calls quantized can neither be cast nor trained.
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        for module in model.modules():
-            getattr(module, "config", self).__dict__.pop("_is_quantized", None)
+        for part in huggingface.pretrained_models(model).values():
+            part.config.__dict__.pop("_is_quantized", None)
         huggingface.follow(model)
         return model
 
@@ -153,6 +153,8 @@ def _loaded(table: TablePlan, read: Factorization[Any]) -> Factorization[Any]:
         factorization.load_state_dict(read.state_dict(), assign=True)
     except RuntimeError as error:
         raise ValueError(f"the compressed table {table.name!r} is damaged: {error}") from error
+    # Buffers that are not stored, and follow from the structure, are where that was built.
+    factorization.to(read.device)
     factorization.provenance = {
         "method": table.method,
         "options": dict(table.options),

@@ -172,3 +172,12 @@ def test_a_failed_save_leaves_the_configuration_as_it_was(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="file"):
         model.save_pretrained(tmp_path / "file" / "folder")
     assert "quantization_config" not in model.config.to_dict()
+
+
+def test_a_model_that_is_quantized_besides_is_not_saved_without_saying_so(tmp_path: Path) -> None:
+    model = _compressed()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(ValueError, match=r"quantized by bitsandbytes besides, and GPT2Config has room for one record"):
+        model.save_pretrained(tmp_path)
+    assert model.config.quantization_config["quant_method"] == "bitsandbytes"
+    assert list(tmp_path.iterdir()) == []

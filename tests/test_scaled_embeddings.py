@@ -45,7 +45,7 @@ def _scaled(name: str, scale: float = 5.6568, **given: object) -> nn.Embedding:
 
 
 def test_most_of_the_known_classes_are_there() -> None:
-    assert len(_IN_THIS_VERSION) > 15
+    assert len(_IN_THIS_VERSION) >= 15
 
 
 @pytest.mark.parametrize("name", _IN_THIS_VERSION)
