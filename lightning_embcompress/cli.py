@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_embcompress import __version__
 from lightning_embcompress.recipes_index import RecipeError, available_recipes, find_recipe, recipe_description
+from lightning_embcompress.shell import run as run_on_files
+from lightning_embcompress.shell.arguments import UsageError
 
 if TYPE_CHECKING:
     from lightning_embcompress.lightning_cli import EmbcompressCLI
@@ -23,7 +25,8 @@ __all__ = ["EmbcompressCLI", "main"]
 HELP = """\
 Usage: embcompress COMMAND [options]
 
-Train, compress, fine-tune and test models from recipes, which are plain LightningCLI configurations in YAML.
+Train, compress, fine-tune and test models from recipes, which are plain LightningCLI configurations in YAML, and
+compress models that are in files already.
 
 Commands:
   run RECIPE.yaml|NAME   fit, then test the final weights
@@ -31,12 +34,20 @@ Commands:
   validate               one pass over the validation set  (--config RECIPE.yaml|NAME --ckpt_path FILE)
   test                   one pass over the test set        (--config RECIPE.yaml|NAME --ckpt_path FILE)
   predict                one pass of prediction            (--config RECIPE.yaml|NAME --ckpt_path FILE)
+  compress SOURCE TARGET compress the tables of a Hugging Face directory, a Lightning checkpoint or a saved model
+  inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
+  densify PATH TARGET    make a compressed model in files an ordinary one again
   list                   show the shipped recipes and the compression methods
 
-Options are those of LightningCLI, `embcompress COMMAND --help` lists them. They override the recipe, later ones win:
+`embcompress COMMAND --help` lists the options. From run to predict they are those of LightningCLI and override the
+recipe, later ones win:
   embcompress run quickstart --trainer.max_epochs 3
   embcompress run my_recipe.yaml --config on_top.yaml --ckpt_path last.ckpt   (resume)
   embcompress run quickstart --print_config                                   (show, do not run)
+
+Models in files need no recipe:
+  embcompress compress gpt2 gpt2-small --method group_reduce --ratio 4 --text novels/*.txt
+  embcompress inspect gpt2-small
 
 Also as `lightning run RECIPE.yaml|NAME` and, for torchrun -m, as `python -m lightning_embcompress`.
 A class_path may name a class of this package (LSTMLanguageModel) or any module importable from the current folder.
@@ -46,6 +57,7 @@ one line; EMBCOMPRESS_TRACEBACK=1 shows where it was found.
 """
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "run")
+_FILE_COMMANDS = ("compress", "inspect", "densify")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -69,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("EMBCOMPRESS_TRACEBACK") == "1" or not _is_message(error):
             raise
         sys.stderr.write(f"embcompress: error: {error}\n")
-        return 2 if isinstance(error, RecipeError) else 1
+        return 2 if isinstance(error, RecipeError | UsageError) else 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -85,6 +97,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     if command == "list":
         return _list(arguments[1:])
+    if command in _FILE_COMMANDS:
+        return run_on_files(command, arguments[1:])
     if command not in _TRAINER_COMMANDS:
         raise RecipeError(_unknown_command(command))
 
@@ -122,9 +136,11 @@ def _resolve_configs(options: list[str]) -> list[str]:
 
 
 def _unknown_command(command: str) -> str:
-    commands = (*_TRAINER_COMMANDS, "list")
+    commands = (*_TRAINER_COMMANDS, *_FILE_COMMANDS, "list")
     if Path(command).suffix in (".yaml", ".yml") or command in available_recipes():
         return f"{command} is a recipe: embcompress run {command}"
+    if Path(command).suffix == ".ckpt" or (Path(command) / "config.json").is_file():
+        return f"{command} is a model: embcompress inspect {command}, or compress or densify"
     close = difflib.get_close_matches(command, commands, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
     return f"no command {command!r}; {meant}Commands: {', '.join(commands)}"
@@ -158,7 +174,7 @@ def _is_message(error: Exception) -> bool:
     It is one where this package or Lightning raised it for a wrong value or file, and it passed through nobody
     else's code on its way: a traceback would then show nothing that the message does not say.
     """
-    if isinstance(error, RecipeError):
+    if isinstance(error, RecipeError | UsageError):
         return True
     kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)
     if "lightning" in sys.modules:

@@ -44,16 +44,27 @@ def table_report(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def write_report(path: Path, model: nn.Module, perplexity: Mapping[str, Any]) -> None:
+def write_report(
+    path: Path, model: nn.Module, perplexity: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> None:
     """Write `report.json`: tables, model and perplexities. The file is replaced in one step.
 
     Values of a diverged run that are not finite become null: JSON has no infinity.
+
+    Args:
+        path: The file.
+        model: The compressed model.
+        perplexity: `dense`, `compressed`, `refined`, `final` and `split`.
+        extra: Further keys, such as `token_counts`.
     """
-    report = _finite({"tables": table_report(model), "model": model_bytes(model), "perplexity": dict(perplexity)})
+    report = {"tables": table_report(model), "model": model_bytes(model), "perplexity": dict(perplexity)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(_finite(report | dict(extra or {})), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
@@ -93,24 +104,45 @@ def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
             table.method,
             _shape((table.spec["vocab_size"], table.spec["dim"])),
             _structure(table),
-            f"{table.dense_bytes / 1e6:.3f}",
-            f"{table.stored_bytes / 1e6:.3f}",
-            f"{table.ratio:.2f}x",
+            *_sizes({"dense_bytes": table.dense_bytes, "stored_bytes": table.stored_bytes, "ratio": table.ratio}),
             "" if table.weighted_error is None else f"{table.weighted_error:.4f}",
         )
-    whole = model_bytes(model)
     screen.add_section()
-    screen.add_row(
-        "whole model",
-        "",
-        "",
-        "",
-        f"{whole['dense_bytes'] / 1e6:.3f}",
-        f"{whole['stored_bytes'] / 1e6:.3f}",
-        f"{whole['ratio']:.2f}x",
-        "",
-    )
+    screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "")
     _print(screen)
+
+
+@rank_zero_only
+def show_inspection(report: Mapping[str, Any]) -> None:
+    """Print what `embcompress inspect` has found: tables, the whole model, and a note if there is one."""
+    if report["compressed"]:
+        columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "share")
+        screen = ScreenTable(*columns, title=f"{report['source']}: compressed tables")
+        for table in report["tables"]:
+            names, shape, share = " = ".join(table["modules"]), _shape(table["shape"]), f"{table['share']:.1%}"
+            screen.add_row(names, table["method"], shape, table["structure"], *_sizes(table), share)
+        screen.add_section()
+        screen.add_row("whole model", "", "", "", *_sizes(report["model"]), "")
+    else:
+        screen = ScreenTable("table", "shape", "MB", "share", title=f"{report['source']}: tables to compress")
+        for table in report["tables"]:
+            names, share = " = ".join(table["modules"]), f"{table['share']:.1%}"
+            screen.add_row(names, _shape(table["shape"]), _sizes(table)[1], share)
+        screen.add_section()
+        screen.add_row("whole model", "", _sizes(report["model"])[1], "")
+    _print(screen)
+    if report["note"]:
+        say(f"No tables are chosen: {report['note']}")
+
+
+def _sizes(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{entry['dense_bytes'] / 1e6:.3f}", f"{entry['stored_bytes'] / 1e6:.3f}", f"{entry['ratio']:.2f}x"
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line as it is, whatever its length and its brackets."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(screen: ScreenTable) -> None:
@@ -119,14 +151,26 @@ def _print(screen: ScreenTable) -> None:
     (console if console.is_terminal else Console(width=132)).print(screen)
 
 
-def _shape(shape: tuple[int, int]) -> str:
+def _shape(shape: Sequence[int]) -> str:
     return f"{shape[0]:,} x {shape[1]:,}"
 
 
 def _structure(table: TablePlan) -> str:
     """Groups and ranks in a few words, for any factorization: whatever its structure says beside the shape."""
-    ranks = table.spec.get("ranks", table.spec.get("rank"))
-    if isinstance(ranks, list):
-        shown = ", ".join(map(str, ranks[:6])) + (f", ... {ranks[-1]}" if len(ranks) > 6 else "")
-        return f"{len(ranks)} groups, ranks {shown}"
-    return f"rank {ranks}" if ranks is not None else ""
+    spec = table.spec
+    if isinstance(spec.get("sizes"), list):
+        return f"{len(spec['sizes'])} groups, ranks {_listed(spec['ranks'], ', ')}"
+    modes = [_listed(spec[name], " x ") for name in ("vocab_shape", "dim_shape", "shape") if name in spec]
+    known = {"kind", "vocab_size", "dim", "vocab_shape", "dim_shape", "shape"}
+    rest = [
+        f"{name.replace('_', ' ')} {_listed(value, ', ') if isinstance(value, list) else value}"
+        for name, value in spec.items()
+        if name not in known and isinstance(value, int | float | str | list)
+    ]
+    return ", ".join([" by ".join(modes)] * bool(modes) + rest)
+
+
+def _listed(values: Sequence[Any], separator: str) -> str:
+    # Twelve modes are what a vector of 4,096 is folded to: of more the end is of interest.
+    shown = separator.join(map(str, values[:6]))
+    return shown if len(values) <= 6 else f"{shown}{separator}... {values[-1]}"

@@ -288,7 +288,7 @@ def test_own_classes_are_found_by_their_short_names(toys: ModuleType, capsys: py
         (["run", "quickstart.yaml"], "no recipe file 'quickstart.yaml'; did you mean quickstart?"),
         (["run", "list.yaml"], "list.yaml holds a list, not a mapping: a recipe has the top-level keys"),
         (["run", "--trainer.max_epochs=1"], "`run` needs a recipe: embcompress run RECIPE.yaml|NAME"),
-        (["fitt"], "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, list"),
+        (["fitt"], "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, compress, inspect"),
         (["quickstart"], "quickstart is a recipe: embcompress run quickstart"),
     ],
 )

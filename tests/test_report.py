@@ -28,7 +28,10 @@ def _model(tied: bool = False) -> nn.ModuleDict:
 
 def _compressed(tied: bool = False, method: str = "group_reduce") -> nn.ModuleDict:
     model = _model(tied)
-    compress(model, method, ratio=2, token_counts=torch.arange(1000, 0, -1))
+    chosen = METHODS[method]
+    # Not every method reaches every ratio.
+    smallest = chosen.factorization.smallest_bytes(1000, 16, 4, chosen.options())
+    compress(model, method, ratio=min(2, 64_000 / smallest), token_counts=torch.arange(1000, 0, -1))
     return model
 
 
@@ -59,7 +62,7 @@ def test_report_has_the_promised_keys(method: str, tmp_path: Path) -> None:
         assert table["method"] == method
         assert table["shape"] == [1000, 16]
         assert table["dense_bytes"] == 64_000
-        assert table["stored_bytes"] == planned.stored_bytes <= 32_000
+        assert table["stored_bytes"] == planned.stored_bytes < 64_000
         assert table["ratio"] == pytest.approx(64_000 / planned.stored_bytes)
         parameters = sum(p.numel() for p in model[table["name"]].factorization.parameters())
         assert table["parameter_ratio"] == pytest.approx(16_000 / parameters)

@@ -1,0 +1,39 @@
+"""The commands `compress`, `inspect` and `densify`: models in files made into others, without writing Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_embcompress.shell.arguments import parse
+
+__all__ = ["run"]
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run one of the commands.
+
+    Args:
+        command: `"compress"`, `"inspect"` or `"densify"`.
+        arguments: What follows it on the command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: If the command line is wrong.
+        ValueError: If a file, a model or a request cannot be used. Nothing has been written then.
+        SystemExit: After `--help`.
+    """
+    parsed = parse(command, arguments)
+    # Only now: they import torch, for which help and mistakes need not wait.
+    if command == "compress":
+        from lightning_embcompress.shell.compressing import run_compress
+
+        return run_compress(parsed)
+    if command == "inspect":
+        from lightning_embcompress.shell.inspecting import run_inspect
+
+        return run_inspect(parsed)
+    from lightning_embcompress.shell.densifying import run_densify
+
+    return run_densify(parsed)

@@ -1,0 +1,202 @@
+"""The command lines of `compress`, `inspect` and `densify`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from lightning_embcompress.shell.targets import check_target
+from lightning_embcompress.sources import Source, find_source
+
+_SOURCE_HELP = (
+    "a directory that save_pretrained has written, or the name of a model on the Hugging Face hub; a checkpoint of "
+    "Lightning's Trainer, of any LightningModule; or a directory that save_compressed has written"
+)
+_TARGET_HELP = "what is made: of the same kind as SOURCE, a directory or a file; must not exist, or be empty"
+_OVERWRITE_HELP = "replace TARGET if it is a model already; it stays as it is until the new one is complete"
+_TRUST_HELP = (
+    "read a checkpoint that holds more than tensors and plain values; it can then run code: only for files that you "
+    "trust"
+)
+_OPTION = re.compile(r"--([A-Za-z_]\w*)(?:=(.*))?", re.DOTALL)
+
+_COMPRESS = """\
+Compress the embedding and softmax tables of a model in files.
+
+SOURCE decides what TARGET is: a Hugging Face directory, which AutoModelForCausalLM.from_pretrained loads after
+`import lightning_embcompress`; a Lightning checkpoint, for `embcompress test --ckpt_path` and load_from_checkpoint; or
+a directory for load_compressed. report.json is written into TARGET, or as NAME.report.json beside a checkpoint.
+"""
+_COMPRESS_EXAMPLES = """\
+Options of the methods (`embcompress list` shows them) are given as --option NAME=VALUE or simply as --NAME VALUE:
+  embcompress compress gpt2 gpt2-small --method tensor_train --max_rank 4 --text novels/*.txt
+  embcompress compress last.ckpt small.ckpt --ratio 6.6 --groups 20 --tables encoder decoder
+  embcompress compress my_model my_model-4x --method low_rank --size 80MB --tie untie
+"""
+_INSPECT = """\
+Show the tables of a model in files: how they are stored, their bytes, and their share of the model's bytes. For a model
+that is not compressed: the tables that `embcompress compress` would take.
+"""
+_DENSIFY = """\
+Make a compressed model in files an ordinary one again, of the same kind: a Hugging Face directory or a Lightning
+checkpoint that need this package no longer, or, of what save_compressed has written, the same with ordinary tables:
+model.safetensors with the state dict, and config.json with the second names of tensors that have several ("aliases").
+"""
+
+
+class UsageError(ValueError):
+    """A command line that is wrong; the message is one line, written for the person who typed it."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line that was read.
+
+    Attributes:
+        source: The model to start from.
+        target: What is to be made; the current folder for `inspect`, which makes nothing.
+        options: Options of the method by their names.
+        given: Everything else, by the names of the options.
+    """
+
+    source: Source
+    target: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    given: argparse.Namespace = field(default_factory=argparse.Namespace)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as all mistakes, in place of the whole usage."""
+        raise UsageError(f"{message} (embcompress {self.prog.split()[-1]} --help)")
+
+
+def parse(command: str, arguments: Sequence[str]) -> Arguments:
+    """Read a command line, and look whether there is what it starts from and room for what it makes.
+
+    Raises:
+        UsageError: If the command line is wrong, or TARGET is taken.
+        FileNotFoundError: If there is no such SOURCE.
+        ValueError: If SOURCE is no model.
+        SystemExit: After `--help`.
+    """
+    parser = _PARSERS[command]()
+    # As in the names of methods' options, and of those of Lightning: both spellings are understood.
+    words = [re.sub(r"^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in arguments]
+    options: dict[str, Any] = {}
+    if command == "compress":
+        words, options = _method_options(parser, words)
+    given = parser.parse_args(words)
+    for text in getattr(given, "option", []):
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            parser.error(f"--option {text!r}: must be NAME=VALUE, such as --option groups=20")
+        options[name] = _value(parser, name, value)
+    source = find_source(given.source)
+    target = Path()
+    if command != "inspect":
+        target = Path(given.target).expanduser()
+        problem = check_target(target, source, given.overwrite)
+        if problem:
+            raise UsageError(problem)
+    return Arguments(source, target, options, given)
+
+
+def _method_options(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take out what the parser does not know: options of the method, which are looked up when it is known."""
+    rest: list[str] = []
+    options: dict[str, Any] = {}
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        match = _OPTION.fullmatch(word)
+        if match is None or f"--{match[1]}" in parser._option_string_actions:
+            rest.append(word)
+            continue
+        name, value = match[1], match[2]
+        if value is None:
+            if not waiting or waiting[0].startswith("--"):
+                parser.error(f"--{name} needs a value")
+            value = waiting.pop(0)
+        options[name] = _value(parser, name, value)
+    return rest, options
+
+
+def _value(parser: argparse.ArgumentParser, name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        parser.error(f"{name}={text!r}: must be a value in YAML or JSON, such as 20, 0.1, true or [2, 3]")
+
+
+def _new_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    return _Parser(
+        prog=f"embcompress {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # A shortened name would hide an option of a method.
+        allow_abbrev=False,
+    )
+
+
+def _compress_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("compress", _COMPRESS, _COMPRESS_EXAMPLES)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help=_SOURCE_HELP)
+    add("target", metavar="TARGET", help=_TARGET_HELP)
+    add("--method", default="group_reduce", help="a method that `embcompress list` shows (default: %(default)s)")
+    add("--ratio", type=float, help="dense bytes over stored bytes, of every table")
+    add("--size", help="in place of a ratio, bytes of all tables together, such as 80MB (MB = 1,000,000)")
+    add("--tables", nargs="+", metavar="PATH", help="modules to compress; by default the embedding and the softmax")
+    add(
+        "--tie",
+        choices=("keep", "untie", "auto"),
+        default="keep",
+        help="whether a table that embedding and softmax share stays one (default: %(default)s)",
+    )
+    add(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="plain text in UTF-8, files or glob patterns: its first nine tenths are counted for methods that weight "
+        "by frequency, its last tenth is for the perplexity before and after. Tokenized once, into a cache",
+    )
+    add("--tokenizer", metavar="DIR", help="directory or hub name; by default the files in SOURCE")
+    add(
+        "--counts_only",
+        action="store_true",
+        help="count tokens in --text, but measure no perplexity, which is only possible for causal language models "
+        "of transformers",
+    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the whole result; by default that of SOURCE")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
+    add("--overwrite", action="store_true", help=_OVERWRITE_HELP)
+    add("--trust_source", action="store_true", help=_TRUST_HELP)
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("inspect", _INSPECT)
+    parser.add_argument("source", metavar="PATH", help=_SOURCE_HELP)
+    parser.add_argument("--json", action="store_true", help="print JSON: what report.json has, and every table's share")
+    parser.add_argument("--trust_source", action="store_true", help=_TRUST_HELP)
+    return parser
+
+
+def _densify_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("densify", _DENSIFY)
+    parser.add_argument("source", metavar="PATH", help=_SOURCE_HELP)
+    parser.add_argument("target", metavar="TARGET", help=_TARGET_HELP)
+    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE_HELP)
+    parser.add_argument("--trust_source", action="store_true", help=_TRUST_HELP)
+    return parser
+
+
+_PARSERS = {"compress": _compress_parser, "inspect": _inspect_parser, "densify": _densify_parser}

@@ -1,0 +1,198 @@
+"""`embcompress compress`: a model in files, its tables compressed, as a model in files of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from lightning_embcompress.budget import Request, check_budget, plan_requests
+from lightning_embcompress.factorizations import get_method
+from lightning_embcompress.plan import compress, densify, model_bytes, plan_of
+from lightning_embcompress.report import say, show_plan, show_requests, write_report
+from lightning_embcompress.shell.arguments import Arguments, UsageError
+from lightning_embcompress.shell.models import CheckpointModel, OpenedModel, in_shell_terms, open_model
+from lightning_embcompress.shell.targets import report_path, staged
+from lightning_embcompress.shell.text import (
+    TokenizedText,
+    block_size_of,
+    check_measurable,
+    is_directory,
+    read_text,
+    tokenizer_of,
+    zipf_counts,
+)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What `--text` is for in this run."""
+
+    tokens: TokenizedText
+    tokenizer: str
+    block_size: int | None
+    """None if no perplexity is measured."""
+
+    def perplexity(self, model: Any, name: str) -> float | None:
+        if self.block_size is None:
+            return None
+        return self.tokens.perplexity(model, self.block_size, f"Perplexity, {name}")
+
+    def record(self) -> dict[str, Any]:
+        measured = 0 if self.block_size is None else self.tokens.num_measured
+        return {"counted": self.tokens.num_counted, "measured": measured, "block_size": self.block_size}
+
+
+def run_compress(arguments: Arguments) -> int:
+    """Compress a model.
+
+    Raises:
+        UsageError: If the method has no such option, or the size is not given in one way.
+        ValueError: If the request cannot be met. Nothing has been written then.
+    """
+    given = arguments.given
+    _check_method(given.method, given.ratio, given.size, arguments.options)
+    tokenizer = _check_text(arguments)
+    opened = open_model(arguments.source, given.dtype, given.trust_source, is_directory(given.tokenizer))
+    say(f"{arguments.source.name}: {type_name(opened)}, {model_bytes(opened.model)['stored_bytes'] / 1e6:,.3f} MB")
+    try:
+        tables = _start(opened, given.tables)
+        request: dict[str, Any] = {"ratio": given.ratio, "size": given.size, "tables": tables, "tie": given.tie}
+        requests = plan_requests(opened.model, given.method, **request, **arguments.options)
+    except ValueError as error:
+        raise ValueError(in_shell_terms(str(error))) from error
+    text = _read_text(opened, tokenizer, requests, given.text, given.counts_only)
+    counts, token_counts = _counts(text, requests)
+    show_requests(requests)
+    perplexity: dict[str, Any] = dict.fromkeys(("dense", "compressed"))
+    perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
+    if text is not None:
+        perplexity["dense"] = text.perplexity(opened.model, "dense")
+    plan = compress(opened.model, given.method, **request, token_counts=counts, **arguments.options)
+    show_plan(plan, opened.model, "Compressed")
+    if text is not None:
+        perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
+        _say_perplexity(perplexity, text)
+    extra = {"source": arguments.source.name, "token_counts": token_counts, "text": text and text.record()}
+    _write(arguments, opened, perplexity, extra)
+    return 0
+
+
+def type_name(opened: OpenedModel) -> str:
+    """What a person calls the kind of a model."""
+    if opened.source.kind == "pretrained":
+        return type(opened.model).__name__
+    return "a Lightning checkpoint" if opened.source.kind == "checkpoint" else "saved by save_compressed"
+
+
+def _check_method(name: str, ratio: float | None, size: str | None, options: dict[str, Any]) -> None:
+    """Refuse what is wrong whatever the model is."""
+    try:
+        method = get_method(name)
+        names = [field.name for field in fields(method.factorization.options_class) if field.name not in method.fixed]
+        for option in options:
+            if option not in names:
+                listed = ", ".join(f"--{name}" for name in names) or "none"
+                raise ValueError(
+                    f"there is no option --{option}, neither of the command (embcompress compress --help) nor of the "
+                    f"method {name!r}, which has {listed}"
+                )
+        check_budget(ratio, size, method.options(**options))
+    except TypeError as error:
+        values = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise UsageError(f"an option of the method {name!r} is of the wrong type ({values}): {error}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_text(arguments: Arguments) -> str:
+    """The tokenizer for the text, if there is a text and it can be used."""
+    given = arguments.given
+    if given.text is None:
+        if given.counts_only:
+            raise UsageError("--counts_only says what --text is for: name the files with --text")
+        return ""
+    if not given.counts_only:
+        check_measurable(arguments.source)
+    return tokenizer_of(arguments.source, given.tokenizer)
+
+
+def _start(opened: OpenedModel, named: Sequence[str] | None) -> str | list[str]:
+    """Make tables dense that are compressed already, and say what is to be compressed.
+
+    Returns:
+        What `compress` takes as `tables`.
+    """
+    before = plan_of(opened.model)
+    compressed = [path for table in before.tables for path in table.modules]
+    if not compressed:
+        return opened.default_tables() if named is None else list(named)
+    methods = ", ".join(f"{table.name} ({table.method}, {table.ratio:.2f}x)" for table in before.tables)
+    if named is not None and not set(named) & set(compressed):
+        say(f"Tables that are compressed already stay as they are: {methods}")
+        return list(named)
+    say(f"Starting from compressed tables, whose loss remains: {methods} are made dense and compressed anew")
+    densify(opened.model)
+    if named is None:
+        return [table.name for table in before.tables]
+    left = [table.name for table in before.tables if not set(named) & set(table.modules)]
+    if left:
+        say(f"Not named in --tables, and therefore dense from now on: {', '.join(left)}")
+    return list(named)
+
+
+def _read_text(
+    opened: OpenedModel, tokenizer: str, requests: Sequence[Request], patterns: Sequence[str] | None, counts_only: bool
+) -> _Text | None:
+    if patterns is None:
+        return None
+    tokens = read_text(patterns, tokenizer)
+    for request in requests:
+        tokens.check_ids(request.table.shape[0], tokenizer)
+    return _Text(tokens, tokenizer, None if counts_only else block_size_of(opened.model))
+
+
+def _counts(text: _Text | None, requests: Sequence[Request]) -> tuple[Tensor | None, str | None]:
+    """Token counts for the tables, and where they are from, as in the report."""
+    if not any(request.method.needs_counts for request in requests):
+        return None, None
+    sizes = {request.table.shape[0]: request.table.name for request in requests}
+    if len(sizes) > 1:
+        listed = " and ".join(f"{name!r} ({size} rows)" for size, name in sizes.items())
+        raise ValueError(
+            f"tables {listed} have different vocabularies, so the same token counts do not fit both: compress one with "
+            "--tables, then the other in what was made"
+        )
+    (vocab_size,) = sizes
+    if text is not None:
+        return text.tokens.counts(vocab_size), "text"
+    say("Token counts are assumed by Zipf's law in the order of the ids: for real ones give a text with --text")
+    return zipf_counts(vocab_size), "zipf by id"
+
+
+def _say_perplexity(perplexity: dict[str, Any], text: _Text) -> None:
+    dense, after = perplexity["dense"], perplexity["compressed"]
+    if dense is not None and after is not None:
+        say(
+            f"Perplexity on the last tenth of the text, {text.tokens.num_measured:,} tokens: {dense:.2f} before, "
+            f"{after:.2f} compressed ({after / dense - 1:+.1%})"
+        )
+
+
+def _write(arguments: Arguments, opened: OpenedModel, perplexity: dict[str, Any], extra: dict[str, Any]) -> None:
+    source, target = arguments.source, arguments.target
+    report = report_path(target, source)
+    with staged(target, directory=source.is_directory) as path:
+        opened.write(path)
+        if source.is_directory:
+            write_report(path / report.name, opened.model, perplexity, extra)
+    if not source.is_directory:
+        write_report(report, opened.model, perplexity, extra)
+    if isinstance(opened, CheckpointModel) and opened.dropped:
+        say(
+            f"Not in {target}: {', '.join(opened.dropped)}. It is for load_from_checkpoint, validate, test and "
+            "predict; training cannot be resumed from it"
+        )
+    say(f"Written: {target}, {report}")

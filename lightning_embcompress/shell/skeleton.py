@@ -1,0 +1,195 @@
+"""Modules built from a state dict alone: of a model whose class is not known, as far as its tables are concerned.
+
+Compressing a table needs its weight and the place where it belongs, not the code that reads it. So every tensor is put
+where its name says, and whatever looks like an embedding or a projection becomes one; the result cannot be called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.plan import Plan, TablePlan, apply_plan
+from lightning_embcompress.tables import all_modules
+
+
+class Skeleton(nn.Module):
+    """A place for tensors and other modules."""
+
+    def put(self, name: str, value: Tensor | nn.Module) -> None:
+        """Put something in its place, whatever it is called.
+
+        Modules of others have names, such as `type`, that torch would refuse here: they are taken as they come.
+        """
+        path, _, leaf = name.rpartition(".")
+        node: nn.Module = self
+        for part in path.split(".") if path else ():
+            if part not in node._modules:
+                node._modules[part] = Skeleton()
+            child = node._modules[part]
+            assert child is not None
+            node = child
+        if isinstance(value, nn.Module):
+            node._modules[leaf] = value
+        else:
+            node._buffers[leaf] = value
+
+
+def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str) -> Skeleton:
+    """Build modules that have a state dict.
+
+    Args:
+        state: Tensors by their names. Those of several names that share their memory, or are one, are tied.
+        plan: What is compressed in it.
+        where: What messages call it.
+
+    Returns:
+        `nn.Embedding` or `nn.Linear` (with a bias, or as the last of several that share a table) wherever there is a
+        matrix with a row for each output and nothing beside it but a bias, compressed layers where the plan says so,
+        and plain buffers for all other tensors.
+
+    Raises:
+        ValueError: If the plan does not fit the tensors.
+    """
+    skeleton = Skeleton()
+    compressed = {path: table for table in plan.tables for path in table.modules}
+    tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed)}
+    paths = [path for path in _layer_paths(tensors) if path not in compressed]
+    weights = {path: tensors[f"{path}.weight"] for path in paths}
+    for table in plan.tables:
+        # Only its shape and dtype are read; the memory is never touched.
+        placeholder = torch.empty(*_shape(table, where), dtype=_factor_dtype(table, state, where))
+        weights |= dict.fromkeys(table.modules, placeholder)
+    sharing: dict[tuple[object, ...], list[str]] = {}
+    for path, weight in weights.items():
+        sharing.setdefault(_identity(weight), []).append(path)
+    parameters = {identity: nn.Parameter(weights[paths[0]]) for identity, paths in sharing.items()}
+    for path, weight in weights.items():
+        bias = tensors.pop(f"{path}.bias", None)
+        tensors.pop(f"{path}.weight", None)
+        others = sharing[_identity(weight)]
+        is_softmax = bias is not None or (len(others) > 1 and others[-1] == path)
+        skeleton.put(path, _layer(parameters[_identity(weight)], bias, is_softmax))
+    for name, tensor in tensors.items():
+        skeleton.put(name, tensor)
+    apply_plan(skeleton, plan)
+    _load_factors(skeleton, plan, state, where)
+    return skeleton
+
+
+def choose_tables(skeleton: Skeleton) -> list[str]:
+    """Choose what to compress in a skeleton: the layers with the most rows.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ValueError: If there are none, or more than an embedding and a softmax.
+    """
+    layers = {
+        path: module for path, module in all_modules(skeleton).items() if isinstance(module, nn.Embedding | nn.Linear)
+    }
+    if not layers:
+        raise ValueError("found no table: SOURCE has no matrix that an embedding or a projection could have")
+    rows = max(len(module.weight) for module in layers.values())
+    largest = {path: module for path, module in layers.items() if len(module.weight) == rows}
+    distinct = {id(module.weight): module for module in largest.values()}
+    # An embedding has no bias, so of two tables one has none.
+    projections = [module for module in distinct.values() if isinstance(module, nn.Linear)]
+    if len(distinct) > 2 or len(projections) > 1:
+        shown = [f"{path!r} {tuple(module.weight.shape)}" for path, module in largest.items()]
+        listed = "; ".join(shown[:6]) + ("; ..." if len(shown) > 6 else "")
+        raise ValueError(
+            f"the tables cannot be told from the {len(largest)} layers with the most rows: {listed}. Name the modules "
+            "to compress, as in --tables encoder decoder"
+        )
+    return list(largest)
+
+
+def tie_equal(skeleton: Skeleton, paths: list[str]) -> None:
+    """Tie tables that hold the same values: whoever gathers a model from many processes writes tied ones twice."""
+    modules = [skeleton.get_submodule(path) for path in paths]
+    first = modules[0]
+    for module in modules[1:]:
+        assert isinstance(first, nn.Embedding | nn.Linear)
+        assert isinstance(module, nn.Embedding | nn.Linear)
+        if module.weight is not first.weight and torch.equal(module.weight, first.weight):
+            module.weight = first.weight
+
+
+def _owner(name: str, compressed: Mapping[str, TablePlan]) -> str:
+    """The compressed layer that a tensor is a factor of."""
+    path, found, _ = name.rpartition(".factorization.")
+    return path if found and path in compressed else ""
+
+
+def _layer_paths(tensors: Mapping[str, Tensor]) -> list[str]:
+    beside: dict[str, set[str]] = {}
+    for name in tensors:
+        path, _, leaf = name.rpartition(".")
+        beside.setdefault(path, set()).add(leaf)
+        # Whatever has modules of its own is more than a layer.
+        while path:
+            path, _, _ = path.rpartition(".")
+            beside.setdefault(path, set()).add("")
+    return [path for path, leaves in beside.items() if path and _is_layer(path, leaves, tensors)]
+
+
+def _is_layer(path: str, leaves: set[str], tensors: Mapping[str, Tensor]) -> bool:
+    if "weight" not in leaves or not leaves <= {"weight", "bias"}:
+        return False
+    weight, bias = tensors[f"{path}.weight"], tensors.get(f"{path}.bias")
+    is_table = weight.dim() == 2 and weight.is_floating_point()
+    return is_table and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _layer(weight: nn.Parameter, bias: Tensor | None, is_softmax: bool) -> nn.Embedding | nn.Linear:
+    if not is_softmax:
+        layer = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
+        layer.weight = weight
+        return layer
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    return linear
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    # Tensors without elements share a null pointer: they are not the same.
+    place = tensor.data_ptr() if tensor.numel() else id(tensor)
+    return place, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _shape(table: TablePlan, where: str) -> tuple[int, int]:
+    shape = table.spec.get("vocab_size"), table.spec.get("dim")
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{where} is damaged: the shape of table {table.name!r} is {shape}")
+    return shape[0], shape[1]  # type: ignore[return-value]
+
+
+def _factor_dtype(table: TablePlan, state: Mapping[str, Tensor], where: str) -> torch.dtype:
+    """The dtype of the factors in the file, which may have been cast since the plan was made."""
+    for name, tensor in state.items():
+        if _owner(name, dict.fromkeys(table.modules, table)) and tensor.is_floating_point():
+            return tensor.dtype
+    raise ValueError(f"{where} is damaged: it has no factors of table {table.name!r}, which is compressed in its plan")
+
+
+def _load_factors(skeleton: Skeleton, plan: Plan, state: Mapping[str, Tensor], where: str) -> None:
+    for table in plan.tables:
+        layer = skeleton.get_submodule(table.name)
+        assert isinstance(layer, CompressedLayer)
+        # What layers share may be stored under any of their names.
+        for path in table.modules:
+            prefix = f"{path}.factorization."
+            factors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            if factors:
+                break
+        try:
+            layer.factorization.load_state_dict(factors)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{where} is damaged: table {table.name!r} does not fit its plan: {reason}") from error

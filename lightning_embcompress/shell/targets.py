@@ -1,0 +1,136 @@
+"""Where the shell's commands write: checked before any work, and there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_embcompress.sources import CONFIG_FILE, Source
+
+
+def report_path(target: Path, source: Source) -> Path:
+    """Where the report is: in a directory, or beside a checkpoint under its name."""
+    # Not `report.json`: several checkpoints may lie in one folder, and the callback's report beside them.
+    return target / "report.json" if source.is_directory else target.with_suffix(".report.json")
+
+
+def check_target(target: Path, source: Source, overwrite: bool) -> str:
+    """Look whether there is room for what is to be made.
+
+    Args:
+        target: The directory or file to make.
+        source: What it is made of.
+        overwrite: Whether a model may be replaced.
+
+    Returns:
+        What is wrong, with the remedy; nothing if it can be written.
+    """
+    problem = _wrong_kind(target, source) or _unwritable(target)
+    if problem:
+        return problem
+    if source.is_directory:
+        if not target.is_dir() or not any(target.iterdir()):
+            return ""
+        if not overwrite:
+            return f"TARGET {str(target)!r} is not empty: choose another, or replace it with --overwrite"
+        return _irreplaceable(target, source)
+    taken = [path for path in (target, report_path(target, source)) if path.exists() and path.stat().st_size]
+    if taken and not overwrite:
+        return f"{str(taken[0])!r} exists: choose another TARGET, or replace it with --overwrite"
+    return ""
+
+
+def _wrong_kind(target: Path, source: Source) -> str:
+    if source.is_directory and target.is_file():
+        return f"TARGET {str(target)!r} is a file, but a directory is made of {source.name!r}: choose another"
+    if source.is_directory and target.suffix in (".ckpt", ".pt", ".safetensors") and not target.is_dir():
+        return f"TARGET {str(target)!r} is called like a file, but a directory is made of {source.name!r}"
+    if not source.is_directory and target.is_dir():
+        example = target / f"compressed{source.path.suffix or '.ckpt'}"
+        return f"TARGET {str(target)!r} is a directory: name the checkpoint to write, for example {str(example)!r}"
+    return ""
+
+
+def _unwritable(target: Path) -> str:
+    if target.resolve() == Path.cwd():
+        return f"TARGET {str(target)!r} is the current folder, which would be replaced: name a folder in it"
+    existing = target.absolute().parent
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"TARGET {str(target)!r} cannot be written: {str(existing)!r} is a file"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"TARGET {str(target)!r} cannot be written: no permission to write in {str(existing)!r}"
+    return ""
+
+
+def _irreplaceable(target: Path, source: Source) -> str:
+    """Why a directory is not replaced, which removes all there is in it."""
+    here = target.resolve()
+    if here in source.path.resolve().parents or here in Path.cwd().parents:
+        return f"TARGET {str(target)!r} holds SOURCE or the current folder: choose another"
+    other = next((path for path in target.iterdir() if path.is_dir()), None)
+    if other is not None or not (target / CONFIG_FILE).is_file():
+        found = f"it has no {CONFIG_FILE}" if other is None else f"it has the folder {other.name!r}"
+        return f"TARGET {str(target)!r} is not only a model ({found}): remove it yourself, or choose another"
+    return ""
+
+
+@contextmanager
+def staged(target: Path, *, directory: bool) -> Iterator[Path]:
+    """Write a file or a directory beside its place, and move it there when it is complete.
+
+    If the block is left by an exception, what was written is removed, and the place is as it was.
+
+    Args:
+        target: The place. What there is is replaced.
+        directory: Whether it is a directory.
+
+    Yields:
+        A path to write to, of a directory that has been made, or of a file that has not.
+
+    Raises:
+        ValueError: If nothing can be written there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with staged(Path(folder, "model"), directory=True) as path:
+        ...         _ = (path / "config.json").write_text("{}")
+        ...     [str(path.relative_to(folder)) for path in Path(folder).rglob("*.json")]
+        ['model/config.json']
+    """
+    # Absolute: `out/` and `.` have no usable name of their own.
+    target = target.absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        if directory:
+            temporary.mkdir()
+        yield temporary
+        _replace(target, temporary)
+    except OSError as error:
+        raise ValueError(f"{str(target)!r} cannot be written: {error}") from error
+    finally:
+        if directory:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _replace(target: Path, temporary: Path) -> None:
+    if not target.is_dir() or not any(target.iterdir()):
+        os.replace(temporary, target)
+        return
+    # A directory that is not empty cannot be replaced in one step.
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old)
