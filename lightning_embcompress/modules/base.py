@@ -6,7 +6,6 @@ from abc import abstractmethod
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,32 +14,12 @@ from typing_extensions import override
 
 from lightning_embcompress.checkpoint import restore_structure, write_record
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
-from lightning_embcompress.metrics.perplexity import IGNORE_INDEX, Perplexity, token_negative_log_likelihood
+from lightning_embcompress.metrics.perplexity import Perplexity, token_negative_log_likelihood
+from lightning_embcompress.modules.full_softmax import full_softmax_loss as full_softmax_loss
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Input ids and target ids, int64, both ``[batch_size, seq_len]``; the target -100 is not predicted."""
 Stage: TypeAlias = Literal["train", "val", "test", "predict"]
-
-
-def full_softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy in nats per token and the number of tokens; 0, not NaN, for no tokens.
-
-    Args:
-        logits: Unnormalised scores, shape ``[batch_size, seq_len, vocab_size]``.
-        targets: Ids of the true tokens, int64, shape ``[batch_size, seq_len]``; -100 is ignored.
-
-    Returns:
-        The loss, a float32 scalar, and the number of targets that are not ignored, an int64 scalar.
-
-    Example:
-        >>> import torch
-        >>> full_softmax_loss(torch.zeros(1, 2, 4), torch.tensor([[0, -100]]))
-        (tensor(1.3863), tensor(1))
-    """
-    count = targets.ne(IGNORE_INDEX).sum()
-    # float: a bfloat16 mean would be good to three digits only; no copy where the logits are float32.
-    loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
-    return torch.where(count > 0, loss, 0.0), count
 
 
 class LanguageModel(LightningModule):

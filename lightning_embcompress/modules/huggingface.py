@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typing_extensions import override
 
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
-from lightning_embcompress.modules.base import LanguageModel, Stage, full_softmax_loss
+from lightning_embcompress.modules.base import LanguageModel, Stage
+from lightning_embcompress.modules.full_softmax import full_softmax_loss
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -160,7 +161,8 @@ class HuggingFaceCausalLM(LanguageModel):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, logged as ``train_loss``."""
         logits, targets = self.scores(batch, "train")
-        loss, _ = full_softmax_loss(logits, targets)
+        # The gradient takes the memory of the logits, which nobody else has.
+        loss, _ = full_softmax_loss(logits, targets, overwrite=True)
         self.log("train_loss", loss, prog_bar=True, batch_size=targets.shape[0])
         return loss
 
