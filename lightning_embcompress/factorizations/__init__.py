@@ -11,13 +11,17 @@ import torch
 
 from lightning_embcompress.factorizations.base import Factorization
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
+from lightning_embcompress.factorizations.cp import CP, CPOptions
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
 from lightning_embcompress.factorizations.tensor_train import TensorTrain, TensorTrainOptions
 from lightning_embcompress.factorizations.tensor_train_matrix import TensorTrainMatrix, TensorTrainMatrixOptions
+from lightning_embcompress.factorizations.tucker import Tucker, TuckerOptions
 
 __all__ = [
+    "CP",
     "METHODS",
     "BlockLowRank",
+    "CPOptions",
     "Factorization",
     "GroupReduceOptions",
     "LowRank",
@@ -27,6 +31,8 @@ __all__ = [
     "TensorTrainMatrix",
     "TensorTrainMatrixOptions",
     "TensorTrainOptions",
+    "Tucker",
+    "TuckerOptions",
     "factorization_from_spec",
     "get_method",
 ]
@@ -64,10 +70,12 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "cp": Method(CP, "The folded table as a sum of outer products (CP), a baseline"),
     "group_reduce": Method(BlockLowRank, "Frequency groups, each of a low rank of its own (GroupReduce)", True),
     "low_rank": Method(LowRank, "Truncated SVD of the whole table", fixed={"weighted": False}),
     "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
     "tensor_train_matrix": Method(TensorTrainMatrix, "One tensor train for the whole table (TT embedding)"),
+    "tucker": Method(Tucker, "The folded table as a core and a factor a mode (Tucker), a baseline"),
     "weighted_low_rank": Method(LowRank, "Truncated SVD, rows weighted by frequency", True, fixed={"weighted": True}),
 }
 

@@ -256,7 +256,7 @@ def test_structures_that_are_not_possible_are_refused(method: str, name: str, va
 
 
 def test_kinds_and_block_structures_that_are_not_possible_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown kind of factorization 'nosuch'; known are block_low_rank, low_rank"):
+    with pytest.raises(ValueError, match=r"unknown kind of factorization 'nosuch'; known are cp, block_low_rank, "):
         factorization_from_spec({"kind": "nosuch"}, torch.float32)
     spec = {"kind": "block_low_rank", "vocab_size": 10, "dim": 4, "sizes": [6, 4], "ranks": [2, 1]}
     factorization_from_spec(spec, torch.float32)
@@ -282,11 +282,11 @@ def test_kinds_and_block_structures_that_are_not_possible_are_refused() -> None:
 def test_stored_bytes_are_those_of_a_file(
     method: str, shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    factors = _decomposed(method, *shape, ratio=1.5, dtype=dtype)
+    factors = _decomposed(method, *shape, ratio=4, dtype=dtype)
     file = tmp_path / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in factors.state_dict().items()}, file)
     size = file.stat().st_size + len(json.dumps(factors.spec()))
-    assert factors.stored_bytes() > 100_000
+    assert factors.stored_bytes() > 70_000
     assert factors.stored_bytes() == pytest.approx(size, rel=0.02)
     assert factors.stored_bytes() >= sum(tensor.nbytes for tensor in factors.state_dict().values())
 
@@ -336,7 +336,7 @@ def test_budget_that_is_too_small_is_refused(method: str) -> None:
     table, counts = _problem(500, 16, torch.float32)
     chosen = METHODS[method]
     smallest = chosen.factorization.smallest_bytes(500, 16, 4, chosen.options())
-    with pytest.raises(ValueError, match="rank 1"):
+    with pytest.raises(ValueError, match=r"^\d+ (bytes|elements) do not (hold|cover) "):
         chosen.factorization.decompose(table, smallest - 4, counts, chosen.options())
 
 
