@@ -155,10 +155,5 @@ def _loaded(table: TablePlan, read: Factorization[Any]) -> Factorization[Any]:
         raise ValueError(f"the compressed table {table.name!r} is damaged: {error}") from error
     # Buffers that are not stored, and follow from the structure, are where that was built.
     factorization.to(read.device)
-    factorization.provenance = {
-        "method": table.method,
-        "options": dict(table.options),
-        "weighted_error": table.weighted_error,
-        "untied": table.untied,
-    }
+    factorization.provenance = table.provenance
     return factorization

@@ -64,6 +64,16 @@ class TablePlan:
         """Dense bytes over stored bytes."""
         return self.dense_bytes / self.stored_bytes
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the factors were found, as a factorization keeps it."""
+        return {
+            "method": self.method,
+            "options": dict(self.options),
+            "weighted_error": self.weighted_error,
+            "untied": self.untied,
+        }
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -276,12 +286,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         old = _table_parameters(named[table.modules[0]])
         factorizations.append(factorization_from_spec(table.spec, old[0].dtype, old[0].device))
         factorizations[-1].requires_grad_(any(parameter.requires_grad for parameter in old))
-        factorizations[-1].provenance = {
-            "method": table.method,
-            "options": dict(table.options),
-            "weighted_error": table.weighted_error,
-            "untied": table.untied,
-        }
+        factorizations[-1].provenance = table.provenance
     restore_dense(model, fill=False)
     for table, factorization in zip(plan.tables, factorizations, strict=True):
         replace_table(model, table.modules, factorization)

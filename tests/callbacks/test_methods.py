@@ -1,0 +1,105 @@
+"""Every method there is, from the callback: compressed, refined, resumed, tied and untied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_embcompress import EmbeddingCompression, TensorTrain
+from lightning_embcompress.factorizations import METHODS
+from lightning_embcompress.plan import plan_of
+
+MakeTrainer = Callable[..., Trainer]
+VOCAB_SIZE, DIM = 150, 16
+
+
+def _callback(method: str, tie: Any) -> EmbeddingCompression:
+    chosen = METHODS[method]
+    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.options())
+    # The bytes of a tied table that becomes two are shared between them; no method needs more than the table.
+    parts = 2 if tie == "untie" else 1
+    ratio = VOCAB_SIZE * DIM * 4 / max(parts * smallest, VOCAB_SIZE * DIM * 4 / 1.5)
+    return EmbeddingCompression(method, ratio=max(ratio, 1.001), at_epoch=1, refine_at_epochs=[2], tie=tie)
+
+
+@pytest.mark.parametrize("tie", ["keep", "untie"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_resuming_equals_the_uninterrupted_run(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, method: str, tie: Any
+) -> None:
+    def fit(folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
+        model = foreign.model("tied", dropout=0.0)
+        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        try:
+            callback = _callback(method, tie)
+            trainer = make_trainer(callback, keep, max_epochs=4, enable_checkpointing=True, default_root_dir=folder)
+            trainer.fit(model, **foreign.loaders(shuffle=False), **changes)
+        except ValueError as error:
+            # Two tables of half the bytes each may be more than a method can do with 16 columns; it says so at once.
+            if tie == "keep" or "cannot be stored in" not in str(error):
+                raise
+            pytest.skip(str(error))
+        return dict(model.state_dict()), trainer.optimizers[0].state_dict(), plan_of(model)
+
+    whole = fit(tmp_path / "whole")
+    assert len(whole[2].tables) == (1 if tie == "keep" else 2)
+    assert whole[2].dense_bytes == VOCAB_SIZE * DIM * 4
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert [entry["epoch"] for entry in report["perplexity"]["refined"]] == [2]
+    assert report["perplexity"]["final"] < VOCAB_SIZE
+    for epoch in (0, 1, 2):
+        resumed = fit(tmp_path / str(epoch), ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        torch.testing.assert_close(resumed[:2], whole[:2], rtol=0, atol=0)
+        assert resumed[2] == whole[2]
+
+
+def test_tensor_train_by_its_rank(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    model = foreign.model("tied")
+    make_trainer(TensorTrain(max_rank=1, at_epoch=1)).fit(model, **foreign.loaders())
+    (table,) = plan_of(model).tables
+    assert table.modules == ("encoder", "decoder")
+    assert table.spec["ranks"] == [1, 1, 1, 1, 1]
+    assert model.encoder.factorization is model.decoder.factorization
+    (entry,) = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert entry["parameter_ratio"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give exactly one of ratio, size and max_rank: ratio is None, size is None, max_rank is None"),
+        ({"max_rank": 2, "ratio": 2}, "give exactly one of ratio, size and max_rank"),
+        ({"max_rank": 0}, "max_rank must be 1 or more, it is 0"),
+        ({"max_rank": 1, "shape": []}, "shape must be sizes of 1 or more"),
+    ],
+)
+def test_tensor_train_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TensorTrain(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_rank": 5}, "max_rank must be at most 4 for vectors folded to 2 x 2 x 2 x 2, it is 5"),
+        ({"ratio": 9}, r"cannot be stored in .* bytes \(9x\) by 'tensor_train' .* \(1\.\d+x\)"),
+        ({"ratio": 1.5, "shape": [2, 2]}, "shape .* has a product of 4: it must be at least the 16 columns"),
+    ],
+)
+def test_tensor_train_refused_before_the_first_step(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, arguments: dict[str, Any], message: str
+) -> None:
+    model = foreign.model("tied")
+    trainer = make_trainer(TensorTrain(**arguments))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(model, **foreign.loaders())
+    assert trainer.global_step == 0
+    assert not plan_of(model).tables
