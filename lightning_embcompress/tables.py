@@ -123,18 +123,22 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
 
     Args:
         model: The module that holds them.
-        fill: Compute the weights from the factors; False leaves them empty, to be loaded into.
+        fill: Compute the weights from the factors; those of a table that was untied stay two. False leaves them empty,
+            to be loaded into, and ties again what was untied.
     """
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[Any, nn.Parameter] = {}
     for path, old in all_modules(model).items():
         if not isinstance(old, CompressedLayer):
             continue
         table = old.factorization
-        if id(table) not in weights:
+        # Two tables that were one have two values now; what is loaded into them has one.
+        key = None if fill else table.provenance.get("untied")
+        key = id(table) if key is None else key
+        if key not in weights:
             values = table.dense() if fill else torch.empty(table.vocab_size, table.dim, dtype=table.dtype)
             trained = any(parameter.requires_grad for parameter in table.parameters())
-            weights[id(table)] = nn.Parameter(values.to(table.device), requires_grad=trained)
-        weight = weights[id(table)]
+            weights[key] = nn.Parameter(values.to(table.device), requires_grad=trained)
+        weight = weights[key]
         new: nn.Module
         if isinstance(old, CompressedEmbedding):
             if old.scale is not None:

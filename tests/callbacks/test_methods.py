@@ -103,3 +103,19 @@ def test_tensor_train_refused_before_the_first_step(
         trainer.fit(model, **foreign.loaders())
     assert trainer.global_step == 0
     assert not plan_of(model).tables
+
+
+def test_what_was_untied_is_tied_again_for_a_dense_checkpoint(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    model = foreign.model("tied")
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, tie="untie")
+    trainer = make_trainer(callback, keep, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(model, **foreign.loaders())
+    assert model.encoder.factorization is not model.decoder.factorization
+    data = foreign.loaders()["val_dataloaders"]
+    trainer.test(model, data, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert model.encoder.weight is model.decoder.weight
+    trainer.test(model, data, ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert model.encoder.factorization is not model.decoder.factorization
