@@ -79,3 +79,17 @@ def test_onnx_runtime_gives_the_same(method: str, tmp_path: Path) -> None:
         (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), model(other), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_transformers_can_be_exported() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=DIM, n_layer=1, n_head=2, n_positions=16, use_cache=False
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    compress(model, "group_reduce", ratio=3, token_counts=COUNTS, tables="auto")
+    ids = torch.randint(VOCAB_SIZE, (2, 8))
+    exported = torch.export.export(model, (ids,), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
