@@ -156,11 +156,15 @@ def _list(options: list[str]) -> int:
     from rich.table import Table
 
     from lightning_embcompress.factorizations import METHODS
+    from lightning_embcompress.shell.methods import option_names
 
     recipes = {name: recipe_description(path) for name, path in available_recipes().items()}
-    methods = {name: str(method.description) for name, method in METHODS.items()}
+    methods = {
+        name: "\n".join([method.description, " ".join(f"--{option}" for option in option_names(method))]).strip()
+        for name, method in METHODS.items()
+    }
     console = Console()
-    for title, rows in (("Recipes", recipes), ("Methods", methods)):
+    for title, rows in (("Recipes", recipes), ("Methods, with their options", methods)):
         table = Table(title, "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, description in rows.items():
             table.add_row(f"  {name}", description)

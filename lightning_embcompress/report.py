@@ -115,16 +115,17 @@ def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
 @rank_zero_only
 def show_inspection(report: Mapping[str, Any]) -> None:
     """Print what `embcompress inspect` has found: tables, the whole model, and a note if there is one."""
+    say(report["source"])
     if report["compressed"]:
         columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "share")
-        screen = ScreenTable(*columns, title=f"{report['source']}: compressed tables")
+        screen = ScreenTable(*columns, title="Compressed tables")
         for table in report["tables"]:
             names, shape, share = " = ".join(table["modules"]), _shape(table["shape"]), f"{table['share']:.1%}"
             screen.add_row(names, table["method"], shape, table["structure"], *_sizes(table), share)
         screen.add_section()
         screen.add_row("whole model", "", "", "", *_sizes(report["model"]), "")
     else:
-        screen = ScreenTable("table", "shape", "MB", "share", title=f"{report['source']}: tables to compress")
+        screen = ScreenTable("table", "shape", "MB", "share", title="Tables to compress")
         for table in report["tables"]:
             names, share = " = ".join(table["modules"]), f"{table['share']:.1%}"
             screen.add_row(names, _shape(table["shape"]), _sizes(table)[1], share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -69,7 +70,7 @@ def find_source(name: str) -> Source:
         FileNotFoundError: If there is no such file or directory, or files of it are missing.
         ValueError: If it is something else.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _directory(name, path)
     if path.is_file():

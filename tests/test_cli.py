@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -288,8 +289,13 @@ def test_own_classes_are_found_by_their_short_names(toys: ModuleType, capsys: py
         (["run", "quickstart.yaml"], "no recipe file 'quickstart.yaml'; did you mean quickstart?"),
         (["run", "list.yaml"], "list.yaml holds a list, not a mapping: a recipe has the top-level keys"),
         (["run", "--trainer.max_epochs=1"], "`run` needs a recipe: embcompress run RECIPE.yaml|NAME"),
-        (["fitt"], "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, compress, inspect"),
+        (
+            ["fitt"],
+            "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, compress, inspect",
+        ),
         (["quickstart"], "quickstart is a recipe: embcompress run quickstart"),
+        (["inspekt"], "no command 'inspekt'; did you mean inspect?"),
+        (["last.ckpt"], "last.ckpt is a model: embcompress inspect last.ckpt, or compress or densify"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
@@ -336,7 +342,10 @@ def test_names_of_shipped_recipes(toys: ModuleType, tmp_path: Path, monkeypatch:
 
 def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shipped(monkeypatch, tmp_path)
-    methods = {"group_reduce": SimpleNamespace(description="A method of the test")}
+    options = dataclass(type("Options", (), {"__annotations__": {"groups": "int", "weighted": "bool"}}))
+    factorization = SimpleNamespace(options_class=options)
+    method = SimpleNamespace(description="A method of the test", factorization=factorization, fixed={"weighted": True})
+    methods = {"group_reduce": method}
     monkeypatch.setattr("lightning_embcompress.factorizations.METHODS", methods, raising=False)
     assert cli.main(["list"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -344,8 +353,9 @@ def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         "Recipes",
         "obw A toy that trains in no time",
         "quickstart A toy that trains in no time",
-        "Methods",
+        "Methods, with their options",
         "group_reduce A method of the test",
+        "--groups",
     ]
 
 
@@ -356,6 +366,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for line in (
         "Usage: embcompress COMMAND [options]",
         "  run RECIPE.yaml|NAME   fit, then test the final weights",
+        "  compress SOURCE TARGET compress the tables of a Hugging Face directory, a Lightning checkpoint or a saved model",
+        "  inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files",
+        "  densify PATH TARGET    make a compressed model in files an ordinary one again",
         "  list                   show the shipped recipes and the compression methods",
         "  embcompress run quickstart --trainer.max_epochs 3",
         "Exit code: 0 done, 1 the run failed, 2 the command line or the recipe is wrong.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def parse(command: str, arguments: Sequence[str]) -> Arguments:
     source = find_source(given.source)
     target = Path()
     if command != "inspect":
-        target = Path(given.target).expanduser()
+        target = Path(os.path.expanduser(given.target))
         problem = check_target(target, source, given.overwrite)
         if problem:
             raise UsageError(problem)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning_embcompress.factorizations import get_method
 from lightning_embcompress.plan import compress, densify, model_bytes, plan_of
 from lightning_embcompress.report import say, show_plan, show_requests, write_report
 from lightning_embcompress.shell.arguments import Arguments, UsageError
+from lightning_embcompress.shell.methods import option_names
 from lightning_embcompress.shell.models import CheckpointModel, OpenedModel, in_shell_terms, open_model
 from lightning_embcompress.shell.targets import report_path, staged
 from lightning_embcompress.shell.text import (
@@ -56,7 +57,9 @@ def run_compress(arguments: Arguments) -> int:
     _check_method(given.method, given.ratio, given.size, arguments.options)
     tokenizer = _check_text(arguments)
     opened = open_model(arguments.source, given.dtype, given.trust_source, is_directory(given.tokenizer))
-    say(f"{arguments.source.name}: {type_name(opened)}, {model_bytes(opened.model)['stored_bytes'] / 1e6:,.3f} MB")
+    as_cast = "" if given.dtype is None else f" in {given.dtype}"
+    megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
+    say(f"{arguments.source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
     try:
         tables = _start(opened, given.tables)
         request: dict[str, Any] = {"ratio": given.ratio, "size": given.size, "tables": tables, "tie": given.tie}
@@ -91,7 +94,7 @@ def _check_method(name: str, ratio: float | None, size: str | None, options: dic
     """Refuse what is wrong whatever the model is."""
     try:
         method = get_method(name)
-        names = [field.name for field in fields(method.factorization.options_class) if field.name not in method.fixed]
+        names = option_names(method)
         for option in options:
             if option not in names:
                 listed = ", ".join(f"--{name}" for name in names) or "none"

@@ -20,9 +20,11 @@ class Skeleton(nn.Module):
     """A place for tensors and other modules."""
 
     def put(self, name: str, value: Tensor | nn.Module) -> None:
-        """Put something in its place, whatever it is called.
+        """Put something in its place.
 
-        Modules of others have names, such as `type`, that torch would refuse here: they are taken as they come.
+        Args:
+            name: Its path. It is not checked as torch does: it was when the model was built that this is a part of.
+            value: What to put there.
         """
         path, _, leaf = name.rpartition(".")
         node: nn.Module = self
@@ -47,9 +49,9 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str) -> Skele
         where: What messages call it.
 
     Returns:
-        `nn.Embedding` or `nn.Linear` (with a bias, or as the last of several that share a table) wherever there is a
-        matrix with a row for each output and nothing beside it but a bias, compressed layers where the plan says so,
-        and plain buffers for all other tensors.
+        `nn.Embedding` or `nn.Linear` (with a bias, or as the last of several that share a table without any) wherever
+        there is a matrix and nothing beside it but a bias for each row, compressed layers where the plan says so, and
+        plain buffers for all other tensors.
 
     Raises:
         ValueError: If the plan does not fit the tensors.
@@ -67,12 +69,12 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str) -> Skele
     for path, weight in weights.items():
         sharing.setdefault(_identity(weight), []).append(path)
     parameters = {identity: nn.Parameter(weights[paths[0]]) for identity, paths in sharing.items()}
+    biases = {path: tensors.pop(f"{path}.bias") for path in weights if f"{path}.bias" in tensors}
     for path, weight in weights.items():
-        bias = tensors.pop(f"{path}.bias", None)
         tensors.pop(f"{path}.weight", None)
-        others = sharing[_identity(weight)]
-        is_softmax = bias is not None or (len(others) > 1 and others[-1] == path)
-        skeleton.put(path, _layer(parameters[_identity(weight)], bias, is_softmax))
+        shared = sharing[_identity(weight)]
+        is_last = len(shared) > 1 and shared[-1] == path and not biases.keys() & set(shared)
+        skeleton.put(path, _layer(parameters[_identity(weight)], biases.get(path), is_last))
     for name, tensor in tensors.items():
         skeleton.put(name, tensor)
     apply_plan(skeleton, plan)
@@ -103,7 +105,7 @@ def choose_tables(skeleton: Skeleton) -> list[str]:
         shown = [f"{path!r} {tuple(module.weight.shape)}" for path, module in largest.items()]
         listed = "; ".join(shown[:6]) + ("; ..." if len(shown) > 6 else "")
         raise ValueError(
-            f"the tables cannot be told from the {len(largest)} layers with the most rows: {listed}. Name the modules "
+            f"the tables cannot be told from the {len(largest)} layers with the most rows ({listed}); name the modules "
             "to compress, as in --tables encoder decoder"
         )
     return list(largest)
@@ -147,7 +149,7 @@ def _is_layer(path: str, leaves: set[str], tensors: Mapping[str, Tensor]) -> boo
 
 
 def _layer(weight: nn.Parameter, bias: Tensor | None, is_softmax: bool) -> nn.Embedding | nn.Linear:
-    if not is_softmax:
+    if bias is None and not is_softmax:
         layer = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
         layer.weight = weight
         return layer

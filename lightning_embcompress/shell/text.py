@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,5 +207,5 @@ def zipf_counts(vocab_size: int) -> Tensor:
 
 def is_directory(name: str | None) -> Path | None:
     """A tokenizer's directory, if that is what it is and not a name on the hub."""
-    path = None if name is None else Path(name).expanduser()
+    path = None if name is None else Path(os.path.expanduser(name))
     return path if path is not None and path.is_dir() else None

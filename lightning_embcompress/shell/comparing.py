@@ -1,0 +1,67 @@
+"""`embcompress compare`: every method on one trained model, at equal stored bytes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_embcompress.compare import DEFAULT_METHODS, compare, show_comparison, write_comparison
+from lightning_embcompress.plan import plan_of
+from lightning_embcompress.report import say
+from lightning_embcompress.shell.arguments import Arguments
+from lightning_embcompress.shell.models import in_shell_terms, open_model
+from lightning_embcompress.shell.targets import staged
+from lightning_embcompress.shell.text import block_size_of, check_measurable, read_text, tokenizer_of
+from lightning_embcompress.tables import find_tables
+
+
+def run_compare(arguments: Arguments) -> int:
+    """Compare methods on a model of transformers, and write the comparison into a folder.
+
+    Raises:
+        ValueError: If the model cannot be measured, or a method, a ratio or the text cannot be used. Nothing has been
+            written then.
+    """
+    given = arguments.given
+    check_measurable(arguments.source)
+    tokenizer = tokenizer_of(arguments.source, given.tokenizer)
+    opened = open_model(arguments.source, given.dtype, given.trust_source)
+    if compressed := plan_of(opened.model).tables:
+        raise ValueError(
+            f"{arguments.source.name!r} is compressed already ({', '.join(table.name for table in compressed)}): compare "
+            "methods on the model that it was made of"
+        )
+    tables = "auto" if given.tables is None else list(given.tables)
+    try:
+        (vocab_size,) = {table.shape[0] for table in find_tables(opened.model, tables)}
+    except ValueError as error:
+        raise ValueError(in_shell_terms(str(error))) from error
+    measured = read_text(given.text, tokenizer, counted=given.counts_text is None)
+    counted = measured if given.counts_text is None else read_text(given.counts_text, tokenizer)
+    for text in (measured, counted):
+        text.check_ids(vocab_size, tokenizer)
+    counts = counted.counts(vocab_size) if given.counts_text is None else counted.all_counts(vocab_size)
+    block_size = block_size_of(opened.model)
+    say(
+        f"{arguments.source.name}: {type(opened.model).__name__}; perplexity on {measured.limited(given.max_tokens):,} "
+        f"tokens, counts from {int(counts.sum()):,}"
+    )
+
+    def evaluate(model: nn.Module) -> float:
+        return measured.perplexity(model, block_size, "Perplexity", given.max_tokens)
+
+    results = compare(
+        opened.model,
+        evaluate,
+        given.methods or DEFAULT_METHODS,
+        given.ratios,
+        bits=given.bits,
+        tables=tables,
+        token_counts=counts,
+    )
+    show_comparison(results)
+    with staged(arguments.target, directory=True) as folder:
+        written = write_comparison(folder, results)
+    if len(written) < 3:
+        say("No plot: it needs matplotlib (pip install matplotlib)")
+    say(f"Written: {', '.join(str(arguments.target / file.name) for file in written)}")
+    return 0
