@@ -34,9 +34,10 @@ Commands:
   validate               one pass over the validation set  (--config RECIPE.yaml|NAME --ckpt_path FILE)
   test                   one pass over the test set        (--config RECIPE.yaml|NAME --ckpt_path FILE)
   predict                one pass of prediction            (--config RECIPE.yaml|NAME --ckpt_path FILE)
-  compress SOURCE TARGET compress the tables of a Hugging Face directory, a Lightning checkpoint or a saved model
+  compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model
   inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
   densify PATH TARGET    make a compressed model in files an ordinary one again
+  compare SOURCE FOLDER  measure every method, and plain int8 and int4, at equal bytes
   list                   show the shipped recipes and the compression methods
 
 `embcompress COMMAND --help` lists the options. From run to predict they are those of LightningCLI and override the
@@ -57,7 +58,7 @@ one line; EMBCOMPRESS_TRACEBACK=1 shows where it was found.
 """
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "run")
-_FILE_COMMANDS = ("compress", "inspect", "densify")
+_FILE_COMMANDS = ("compress", "inspect", "densify", "compare")
 
 
 def main(args: Sequence[str] | None = None) -> int:

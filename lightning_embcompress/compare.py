@@ -257,6 +257,7 @@ def write_comparison(folder: Path, results: Sequence[Result]) -> list[Path]:
         style = {"marker": "o", "markersize": 4} if len(points) > 1 else {"marker": "s", "linestyle": ""}
         axes.plot(*zip(*points, strict=True), label=name, **style)
     dense = next(result.perplexity for result in results if result.method == "dense")
+    assert dense is not None
     axes.axhline(dense, color="black", linewidth=1, linestyle=":", label="dense")
     axes.set(xlabel="dense bytes / stored bytes of the tables", ylabel="perplexity", xscale="log", yscale="log")
     axes.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""The commands `compress`, `inspect` and `densify`: models in files made into others, without writing Python."""
+"""The commands `compress`, `inspect`, `densify` and `compare`: models in files, without writing Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the commands.
 
     Args:
-        command: `"compress"`, `"inspect"` or `"densify"`.
+        command: `"compress"`, `"inspect"`, `"densify"` or `"compare"`.
         arguments: What follows it on the command line.
 
     Returns:
@@ -34,6 +34,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
         from lightning_embcompress.shell.inspecting import run_inspect
 
         return run_inspect(parsed)
+    if command == "compare":
+        from lightning_embcompress.shell.comparing import run_compare
+
+        return run_compare(parsed)
     from lightning_embcompress.shell.densifying import run_densify
 
     return run_densify(parsed)

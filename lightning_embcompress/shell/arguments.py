@@ -1,4 +1,4 @@
-"""The command lines of `compress`, `inspect` and `densify`. Imports nothing heavy."""
+"""The command lines of `compress`, `inspect`, `densify` and `compare`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ _DENSIFY = """\
 Make a compressed model in files an ordinary one again, of the same kind: a Hugging Face directory or a Lightning
 checkpoint that need this package no longer, or, of what save_compressed has written, the same with ordinary tables:
 model.safetensors with the state dict, and config.json with the second names of tensors that have several ("aliases").
+"""
+_COMPARE = """\
+Compress copies of a trained model by every method, to the same stored bytes, and measure the perplexity of each,
+without training. Plain quantization of the tables to int8 and int4 is part of it, and every method is also seen at
+their bytes.
+
+SOURCE is a causal language model of transformers. FOLDER gets comparison.csv, comparison.json and, where matplotlib is
+installed, comparison.png.
+"""
+_COMPARE_EXAMPLES = """\
+A method may be given with options, and several times with others:
+  embcompress compare my_model comparison --text valid.txt --counts_text train.txt --ratios 8 16
+  embcompress compare my_model comparison --text all.txt --methods low_rank group_reduce:groups=5 cp:rank=64
 """
 
 
@@ -103,7 +116,7 @@ def parse(command: str, arguments: Sequence[str]) -> Arguments:
     target = Path()
     if command != "inspect":
         target = Path(os.path.expanduser(given.target))
-        problem = check_target(target, source, given.overwrite)
+        problem = check_target(target, source, getattr(given, "overwrite", False))
         if problem:
             raise UsageError(problem)
     return Arguments(source, target, options, given)
@@ -200,4 +213,47 @@ def _densify_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_PARSERS = {"compress": _compress_parser, "inspect": _inspect_parser, "densify": _densify_parser}
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("compare", _COMPARE, _COMPARE_EXAMPLES)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a directory that save_pretrained has written, or a name on the hub")
+    add("target", metavar="FOLDER", help="where the comparison is written; must not exist, or be empty")
+    add(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        required=True,
+        help="plain text in UTF-8, files or glob patterns, for the perplexity: all of it with --counts_text, else the "
+        "last tenth, and the rest is counted",
+    )
+    add("--counts_text", nargs="+", metavar="FILE", help="text that the model was trained on, for the token counts")
+    add("--methods", nargs="+", metavar="METHOD[:NAME=VALUE,...]", help="what to compare; by default every method")
+    add(
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[16.0],
+        metavar="RATIO",
+        help="dense bytes over stored bytes of the tables, besides those of plain quantization (default: 16)",
+    )
+    add(
+        "--bits",
+        nargs="*",
+        type=int,
+        default=[8, 4],
+        metavar="BITS",
+        help="widths of plain quantization, 2 to 8 (default: 8 4)",
+    )
+    add("--max_tokens", type=int, metavar="N", help="measure no more than so many tokens")
+    add("--tables", nargs="+", metavar="PATH", help="modules to compress; by default the embedding and the softmax")
+    add("--tokenizer", metavar="DIR", help="directory or hub name; by default the files in SOURCE")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model; by default that of SOURCE")
+    return parser
+
+
+_PARSERS = {
+    "compress": _compress_parser,
+    "inspect": _inspect_parser,
+    "densify": _densify_parser,
+    "compare": _compare_parser,
+}

@@ -24,22 +24,22 @@ def run_compare(arguments: Arguments) -> int:
     given = arguments.given
     check_measurable(arguments.source)
     tokenizer = tokenizer_of(arguments.source, given.tokenizer)
-    opened = open_model(arguments.source, given.dtype, given.trust_source)
+    opened = open_model(arguments.source, given.dtype)
     if compressed := plan_of(opened.model).tables:
+        names = ", ".join(table.name for table in compressed)
         raise ValueError(
-            f"{arguments.source.name!r} is compressed already ({', '.join(table.name for table in compressed)}): compare "
-            "methods on the model that it was made of"
+            f"{arguments.source.name!r} is compressed already ({names}): compare methods on the model it was made of"
         )
     tables = "auto" if given.tables is None else list(given.tables)
     try:
         (vocab_size,) = {table.shape[0] for table in find_tables(opened.model, tables)}
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
-    measured = read_text(given.text, tokenizer, counted=given.counts_text is None)
-    counted = measured if given.counts_text is None else read_text(given.counts_text, tokenizer)
-    for text in (measured, counted):
+    measured = read_text(given.text, tokenizer, measure_all=given.counts_text is not None)
+    counted = None if given.counts_text is None else read_text(given.counts_text, tokenizer)
+    for text in (measured, counted or measured):
         text.check_ids(vocab_size, tokenizer)
-    counts = counted.counts(vocab_size) if given.counts_text is None else counted.all_counts(vocab_size)
+    counts = measured.counts(vocab_size) if counted is None else counted.all_counts(vocab_size)
     block_size = block_size_of(opened.model)
     say(
         f"{arguments.source.name}: {type(opened.model).__name__}; perplexity on {measured.limited(given.max_tokens):,} "

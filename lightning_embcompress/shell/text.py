@@ -35,6 +35,7 @@ class TokenizedText:
 
     Args:
         ids: The whole text, integers `[num_tokens]`.
+        measure_all: Whether all of it is to be measured but the first token, which nothing is before.
 
     Raises:
         ValueError: If it is too short for that.
@@ -45,10 +46,10 @@ class TokenizedText:
         (tensor([9, 9, 9, 0, 0]), 3)
     """
 
-    def __init__(self, ids: NDArray[np.integer[Any]]) -> None:
+    def __init__(self, ids: NDArray[np.integer[Any]], measure_all: bool = False) -> None:
         """Divide it."""
         self.ids = ids
-        self.num_counted = len(ids) * 9 // 10
+        self.num_counted = min(1, len(ids) - 1) if measure_all else len(ids) * 9 // 10
         self.num_measured = len(ids) - self.num_counted
         if self.num_counted < 1:
             raise ValueError(f"--text has only {len(ids)} tokens, of which no tenth is left to measure: give more")
@@ -61,6 +62,12 @@ class TokenizedText:
                 self.ids[start : min(start + _COUNT_ELEMENTS, self.num_counted)], minlength=vocab_size
             )
         return torch.from_numpy(counts)
+
+    def all_counts(self, vocab_size: int) -> Tensor:
+        """How often each id occurs in the whole text, `[vocab_size]`."""
+        whole = TokenizedText(self.ids)
+        whole.num_counted = len(self.ids)
+        return whole.counts(vocab_size)
 
     def check_ids(self, vocab_size: int, tokenizer: str) -> None:
         """Check that a table has a row for every id.
@@ -75,17 +82,23 @@ class TokenizedText:
                 "tokenizer of the model with --tokenizer"
             )
 
+    def limited(self, max_tokens: int | None) -> int:
+        """Tokens that are measured if no more than some are."""
+        return self.num_measured if max_tokens is None else min(max_tokens, self.num_measured)
+
     @torch.inference_mode()
-    def perplexity(self, model: Any, block_size: int, title: str) -> float:
+    def perplexity(self, model: Any, block_size: int, title: str, max_tokens: int | None = None) -> float:
         """Perplexity of a model of transformers on the part to measure, each of whose tokens is predicted once.
 
         Args:
             model: A causal language model.
             block_size: Tokens that it reads at once.
             title: What the progress bar says.
+            max_tokens: Only the first of the part to measure; None for all.
         """
         # One more before it, from which its first token is predicted.
-        blocks = TokenBlocks(self.ids[self.num_counted - 1 :], block_size)
+        stop = self.num_counted + self.limited(max_tokens)
+        blocks = TokenBlocks(self.ids[self.num_counted - 1 : stop], block_size)
         vocab_size = int(model.get_output_embeddings().out_features)
         batch_size = max(1, _LOGIT_ELEMENTS // (blocks.block_size * vocab_size))
         total, count = 0.0, 0
@@ -119,12 +132,13 @@ class _Unmarked(TextFileSource):
             yield piece._replace(ends_document=False)
 
 
-def read_text(patterns: Sequence[str], tokenizer: str) -> TokenizedText:
+def read_text(patterns: Sequence[str], tokenizer: str, measure_all: bool = False) -> TokenizedText:
     """Tokenize text files, into a cache.
 
     Args:
         patterns: Files or glob patterns.
         tokenizer: A directory or the name of a model on the hub.
+        measure_all: See `TokenizedText`.
 
     Raises:
         FileNotFoundError: If a pattern matches no file.
@@ -143,7 +157,7 @@ def read_text(patterns: Sequence[str], tokenizer: str) -> TokenizedText:
         default_cache_dir(),
         description="Tokenizing the text",
     )
-    return TokenizedText(cache.ids())
+    return TokenizedText(cache.ids(), measure_all)
 
 
 def tokenizer_of(source: Source, given: str | None) -> str:
