@@ -366,7 +366,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for line in (
         "Usage: embcompress COMMAND [options]",
         "  run RECIPE.yaml|NAME   fit, then test the final weights",
-        "  compress SOURCE TARGET compress the tables of a Hugging Face directory, a Lightning checkpoint or a saved model",
+        "  compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model",
         "  inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files",
         "  densify PATH TARGET    make a compressed model in files an ordinary one again",
         "  list                   show the shipped recipes and the compression methods",

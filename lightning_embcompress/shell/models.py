@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress.checkpoint import RECORD_KEY, save_compressed, write_record
 from lightning_embcompress.plan import Plan
+from lightning_embcompress.report import say
 from lightning_embcompress.shell.skeleton import build_skeleton, choose_tables, tie_equal
 from lightning_embcompress.sources import Source
 
@@ -102,6 +103,10 @@ class PretrainedModel(OpenedModel):
                 f"{self.source.name!r} is not a whole {type(model).__name__}: {len(absent)} of its tensors are missing "
                 f"from the files or are of another shape ({shown}), and would be random"
             )
+        unknown = sorted(map(str, found["unexpected_keys"]))
+        if unknown:
+            shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+            say(f"No part of a {type(model).__name__}, and not written: {len(unknown)} tensors ({shown})")
         loaded: nn.Module = model
         return loaded
 

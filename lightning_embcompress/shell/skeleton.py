@@ -59,12 +59,13 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str) -> Skele
     skeleton = Skeleton()
     compressed = {path: table for table in plan.tables for path in table.modules}
     tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed)}
-    paths = [path for path in _layer_paths(tensors) if path not in compressed]
-    weights = {path: tensors[f"{path}.weight"] for path in paths}
+    weights: dict[str, Tensor] = {}
+    # First, and in the order of the plan, so that tables keep their names: a file may have its tensors in any order.
     for table in plan.tables:
         # Only its shape and dtype are read; the memory is never touched.
         placeholder = torch.empty(*_shape(table, where), dtype=_factor_dtype(table, state, where))
         weights |= dict.fromkeys(table.modules, placeholder)
+    weights |= {path: tensors[f"{path}.weight"] for path in _layer_paths(tensors) if path not in compressed}
     sharing: dict[tuple[object, ...], list[str]] = {}
     for path, weight in weights.items():
         sharing.setdefault(_identity(weight), []).append(path)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from lightning_embcompress.checkpoint import RECORD_KEY, load_from_checkpoint
 from lightning_embcompress.data import TextFiles
 from lightning_embcompress.layers import CompressedLinear
-from lightning_embcompress.modules import LSTMLanguageModel
+from lightning_embcompress.modules import HuggingFaceCausalLM, LSTMLanguageModel
 from lightning_embcompress.plan import compress, plan_of
 
 _VOCAB = 300
@@ -119,6 +119,20 @@ def test_a_checkpoint_of_a_foreign_class(shell: Any, tied: bool, foreign: dict[b
     assert (restored.output.weight is restored.tokens.weight) == tied
     sizes = [table["stored_bytes"] for table in shell.inspected("dense.ckpt")["tables"]]
     assert sizes == [4 * _VOCAB * 16] * (1 if tied else 2)
+
+
+def test_a_checkpoint_of_a_model_of_transformers(shell: Any) -> None:
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32}
+    dense = HuggingFaceCausalLM(config=config, vocab_size=_VOCAB).eval()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(dense)
+    trainer.save_checkpoint("source.ckpt")
+    assert shell("compress", "source.ckpt", "small.ckpt", "--method", "low_rank", "--rank", 3) == 0
+    model = HuggingFaceCausalLM.load_from_checkpoint("small.ckpt").eval()
+    plan = compress(dense, "low_rank", rank=3)
+    assert plan_of(model) == plan
+    assert plan.tables[0].modules == ("model.transformer.wte", "model.lm_head")
+    assert torch.equal(model(_IDS), dense(_IDS))
 
 
 def test_tables_can_be_named_and_untied(shell: Any, foreign: dict[bool, Path]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -222,6 +222,14 @@ def test_shards_and_older_weights(shell: Any, gpt2: Path) -> None:
         assert shell(*command) == 1
         assert f"'shards' is not a whole model: {shards[1].name} of its {len(shards)} files" in shell.error()
     assert shell.files() == before
+
+
+def test_tensors_that_are_no_part_of_the_model_are_named(shell: Any, gpt2: Path) -> None:
+    shutil.copytree(gpt2, "source")
+    tensors = load_file("source/model.safetensors") | {"value_head.weight": torch.ones(3)}
+    save_file(tensors, "source/model.safetensors", {"format": "pt"})
+    assert shell("compress", "source", "out", "--method=low_rank", "--rank=2") == 0
+    assert "No part of a GPT2LMHeadModel, and not written: 1 tensors (value_head.weight)" in shell.printed()
 
 
 def test_models_of_other_heads(shell: Any, text: Path) -> None:
