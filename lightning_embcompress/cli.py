@@ -157,11 +157,10 @@ def _list(options: list[str]) -> int:
     from rich.table import Table
 
     from lightning_embcompress.factorizations import METHODS
-    from lightning_embcompress.shell.methods import option_names
 
     recipes = {name: recipe_description(path) for name, path in available_recipes().items()}
     methods = {
-        name: "\n".join([method.description, " ".join(f"--{option}" for option in option_names(method))]).strip()
+        name: "\n".join([method.description, " ".join(f"--{option}" for option in method.option_names)]).strip()
         for name, method in METHODS.items()
     }
     console = Console()

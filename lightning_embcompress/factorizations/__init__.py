@@ -13,6 +13,7 @@ from lightning_embcompress.factorizations.base import Factorization
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.cp import CP, CPOptions
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
+from lightning_embcompress.factorizations.product_quantization import ProductQuantization, ProductQuantizationOptions
 from lightning_embcompress.factorizations.tensor_train import TensorTrain, TensorTrainOptions
 from lightning_embcompress.factorizations.tensor_train_matrix import TensorTrainMatrix, TensorTrainMatrixOptions
 from lightning_embcompress.factorizations.tucker import Tucker, TuckerOptions
@@ -27,6 +28,8 @@ __all__ = [
     "LowRank",
     "LowRankOptions",
     "Method",
+    "ProductQuantization",
+    "ProductQuantizationOptions",
     "TensorTrain",
     "TensorTrainMatrix",
     "TensorTrainMatrixOptions",
@@ -54,13 +57,18 @@ class Method:
     needs_counts: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def option_names(self) -> list[str]:
+        """Names of its options."""
+        return [option.name for option in fields(self.factorization.options_class) if option.name not in self.fixed]
+
     def options(self, **given: Any) -> Any:
         """Make the options of the factorization from those given and those that are fixed.
 
         Raises:
             ValueError: If the method has no option of a given name, or a value is out of its range.
         """
-        names = [option.name for option in fields(self.factorization.options_class) if option.name not in self.fixed]
+        names = self.option_names
         for name in given:
             if name not in names:
                 raise ValueError(
@@ -73,6 +81,9 @@ METHODS: dict[str, Method] = {
     "cp": Method(CP, "The folded table as a sum of outer products (CP), a baseline"),
     "group_reduce": Method(BlockLowRank, "Frequency groups, each of a low rank of its own (GroupReduce)", True),
     "low_rank": Method(LowRank, "Truncated SVD of the whole table", fixed={"weighted": False}),
+    "product_quantization": Method(
+        ProductQuantization, "Rows put together from the centroids of their parts (PQ, MGQE)", True
+    ),
     "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
     "tensor_train_matrix": Method(TensorTrainMatrix, "One tensor train for the whole table (TT embedding)"),
     "tucker": Method(Tucker, "The folded table as a core and a factor a mode (Tucker), a baseline"),

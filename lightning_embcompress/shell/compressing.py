@@ -13,7 +13,6 @@ from lightning_embcompress.factorizations import get_method
 from lightning_embcompress.plan import compress, densify, model_bytes, plan_of
 from lightning_embcompress.report import say, show_plan, show_requests, write_report
 from lightning_embcompress.shell.arguments import Arguments, UsageError
-from lightning_embcompress.shell.methods import option_names
 from lightning_embcompress.shell.models import CheckpointModel, OpenedModel, in_shell_terms, open_model
 from lightning_embcompress.shell.targets import report_path, staged
 from lightning_embcompress.shell.text import (
@@ -94,7 +93,7 @@ def _check_method(name: str, ratio: float | None, size: str | None, options: dic
     """Refuse what is wrong whatever the model is."""
     try:
         method = get_method(name)
-        names = option_names(method)
+        names = method.option_names
         for option in options:
             if option not in names:
                 listed = ", ".join(f"--{name}" for name in names) or "none"
