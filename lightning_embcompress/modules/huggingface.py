@@ -96,12 +96,7 @@ class HuggingFaceCausalLM(LanguageModel):
         else:
             model = _from_config(_read_config(config, vocab_size), dtype)
         table_size = int(model.get_input_embeddings().num_embeddings)
-        if vocab_size is not None and vocab_size > table_size:
-            source = f"pretrained={pretrained!r}" if pretrained is not None else "config"
-            raise ValueError(
-                f"The data has vocab_size={vocab_size} tokens, but the table of {source} only {table_size} rows. Use "
-                "the tokenizer that belongs to the model, or a config without a vocab_size of its own."
-            )
+        _check_rows(table_size, vocab_size)
         super().__init__(
             table_size, optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_monitor, frequency_bands
         )
@@ -112,7 +107,27 @@ class HuggingFaceCausalLM(LanguageModel):
         self.model: Any = model
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpoint_activations(model)
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check that the data fits the model, and read its token counts.
+
+        Raises:
+            ValueError: If the data module has more tokens than the table rows, or longer blocks than the model has
+                positions.
+        """
+        datamodule = self._datamodule()
+        vocabulary = getattr(datamodule, "vocabulary", None)
+        _check_rows(self.vocab_size, None if vocabulary is None else len(vocabulary))
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        block_size = getattr(datamodule, "block_size", None)
+        if isinstance(positions, int) and isinstance(block_size, int) and block_size > positions:
+            raise ValueError(
+                f"block_size={block_size} of {type(datamodule).__name__} is more than the {positions} positions of the "
+                f"model: set the data's block_size to at most {positions}."
+            )
+        super().setup(stage)
 
     @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -176,6 +191,14 @@ class HuggingFaceCausalLM(LanguageModel):
         self.model.save_pretrained(str(path))
 
 
+def _check_rows(table_size: int, vocab_size: int | None) -> None:
+    if vocab_size is not None and vocab_size > table_size:
+        raise ValueError(
+            f"The data has vocab_size={vocab_size} tokens, but the model's table only {table_size} rows. Use the "
+            "tokenizer that belongs to the model or, to train from scratch, a config without a vocab_size of its own."
+        )
+
+
 def _targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Shift labels to where they are predicted: `labels[:, t + 1]` at position `t`.
 
@@ -232,6 +255,15 @@ def _dtype_argument() -> str:
     return "dtype" if version >= (4, 56) else "torch_dtype"
 
 
+def _checkpoint_activations(model: Any) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"{type(model).__name__} does not support gradient_checkpointing=True: set it to false.")
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:  # as older versions of transformers call it
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -275,7 +307,7 @@ def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> Pre
             )
     try:
         return AutoConfig.for_model(model_type, **given)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # every type checks its values in its own way
         raise ValueError(f"config of type {model_type!r} is not valid: {_one_line(error)}") from error
 
 
