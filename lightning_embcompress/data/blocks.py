@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-IGNORE_INDEX = -100
-"""A label that is not predicted, as in transformers."""
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 
 Block = dict[str, Tensor]
 
