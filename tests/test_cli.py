@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from lightning_embcompress import cli, recipes_index
+from lightning_embcompress.factorizations import Method
 
 TOYS = '''
 import torch
@@ -343,9 +345,8 @@ def test_names_of_shipped_recipes(toys: ModuleType, tmp_path: Path, monkeypatch:
 def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shipped(monkeypatch, tmp_path)
     options = dataclass(type("Options", (), {"__annotations__": {"groups": "int", "weighted": "bool"}}))
-    factorization = SimpleNamespace(options_class=options)
-    method = SimpleNamespace(description="A method of the test", factorization=factorization, fixed={"weighted": True})
-    methods = {"group_reduce": method}
+    factorization: Any = SimpleNamespace(options_class=options)
+    methods = {"group_reduce": Method(factorization, "A method of the test", fixed={"weighted": True})}
     monkeypatch.setattr("lightning_embcompress.factorizations.METHODS", methods, raising=False)
     assert cli.main(["list"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

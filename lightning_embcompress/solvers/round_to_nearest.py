@@ -25,8 +25,8 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int = 32) -> Tensor:
         ValueError: If `bits` or `group_size` is out of its range.
 
     Example:
-        >>> round_to_nearest(torch.tensor([[0.0, 1.0, 0.24, -0.9]]), bits=3)
-        tensor([[ 0.0000,  1.0000,  0.3333, -1.0000]])
+        >>> round_to_nearest(torch.tensor([[0.0, 3.0, 0.6, -1.7]]), bits=3)
+        tensor([[ 0.,  3.,  1., -2.]])
     """
     _check(bits, group_size)
     largest = 2 ** (bits - 1) - 1
