@@ -61,6 +61,7 @@ def test_sizes_that_cannot_be_read(size: str | int) -> None:
 _SIZES: dict[str, dict[str, Any]] = {
     "cp": {"rank": 9},
     "low_rank": {"rank": 3},
+    "product_quantization": {"subspaces": 5, "bits": 4},
     "tensor_train": {"max_rank": 1},
     "tensor_train_matrix": {"max_rank": 5},
     "tucker": {"ranks": [7, 6, 9]},
