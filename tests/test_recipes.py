@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lightning_embcompress.cli import main
+from lightning_embcompress.modules import HuggingFaceCausalLM
 from lightning_embcompress.recipes_index import available_recipes
 
 RECIPES = available_recipes()
@@ -129,6 +132,102 @@ def test_one_billion_word_recipe_on_real_text(tmp_path: Path) -> None:
         "--trainer.callbacks.groups=5",
     ]
     assert main(["run", "lstm_obw", *options]) == 0
+
+
+SMALL_GPT2 = [
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.limit_train_batches=3",
+    "--data.block_size=16",
+]
+
+
+@pytest.fixture
+def packed_text(tmp_path: Path) -> None:
+    """In the current folder: `train.txt`, `valid.txt`, `test.txt`, and GPT-2's two files in `TOKENIZER_FOLDER`."""
+    chance = random.Random(0)
+    words = [f"word{chance.choice('abcdef')}{number}" for number in range(40)]
+    for name in ("train", "valid", "test"):
+        lines = [" ".join(chance.choices(words, [1 / (i + 1) for i in range(40)], k=9)) for _ in range(20)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train([str(tmp_path / "train.txt")], trainer)
+    (tmp_path / "TOKENIZER_FOLDER").mkdir()
+    tokenizer.model.save(str(tmp_path / "TOKENIZER_FOLDER"))
+
+
+def _documented(recipe: str, number: int) -> list[str]:
+    """The options of one of the command lines in a recipe's header."""
+    header = RECIPES[recipe].read_text().partition("\n\n")[0]
+    commands = re.findall(
+        rf"^#   lightning run {recipe}(.*?)\n#\n", re.sub(r" \\\n# +", " ", header + "\n#\n"), re.M | re.S
+    )
+    return shlex.split(re.sub(r"\n# +", " ", commands[number]))
+
+
+@pytest.mark.usefixtures("packed_text")
+def test_gpt2_recipe_by_its_documented_command_lines(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16}
+    small = [*SMALL_GPT2, "--model.config", json.dumps(config), f"--data.cache_dir={tmp_path / 'cache'}"]
+    _, group_reduce, pretrained, scratch = (_documented("gpt2", number) for number in range(4))
+    scratch += ["--trainer.callbacks.dict_kwargs", '{"max_rank": 1}']
+    assert main(["run", "gpt2", *scratch, *small]) == 0
+    folder = tmp_path / "embcompress_runs" / "gpt2" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    assert [(table["method"], table["shape"][1]) for table in report["tables"]] == [("tensor_train", 16)]
+    assert report["perplexity"].keys() >= {"dense", "compressed", "final"}
+    assert all(report["perplexity"][step] > 1 for step in ("dense", "compressed", "final"))
+    last = folder / "checkpoints" / "last.ckpt"
+    longer = ["--trainer.max_epochs=3", "--ckpt_path", str(last)]
+    assert main(["run", "gpt2", *scratch, *small, *longer]) == 0
+
+    # Its checkpoint as a pretrained model, the table of which is compressed already and stays so.
+    HuggingFaceCausalLM.load_from_checkpoint(last).save_pretrained(tmp_path / "COMPRESSED_FOLDER")
+    options = [*SMALL_GPT2, f"--data.cache_dir={tmp_path / 'cache'}"]
+    compressed = [option.replace("MODEL_FOLDER", "COMPRESSED_FOLDER") for option in pretrained]
+    assert main(["run", "gpt2", *compressed, *options, "--trainer.callbacks=ModelCheckpoint"]) == 0
+
+    HuggingFaceCausalLM(config=config, vocab_size=200).save_pretrained(tmp_path / "MODEL_FOLDER")
+    assert main(["run", "gpt2", *pretrained, *options, *group_reduce, "--trainer.callbacks.ratio=1.2"]) == 0
+    report = json.loads((tmp_path / "embcompress_runs" / "gpt2" / "version_3" / "report.json").read_text())
+    assert [table["method"] for table in report["tables"]] == ["group_reduce"]
+
+
+@pytest.mark.usefixtures("packed_text")
+def test_gpt2_recipe_without_test_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [*SMALL_GPT2, "--data.dataset=null", "--data.train_files=train.txt"]
+    options += ["--data.tokenizer=TOKENIZER_FOLDER", f"--data.cache_dir={tmp_path / 'cache'}"]
+    options += ["--model.pretrained=null", "--trainer.callbacks=ModelCheckpoint", "--trainer.max_epochs=1"]
+    assert (
+        main(
+            [
+                "run",
+                "gpt2",
+                *options,
+                "--model.config",
+                '{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}',
+            ]
+        )
+        == 0
+    )
+    assert "Skipping the test: there is no test data" in caplog.text
+
+
+@pytest.mark.usefixtures("packed_text")
+def test_gpt2_recipe_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data.dataset=null", "--data.train_files=train.txt", f"--data.cache_dir={tmp_path / 'cache'}"]
+    for options, message in (
+        (["--data.tokenizer=./nowhere"], "tokenizer='./nowhere' is not a directory"),
+        (["--data.tokenizer=TOKENIZER_FOLDER", "--model.pretrained=null"], "Exactly one of pretrained and config"),
+        (["--data.tokenizer=TOKENIZER_FOLDER", "--model.pretrained=./no"], "pretrained='./no' is not a directory"),
+    ):
+        assert main(["run", "gpt2", *data, *options]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("embcompress: error: ")
+        assert message in error
 
 
 def test_what_a_callback_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

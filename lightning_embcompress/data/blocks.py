@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX as IGNORE_INDEX
 
 Block = dict[str, Tensor]
 

@@ -126,6 +126,11 @@ class HuggingFaceText(LightningDataModule):
         self._splits: dict[str, Any] | None = None
         self._caches: dict[Split, TokenCache] = {}
 
+    def __str__(self) -> str:
+        """Name the text. Lightning's own description would load and tokenize it, also within an error message."""
+        text = self.patterns["train"] if self.dataset is None else self.dataset
+        return f"{type(self).__name__}(tokenizer={self.tokenizer_name!r}, {text!r})"
+
     def files(self, split: Split) -> list[Path]:
         """Give what one part of the corpus is read from; none if it has no such part.
 
@@ -214,10 +219,11 @@ class HuggingFaceText(LightningDataModule):
 
     def _cache(self, split: Split) -> TokenCache:
         if split not in self._caches:
+            eos_id = self._eos_id()  # a tokenizer that does not load is told before a dataset is
             self._caches[split] = tokenize_source(
                 self._source(split),
                 self.tokenizer,
-                self._eos_id(),
+                eos_id,
                 self.documents,
                 self.cache_dir,
                 description=f"Tokenizing {split} text",

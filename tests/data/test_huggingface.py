@@ -76,6 +76,8 @@ def _predicted(loader: Any) -> list[int]:
 
 def test_properties_before_setup(corpus: Path, tokenizer: Path) -> None:
     data = make(corpus, tokenizer)
+    assert str(data).startswith("HuggingFaceText(tokenizer=")
+    assert not (corpus.parent / "cache").exists(), "describing it must not tokenize it"
     assert data.vocab_size == len(data.vocabulary) == VOCAB_SIZE
     texts = [(corpus / f"train-{number}.txt").read_text() for number in range(2)]
     expected = torch.bincount(torch.tensor(_ids(data, *texts)), minlength=VOCAB_SIZE)
