@@ -28,7 +28,7 @@ _BITS = 8
 _PACKED_CODES = 2**20
 _CODES = 2**18
 # Hidden states, times subspaces over columns, up to which adding up products of centroids is faster than making rows.
-_FEW_STATES = 4
+_FEW_STATES = 16
 
 
 @dataclass(frozen=True)
