@@ -112,6 +112,7 @@ def compare(
     bits: Sequence[int] = (8, 4),
     tables: str | Sequence[str] = "auto",
     token_counts: Any = None,
+    on_result: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Compress copies of a model by every method and measure them, without training.
 
@@ -126,6 +127,7 @@ def compare(
         bits: Widths of plain quantization, 2 to 8; none for a comparison without it.
         tables: See `lightning_embcompress.tables.find_tables`.
         token_counts: `[vocab_size]` how often every token occurs in the training data.
+        on_result: Called with every line as soon as it is known: the whole may take long.
 
     Returns:
         The dense model first, then by ratio, the best perplexity first; what cannot be reached comes last.
@@ -148,20 +150,25 @@ def compare(
     for candidate in candidates:
         jobs += [(candidate, None)] if candidate.fixes_size else [(candidate, ratio) for ratio in every]
     reachable = []
-    results = []
+    results: list[Result] = []
+
+    def add(result: Result) -> None:
+        results.append(result)
+        on_result(result)
+
     for candidate, ratio in jobs:
         options = {"tables": tables, **candidate.options}
         try:
             requests = plan_requests(model, candidate.method, ratio, **options)
         except ValueError as error:
             # The line stays in the comparison, with the reason: what a method cannot do is a result too.
-            results.append(Result(str(candidate), ratio, None, None, None, None, note=str(error)))
+            add(Result(str(candidate), ratio, None, None, None, None, note=str(error)))
             continue
         check_counts(token_counts, requests)
         reachable.append((candidate, ratio, options))
     with progress_bar("Comparing methods", total=1 + len(rounded) + len(reachable)) as advance:
         whole = model_bytes(model)
-        results.append(Result("dense", None, 1.0, dense, 1.0, evaluate(model)))
+        add(Result("dense", None, 1.0, dense, 1.0, evaluate(model)))
         advance(1)
         for width, size in rounded.items():
             copy = deepcopy(model)
@@ -178,9 +185,7 @@ def compare(
             plan = compress(copy, candidate.method, ratio=ratio, token_counts=token_counts, **options)
             taken = time.perf_counter() - start
             model_ratio = model_bytes(copy)["ratio"]
-            results.append(
-                Result(str(candidate), ratio, plan.ratio, plan.stored_bytes, model_ratio, evaluate(copy), taken)
-            )
+            add(Result(str(candidate), ratio, plan.ratio, plan.stored_bytes, model_ratio, evaluate(copy), taken))
             advance(1)
     return sorted(results, key=_order)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_embcompress.compare import DEFAULT_METHODS, compare, show_comparison, write_comparison
+from lightning_embcompress.compare import DEFAULT_METHODS, Result, compare, show_comparison, write_comparison
 from lightning_embcompress.plan import plan_of
 from lightning_embcompress.report import say
 from lightning_embcompress.shell.arguments import Arguments
@@ -49,6 +49,10 @@ def run_compare(arguments: Arguments) -> int:
     def evaluate(model: nn.Module) -> float:
         return measured.perplexity(model, block_size, "Perplexity", given.max_tokens)
 
+    def say_result(result: Result) -> None:
+        asked = "" if result.asked_ratio is None else f" at {result.asked_ratio:.2f}x"
+        say(f"{result.method}{asked}: {result.note if result.perplexity is None else f'{result.perplexity:.2f}'}")
+
     results = compare(
         opened.model,
         evaluate,
@@ -57,6 +61,7 @@ def run_compare(arguments: Arguments) -> int:
         bits=given.bits,
         tables=tables,
         token_counts=counts,
+        on_result=say_result,
     )
     show_comparison(results)
     with staged(arguments.target, directory=True) as folder:
