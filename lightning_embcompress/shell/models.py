@@ -88,10 +88,8 @@ class PretrainedModel(OpenedModel):
             self.model = self._load(model_class(source), dtype)
 
     def _load(self, kind: Any, dtype: torch.dtype | None) -> nn.Module:
-        from lightning_embcompress.modules.huggingface import _dtype_argument
-
         path = str(self.source.path)
-        arguments = {_dtype_argument(): "auto" if dtype is None else dtype, "local_files_only": True}
+        arguments = {"dtype": "auto" if dtype is None else dtype, "local_files_only": True}
         try:
             model, found = kind.from_pretrained(path, output_loading_info=True, **arguments)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
