@@ -33,7 +33,8 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int = 32) -> Tensor:
     out = torch.empty_like(weight)
     for chunk in row_chunks(*weight.shape):
         rows = weight[chunk].float()
-        groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size)).unflatten(1, (-1, group_size))
+        padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size))
+        groups = padded.reshape(len(rows), -1, group_size)
         scales = (groups.abs().amax(dim=2, keepdim=True) / largest).half().float()
         # A scale that vanishes in 16 bits has lost its group.
         levels = torch.where(scales > 0, (groups / scales).round().clamp(-largest, largest), 0.0)
