@@ -84,15 +84,15 @@ def _check_reads(factors: Factorization[Any], seed: int = 0) -> None:
         assert torch.all((logits.double() - expected).abs() <= rounding * scale)
 
 
+@pytest.mark.parametrize("method", _METHODS)
 @given(
-    method=st.sampled_from(_METHODS),
     vocab_size=st.integers(1, 70),
     dim=st.integers(1, 20),
     ratio=st.floats(1, 12),
     dtype=st.sampled_from(list(_ROUNDING)),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=30)
 def test_rows_and_logits_are_those_of_the_dense_table(
     method: str, vocab_size: int, dim: int, ratio: float, dtype: torch.dtype, seed: int
 ) -> None:
@@ -291,15 +291,15 @@ def test_stored_bytes_are_those_of_a_file(
     assert factors.stored_bytes() >= sum(tensor.nbytes for tensor in factors.state_dict().values())
 
 
+@pytest.mark.parametrize("method", _METHODS)
 @given(
-    method=st.sampled_from(_METHODS),
     vocab_size=st.integers(1, 400),
     dim=st.integers(1, 24),
     part=st.floats(0, 1),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=30)
 def test_budget_is_never_exceeded(
     method: str, vocab_size: int, dim: int, part: float, dtype: torch.dtype, seed: int
 ) -> None:
