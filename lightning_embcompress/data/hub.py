@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_embcompress.data.tokenized import _PIECE_CHARACTERS, Documents, Piece
+from lightning_embcompress.data.tokenized import PIECE_CHARACTERS, Documents, Piece
 
 
 class MissingExtraError(ImportError, ValueError):
@@ -80,7 +80,7 @@ class DatasetSource:
                 continue
             held.append(text if text.endswith("\n") else text + "\n")
             characters, amount = characters + len(text), amount + 1
-            if characters >= _PIECE_CHARACTERS:
+            if characters >= PIECE_CHARACTERS:
                 yield Piece("".join(held), number + 1 == len(self.rows), amount)
                 held, characters, amount = [], 0, 0
         if held:

@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from lightning_embcompress.data.cache import TokenCache
 from lightning_embcompress.data.store import CacheEntry, describe_sources
@@ -21,9 +20,14 @@ from lightning_embcompress.progress import progress_bar
 Documents = Literal["files", "lines"]
 """What ends with ``eos_token``: every file, or every line that is not empty."""
 
+_WHAT_IT_CAN_BE = (
+    "a directory with tokenizer.json, or with vocab.json and merges.txt, or the name of a model on the Hugging Face hub"
+)
+
 # Long texts are tokenized in pieces of whole lines of about this size: all that a cut can change is whether the tokens
 # on both sides of it merge, and a tokenizer that keeps the words it has seen slows down on longer ones.
-_PIECE_CHARACTERS = 1 << 16
+PIECE_CHARACTERS = 1 << 16
+"""How much of a long text is tokenized as one."""
 # What a tokenizer gets in one call: a fast one works on the pieces in parallel.
 _CALL_CHARACTERS = 1 << 21
 
@@ -84,7 +88,7 @@ class TextFileSource:
         """
         for path in self.files:
             held: tuple[str, int] | None = None
-            for text, num_bytes in read_blocks(path, _PIECE_CHARACTERS):
+            for text, num_bytes in read_blocks(path, PIECE_CHARACTERS):
                 if documents == "lines":
                     lines = [line for line in text.split("\n") if line.strip()]
                     yield from (Piece(line, True, num_bytes / len(lines)) for line in lines)
@@ -113,22 +117,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         described = found & {"tokenizer.json", "tokenizer_config.json", "config.json"}
         if not described and {"vocab.json", "merges.txt"} <= found:
             # AutoTokenizer asks a configuration for the class, and there is none.
-            # GPT2Tokenizer is the slow one before transformers 5, where it has no other name.
-            fast = getattr(transformers, "GPT2TokenizerFast", transformers.GPT2Tokenizer)
-            return _as_tokenizer(fast.from_pretrained(str(directory)))
+            return _as_tokenizer(GPT2Tokenizer.from_pretrained(str(directory)))
+        if not described and not any(file.endswith(".model") for file in found):
+            # Not left to AutoTokenizer, which may give an empty tokenizer.
+            raise ValueError(f"tokenizer={name!r} holds no tokenizer: give {_WHAT_IT_CAN_BE}.")
         name = str(directory)
     elif directory.is_file() or directory.is_absolute() or name.startswith((".", "~")):
-        raise ValueError(
-            f"tokenizer={name!r} is not a directory: give one with tokenizer.json, or with vocab.json and merges.txt, "
-            "or the name of a model on the Hugging Face hub"
-        )
+        raise ValueError(f"tokenizer={name!r} is not a directory: give {_WHAT_IT_CAN_BE}.")
     try:
         return _as_tokenizer(AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files raise whatever their readers do
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"tokenizer={name!r} cannot be loaded: give a directory with tokenizer.json, or with vocab.json and "
-            f"merges.txt, or the name of a model on the Hugging Face hub. What transformers says: {reason}"
+            f"tokenizer={name!r} cannot be loaded: give {_WHAT_IT_CAN_BE}. What transformers says: {reason}"
         ) from error
 
 

@@ -229,7 +229,7 @@ def _load_pretrained(name: str, dtype: str) -> Any:
             "Hugging Face hub."
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **{_dtype_argument(): getattr(torch, dtype)})
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"pretrained={name!r} cannot be loaded: give a directory that save_pretrained has written, or the name of "
@@ -240,12 +240,12 @@ def _load_pretrained(name: str, dtype: str) -> Any:
 
 
 def _from_config(config: PretrainedConfig, dtype: str) -> Any:
+    auto: Any = AutoModelForCausalLM  # its functions have no types
     try:
-        auto: Any = AutoModelForCausalLM  # its functions have no types
-        return auto.from_config(config, **{_dtype_argument(): getattr(torch, dtype)}).train()
-    except ValueError as error:
+        return auto.from_config(config, dtype=getattr(torch, dtype)).train()
+    except Exception as error:  # every type finds out in its own way what it cannot be built from
         raise ValueError(
-            f"config with model_type={config.model_type!r} gives no causal language model. What transformers says: "
+            f"config of type {config.model_type!r} gives no causal language model. What transformers says: "
             f"{_one_line(error)}"
         ) from error
 

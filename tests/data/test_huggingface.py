@@ -117,7 +117,7 @@ def test_lines_as_documents(corpus: Path, tokenizer: Path) -> None:
 def test_long_documents_are_cut_between_lines(corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(corpus, tokenizer)
     expected = whole._cache("train").ids().tolist()
-    monkeypatch.setattr("lightning_embcompress.data.tokenized._PIECE_CHARACTERS", 50)
+    monkeypatch.setattr("lightning_embcompress.data.tokenized.PIECE_CHARACTERS", 50)
     monkeypatch.setattr("lightning_embcompress.data.tokenized._CALL_CHARACTERS", 200)
     cut = make(corpus, tokenizer, cache_dir=corpus.parent / "other")
     assert cut._cache("train").ids().tolist() == expected
@@ -266,8 +266,12 @@ def test_errors_leave_nothing(corpus: Path, tokenizer: Path, options: dict[str, 
 def test_tokenizers_that_do_not_load(corpus: Path, tmp_path: Path, tokenizer: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    for path, message in ((empty, "cannot be loaded: give a directory"), (tmp_path / "no", "is not a directory")):
-        with pytest.raises(ValueError, match=f"tokenizer='{path}' {message} with tokenizer.json|{message}"):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "tokenizer.json").write_text("{")
+    mistakes = {empty: "holds no tokenizer", tmp_path / "no": "is not a directory", damaged: "cannot be loaded"}
+    for path, message in mistakes.items():
+        with pytest.raises(ValueError, match=f"tokenizer='{path}' {message}: give a directory with tokenizer.json"):
             _ = make(corpus, path).vocab_size
     nameless = tmp_path / "nameless"
     PreTrainedTokenizerFast(tokenizer_object=_train(nameless)).save_pretrained(nameless)
@@ -358,7 +362,7 @@ def test_datasets(tmp_path: Path, tokenizer: Path) -> None:
 def test_datasets_are_cached_by_their_fingerprint(
     tmp_path: Path, tokenizer: Path, fake_datasets: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_embcompress.data.hub._PIECE_CHARACTERS", 5)
+    monkeypatch.setattr("lightning_embcompress.data.hub.PIECE_CHARACTERS", 5)
     first = _from_dataset(tmp_path, tokenizer, documents="files").token_counts
     assert torch.equal(_from_dataset(tmp_path, tokenizer, documents="files").token_counts, first)
     assert len(list((tmp_path / "cache").glob("*.ids"))) == 1
