@@ -173,7 +173,7 @@ def test_gpt2_recipe_by_its_documented_command_lines(tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16}
     small = [*SMALL_GPT2, "--model.config", json.dumps(config), f"--data.cache_dir={tmp_path / 'cache'}"]
     _, group_reduce, pretrained, scratch = (_documented("gpt2", number) for number in range(4))
-    scratch += ["--trainer.callbacks.dict_kwargs", '{"max_rank": 1}']
+    scratch += ["--trainer.callbacks.max_rank", "1"]
     assert main(["run", "gpt2", *scratch, *small]) == 0
     folder = tmp_path / "embcompress_runs" / "gpt2" / "version_0"
     report = json.loads((folder / "report.json").read_text())
