@@ -83,8 +83,8 @@ def test_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert files[-1].read_bytes().startswith(b"\x89PNG")
 
 
-def test_default_methods_are_all_there_are() -> None:
-    assert {Candidate.parse(text).method for text in DEFAULT_METHODS} == set(METHODS)
+def test_default_methods_are_all_but_the_slowest() -> None:
+    assert {Candidate.parse(text).method for text in DEFAULT_METHODS} == set(METHODS) - {"cp"}
 
 
 def test_candidates_are_read_as_they_are_written() -> None:
