@@ -34,8 +34,8 @@ DEFAULT_METHODS = (
     "product_quantization",
     "tucker",
 )
-"""GroupReduce in all the settings that its paper leaves open, of which the best is what others have to beat; TensorGPT at
-its published ranks too. `cp`, which takes very long at low ratios, only where it is asked for."""
+"""GroupReduce in all the settings that its paper leaves open, of which the best is what others have to beat; TensorGPT
+at its published ranks too. `cp`, which takes very long at low ratios, only where it is asked for."""
 
 
 @dataclass(frozen=True)
