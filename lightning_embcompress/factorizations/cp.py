@@ -44,9 +44,9 @@ class CPOptions(FoldingOptions):
 class CP(FoldedTable[CPOptions]):
     """CP (CANDECOMP/PARAFAC) of the folded table: `w_(i,j) = Σ_r A[i, r] B[j, r] C[:, r]` for id `i · I_2 + j`.
 
-    A baseline for high ratios. A component costs only `I_1 + I_2 + dim` numbers, so that the rank is a multiple of
-    every mode from about 30x down. There the components are close to dependent, and solving is slow: a round takes
-    `6 · vocab_size · dim · rank` operations and the memory of `rank / dim` tables.
+    A baseline for high ratios. A component costs only `I_1 + I_2 + dim` numbers, so that soon there are more of them
+    than any mode has entries (in a table of 33,278 x 256 from 53x down). Then they are close to dependent, and solving
+    is slow: a round takes `6 · vocab_size · dim · rank` operations and the memory of `rank / I_1` tables.
 
     Args:
         vocab_size: Rows of the table.
