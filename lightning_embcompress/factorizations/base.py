@@ -184,7 +184,12 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         return out
 
     def logits_of_rows(
-        self, hidden: Tensor, rows: Callable[..., Tensor], *factors: Tensor, step: int | None = None
+        self,
+        hidden: Tensor,
+        rows: Callable[..., Tensor],
+        *factors: Tensor,
+        by_row: Tensor | None = None,
+        step: int | None = None,
     ) -> Tensor:
         """`h Wᵀ` for methods whose rows cost less to compute than to multiply with: a piece of the table at a time.
 
@@ -196,6 +201,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
             rows: Computes the rows from `start` to `stop` when called with `(start, stop, *factors)`. It must not read
                 other parameters: in the backward pass they may be others.
             *factors: What it reads.
+            by_row: `[vocab_size, *]`, a factor with a row for every token, of which it only gets those from `start` to
+                `stop`, before the other factors: the gradient of a slice that it takes itself is as large as the whole.
             step: Rows of a piece; None for as many as stay in the cache, and at most a quarter of the table.
 
         Returns:
@@ -206,11 +213,17 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         def piece(states: Tensor, start: int, *read: Tensor) -> Tensor:
             return F.linear(states, rows(start, min(start + step, self.vocab_size), *read))
 
-        starts = range(0, self.vocab_size, step)
+        starts = list(range(0, self.vocab_size, step))
+        own: list[tuple[Tensor, ...]] = [()] * len(starts)
+        if by_row is not None:
+            own = [(part,) for part in torch.split(by_row, step)]
         if torch.is_grad_enabled() and not is_exporting():
-            pieces = [checkpoint(piece, hidden, start, *factors, use_reentrant=False) for start in starts]
+            pieces = [
+                checkpoint(piece, hidden, start, *part, *factors, use_reentrant=False)
+                for start, part in zip(starts, own, strict=True)
+            ]
         else:
-            pieces = [piece(hidden, start, *factors) for start in starts]
+            pieces = [piece(hidden, start, *part, *factors) for start, part in zip(starts, own, strict=True)]
         return torch.cat(pieces, dim=-1)
 
     def stored_bytes(self) -> int:

@@ -141,14 +141,14 @@ class TensorTrain(Factorization[TensorTrainOptions]):
         if is_exporting():
             logits = train_logits(self.cores, states, self.shape, self.ranks)
         elif states.shape[0] > _FEW_STATES:
-            return self.logits_of_rows(hidden, self._read, self.cores)
+            return self.logits_of_rows(hidden, self._read, by_row=self.cores)
         else:
             pieces = torch.split(self.cores, _CHUNK_TOKENS)
             logits = torch.cat([train_logits(cores, states, self.shape, self.ranks) for cores in pieces], dim=-1)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def _read(self, start: int, stop: int, cores: Tensor) -> Tensor:
-        return train_rows(cores[start:stop], self.shape, self.ranks, self.dim)
+        return train_rows(cores, self.shape, self.ranks, self.dim)
 
     def spec(self) -> dict[str, Any]:
         """Shape, modes and ranks."""
