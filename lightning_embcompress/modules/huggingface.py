@@ -250,11 +250,6 @@ def _from_config(config: PretrainedConfig, dtype: str) -> Any:
         ) from error
 
 
-def _dtype_argument() -> str:
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if version >= (4, 56) else "torch_dtype"
-
-
 def _checkpoint_activations(model: Any) -> None:
     if not model.supports_gradient_checkpointing:
         raise ValueError(f"{type(model).__name__} does not support gradient_checkpointing=True: set it to false.")
