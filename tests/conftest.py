@@ -1,6 +1,40 @@
 """What all tests share."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 
 # Two busy threads make tiny tensors many times slower: tests use one, benchmarks choose for themselves.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Callable[..., str]:
+    """Run a script in several processes, as `torchrun` does, and give what it printed.
+
+    Called with the script's path, its arguments, and `processes`, `timeout` in seconds, `fails=True` where it has to
+    end with an error, whose text is then given.
+    """
+
+    def run(script: Path, *arguments: object, processes: int = 2, timeout: float = 240, fails: bool = False) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [*command, str(script), *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        said = done.stdout + done.stderr
+        assert (done.returncode != 0) == fails, f"exit status {done.returncode}:\n{said[-8000:]}"
+        return said if fails else done.stdout
+
+    return run
