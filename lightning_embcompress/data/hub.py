@@ -20,7 +20,7 @@ def require_datasets() -> Any:
         MissingExtraError: If it is not installed.
     """
     try:
-        import datasets  # type: ignore[import-not-found,unused-ignore]
+        import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         raise MissingExtraError(
             "dataset=... needs the package `datasets`, which is not installed: "
