@@ -9,8 +9,9 @@ from lightning_embcompress.registration import register
 
 if TYPE_CHECKING:
     from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain
-    from lightning_embcompress.checkpoint import load_compressed, load_from_checkpoint, save_compressed
+    from lightning_embcompress.checkpoint import load_from_checkpoint
     from lightning_embcompress.plan import Plan, compress, densify
+    from lightning_embcompress.saved import load_compressed, save_compressed
 
 __version__ = "0.1.0"
 
@@ -28,8 +29,9 @@ __all__ = [
 
 _HOMES = {
     "callbacks": ("EmbeddingCompression", "GroupReduce", "TensorTrain"),
-    "checkpoint": ("load_compressed", "load_from_checkpoint", "save_compressed"),
+    "checkpoint": ("load_from_checkpoint",),
     "plan": ("Plan", "compress", "densify"),
+    "saved": ("load_compressed", "save_compressed"),
 }
 
 # Makes `from_pretrained` of transformers load compressed models; imports nothing.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.budget import parse_size
-from lightning_embcompress.checkpoint import load_compressed, save_compressed
 from lightning_embcompress.factorizations import METHODS
 from lightning_embcompress.plan import Plan, apply_plan, compress, densify, model_bytes, plan_of
+from lightning_embcompress.saved import load_compressed, save_compressed
 
 _METHODS = sorted(METHODS)
 _IDS = torch.tensor([[1, 5, 499], [0, 5, 17]])

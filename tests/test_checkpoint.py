@@ -15,19 +15,18 @@ from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_embcompress import checkpoint as checkpoint_module
+from lightning_embcompress import saved
 from lightning_embcompress.checkpoint import (
     attach,
     check_checkpoint_file,
-    load_compressed,
     load_from_checkpoint,
     restore_structure,
-    save_compressed,
     write_record,
 )
 from lightning_embcompress.factorizations import METHODS
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.plan import PLAN_VERSION, Plan, compress, densify, plan_of
+from lightning_embcompress.saved import load_compressed, save_compressed
 
 _IDS = torch.tensor([[1, 5, 799], [0, 5, 17]])
 
@@ -300,7 +299,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
 
     new = _compressed(seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", interrupted)
+        patch.setattr(saved, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_compressed(new, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == contents

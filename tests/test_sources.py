@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_embcompress import checkpoint, huggingface, sources
+from lightning_embcompress import huggingface, saved, sources
 from lightning_embcompress.sources import find_source
 
 
@@ -43,10 +43,10 @@ def test_kinds(tmp_path: Path) -> None:
 
 
 def test_literals_are_those_of_the_modules_that_import_torch() -> None:
-    assert sources._SAVED_FORMAT == checkpoint._FORMAT
+    assert sources._SAVED_FORMAT == saved._FORMAT
     assert sources._QUANT_METHOD == huggingface.QUANT_METHOD
-    assert sources.CONFIG_FILE == checkpoint.CONFIG_FILE
-    assert sources._WEIGHTS[:2] == (checkpoint.WEIGHTS_FILE, checkpoint.INDEX_FILE)
+    assert sources.CONFIG_FILE == saved.CONFIG_FILE
+    assert sources._WEIGHTS[:2] == (saved.WEIGHTS_FILE, saved.INDEX_FILE)
 
 
 def test_nothing_heavy_is_imported() -> None:

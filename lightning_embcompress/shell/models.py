@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_embcompress.checkpoint import RECORD_KEY, save_compressed, write_record
+from lightning_embcompress.checkpoint import RECORD_KEY, write_record
 from lightning_embcompress.plan import Plan
 from lightning_embcompress.report import say
+from lightning_embcompress.saved import save_compressed
 from lightning_embcompress.shell.skeleton import build_skeleton, choose_tables, tie_equal
 from lightning_embcompress.sources import Source
 

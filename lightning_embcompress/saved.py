@@ -1,0 +1,268 @@
+"""Compressed models in files of their own: safetensors and JSON, nothing that is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_embcompress import huggingface
+from lightning_embcompress.factorizations import factorization_from_spec
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
+from lightning_embcompress.tables import all_modules
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+_FORMAT = "lightning-embcompress"
+
+
+def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a model with its compressed tables: safetensors and JSON, nothing that is unpickled.
+
+    Tensors that several layers share are stored once. Both files are written under temporary names and renamed, so
+    that an interruption leaves what was there before.
+
+    Args:
+        model: Any module, compressed or not.
+        path: A directory, made if it is missing, for `model.safetensors` and `config.json`.
+
+    Raises:
+        ValueError: If the module keeps state that is not a tensor, or the directory holds a `config.json` that
+            `save_compressed` did not write.
+    """
+    directory = Path(path)
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    stored: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name!r} of the model's state is a {type(tensor).__name__}: only tensors can be saved; remove its "
+                "get_extra_state"
+            )
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        # Tensors without elements share a null pointer: they are not aliases of each other.
+        if tensor.numel() and identity in stored:
+            aliases[name] = stored[identity]
+            continue
+        stored[identity] = name
+        tensors[name] = tensor.detach().contiguous()
+    record_file = directory / CONFIG_FILE
+    if record_file.exists() and not _is_ours(record_file):
+        raise ValueError(
+            f"{str(record_file)!r} belongs to something else, perhaps a Hugging Face model, and would be lost: save to "
+            "a directory of its own, or a model of transformers with model.save_pretrained(path)"
+        )
+    config = {"format": _FORMAT, "plan": plan_of(model).to_dict(), "aliases": aliases}
+    directory.mkdir(parents=True, exist_ok=True)
+    weights, record = directory / f".{WEIGHTS_FILE}.tmp", directory / f".{CONFIG_FILE}.tmp"
+    try:
+        save_file(tensors, weights)
+        record.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        os.replace(weights, directory / WEIGHTS_FILE)
+        os.replace(record, directory / CONFIG_FILE)
+    finally:
+        weights.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("format") == _FORMAT
+
+
+@overload
+def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan: ...
+
+
+@overload
+def load_compressed(path: str | os.PathLike[str], model: None = None) -> nn.Module: ...
+
+
+def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None) -> Plan | nn.Module:
+    """Load what `save_compressed`, or `save_pretrained` of a compressed model of transformers, wrote.
+
+    Args:
+        path: The directory.
+        model: A module of the same architecture, dense or compressed in whatever way: its tables are replaced, in
+            place; it keeps its dtype. It may hold the model of transformers that was saved. Without it the model is
+            built as the directory says, which only one that `save_pretrained` wrote does.
+
+    Returns:
+        The plan of the model that was given, or the model that was built.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged or does not fit the model, which is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_embcompress.plan import compress
+        >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
+        >>> _ = compress(model, "low_rank", ratio=4)
+        >>> fresh = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_compressed(model, folder)
+        ...     plan = load_compressed(folder, fresh)
+        >>> ids = torch.tensor([1, 2])
+        >>> torch.equal(model(ids), fresh(ids))
+        True
+    """
+    directory = Path(path)
+    config = _read_config(directory)
+    if config.get("format") != _FORMAT:
+        if model is None:
+            return _build_pretrained(directory, config)
+        # A LightningModule, say, around the model that was saved.
+        model = huggingface.only_model(model) or model
+    elif model is None:
+        raise ValueError(
+            f"{str(directory)!r} was written by save_compressed and does not say what kind of model it is: build one "
+            "as it was before compression and pass it, as in load_compressed(path, model)"
+        )
+    record = config.get("quantization_config") if config.get("format") != _FORMAT else config.get("plan")
+    plan = Plan.from_dict(record)
+    check_plan(model, plan)
+    tensors = _read_tensors(directory, config, model, plan)
+    _check_tensors(directory, model, plan, tensors)
+    apply_plan(model, plan)
+    model.load_state_dict(tensors)
+    return plan_of(model)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """`config.json`, after a look at whether all files are there."""
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(directory)!r} is not a compressed model: {file.name} is missing")
+    config = _read_json(file)
+    quantization = config.get("quantization_config")
+    of_transformers = isinstance(quantization, dict) and quantization.get("quant_method") == huggingface.QUANT_METHOD
+    if config.get("format") != _FORMAT and not of_transformers:
+        raise ValueError(
+            f"{str(file)!r} was not written by save_compressed, nor by save_pretrained of a compressed model"
+        )
+    for weights in _weight_files(directory):
+        if not weights.is_file():
+            raise FileNotFoundError(
+                f"{str(directory)!r} is not a whole compressed model: {weights.name} is missing; copy it there, or "
+                "save the model again"
+            )
+    return config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} is damaged: it is no mapping")
+    return content
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The file of the weights, or those that it was split into."""
+    index = directory / INDEX_FILE
+    if (directory / WEIGHTS_FILE).is_file() or not index.is_file():
+        return [directory / WEIGHTS_FILE]
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{str(index)!r} is damaged: 'weight_map' is {names!r}")
+    return [directory / str(name) for name in sorted(set(names.values()))]
+
+
+def _build_pretrained(directory: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The model that a directory of transformers describes."""
+    import transformers
+
+    Plan.from_dict(config["quantization_config"])
+    architectures = config.get("architectures") or ["AutoModelForCausalLM"]
+    architecture = getattr(transformers, str(architectures[0]), None)
+    if architecture is None:
+        raise ValueError(
+            f"{str(directory / CONFIG_FILE)!r} names the architecture {architectures[0]!r}, which transformers "
+            f"{transformers.__version__} does not have: build the model and pass it, as in load_compressed(path, model)"
+        )
+    model: nn.Module = architecture.from_pretrained(directory)
+    return model
+
+
+def _read_tensors(directory: Path, config: Mapping[str, Any], model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Tensors by all their names: those that layers share are stored once."""
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(directory):
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is damaged or cut short: {error}") from error
+    aliases = config.get("aliases", {}) if config.get("format") == _FORMAT else _aliases(model, plan, tensors)
+    if not isinstance(aliases, dict):
+        raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: 'aliases' is {aliases!r}")
+    for name, source in aliases.items():
+        if source not in tensors:
+            raise ValueError(f"{str(directory)!r} is damaged: {source!r} is missing from {WEIGHTS_FILE}")
+        tensors[name] = tensors[source]
+    return tensors
+
+
+def _aliases(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Other names of tensors that transformers stored under one: those of the plan's ties, and of the model's own."""
+    aliases: dict[str, str] = {}
+    for table in plan.tables:
+        stored = [name for name in tensors if name.startswith(f"{table.name}.factorization.")]
+        for path in table.modules[1:]:
+            aliases |= {path + name.removeprefix(table.name): name for name in stored}
+    state = model.state_dict(keep_vars=True)
+    stored_names = {id(tensor): name for name, tensor in state.items() if name in tensors}
+    return aliases | {
+        name: stored_names[id(tensor)]
+        for name, tensor in state.items()
+        if name not in tensors and id(tensor) in stored_names
+    }
+
+
+def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Compare tensors with what a model will have once it is compressed as planned, before it is changed."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    compressed = [(path, layer) for path, layer in all_modules(model).items() if isinstance(layer, CompressedLayer)]
+    for path, layer in compressed:
+        expected = _without(expected, f"{path}.factorization.")
+        expected[f"{path}.weight"] = (layer.factorization.vocab_size, layer.factorization.dim)
+    for table in plan.tables:
+        factorization = factorization_from_spec(table.spec, getattr(torch, table.dtype))
+        for path in table.modules:
+            expected = _without(expected, f"{path}.weight")
+            for name, tensor in factorization.state_dict().items():
+                expected[f"{path}.factorization.{name}"] = tuple(tensor.shape)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{str(directory)!r} does not fit the model: {name!r} is {found.get(name, 'missing')} in the file "
+                f"and {expected.get(name, 'missing')} in the model"
+            )
+    for table in plan.tables:
+        # Loaded on trial: only the factorization itself knows which values are possible.
+        prefix = f"{table.name}.factorization."
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        try:
+            factorization_from_spec(table.spec, getattr(torch, table.dtype)).load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{str(directory / WEIGHTS_FILE)!r} is damaged: {error}") from error
+
+
+def _without(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
