@@ -8,12 +8,14 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_embcompress.modules.base import Batch, LanguageModel, Stage, full_softmax_loss
 from lightning_embcompress.modules.sampled_softmax import head_rows, sample_candidates, sampled_softmax_loss
+from lightning_embcompress.random_state import gather_over_processes
 
 State: TypeAlias = tuple[Tensor, Tensor]
 """Hidden state ``[num_layers, batch_size, head_dim]`` and cell state ``[num_layers, batch_size, hidden_size]``."""
@@ -26,7 +28,9 @@ class LSTMLanguageModel(LanguageModel):
     not predicted. Row `i` of a batch is the continuation of row `i` of the batch before: the state of the LSTM is
     carried over without its gradient (truncated back-propagation through time), separately for training, validation,
     test and prediction, so that a validation in the middle of an epoch does not disturb the training. It starts from
-    zero at the start of an epoch and when the batch size changes.
+    zero at the start of an epoch and when the batch size changes. A checkpoint from within an epoch keeps the state of
+    all rows over all processes, those of process 0 first, and resuming goes on from there, also with another number of
+    processes if there are as many rows in sum; with more or fewer it starts from zero, with a warning.
 
     Training minimises the full or the sampled softmax loss; validation and test always use the full softmax. Logged:
     ``train_loss``, ``val_loss``, ``test_loss`` in nats per token, ``val_perplexity`` and ``test_perplexity``, and with
@@ -106,6 +110,7 @@ class LSTMLanguageModel(LanguageModel):
         self.carry_state = carry_state
         self.lstm_gradient_clip = lstm_gradient_clip
         self._states: dict[Stage, State] = {}
+        self._restored: State | None = None
 
         self.encoder: nn.Module = nn.Embedding(vocab_size, embedding_dim)
         self.lstm = nn.LSTM(
@@ -217,10 +222,26 @@ class LSTMLanguageModel(LanguageModel):
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start the texts of an epoch from a zero state."""
+        """Start the texts of an epoch from a zero state, and a resumed rest of an epoch from the checkpoint's."""
+        restored, self._restored = self._restored, None
         # Lightning leaves `on_train_epoch_start` out when it resumes from after the last step of an epoch.
         if batch_idx == 0:
             self.start_text("train")
+        elif restored is not None:
+            self._take_up(restored, batch[0].shape[0])
+
+    def _take_up(self, state: State, batch_size: int) -> None:
+        """Go on from the state of all rows over all processes."""
+        rows, processes = state[0].shape[1], self.trainer.world_size
+        if rows != batch_size * processes:
+            rank_zero_warn(
+                f"The checkpoint holds the LSTM state of {rows} texts, but now there are {batch_size * processes}"
+                f" (batch_size={batch_size} on each of {processes} processes): they start from zero. Resume with as"
+                " many in sum to go on exactly."
+            )
+            return
+        own = slice(self.global_rank * batch_size, (self.global_rank + 1) * batch_size)
+        self._states["train"] = (state[0][:, own], state[1][:, own])
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -241,27 +262,42 @@ class LSTMLanguageModel(LanguageModel):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what identifies the vocabulary, and within an epoch the carried state."""
+        """Store what identifies the vocabulary, and within an epoch the carried state of all processes."""
         super().on_save_checkpoint(checkpoint)
+        # Training cannot go on from a checkpoint of the weights alone, which has no optimizer.
+        if not self.carry_state or "optimizer_states" not in checkpoint:
+            return
         state = self._states.get("train")
-        # One process writes the file, and the others read different texts: only alone is its state everyone's.
-        if state is not None and self._world_size() == 1:
-            checkpoint["lstm_state"] = [part.cpu() for part in state]
+        # One process writes the file, and the others read other texts. All call this hook.
+        states = gather_over_processes(None if state is None else [part.cpu() for part in state])
+        known = [part for part in states if part is not None]
+        if len(known) == len(states):
+            checkpoint["lstm_state"] = [torch.cat(parts, dim=1) for parts in zip(*known, strict=True)]
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the vocabulary with the one that the checkpoint was trained with, and take up the carried state.
+        """Compare the vocabulary with the one that the checkpoint was trained with, and keep the carried state.
 
         Raises:
-            ValueError: If the size or the fingerprint of the vocabulary differs.
+            ValueError: If the size or the fingerprint of the vocabulary differs, or the state does not fit the layers.
         """
-        super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("lstm_state")
-        if state is not None and self._world_size() == 1:
-            self._states["train"] = (state[0], state[1])
+        if state is not None:
+            self._check_state(state)
+        super().on_load_checkpoint(checkpoint)
+        self._restored = None if state is None else (state[0], state[1])
 
-    def _world_size(self) -> int:
-        return int(getattr(self._trainer, "world_size", 1))
+    def _check_state(self, state: Any) -> None:
+        layers = self.lstm.num_layers
+        widths = (self.lstm.proj_size or self.lstm.hidden_size, self.lstm.hidden_size)
+        shapes = [list(part.shape) for part in state if isinstance(part, Tensor)] if isinstance(state, list) else []
+        rows = shapes[0][1] if shapes and len(shapes[0]) == 3 else None
+        if shapes != [[layers, rows, width] for width in widths]:
+            raise ValueError(
+                f"The LSTM state of the checkpoint has the shapes {shapes}, but this model's are"
+                f" {[[layers, 'batch_size', width] for width in widths]}: the checkpoint is damaged, or of another"
+                " model. Resume with the model it was trained with, or from another checkpoint."
+            )
 
 
 def _check_sizes(

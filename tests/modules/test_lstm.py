@@ -264,21 +264,69 @@ def test_checkpoint_loads_and_knows_its_vocabulary(tmp_path: Path) -> None:
         LSTMLanguageModel.load_from_checkpoint(path, vocab_size=60)
 
 
-def test_resuming_within_an_epoch_takes_up_the_state(tmp_path: Path) -> None:
-    whole, rest = Losses(), Losses()
+class Skip(Callback):
+    """Gives every step the window that comes next: a plain loader starts over when training is resumed."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for part, expected in zip(batch, Windows().pairs[batch_idx], strict=True):
+            part.copy_(expected)
+
+
+@pytest.fixture
+def middle(tmp_path: Path) -> SimpleNamespace:
+    """The losses of an epoch of six steps, and its checkpoint after the third."""
+    whole = Losses()
     keep = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
-    _trainer(tmp_path, callbacks=[whole, keep], enable_checkpointing=True).fit(_model(), datamodule=Windows())
+    trainer = _trainer(tmp_path, callbacks=[whole, keep], enable_checkpointing=True)
+    trainer.fit(_model(), datamodule=Windows())
+    return SimpleNamespace(path=tmp_path / "step=3.ckpt", losses=whole.values)
 
-    class Skip(Callback):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            # The plain loader starts over; give the step the window that comes next.
-            inputs, targets = Windows().pairs[batch_idx]
-            batch[0].copy_(inputs)
-            batch[1].copy_(targets)
 
-    trainer = _trainer(tmp_path, callbacks=[Skip(), rest])
-    trainer.fit(_model(), datamodule=Windows(), ckpt_path=tmp_path / "step=3.ckpt")
-    assert rest.values == whole.values[3:]
+def _resumed(middle: SimpleNamespace, state: Any) -> tuple[list[float], LSTMLanguageModel]:
+    path = middle.path.with_name("changed.ckpt")
+    torch.save({**torch.load(middle.path, weights_only=True), "lstm_state": state}, path)
+    rest, model = Losses(), _model()
+    _trainer(path.parent, callbacks=[Skip(), rest]).fit(model, datamodule=Windows(), ckpt_path=path)
+    return rest.values, model
+
+
+def test_resuming_within_an_epoch_takes_up_the_state(middle: SimpleNamespace) -> None:
+    state = torch.load(middle.path, weights_only=True)["lstm_state"]
+    assert [part.shape for part in state] == [(2, 3, 12), (2, 3, 12)]
+    losses, _ = _resumed(middle, state)
+    assert losses == middle.losses[3:]
+    from_zero, _ = _resumed(middle, [torch.zeros_like(part) for part in state])
+    assert from_zero[0] != losses[0]
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_resuming_with_another_number_of_texts_starts_from_zero(middle: SimpleNamespace, rows: int) -> None:
+    state = torch.load(middle.path, weights_only=True)["lstm_state"]
+    from_zero, _ = _resumed(middle, [torch.zeros_like(part) for part in state])
+    changed = [part.repeat(1, 2, 1)[:, :rows] for part in state]
+    with pytest.warns(UserWarning, match=f"LSTM state of {rows} texts, but now there are 3 .*start from zero"):
+        losses, _ = _resumed(middle, changed)
+    assert losses == from_zero
+
+
+def test_a_damaged_state_is_refused(middle: SimpleNamespace) -> None:
+    state = torch.load(middle.path, weights_only=True)["lstm_state"]
+    for damaged in ({}, [], 3, state[:1], [*state, state[0]], [state[0], state[1][:1]], [part[0] for part in state]):
+        with pytest.raises(ValueError, match="LSTM state of the checkpoint.*damaged, or of another model"):
+            _resumed(middle, damaged)
+    with pytest.raises(ValueError, match=r"\[2, 3, 12\]\], but this model's are \[\[2, 'batch_size', 6\], \[2, 'b"):
+        LSTMLanguageModel.load_from_checkpoint(middle.path, projection_size=6)
+
+
+def test_weights_alone_have_no_state(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "whole.ckpt")
+            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+
+    _trainer(tmp_path, callbacks=[Save()], max_steps=2, max_epochs=None).fit(_model(), datamodule=Windows())
+    assert "lstm_state" in torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    assert "lstm_state" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)
 
 
 def test_vocabulary_larger_than_the_tables(tmp_path: Path) -> None:
