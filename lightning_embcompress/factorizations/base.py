@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.solvers.gram import compute_dtype, row_chunks
+from lightning_embcompress.solvers.division import deal
+from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units
 
 # Name, dtype, shape and offsets of one tensor in the header of a safetensors file.
 TENSOR_HEADER_BYTES = 96
@@ -59,6 +60,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     """Name under which `spec()` records the class."""
     options_class: ClassVar[type[Any]]
     """The dataclass of its options; all of them have defaults."""
+    divides: ClassVar[bool] = False
+    """Whether its solver divides a table's work over processes, see `solvers.division`."""
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         """Keep the shape."""
@@ -238,18 +241,29 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     def weighted_error(self, target: Tensor, weights: Tensor) -> float:
         """Relative weighted error `Σ_i q_i ‖w_i − ŵ_i‖² / Σ_i q_i ‖w_i‖²` (GroupReduce, eq. 2).
 
+        Processes share the rows, see `solvers.division`.
+
         Args:
             target: `[vocab_size, dim]` table that is approximated.
             weights: `[vocab_size]` row weights `q`.
         """
         dtype = compute_dtype(target.dtype)
+        units = row_units(self.vocab_size, self.dim)
+        # Of every chunk, what is lost and what there was.
+        sums = [torch.zeros(len(chunks), 2, dtype=torch.float64) for chunks in units]
+
+        def compute(unit: int) -> None:
+            for index, chunk in enumerate(units[unit]):
+                part = target[chunk].to(self.device, dtype)
+                approximation = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device)).to(dtype)
+                weight = weights[chunk].to(part)
+                sums[unit][index, 0] = ((part - approximation).square().sum(dim=1) * weight).sum()
+                sums[unit][index, 1] = (part.square().sum(dim=1) * weight).sum()
+
+        deal([[part] for part in sums], [len(part) for part in sums], compute)
         lost = total = 0.0
-        for chunk in row_chunks(self.vocab_size, self.dim):
-            part = target[chunk].to(self.device, dtype)
-            approximation = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device)).to(dtype)
-            weight = weights[chunk].to(part)
-            lost += float(((part - approximation).square().sum(dim=1) * weight).sum())
-            total += float((part.square().sum(dim=1) * weight).sum())
+        for chunk_lost, chunk_total in torch.cat(sums).tolist():
+            lost, total = lost + chunk_lost, total + chunk_total
         return lost / total if total > 0 else 0.0
 
     def extra_repr(self) -> str:

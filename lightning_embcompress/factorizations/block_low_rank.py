@@ -21,7 +21,8 @@ from lightning_embcompress.factorizations.base import (
 )
 from lightning_embcompress.factorizations.low_rank import alignment
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
-from lightning_embcompress.solvers.gram import row_weights
+from lightning_embcompress.solvers.division import deal
+from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
 from lightning_embcompress.solvers.group_reduce import BlockSolution, equal_frequency_groups, group_reduce
 from lightning_embcompress.solvers.low_rank import project
 from lightning_embcompress.solvers.rank_allocation import is_dense, smallest_elements
@@ -95,6 +96,7 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
 
     kind = "block_low_rank"
     options_class = GroupReduceOptions
+    divides = True
     packed_block_index: Tensor
     position: Tensor
     order: Tensor
@@ -344,24 +346,48 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         sizes = torch.bincount(solution.block_of_row, minlength=len(solution.ranks)).tolist()
         factorization = cls(vocab_size, dim, sizes, solution.ranks, weight.dtype, weight.device)
         factorization._index(solution.block_of_row)
-        aligned = reference is not None and reference.basis_ranks == factorization.basis_ranks
-        old_bases = reference.bases() if reference is not None and aligned else factorization.bases()
-        for rows, coefficients, basis, solved, old in zip(
+        bases = solution.bases
+        if reference is not None and reference.basis_ranks == factorization.basis_ranks:
+            bases = _aligned(bases, reference.bases())
+        units: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows, coefficients, basis, solved in zip(
             torch.split(factorization.order, sizes),
             factorization.coefficients,
             factorization.bases(),
-            solution.bases,
-            old_bases,
+            bases,
             strict=True,
         ):
             if solved is None:
                 coefficients.copy_(weight[rows])
                 continue
-            if aligned:
-                solved = alignment(solved, old) @ solved
-            coefficients.copy_(project(weight, solved, rows))
             basis.copy_(solved)
+            runs = [run_of(chunks) for chunks in row_units(rows.numel(), dim)]
+            units += [(coefficients[run], rows[run], solved) for run in runs]
+
+        def compute(unit: int) -> None:
+            coefficients, rows, solved = units[unit]
+            coefficients.copy_(project(weight, solved, rows))
+
+        # Processes share the rows of all blocks.
+        deal([[unit[0]] for unit in units], [rows.numel() * solved.shape[0] for _, rows, solved in units], compute)
         return factorization
+
+
+def _aligned(bases: Sequence[Tensor | None], references: Sequence[Tensor]) -> list[Tensor | None]:
+    """Bases of blocks, each turned towards a reference; processes share the blocks."""
+    turned = [None if basis is None else torch.empty_like(basis) for basis in bases]
+    units = [
+        (out, basis, reference)
+        for out, basis, reference in zip(turned, bases, references, strict=True)
+        if out is not None and basis is not None
+    ]
+
+    def compute(unit: int) -> None:
+        out, basis, reference = units[unit]
+        out.copy_(alignment(basis, reference) @ basis)
+
+    deal([[unit[0]] for unit in units], [basis.shape[0] ** 2 for _, basis, _ in units], compute)
+    return turned
 
 
 class _VocabularyOrder(torch.autograd.Function):

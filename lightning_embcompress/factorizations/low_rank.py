@@ -18,6 +18,7 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
+from lightning_embcompress.solvers.division import agree
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import weighted_low_rank
 
@@ -66,6 +67,7 @@ class LowRank(Factorization[LowRankOptions]):
 
     kind = "low_rank"
     options_class = LowRankOptions
+    divides = True
 
     def __init__(
         self,
@@ -179,6 +181,8 @@ class LowRank(Factorization[LowRankOptions]):
         coefficients, basis = weighted_low_rank(weight, self.rank, weights)
         if align:
             rotation = alignment(basis, self.basis)
+            # Rounding may differ between the processors of processes.
+            agree(rotation)
             coefficients, basis = (coefficients.to(rotation) @ rotation.T), rotation @ basis.to(rotation)
         self.coefficients.copy_(coefficients)
         self.basis.copy_(basis)

@@ -121,6 +121,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
 
     kind = "product_quantization"
     options_class = ProductQuantizationOptions
+    divides = True
     packed_codes: Tensor
     packed_rare_codes: Tensor
     packed_rare: Tensor

@@ -20,6 +20,7 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
+from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.tensor_train import (
     core_sizes,
     tensor_train,
@@ -106,6 +107,7 @@ class TensorTrain(Factorization[TensorTrainOptions]):
 
     kind = "tensor_train"
     options_class = TensorTrainOptions
+    divides = True
 
     def __init__(
         self,
@@ -233,13 +235,19 @@ class TensorTrain(Factorization[TensorTrainOptions]):
 
     @torch.no_grad()
     def _solve(self, weight: Tensor, advance: Callable[[float], None], align: bool = False) -> None:
-        for start in range(0, self.vocab_size, _CHUNK_TOKENS):
-            chunk = slice(start, min(start + _CHUNK_TOKENS, self.vocab_size))
+        starts = range(0, self.vocab_size, _CHUNK_TOKENS)
+        chunks = [slice(start, min(start + _CHUNK_TOKENS, self.vocab_size)) for start in starts]
+
+        def compute(unit: int) -> None:
+            chunk = chunks[unit]
             cores = tensor_train(weight[chunk], self.shape, self.ranks)
             if align:
                 cores = self._with_signs_of(self.cores[chunk].to(cores), cores)
             self.cores[chunk] = cores.to(self.cores.dtype)
-            advance((chunk.stop - chunk.start) / self.vocab_size)
+
+        # Processes share the tokens.
+        costs = [chunk.stop - chunk.start for chunk in chunks]
+        deal([[self.cores[chunk]] for chunk in chunks], costs, compute, advance)
 
     def _with_signs_of(self, reference: Tensor, cores: Tensor) -> Tensor:
         """Choose the signs of singular vectors, which are free, like those of other cores of the same tokens.

@@ -6,14 +6,21 @@ of `2 V d²` operations over the rows replaces an SVD of the `V × d` table, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_embcompress.solvers.division import deal_lists
+
 # About 4 MiB of float32 a chunk: large enough for full matrix-product speed, small enough to stay out of the way.
 _CHUNK_ELEMENTS = 2**20
+
+# Most parts into which rows or columns are cut for processes to share: enough to be shared evenly by many, few enough
+# for the exchange of one to be a small part of computing it.
+_ROW_UNITS = 64
+_COLUMN_UNITS = 8
 
 # Weight of a row that never occurs, relative to the rarest row that does: the optimum of the rows that occur stays
 # what it is, and directions which they leave free go to the others instead of to chance.
@@ -30,6 +37,18 @@ def row_chunks(num_rows: int, dim: int) -> Iterator[slice]:
     step = max(1, _CHUNK_ELEMENTS // max(1, dim))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def row_units(num_rows: int, dim: int) -> list[list[slice]]:
+    """The slices of `row_chunks` in up to 64 runs of equal length, for processes to share, see `solvers.division`."""
+    chunks = list(row_chunks(num_rows, dim))
+    step = max(1, -(-len(chunks) // _ROW_UNITS))
+    return [chunks[first : first + step] for first in range(0, len(chunks), step)]
+
+
+def run_of(chunks: Sequence[slice]) -> slice:
+    """The rows of neighbouring slices."""
+    return slice(chunks[0].start, chunks[-1].stop)
 
 
 def row_weights(token_counts: Tensor | None, vocab_size: int, device: torch.device | None = None) -> Tensor:
@@ -57,7 +76,8 @@ def row_weights(token_counts: Tensor | None, vocab_size: int, device: torch.devi
 def gram_matrix(weight: Tensor, weights: Tensor, rows: Tensor | None = None) -> Tensor:
     """Weighted second moment `S = Σ_i q_i w_i w_iᵀ` over all rows of a table, or over some.
 
-    Products run in the table's compute dtype, chunk by chunk, and are summed in float64.
+    Products run in the table's compute dtype, chunk by chunk, and are summed in float64. Of a large matrix over all
+    rows only the upper triangle is computed, in strips of columns, which processes share (see `solvers.division`).
 
     Args:
         weight: `[vocab_size, dim]` table of any floating dtype.
@@ -67,8 +87,25 @@ def gram_matrix(weight: Tensor, weights: Tensor, rows: Tensor | None = None) -> 
     Returns:
         `[dim, dim]` float64 matrix.
     """
-    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    add_gram(total, weight, weights, rows)
+    dim = weight.shape[1]
+    total = torch.zeros(dim, dim, dtype=torch.float64, device=weight.device)
+    width = -(-dim // (64 * _COLUMN_UNITS)) * 64
+    if rows is not None or width >= dim:
+        add_gram(total, weight, weights, rows)
+        return total
+    columns = [slice(start, min(start + width, dim)) for start in range(0, dim, width)]
+    # A strip goes from the first row down to the diagonal; each is one piece of memory, to be sent as it is.
+    strips = [total.new_zeros(strip.stop, strip.stop - strip.start) for strip in columns]
+
+    def compute(units: Sequence[int]) -> None:
+        for part in _weighted_chunks(weight, weights, None):
+            for unit in units:
+                strips[unit] += part[:, : columns[unit].stop].T @ part[:, columns[unit]]
+
+    deal_lists([[strip] for strip in strips], [strip.stop for strip in columns], compute)
+    for strip, values in zip(columns, strips, strict=True):
+        total[: strip.stop, strip] = values
+        total[strip, : strip.start] = values[: strip.start].T
     return total
 
 
@@ -76,15 +113,17 @@ def add_gram(
     total: Tensor, weight: Tensor, weights: Tensor, rows: Tensor | None = None, sign: Literal[1, -1] = 1
 ) -> None:
     """Add the weighted second moment of rows to a matrix in place, or subtract it; arguments as `gram_matrix`."""
-    num_rows = weight.shape[0] if rows is None else rows.numel()
-    dim = weight.shape[1]
-    dtype = compute_dtype(weight.dtype)
-    product = torch.empty(dim, dim, dtype=dtype, device=weight.device)
-    for chunk in row_chunks(num_rows, dim):
-        ids = chunk if rows is None else rows[chunk]
-        # Half of each weight on either side: the product is symmetric but for rounding.
-        part = weight[ids].to(dtype) * weights[ids].sqrt().to(dtype).unsqueeze(1)
+    product = total.new_empty(total.shape, dtype=compute_dtype(weight.dtype))
+    for part in _weighted_chunks(weight, weights, rows):
         total.add_(torch.mm(part.T, part, out=product), alpha=sign)
+
+
+def _weighted_chunks(weight: Tensor, weights: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
+    """Rows times the roots of their weights, in the compute dtype: the product of a chunk with itself is symmetric."""
+    dtype = compute_dtype(weight.dtype)
+    for chunk in row_chunks(weight.shape[0] if rows is None else rows.numel(), weight.shape[1]):
+        ids = chunk if rows is None else rows[chunk]
+        yield weight[ids].to(dtype) * weights[ids].sqrt().to(dtype).unsqueeze(1)
 
 
 class PackedSymmetric:
@@ -124,6 +163,10 @@ class PackedSymmetric:
     def __setitem__(self, index: int, matrix: Tensor) -> None:
         """Store one matrix; its lower triangle is not looked at."""
         self._values[index] = matrix.reshape(-1)[self._place].to(self._values.dtype)
+
+    def stored(self, index: int) -> Tensor:
+        """One matrix as it is stored, `[dim (dim + 1) / 2]`, to be written to."""
+        return self._values[index]
 
     def trace(self, index: int) -> float:
         """Trace of one matrix."""

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import (
     PackedSymmetric,
     add_gram,
     compute_dtype,
     gram_matrix,
-    row_chunks,
+    row_units,
+    run_of,
     top_eigenvectors,
     warm_eigenvectors,
 )
@@ -84,7 +86,8 @@ def group_reduce(
     one of lowest weighted error is returned; of candidates of equal error the more frequent word goes first.
 
     Only `Wᵀ diag(q) W` of the blocks is ever decomposed. A round costs one product of the table with all bases; the
-    second moments are updated by the rows that moved, and their eigenvectors are started from the last ones.
+    second moments are updated by the rows that moved, and their eigenvectors are started from the last ones. Processes
+    share the blocks in the latter and the rows in the former, see `solvers.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.
@@ -145,8 +148,11 @@ class _Moments:
         # solving may use.
         dtype = compute_dtype(weight.dtype)
         self.grams = PackedSymmetric(groups, weight.shape[1], dtype, weight.device)
-        for block in range(groups):
+
+        def compute(block: int) -> None:
             self.grams[block] = gram_matrix(weight, weights, (block_of_row == block).nonzero().squeeze(1))
+
+        deal([[self.grams.stored(block)] for block in range(groups)], self.sizes, compute)
 
     @property
     def sizes(self) -> list[int]:
@@ -156,6 +162,8 @@ class _Moments:
         """Ranks proportional to the mean frequency of the blocks as they are now, within the budget."""
         sizes = self.sizes
         mass = torch.bincount(self.block_of_row, weights=self.weights, minlength=len(sizes))
+        # A GPU adds them up in any order.
+        agree(mass)
         frequencies = [float(m) / size if size else 0.0 for m, size in zip(mass, sizes, strict=True)]
         return proportional_ranks(frequencies, sizes, self.weight.shape[1], max_elements)
 
@@ -175,35 +183,43 @@ class _Moments:
         # What is kept is allocated before what is not: between the work space of one block and that of the next it
         # would keep the allocator from giving that back.
         stacked = torch.empty(sum(widths), dim, dtype=self.grams.dtype, device=self.weight.device)
-        bases: list[Tensor | None] = []
-        total = lost = 0.0
-        for block, basis in enumerate(torch.split(stacked, widths)):
+        bases = torch.split(stacked, widths)
+        # Of every block tr S_b and the part of it that is lost.
+        traces = torch.zeros(len(sizes), 2, dtype=torch.float64, device=self.weight.device)
+        before = previous if previous is not None else [None] * len(sizes)
+
+        def compute(block: int) -> None:
             trace = self.grams.trace(block)
-            total += trace
+            traces[block, 0] = trace
             if dense[block]:
-                bases.append(None)
-                continue
-            gram = self.grams[block]
-            before = previous[block] if previous is not None else None
-            rank = ranks[block]
-            basis.copy_(top_eigenvectors(gram, rank) if before is None else warm_eigenvectors(gram, rank, before))
-            lost += trace - float(((basis @ gram) * basis).sum(dtype=torch.float64))
-            bases.append(basis)
-        return bases, max(lost, 0.0) / total if total > 0 else 0.0
+                return
+            gram, basis, rank, old = self.grams[block], bases[block], ranks[block], before[block]
+            basis.copy_(top_eigenvectors(gram, rank) if old is None else warm_eigenvectors(gram, rank, old))
+            traces[block, 1] = trace - float(((basis @ gram) * basis).sum(dtype=torch.float64))
+
+        costs = [_eigenvectors_cost(dim, width, old) for width, old in zip(widths, before, strict=True)]
+        deal([[*parts] for parts in zip(bases, traces, strict=True)], costs, compute)
+        total = lost = 0.0
+        for trace, part in traces.tolist():
+            total, lost = total + trace, lost + part
+        error = max(lost, 0.0) / total if total > 0 else 0.0
+        return [None if as_rows else basis for as_rows, basis in zip(dense, bases, strict=True)], error
 
     def update(self, block_of_row: Tensor) -> None:
         """Move rows: subtract them from the blocks they left, add them to those they joined."""
         moved = (block_of_row != self.block_of_row).nonzero().squeeze(1)
         left, joined = self.block_of_row[moved], block_of_row[moved]
         self.block_of_row = block_of_row
-        for block in range(len(self.grams)):
+        counts = torch.bincount(torch.cat([left, joined]), minlength=len(self.grams)).tolist()
+        changed = [block for block, count in enumerate(counts) if count]
+
+        def compute(unit: int) -> None:
+            block = changed[unit]
             gone, come = moved[left == block], moved[joined == block]
-            if gone.numel() + come.numel() == 0:
-                continue
             now = (block_of_row == block).nonzero().squeeze(1)
             if gone.numel() + come.numel() >= now.numel():
                 self.grams[block] = gram_matrix(self.weight, self.weights, now)
-                continue
+                return
             updated = self.grams[block].double()
             add_gram(updated, self.weight, self.weights, come)
             add_gram(updated, self.weight, self.weights, gone, sign=-1)
@@ -211,6 +227,13 @@ class _Moments:
                 # Nearly all of its weight has left: what remains would be rounding.
                 updated = gram_matrix(self.weight, self.weights, now)
             self.grams[block] = updated
+
+        deal([[self.grams.stored(block)] for block in changed], [counts[block] for block in changed], compute)
+
+
+def _eigenvectors_cost(dim: int, width: int, before: Tensor | None) -> float:
+    """Time of the eigenvectors of a block, that of a full decomposition being 1: of some from a start it is a part."""
+    return min(1.0, 2 * width / dim) if before is not None or not width else 1.0
 
 
 def _choose_moves(
@@ -256,17 +279,23 @@ def _score(weight: Tensor, block_of_row: Tensor, bases: list[Tensor | None]) -> 
     factored = [block for block, basis in enumerate(bases) if basis is not None]
     stacked = torch.cat([basis for basis in bases if basis is not None] or [weight.new_zeros(0, dim, dtype=dtype)]).T
     widths = [basis.shape[0] for basis in bases if basis is not None]
-    for chunk in row_chunks(num_rows, dim + stacked.shape[1]):
-        part = weight[chunk].to(dtype)
-        norms = part.square().sum(dim=1)
-        errors = torch.empty(part.shape[0], len(bases), dtype=dtype, device=weight.device)
-        errors[:, dense] = 0.0
-        for block, product in zip(factored, torch.split(part @ stacked, widths, dim=1), strict=True):
-            errors[:, block] = norms - torch.linalg.vector_norm(product, dim=1).square_()
-        errors.clamp_(min=0.0)
-        own = errors.gather(1, block_of_row[chunk].unsqueeze(1)).squeeze(1)
-        lowest, where = errors.min(dim=1)
-        stays = lowest >= own - 1e-5 * norms
-        best[chunk] = torch.where(stays, own, lowest)
-        best_block[chunk] = torch.where(stays, block_of_row[chunk], where)
+    units = row_units(num_rows, dim + stacked.shape[1])
+
+    def compute(unit: int) -> None:
+        for chunk in units[unit]:
+            part = weight[chunk].to(dtype)
+            norms = part.square().sum(dim=1)
+            errors = torch.empty(part.shape[0], len(bases), dtype=dtype, device=weight.device)
+            errors[:, dense] = 0.0
+            for block, product in zip(factored, torch.split(part @ stacked, widths, dim=1), strict=True):
+                errors[:, block] = norms - torch.linalg.vector_norm(product, dim=1).square_()
+            errors.clamp_(min=0.0)
+            own = errors.gather(1, block_of_row[chunk].unsqueeze(1)).squeeze(1)
+            lowest, where = errors.min(dim=1)
+            stays = lowest >= own - 1e-5 * norms
+            best[chunk] = torch.where(stays, own, lowest)
+            best_block[chunk] = torch.where(stays, block_of_row[chunk], where)
+
+    runs = [run_of(chunks) for chunks in units]
+    deal([[best[run], best_block[run]] for run in runs], [run.stop - run.start for run in runs], compute)
     return best, best_block

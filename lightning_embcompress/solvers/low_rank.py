@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_embcompress.solvers.gram import compute_dtype, gram_matrix, row_chunks, top_eigenvectors
+from lightning_embcompress.solvers.division import deal
+from lightning_embcompress.solvers.gram import compute_dtype, gram_matrix, row_units, run_of, top_eigenvectors
 
 
 def weighted_low_rank(weight: Tensor, rank: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Best approximation of rank `rank` of a table, rows weighted: `min Σ_i q_i ‖w_i − u_i B‖²`.
 
     The closed form is the truncated SVD of `diag(q)^½ W` (GroupReduce, eq. 3; Eckart-Young), taken here through the
-    eigenvectors of `Wᵀ diag(q) W`. With equal weights it is the plain truncated SVD.
+    eigenvectors of `Wᵀ diag(q) W`. With equal weights it is the plain truncated SVD. Processes share both passes over
+    the table, see `solvers.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.
@@ -28,7 +30,10 @@ def weighted_low_rank(weight: Tensor, rank: int, weights: Tensor) -> tuple[Tenso
         >>> torch.allclose(coefficients @ basis, table, atol=1e-4)
         True
     """
-    basis = top_eigenvectors(gram_matrix(weight, weights), rank)
+    gram = gram_matrix(weight, weights)
+    basis = gram.new_empty(rank, gram.shape[0])
+    # One process decomposes it: rounding may differ between processors.
+    deal([[basis]], [1.0], lambda _: basis.copy_(top_eigenvectors(gram, rank)))
     return project(weight, basis), basis.to(weight.dtype)
 
 
@@ -47,7 +52,13 @@ def project(weight: Tensor, basis: Tensor, rows: Tensor | None = None) -> Tensor
     dtype = compute_dtype(weight.dtype)
     right = basis.to(dtype).T
     out = weight.new_empty(num_rows, basis.shape[0])
-    for chunk in row_chunks(num_rows, weight.shape[1]):
-        ids = chunk if rows is None else rows[chunk]
-        out[chunk] = (weight[ids].to(dtype) @ right).to(weight.dtype)
+    units = row_units(num_rows, weight.shape[1])
+
+    def compute(unit: int) -> None:
+        for chunk in units[unit]:
+            ids = chunk if rows is None else rows[chunk]
+            out[chunk] = (weight[ids].to(dtype) @ right).to(weight.dtype)
+
+    runs = [run_of(chunks) for chunks in units]
+    deal([[out[run]] for run in runs], [run.stop - run.start for run in runs], compute)
     return out

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import compute_dtype
 
 # Rows for every centroid that k-means is trained on: a sample of more finds hardly better centroids.
@@ -62,7 +64,7 @@ def product_quantization(
     rows. Centroids without rows are moved to rows that have an error.
 
     With groups, rows of a group use only the first centroids (MGQE, Kang et al. 2020, section 3.3: rare tokens share
-    the first centroids of the same codebook).
+    the first centroids of the same codebook). Processes share the subspaces, see `solvers.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.
@@ -91,17 +93,20 @@ def product_quantization(
     codes = torch.empty(vocab_size, subspaces, dtype=torch.int16, device=weight.device)
     generator = torch.Generator().manual_seed(0)
     rows, priority = _sample(weights, _ROWS_PER_CENTROID * num_centroids, generator)
+    agree(rows, priority)
     whole = _Sampled(groups, weights.to(codebook))
     sample = _Sampled(_restricted(groups, rows, vocab_size), priority.to(codebook))
     if start is None:
         starts = _starting_codebook(weight, rows, sample, subspaces, num_centroids, generator)
     else:
         starts = start.to(codebook)
-    column = 0
-    for subspace, size in enumerate(subspace_sizes(dim, subspaces)):
-        columns = slice(column, column + size)
+    sizes = subspace_sizes(dim, subspaces)
+    places = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
+
+    def compute(subspace: int) -> None:
+        columns = places[subspace]
         points, centroids = weight[:, columns].to(codebook.dtype), starts[:, columns]
-        if size == 1:
+        if points.shape[1] == 1:
             centroids = _sorted_lloyd(points[:, 0], whole, centroids[:, 0], 3 * max_iterations).unsqueeze(1)
         else:
             centroids = _lloyd(points[rows], sample, centroids, max_iterations)
@@ -110,8 +115,9 @@ def product_quantization(
         # Codes are those of the centroids as they are stored.
         codebook[:, columns] = centroids.to(weight.dtype)
         codes[:, subspace] = _nearest(points, groups, codebook[:, columns].contiguous())[0]
-        column += size
-        advance(1 / subspaces)
+
+    results = [[codebook[:, columns], codes[:, subspace]] for subspace, columns in enumerate(places)]
+    deal(results, sizes, compute, advance)
     return codebook, codes
 
 
@@ -161,14 +167,21 @@ def _starting_codebook(
     sizes = subspace_sizes(weight.shape[1], subspaces)
     step = max(1, _POINTS // rows.numel())
     column = subspace = 0
+    units = []
     while subspace < subspaces:
         size = sizes[subspace]
         count = min(step, sizes[subspace:].count(size))
-        columns = slice(column, column + count * size)
-        points = weight[:, columns][rows].to(starts.dtype).T.reshape(count, size, -1).contiguous()
         drawn = torch.rand(count, num_centroids, generator=generator, dtype=torch.float64).to(starts)
+        units.append((slice(column, column + count * size), drawn))
+        column, subspace = column + count * size, subspace + count
+
+    def compute(unit: int) -> None:
+        columns, drawn = units[unit]
+        points = weight[:, columns][rows].to(starts.dtype).T.reshape(drawn.shape[0], -1, rows.numel()).contiguous()
         starts[:, columns] = _plus_plus(points, sample, drawn).flatten(0, 1).T
-        column, subspace = columns.stop, subspace + count
+
+    # Subspaces of a unit have one size.
+    deal([[starts[:, columns]] for columns, _ in units], [drawn.shape[0] for _, drawn in units], compute)
     return starts
 
 

@@ -1,0 +1,238 @@
+"""Dividing a solver's work over the processes of a group: every process computes its units, all get all results.
+
+Units never depend on how many processes there are, and what is added up is added up in a fixed order by every process
+itself: one process and several find the same solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Bytes that are sent at a time: what has to be copied for it stays small.
+_PIECE_BYTES = 2**26
+
+
+@dataclass
+class _Division:
+    """A group whose processes work on the same thing."""
+
+    group: dist.ProcessGroup | None
+    is_over: bool = False
+    """Whether all know of an error, or nothing more can be exchanged."""
+
+    def meet(self, error: BaseException | None) -> None:
+        """Wait for the others; raise where one of them has an error."""
+        self.is_over = True
+        raise_together(error, self.group)
+        self.is_over = False
+
+
+_current: ContextVar[_Division | None] = ContextVar("division", default=None)
+
+
+def count_processes(group: dist.ProcessGroup | None = None) -> int:
+    """Processes of a group, of all there are if it is None; 1 where `torch.distributed` is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def divided(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Let the processes of a group share the work of the solvers that are called in the block.
+
+    All of them have to run the block with the same table and the same arguments. They leave it together: an exception
+    in one of them is raised in all, see `raise_together`. Without several processes the block runs as it is.
+
+    Args:
+        group: The processes; None for all there are.
+
+    Raises:
+        RuntimeError: If another process has failed.
+
+    Example:
+        >>> with divided():
+        ...     total = torch.zeros(4)
+        ...     deal([[part] for part in total], [1.0] * 4, lambda unit: total[unit].fill_(unit))
+        >>> total
+        tensor([0., 1., 2., 3.])
+    """
+    if count_processes(group) == 1:
+        yield
+        return
+    division = _Division(group)
+    token = _current.set(division)
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        if division.is_over:
+            raise
+        error = caught
+    finally:
+        _current.reset(token)
+    raise_together(error, group)
+
+
+def deal(
+    results: Sequence[Sequence[Tensor]],
+    costs: Sequence[float],
+    compute: Callable[[int], object],
+    advance: Callable[[float], None] = lambda _: None,
+) -> None:
+    """Compute all units of a piece of work: inside `divided` every process its share, which it sends to the others.
+
+    What is called inside a unit is not divided again.
+
+    Args:
+        results: The tensors that a unit writes, of the same shapes and dtypes in all processes; on the device of the
+            table, whatever the group talks through. No other process sees anything else that a unit writes.
+        costs: Cost of every unit, in any unit of measure.
+        compute: Called with the number of a unit, writes its results in place.
+        advance: Called with shares of the work that add up to 1.
+
+    Raises:
+        RuntimeError: If another process has failed.
+    """
+
+    def one_by_one(units: Sequence[int]) -> None:
+        total = sum(costs[unit] for unit in units)
+        for unit in units:
+            compute(unit)
+            advance(costs[unit] / total if total else 1 / len(units))
+        if not units:
+            advance(1.0)
+
+    deal_lists(results, costs, one_by_one)
+
+
+def deal_lists(
+    results: Sequence[Sequence[Tensor]], costs: Sequence[float], compute: Callable[[Sequence[int]], object]
+) -> None:
+    """As `deal`, for units that are cheaper together: `compute` is called once, with all units of this process.
+
+    What is written for a unit must not depend on which others are computed with it.
+    """
+    division = _current.get()
+    if division is None:
+        compute(range(len(costs)))
+        return
+    owners = owners_of(costs, count_processes(division.group))
+    rank = dist.get_rank(division.group)
+    token = _current.set(None)
+    error: BaseException | None = None
+    try:
+        compute([unit for unit, owner in enumerate(owners) if owner == rank])
+    except BaseException as caught:
+        error = caught
+    finally:
+        _current.reset(token)
+    division.meet(error)
+    # An error on the way leaves the processes at different places, where they cannot meet again.
+    division.is_over = True
+    for tensors, owner in zip(results, owners, strict=True):
+        for tensor in tensors:
+            send(tensor, owner, division.group)
+    division.is_over = False
+
+
+def agree(*tensors: Tensor) -> None:
+    """Go on with the values that the first process has, in place: for what is not the same to the last bit anywhere.
+
+    Inside `divided` a decision that follows from such values, a rank or a choice, must be the same in all processes.
+    """
+    deal([tensors], [1.0], lambda _: None)
+
+
+def owners_of(costs: Sequence[float], processes: int) -> list[int]:
+    """Which process computes which unit: the costliest first, each to the process with the least to do so far.
+
+    Example:
+        >>> owners_of([1.0, 5.0, 3.0, 3.0], 2)
+        [0, 0, 1, 1]
+    """
+    loads = [0.0] * processes
+    owners = [0] * len(costs)
+    for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
+        owners[unit] = min(range(processes), key=loads.__getitem__)
+        loads[owners[unit]] += costs[unit]
+    return owners
+
+
+def raise_together(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise in every process of a group if any of them has an error; all have to call it.
+
+    So that no process waits for ever for one that has given up.
+
+    Args:
+        error: The error of this process, None if it has none.
+        group: The processes; None for all there are.
+
+    Raises:
+        BaseException: The error of this process.
+        RuntimeError: If only others have one: the rank and the error of every one of them.
+
+    Example:
+        >>> raise_together(None)
+        >>> raise_together(ValueError("no space left"))
+        Traceback (most recent call last):
+        ValueError: no space left
+    """
+    if count_processes(group) > 1:
+        failed = torch.tensor([error is not None], dtype=torch.int32, device=group_device(group))
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group)
+        if bool(failed):
+            said: list[str | None] = [None] * count_processes(group)
+            own = None if error is None else f"{type(error).__name__}: {error}"
+            dist.all_gather_object(said, own, group)
+            if error is None:
+                errors = "; ".join(f"process {rank}: {text}" for rank, text in enumerate(said) if text is not None)
+                raise RuntimeError(f"another process has failed, so this one cannot go on: {errors}")
+    if error is not None:
+        raise error
+
+
+def send(tensor: Tensor, owner: int, group: dist.ProcessGroup | None = None) -> None:
+    """Copy a tensor from one process of a group into that of all others, in place, whatever its dtype and device.
+
+    Args:
+        tensor: Of the same shape and dtype in all processes.
+        owner: Rank within the group of the process that has the values.
+        group: The processes; None for all there are.
+    """
+    if not tensor.numel():
+        return
+    tensor = tensor.detach()
+    whole = tensor.contiguous()
+    source = owner if group is None else dist.get_global_rank(group, owner)
+    through = group_device(group, tensor.device)
+    # As bytes: NCCL knows no 16-bit integers, and gloo not every narrow float.
+    for piece in torch.split(whole.view(-1).view(torch.uint8), _PIECE_BYTES):
+        sent = piece.to(through)
+        dist.broadcast(sent, source, group)
+        if sent is not piece:
+            piece.copy_(sent)
+    if whole is not tensor and dist.get_rank(group) != owner:
+        tensor.copy_(whole)
+
+
+def group_device(group: dist.ProcessGroup | None = None, wanted: torch.device | None = None) -> torch.device:
+    """The device whose tensors a group can exchange: the one that is wanted if it can.
+
+    Args:
+        group: The processes; None for all there are.
+        wanted: A device; None for the CPU.
+    """
+    wanted = wanted or torch.device("cpu")
+    # Such as "cuda:nccl", or "cpu:gloo,cuda:nccl".
+    kinds = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if wanted.type in kinds:
+        return wanted
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
