@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_embcompress.data.resumable import MappedIds, ResumableLoader, ResumableSampler, make_resumable_loader
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX as IGNORE_INDEX
 
 Block = dict[str, Tensor]
 
 
-class TokenBlocks(Dataset[Block]):
+class TokenBlocks(MappedIds[Block]):
     """Blocks of a stream: each begins with the last token of the block before it.
 
     A causal model reads a block and predicts every token of it but the first, which nothing precedes. The overlap makes
@@ -77,27 +77,12 @@ class TokenBlocks(Dataset[Block]):
         labels[: self.block_size if is_filler else wanted - start + (wanted > start)] = IGNORE_INDEX
         return {"input_ids": input_ids, "labels": labels}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Send the path of a memory map to worker processes: pickling it would send the whole corpus."""
-        state = self.__dict__.copy()
-        if isinstance(self.ids, np.memmap):
-            state["ids"] = (self.ids.filename, self.ids.dtype.str, self.ids.shape)
-        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map the file again."""
-        self.__dict__.update(state)
-        if isinstance(self.ids, tuple):
-            filename, dtype, shape = self.ids
-            self.ids = np.memmap(filename, dtype=dtype, mode="r", shape=shape)
+class BlockSampler(ResumableSampler):
+    """The blocks of one process: all once over all processes, shuffled anew in each epoch.
 
-
-class BlockSampler(DistributedSampler[int]):
-    """The blocks of one process: all once over all processes, shuffled anew in each epoch, from ``start`` on.
-
-    It is a :class:`~torch.utils.data.DistributedSampler` so that Lightning leaves it in its place. Unlike that it
-    repeats no block where processes do not divide the blocks evenly, which would count text twice: what is missing is
-    filled with blocks in which nothing is predicted.
+    Unlike :class:`~torch.utils.data.DistributedSampler` it repeats no block where processes do not divide the blocks
+    evenly, which would count text twice: what is missing is filled with blocks in which nothing is predicted.
 
     Args:
         dataset: The blocks.
@@ -107,74 +92,27 @@ class BlockSampler(DistributedSampler[int]):
         world_size: How many processes there are.
     """
 
+    fixed_by = "text, tokenizer, batch_size and block_size"
+
     def __init__(self, dataset: TokenBlocks, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         """Keep the arguments."""
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.num_blocks = len(dataset)
-        self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch.
-
-        Never an earlier one: resuming from between the last step of an epoch and its end, Lightning names the epoch
-        that is over, but the loader's state knows better.
-        """
-        self.epoch = max(self.epoch, epoch)
-
-    def __iter__(self) -> Iterator[int]:
-        """Give the numbers of the blocks; only the first time do they begin at ``start``."""
-        start, self.start = self.start, 0
+    def order(self) -> Sequence[int]:
+        """Give the numbers of the blocks."""
         order = torch.arange(self.num_blocks)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = order[torch.randperm(self.num_blocks, generator=generator)]
         fillers = torch.full((len(self) * self.num_replicas - self.num_blocks,), self.num_blocks)
-        return iter(torch.cat([order, fillers])[self.rank :: self.num_replicas][start:].tolist())
+        numbers: list[int] = torch.cat([order, fillers])[self.rank :: self.num_replicas].tolist()
+        return numbers
 
 
-class BlockLoader(DataLoader[Block]):
-    """A loader that continues in the middle of an epoch, in the same order, when training is resumed there.
-
-    Lightning saves its ``state_dict`` in checkpoints. Make it with :func:`make_block_loader`.
-    """
-
-    batches_per_epoch: Callable[[], float] | None = None
-    """How many batches the trainer takes from an epoch, if that may be fewer than there are."""
-
-    _position = 0
-
-    def __iter__(self) -> Iterator[Block]:  # type: ignore[override]
-        """Give the batches: ``input_ids`` and ``labels``, int64 ``[batch_size, block_size]``."""
-        sampler = self.sampler
-        # Nothing may be consumed before the first batch is drawn: Lightning makes iterators it does not use.
-        self._position = sampler.start // (self.batch_size or 1) if isinstance(sampler, BlockSampler) else 0
-        for batch in super().__iter__():
-            self._position += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Give the epoch, by whose number the order is drawn, and how many of its batches were already used."""
-        limit = len(self) if self.batches_per_epoch is None else min(len(self), self.batches_per_epoch())
-        is_over = self._position >= limit
-        epoch = self.sampler.epoch if isinstance(self.sampler, BlockSampler) else 0
-        return {"epoch": epoch + is_over, "position": 0 if is_over else self._position}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next epoch begin where the saved one was.
-
-        Raises:
-            ValueError: If there are not that many batches.
-        """
-        position = int(state_dict["position"])
-        if not 0 <= position < len(self):
-            raise ValueError(
-                f"The checkpoint was saved after {position} batches of an epoch, but now an epoch has {len(self)}: "
-                f"resume with the same text, tokenizer, batch_size and block_size."
-            )
-        self._position = position
-        if isinstance(self.sampler, BlockSampler):
-            self.sampler.epoch = int(state_dict["epoch"])
-            self.sampler.start = position * (self.batch_size or 1)
+BlockLoader: TypeAlias = ResumableLoader[Block]
+"""Gives ``input_ids`` and ``labels``, int64 ``[batch_size, block_size]``, and continues in the middle of an epoch, in
+the same order, when training is resumed there."""
 
 
 def make_block_loader(sampler: BlockSampler, blocks: TokenBlocks, batch_size: int, num_workers: int = 0) -> BlockLoader:
@@ -186,12 +124,4 @@ def make_block_loader(sampler: BlockSampler, blocks: TokenBlocks, batch_size: in
         batch_size: Blocks in a batch, per process; the last batch may have fewer.
         num_workers: Processes that read ahead; 0 reads in the training process, which is fast enough for most models.
     """
-    return BlockLoader(
-        blocks,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        # An own generator: each new iterator draws a seed, which must not disturb the random numbers of training.
-        generator=torch.Generator(),
-    )
+    return make_resumable_loader(blocks, sampler, batch_size, num_workers)

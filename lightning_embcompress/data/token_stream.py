@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ Split = Literal["train", "valid", "test"]
 _SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
-class TokenStreamDataModule(LightningDataModule):
+class TokenStreamDataModule(LightningDataModule, ABC):
     """Text files as streams of token ids, cut into windows for a model that carries its state along.
 
     A batch is a pair of inputs and targets, int64 ``[batch_size, sequence_length]``; the target is the next token, and
@@ -98,6 +99,11 @@ class TokenStreamDataModule(LightningDataModule):
         self._caches: dict[Split, TokenCache] = {}
         self._windows: dict[Split, TokenWindows] = {}
 
+    def __str__(self) -> str:
+        """Name the sizes. Lightning's own description would count and tokenize text, also within an error message."""
+        return f"{type(self).__name__}(batch_size={self.batch_size}, sequence_length={self.sequence_length})"
+
+    @abstractmethod
     def files(self, split: Split) -> list[Path]:
         """Give the files of one part of the corpus; none if it has no such part.
 
@@ -108,7 +114,6 @@ class TokenStreamDataModule(LightningDataModule):
             FileNotFoundError: If a pattern matches no file.
             ValueError: If the files are all empty.
         """
-        raise NotImplementedError
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_embcompress.data.resumable import MappedIds, ResumableLoader, ResumableSampler, make_resumable_loader
 
 Window = tuple[Tensor, Tensor]
 
 
-class TokenWindows(Dataset[Window]):
+class TokenWindows(MappedIds[Window]):
     """Windows over parallel streams: item ``t`` continues every stream where item ``t - 1`` ended.
 
     The ``N`` ids make ``N - 1`` pairs of a token and its successor. They are laid out as ``batch_size`` streams of
@@ -106,80 +107,27 @@ class TokenWindows(Dataset[Window]):
             inputs[inputs == old] = new
         return inputs, targets
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Send the path of a memory map to worker processes: pickling it would send the whole corpus."""
-        state = self.__dict__.copy()
-        if isinstance(self.ids, np.memmap):
-            state["ids"] = (self.ids.filename, self.ids.dtype.str, self.ids.shape)
-        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map the file again."""
-        self.__dict__.update(state)
-        if isinstance(self.ids, tuple):
-            filename, dtype, shape = self.ids
-            self.ids = np.memmap(filename, dtype=dtype, mode="r", shape=shape)
+class WindowSampler(ResumableSampler):
+    """All windows in their order.
 
-
-class WindowSampler(DistributedSampler[int]):
-    """All windows in their order, from ``start`` on.
-
-    It is a :class:`~torch.utils.data.DistributedSampler` so that Lightning does not put its own in this place: that
-    would deal the windows out to the processes, and no process would see a stream without gaps. The windows already
-    differ from process to process.
+    Every process gets all of its windows: they already differ from process to process, and dealing them out would leave
+    no process a stream without gaps.
     """
+
+    fixed_by = "text, batch_size and sequence_length"
 
     def __init__(self, dataset: TokenWindows) -> None:
         """Check and keep the arguments."""
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
-        self.start = 0
 
-    def __iter__(self) -> Iterator[int]:
-        """Give the numbers of the windows; only the first time do they begin at ``start``."""
-        start, self.start = self.start, 0
-        return iter(range(start, len(self)))
+    def order(self) -> Sequence[int]:
+        """Give the numbers of the windows."""
+        return range(len(self))
 
 
-class WindowLoader(DataLoader[Window]):
-    """A loader that continues in the middle of an epoch when training is resumed there.
-
-    Lightning saves its ``state_dict`` in checkpoints. Make it with :func:`make_loader`.
-    """
-
-    batches_per_epoch: Callable[[], float] | None = None
-    """How many batches the trainer takes from an epoch, if that may be fewer than there are."""
-
-    _position = 0
-
-    def __iter__(self) -> Iterator[Window]:  # type: ignore[override]
-        """Give the windows, in order."""
-        sampler = self.sampler
-        # Nothing may be consumed before the first window is drawn: Lightning makes iterators it does not use.
-        self._position = sampler.start if isinstance(sampler, WindowSampler) else 0
-        for window in super().__iter__():
-            self._position += 1
-            yield window
-
-    def state_dict(self) -> dict[str, int]:
-        """Give the number of windows of this epoch that were already used."""
-        limit = len(self) if self.batches_per_epoch is None else min(len(self), self.batches_per_epoch())
-        return {"position": self._position if self._position < limit else 0}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next epoch begin where the saved one was.
-
-        Raises:
-            ValueError: If there are not that many windows.
-        """
-        position = int(state_dict["position"])
-        if not 0 <= position < len(self):
-            raise ValueError(
-                f"The checkpoint was saved after {position} windows of an epoch, but now an epoch has {len(self)}: "
-                f"resume with the same text, batch_size and sequence_length."
-            )
-        self._position = position
-        if isinstance(self.sampler, WindowSampler):
-            self.sampler.start = position
+WindowLoader: TypeAlias = ResumableLoader[Window]
+"""Gives windows one by one, and continues in the middle of an epoch when training is resumed there."""
 
 
 def make_loader(windows: TokenWindows, num_workers: int = 0) -> WindowLoader:
@@ -189,12 +137,4 @@ def make_loader(windows: TokenWindows, num_workers: int = 0) -> WindowLoader:
         windows: What to load.
         num_workers: Processes that read ahead; 0 reads in the training process, which is fast enough for most models.
     """
-    return WindowLoader(
-        windows,
-        batch_size=None,
-        sampler=WindowSampler(windows),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        # An own generator: each new iterator draws a seed, which must not disturb the random numbers of training.
-        generator=torch.Generator(),
-    )
+    return make_resumable_loader(windows, WindowSampler(windows), batch_size=None, num_workers=num_workers)

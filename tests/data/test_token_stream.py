@@ -56,6 +56,22 @@ def make_trainer(tmp_path: Path, **options: Any) -> Trainer:
     return Trainer(default_root_dir=tmp_path, num_sanity_val_steps=0, **{**quiet, **options})
 
 
+def test_description_opens_nothing(corpus: Path) -> None:
+    data = make(corpus, train_files="no*")
+    # Lightning's own description asks every loader.
+    assert str(data) == "TextFiles(batch_size=4, sequence_length=5)"
+    assert "TextFiles" in repr(data)
+    assert not (corpus.parent / "cache").exists()
+
+
+def test_files_have_to_be_named() -> None:
+    class Nothing(TokenStreamDataModule):
+        pass
+
+    with pytest.raises(TypeError, match="abstract.*files"):
+        Nothing()  # type: ignore[abstract]
+
+
 def test_properties_before_setup(corpus: Path) -> None:
     data = make(corpus)
     assert data.vocab_size == len(data.vocabulary) == 7 + 5 - 1

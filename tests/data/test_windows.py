@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import SequentialSampler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,7 +80,7 @@ def test_loader_resumes_where_it_was(position: int) -> None:
     loader = make_loader(windows)
     drawn(loader, position)
     state = loader.state_dict()
-    assert state == {"position": position}
+    assert state == {"epoch": 0, "position": position}
     resumed = make_loader(windows)
     resumed.load_state_dict(state)
     iter(resumed)  # an iterator that is not used must not use up the position
@@ -93,17 +94,31 @@ def test_loader_resumes_where_it_was(position: int) -> None:
 def test_end_of_epoch_is_the_start_of_the_next() -> None:
     loader = make_loader(TokenWindows(np.arange(100), 3, 4))
     list(loader)
-    assert loader.state_dict() == {"position": 0}
+    assert loader.state_dict() == {"epoch": 1, "position": 0}
     loader.batches_per_epoch = lambda: 4
     drawn(loader, 3)
-    assert loader.state_dict() == {"position": 3}
+    assert loader.state_dict() == {"epoch": 0, "position": 3}
     drawn(loader, 4)
-    assert loader.state_dict() == {"position": 0}
+    assert loader.state_dict() == {"epoch": 1, "position": 0}
+
+
+def test_a_state_without_the_epoch() -> None:
+    loader = make_loader(TokenWindows(np.arange(100), 3, 4))
+    loader.load_state_dict({"position": 2})
+    assert loader.state_dict() == {"epoch": 0, "position": 2}
+
+
+def test_resuming_with_another_sampler_is_told() -> None:
+    windows = TokenWindows(np.arange(100), 3, 4)
+    loader = WindowLoader(windows, batch_size=None, sampler=SequentialSampler(windows))
+    with pytest.warns(UserWarning, match="saved after 2 batches.*SequentialSampler.*starts at its beginning"):
+        loader.load_state_dict({"epoch": 0, "position": 2})
+    assert len(list(loader)) == len(windows)
 
 
 def test_foreign_position() -> None:
     loader = make_loader(TokenWindows(np.arange(100), 3, 4))
-    with pytest.raises(ValueError, match="saved after 50 windows"):
+    with pytest.raises(ValueError, match="saved after 50 batches.*same text, batch_size and sequence_length"):
         loader.load_state_dict({"position": 50})
 
 

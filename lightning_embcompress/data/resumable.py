@@ -1,0 +1,144 @@
+"""Loaders that continue in the middle of an epoch, over ids in a file that no process has to copy."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Item = TypeVar("Item")
+
+
+class MappedIds(Dataset[Item]):
+    """Data read from a stream of ids.
+
+    Attributes:
+        ids: Integers ``[N]``, in memory or a memory map.
+    """
+
+    ids: NDArray[np.integer[Any]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Send the path of a memory map to worker processes: pickling it would send the whole corpus."""
+        state = self.__dict__.copy()
+        if isinstance(self.ids, np.memmap):
+            state["ids"] = (self.ids.filename, self.ids.dtype.str, self.ids.shape)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the file again."""
+        self.__dict__.update(state)
+        if isinstance(state["ids"], tuple):
+            filename, dtype, shape = state["ids"]
+            self.ids = np.memmap(filename, dtype=dtype, mode="r", shape=shape)
+
+
+class ResumableSampler(DistributedSampler[int]):
+    """An order of items that can begin in its middle.
+
+    It is a :class:`~torch.utils.data.DistributedSampler` so that Lightning does not put its own in this place.
+    """
+
+    fixed_by: ClassVar[str]
+    """What decides how many batches an epoch has, in words."""
+
+    start = 0
+    """How many items are left out, the next time only."""
+
+    @abstractmethod
+    def order(self) -> Sequence[int]:
+        """Give the numbers of all items of this process, in the order of the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch.
+
+        Never an earlier one: resuming from between the last step of an epoch and its end, Lightning names the epoch
+        that is over, but the loader's state knows better.
+        """
+        self.epoch = max(self.epoch, epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        """Give the numbers of the items; only the first time do they begin at ``start``."""
+        start, self.start = self.start, 0
+        return iter(self.order()[start:])
+
+
+class ResumableLoader(DataLoader[Item]):
+    """A loader that continues in the middle of an epoch, in the same order, when training is resumed there.
+
+    Lightning saves its ``state_dict`` in checkpoints. Make it with :func:`make_resumable_loader`. Where Lightning puts
+    another sampler into a copy of it, as for ``overfit_batches``, every epoch starts at its beginning.
+    """
+
+    batches_per_epoch: Callable[[], float] | None = None
+    """How many batches the trainer takes from an epoch, if that may be fewer than there are."""
+
+    _position = 0
+
+    def __iter__(self) -> Iterator[Item]:  # type: ignore[override]
+        """Give the batches, in order."""
+        # Nothing may be consumed before the first batch is drawn: Lightning makes iterators it does not use.
+        sampler = self.sampler
+        self._position = sampler.start // (self.batch_size or 1) if isinstance(sampler, ResumableSampler) else 0
+        for batch in super().__iter__():
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the epoch, by whose number the order is drawn, and how many of its batches were already used."""
+        limit = len(self) if self.batches_per_epoch is None else min(len(self), self.batches_per_epoch())
+        is_over = self._position >= limit
+        epoch = self.sampler.epoch if isinstance(self.sampler, ResumableSampler) else 0
+        return {"epoch": epoch + is_over, "position": 0 if is_over else self._position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next epoch begin where the saved one was.
+
+        Raises:
+            ValueError: If there are not that many batches.
+        """
+        position = int(state_dict["position"])
+        if not isinstance(self.sampler, ResumableSampler):
+            if position:
+                rank_zero_warn(
+                    f"The checkpoint was saved after {position} batches of an epoch, but the loader's order was replaced "
+                    f"by a {type(self.sampler).__name__} (as for overfit_batches): the epoch starts at its beginning."
+                )
+            return
+        if not 0 <= position < len(self):
+            raise ValueError(
+                f"The checkpoint was saved after {position} batches of an epoch, but now an epoch has {len(self)}: "
+                f"resume with the same {self.sampler.fixed_by}."
+            )
+        self._position = position
+        # Loaders whose order is the same in every epoch have not always counted them.
+        self.sampler.epoch = int(state_dict.get("epoch", 0))
+        self.sampler.start = position * (self.batch_size or 1)
+
+
+def make_resumable_loader(
+    dataset: MappedIds[Item], sampler: ResumableSampler, batch_size: int | None, num_workers: int = 0
+) -> ResumableLoader[Item]:
+    """Make a loader.
+
+    Args:
+        dataset: What to load.
+        sampler: Its order.
+        batch_size: Items in a batch, per process; the last batch may have fewer. ``None`` if every item is a batch.
+        num_workers: Processes that read ahead; 0 reads in the training process, which is fast enough for most models.
+    """
+    return ResumableLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        # An own generator: each new iterator draws a seed, which must not disturb the random numbers of training.
+        generator=torch.Generator(),
+    )
