@@ -107,8 +107,9 @@ class ResumableLoader(DataLoader[Item]):
         if not isinstance(self.sampler, ResumableSampler):
             if position:
                 rank_zero_warn(
-                    f"The checkpoint was saved after {position} batches of an epoch, but the loader's order was replaced "
-                    f"by a {type(self.sampler).__name__} (as for overfit_batches): the epoch starts at its beginning."
+                    f"The checkpoint was saved after {position} batches of an epoch, but the loader's order was "
+                    f"replaced by a {type(self.sampler).__name__} (as for overfit_batches): the epoch starts at its "
+                    "beginning."
                 )
             return
         if not 0 <= position < len(self):

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import SequentialSampler
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import SequentialSampler
 
 from lightning_embcompress.data.windows import TokenWindows, WindowLoader, make_loader
 
