@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from lightning_embcompress.factorizations.base import Factorization
+from lightning_embcompress.factorizations.base import Factorization, dense_bytes
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.cp import CP, CPOptions
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
@@ -36,6 +37,7 @@ __all__ = [
     "TensorTrainOptions",
     "Tucker",
     "TuckerOptions",
+    "check_spec",
     "factorization_from_spec",
     "get_method",
 ]
@@ -110,11 +112,42 @@ def factorization_from_spec(
     Raises:
         ValueError: If the class is unknown or the structure is not possible.
     """
-    kinds = {method.factorization.kind: method.factorization for method in METHODS.values()}
-    kind = spec.get("kind")
-    if kind not in kinds:
-        raise ValueError(f"unknown kind of factorization {kind!r}; known are {', '.join(kinds)}")
-    return kinds[kind].from_spec(dict(spec), dtype, device)
+    check_spec(spec)
+    return _kinds()[spec["kind"]].from_spec(dict(spec), dtype, device)
+
+
+def check_spec(spec: Mapping[str, Any]) -> None:
+    """Check a structure that came from a file, without allocating memory for it.
+
+    Raises:
+        ValueError: If the class is unknown, an entry is missing, unknown, of a wrong type or out of its range, or the
+            factors would be larger than the table they stand for.
+    """
+    kinds, kind = _kinds(), spec.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"unknown kind of factorization {reprlib.repr(kind)}; known are {', '.join(kinds)}")
+    try:
+        # In the widest dtype, beside which packed integers count least: a model may have been cast after compression.
+        empty = kinds[kind].from_spec(dict(spec), torch.float64, torch.device("meta"))
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"the structure of a {kind} is not possible: {str(error)[:200]}") from error
+    own = empty.spec()
+    if own != spec:
+        names = own.keys() ^ spec.keys() or [name for name in own if own[name] != spec[name]]
+        raise ValueError(
+            f"the structure of a {kind} must have the entries {', '.join(own)}, and no others; look at "
+            f"{reprlib.repr(sorted(map(str, names)))}"
+        )
+    needed = sum(tensor.nbytes for tensor in empty.state_dict().values())
+    if needed > dense_bytes(empty.vocab_size, empty.dim, torch.float64.itemsize):
+        raise ValueError(
+            f"the structure of a {kind} for a table of {empty.vocab_size} x {empty.dim} would take more memory than "
+            "the table itself: the file is damaged or was made to exhaust memory"
+        )
+
+
+def _kinds() -> dict[str, type[Factorization[Any]]]:
+    return {method.factorization.kind: method.factorization for method in METHODS.values()}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

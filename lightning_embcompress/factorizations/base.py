@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,30 +282,51 @@ def dense_bytes(vocab_size: int, dim: int, itemsize: int) -> int:
     return vocab_size * dim * itemsize
 
 
+# Torch counts elements in 64 bits.
+_MOST = 2**62
+
+
+def integer(spec: dict[str, Any], name: str, least: int = 0) -> int:
+    """Read an integer from a structure that came from a file.
+
+    Raises:
+        ValueError: If it is missing, something else, or out of its range.
+    """
+    value = spec.get(name)
+    # A bool is an int to Python.
+    if type(value) is not int or not least <= value <= _MOST:
+        wanted = "a positive integer" if least == 1 else f"an integer from {least} up"
+        raise ValueError(f"the structure's {name!r} must be {wanted}, it is {reprlib.repr(value)}")
+    return value
+
+
 def positive_integers(spec: dict[str, Any], *names: str) -> list[int]:
     """Read positive integers from a structure that came from a file.
 
     Raises:
         ValueError: If one is missing or is not a positive integer.
     """
-    values = []
-    for name in names:
-        value = spec.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"the structure's {name!r} must be a positive integer, it is {value!r}")
-        values.append(value)
-    return values
+    return [integer(spec, name, least=1) for name in names]
 
 
-def integers(spec: dict[str, Any], name: str) -> list[int]:
-    """Read a list of integers from a structure that came from a file.
+def integers(spec: dict[str, Any], name: str, most_entries: int = 65) -> list[int]:
+    """Read a list of integers that are not negative from a structure that came from a file.
+
+    Args:
+        spec: The structure.
+        name: Which of its entries.
+        most_entries: How many there can be: 64 modes of two have more elements than can be counted, and one more rank.
 
     Raises:
-        ValueError: If it is missing or something else.
+        ValueError: If it is missing, something else, or has values that are out of their range.
     """
     value = spec.get(name)
-    if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
-        raise ValueError(f"the structure's {name!r} must be a list of integers, it is {value!r}")
+    if not isinstance(value, list) or not all(type(number) is int and 0 <= number <= _MOST for number in value):
+        raise ValueError(
+            f"the structure's {name!r} must be a list of integers that are not negative, it is {reprlib.repr(value)}"
+        )
+    if len(value) > most_entries:
+        raise ValueError(f"the structure's {name!r} must have at most {most_entries} entries, it has {len(value)}")
     return value
 
 

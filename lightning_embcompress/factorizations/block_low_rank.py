@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from typing import Any, Literal, cast
 
 import torch
@@ -26,6 +27,9 @@ from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
 from lightning_embcompress.solvers.group_reduce import BlockSolution, equal_frequency_groups, group_reduce
 from lightning_embcompress.solvers.low_rank import project
 from lightning_embcompress.solvers.rank_allocation import is_dense, smallest_elements
+
+# Every block is a parameter of its own.
+_MOST_BLOCKS = 2**16
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,11 @@ class GroupReduceOptions(Options):
         """Number of blocks of a table.
 
         Raises:
-            ValueError: If the table has fewer rows.
+            ValueError: If there are too many, or the table has fewer rows.
         """
         groups = self.groups or min(5 if vocab_size <= 30_000 else 20, vocab_size)
+        if groups > _MOST_BLOCKS:
+            raise ValueError(f"groups must be at most {_MOST_BLOCKS}, it is {groups}")
         if groups > vocab_size:
             raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {groups}")
         return groups
@@ -113,7 +119,9 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         """Build it empty."""
         super().__init__(vocab_size, dim)
         if len(sizes) != len(ranks) or not sizes or min(sizes) < 0 or sum(sizes) != vocab_size:
-            raise ValueError(f"sizes {list(sizes)} must be one for each of the ranks and add up to {vocab_size} rows")
+            raise ValueError(
+                f"sizes {shortened(list(sizes))} must be one for each of the ranks and add up to {vocab_size} rows"
+            )
         for size, rank in zip(sizes, ranks, strict=True):
             if not 0 <= rank <= min(size, dim):
                 raise ValueError(f"the rank of a block of {size} rows must be from 0 to {min(size, dim)}, it is {rank}")
@@ -129,7 +137,14 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         self.register_buffer("packed_block_index", torch.empty(0, dtype=torch.uint8, device=device))
         self.register_buffer("position", torch.empty(0, dtype=torch.long, device=device), persistent=False)
         self.register_buffer("order", torch.empty(0, dtype=torch.long, device=device), persistent=False)
-        self._index(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
+        if self.device.type == "meta":
+            # Only shapes are wanted: nothing is computed for as many rows as a file may say there are.
+            self.packed_block_index = self.packed_block_index.new_empty(packed_bytes(vocab_size, bit_width(len(sizes))))
+            self.position, self.order = self.position.new_empty(vocab_size), self.order.new_empty(vocab_size)
+            self.in_order = True
+            return
+        with torch.device("cpu"):
+            self._index(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
 
     @property
     def block_of_row(self) -> Tensor:
@@ -238,7 +253,7 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Build it empty, see `Factorization.from_spec`."""
         vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
-        return cls(vocab_size, dim, integers(spec, "sizes"), integers(spec, "ranks"), dtype, device)
+        return cls(vocab_size, dim, *_blocks(spec), dtype, device)
 
     @classmethod
     def smallest_bytes(
@@ -405,3 +420,8 @@ class _VocabularyOrder(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return gradients[0].gather(-1, order.expand_as(gradients[0])), None, None
+
+
+def _blocks(spec: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Sizes and ranks of a structure that came from a file."""
+    return integers(spec, "sizes", _MOST_BLOCKS), integers(spec, "ranks", _MOST_BLOCKS)

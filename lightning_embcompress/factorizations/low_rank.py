@@ -14,6 +14,7 @@ from typing_extensions import Self
 from lightning_embcompress.factorizations.base import (
     Factorization,
     Options,
+    integer,
     is_exporting,
     positive_integers,
     stored_bytes,
@@ -104,10 +105,7 @@ class LowRank(Factorization[LowRankOptions]):
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Build it empty, see `Factorization.from_spec`."""
         vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
-        rank = spec.get("rank")
-        if not isinstance(rank, int):
-            raise ValueError(f"the structure's 'rank' must be an integer, it is {rank!r}")
-        return cls(vocab_size, dim, rank, dtype, device)
+        return cls(vocab_size, dim, integer(spec, "rank"), dtype, device)
 
     @classmethod
     def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: LowRankOptions | None = None) -> int:

@@ -151,17 +151,30 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         self.subspaces, self.centroids = subspaces, centroids
         self.rare_centroids, self.rare_tokens = rare_centroids, rare_tokens
         self.codebook = nn.Parameter(torch.zeros(centroids, dim, dtype=dtype, device=device))
-        names = ["packed_codes", *(["packed_rare_codes", "packed_rare"] if rare_tokens else [])]
-        for name in names:
-            self.register_buffer(name, torch.empty(0, dtype=torch.uint8, device=device))
-        self.register_buffer("codes", torch.empty(0, dtype=torch.uint8, device=device), persistent=False)
-        rare = torch.arange(vocab_size) >= vocab_size - rare_tokens
-        self._keep(torch.zeros(vocab_size, subspaces, dtype=torch.uint8), rare)
+        # All codes are 0, and so are their bytes.
+        parts = [("packed_codes", vocab_size - rare_tokens, centroids)]
+        if rare_tokens:
+            parts.append(("packed_rare_codes", rare_tokens, rare_centroids))
+        for name, tokens, values in parts:
+            size = packed_bytes(tokens * subspaces, bit_width(values))
+            self.register_buffer(name, torch.zeros(size, dtype=torch.uint8, device=device))
+        if rare_tokens:
+            self.register_buffer("packed_rare", self._last_are_rare())
+        codes = torch.zeros(vocab_size, subspaces, dtype=_code_dtype(centroids), device=device)
+        self.register_buffer("codes", codes, persistent=False)
+
+    def _last_are_rare(self) -> Tensor:
+        """Which tokens are rare where nobody has said so yet, packed."""
+        if self.device.type == "meta":
+            # Only its shape is wanted.
+            return torch.empty(packed_bytes(self.vocab_size, 1), dtype=torch.uint8, device="meta")
+        ids = torch.arange(self.vocab_size, device=self.device)
+        return _packed(ids >= self.vocab_size - self.rare_tokens, 1)
 
     def _keep(self, codes: Tensor, rare: Tensor) -> None:
         """Set the codes, and which tokens are rare."""
         device = self.device
-        self.codes = codes.to(device, torch.uint8 if self.centroids <= 256 else torch.int16)
+        self.codes = codes.to(device, _code_dtype(self.centroids))
         if not self.rare_tokens:
             self.packed_codes = _packed(codes, bit_width(self.centroids)).to(device)
             return
@@ -376,6 +389,10 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         )
         self.codebook.copy_(codebook)
         self._keep(codes, rare)
+
+
+def _code_dtype(centroids: int) -> torch.dtype:
+    return torch.uint8 if centroids <= 256 else torch.int16
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
