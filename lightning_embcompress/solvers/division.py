@@ -27,12 +27,6 @@ class _Division:
     is_over: bool = False
     """Whether all know of an error, or nothing more can be exchanged."""
 
-    def meet(self, error: BaseException | None) -> None:
-        """Wait for the others; raise where one of them has an error."""
-        self.is_over = True
-        raise_together(error, self.group)
-        self.is_over = False
-
 
 _current: ContextVar[_Division | None] = ContextVar("division", default=None)
 
@@ -132,9 +126,9 @@ def deal_lists(
         error = caught
     finally:
         _current.reset(token)
-    division.meet(error)
-    # An error on the way leaves the processes at different places, where they cannot meet again.
+    # An error from here on is one of all, or leaves the processes at different places, where they cannot meet again.
     division.is_over = True
+    raise_together(error, division.group)
     for tensors, owner in zip(results, owners, strict=True):
         for tensor in tensors:
             send(tensor, owner, division.group)
@@ -195,6 +189,31 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
                 raise RuntimeError(f"another process has failed, so this one cannot go on: {errors}")
     if error is not None:
         raise error
+
+
+@contextmanager
+def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run a block in which the processes of a group do not exchange anything, and raise in all if one of them fails.
+
+    Args:
+        group: The processes; None for all there are.
+
+    Raises:
+        BaseException: The error of this process.
+        RuntimeError: If only others have one, see `raise_together`.
+
+    Example:
+        >>> with failing_together():
+        ...     number = int("12")
+        >>> number
+        12
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+    raise_together(error, group)
 
 
 def send(tensor: Tensor, owner: int, group: dist.ProcessGroup | None = None) -> None:

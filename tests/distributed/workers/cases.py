@@ -1,0 +1,123 @@
+"""Tables that are solved by one process and by several, and what is compared of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_embcompress.budget import Request, plan_requests
+from lightning_embcompress.distribution import Job, solve_together
+from lightning_embcompress.factorizations import Factorization, tensor_train
+from lightning_embcompress.solvers import gram
+
+VOCAB_SIZE, DIM = 900, 160
+# The processes that solve the cases; None for all there are.
+GROUP: dist.ProcessGroup | None = None
+
+
+def small_units() -> None:
+    """Cut small tables into as many units as large ones."""
+    gram._CHUNK_ELEMENTS = 2**12
+    tensor_train._CHUNK_TOKENS = 64
+
+
+def table(vocab_size: int = VOCAB_SIZE, dim: int = DIM, seed: int = 0) -> Tensor:
+    """Rows in few dimensions that differ between clusters, and noise; clusters are scattered over the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    cluster = torch.randint(0, 4, (vocab_size,), generator=generator)
+    bases = torch.randn(4, 12, dim, generator=generator)
+    rows = torch.randn(vocab_size, 1, 12, generator=generator) @ bases[cluster]
+    return rows.squeeze(1) + 0.3 * torch.randn(vocab_size, dim, generator=generator)
+
+
+def counts(vocab_size: int = VOCAB_SIZE) -> Tensor:
+    """Zipf's law, shuffled."""
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
+    return (1e5 / (1 + order.double())).long()
+
+
+def requests(*weights: Tensor, method: str, ratio: float | None = None, **options: Any) -> list[Request]:
+    """One request for every table, in a model of its own."""
+    model = nn.Sequential(*(nn.Embedding.from_pretrained(weight, freeze=False) for weight in weights))
+    tables = [str(index) for index in range(len(weights))]
+    return plan_requests(model, method, ratio, tables=tables, **options)
+
+
+def solve(
+    method: str, ratio: float | None = None, dtype: torch.dtype = torch.float32, noise: float = 0.02, **options: Any
+) -> list[Factorization[Any]]:
+    """Solve a table of one method, then refine it to one that has changed a little."""
+    weight = table().to(dtype)
+    (request,) = requests(weight, method=method, ratio=ratio, **options)
+    (first,) = solve_together([Job(request, request.table.weight, counts())], GROUP)
+    target = (weight + noise * table(seed=5)).to(dtype)
+    # The first one is written in place or left as it is: a copy of it is compared, too.
+    before = type(first).from_spec(first.spec(), first.dtype)
+    before.load_state_dict(first.state_dict())
+    before.provenance = first.provenance
+    parameters = list(first.parameters())
+    (second,) = solve_together([Job(request, target, counts(), first)], GROUP)
+    if second is first:
+        assert all(now is then for now, then in zip(second.parameters(), parameters, strict=True))
+        assert not torch.equal(next(second.parameters()), next(before.parameters()))
+    second.in_place = second is first
+    return [before, second]
+
+
+def solve_tables(method: str, ratio: float) -> list[Factorization[Any]]:
+    """Three tables at once: more than two processes, of different sizes, one of them refined."""
+    weights = [table(vocab_size, 24, seed) for seed, vocab_size in enumerate((60, 200, 110))]
+    wanted = requests(*weights, method=method, ratio=ratio)
+    solved = solve_together([Job(request, request.table.weight) for request in wanted], GROUP)
+    changed = table(200, 24, 7)
+    (refined,) = solve_together([Job(wanted[1], changed, None, solved[1])], GROUP)
+    return [solved[0], solved[2], refined]
+
+
+CASES: dict[str, Callable[[], list[Factorization[Any]]]] = {
+    "group_reduce": lambda: solve("group_reduce", 4, groups=4, refine_rounds=3, move_fraction=0.5),
+    "group_reduce in place": lambda: solve("group_reduce", 6, groups=5, refine_rounds=0),
+    "weighted_low_rank": lambda: solve("weighted_low_rank", rank=20),
+    "tensor_train": lambda: solve("tensor_train", max_rank=3, shape=[4, 4, 5, 2]),
+    "product_quantization": lambda: solve(
+        "product_quantization", noise=0.5, subspaces=90, bits=5, rare_bits=3, max_iterations=4
+    ),
+    "cp": lambda: solve_tables("cp", 4),
+}
+
+MORE_CASES: dict[str, Callable[[], list[Factorization[Any]]]] = {
+    "low_rank": lambda: solve("low_rank", 5),
+    "tucker": lambda: solve_tables("tucker", 4),
+    "tensor_train_matrix": lambda: solve_tables("tensor_train_matrix", 4),
+    "one group": lambda: solve("group_reduce", 4, groups=1),
+    "a single subspace": lambda: solve("product_quantization", noise=0.5, subspaces=1, bits=6),
+    **{
+        f"{method} in {dtype}": lambda method=method, dtype=dtype: solve(method, 4, dtype)
+        for method in ("group_reduce", "weighted_low_rank", "tensor_train", "product_quantization")
+        for dtype in (torch.bfloat16, torch.float64)
+    },
+}
+
+
+def solve_all(
+    cases: dict[str, Callable[[], list[Factorization[Any]]]], group: dist.ProcessGroup | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Solve cases by all processes of a group, and give what is compared."""
+    global GROUP
+    GROUP = group
+    return {name: [compared(factors) for factors in case()] for name, case in cases.items()}
+
+
+def compared(factors: Factorization[Any]) -> dict[str, Any]:
+    """What has to be the same, as a file can hold it."""
+    return {
+        "spec": factors.spec(),
+        "provenance": factors.provenance,
+        "in_place": getattr(factors, "in_place", None),
+        "trains": [parameter.requires_grad for parameter in factors.parameters()],
+        "state": dict(factors.state_dict()),
+    }

@@ -1,0 +1,22 @@
+"""One of several processes fails while they solve a table together."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from cases import counts, requests, small_units, table
+
+from lightning_embcompress.distribution import Job, solve_together
+from lightning_embcompress.solvers import group_reduce
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    small_units()
+    whole = group_reduce.warm_eigenvectors
+
+    def fails(*arguments: object) -> object:
+        raise ArithmeticError("the decomposition did not converge")
+
+    if dist.get_rank() == 1:
+        group_reduce.warm_eigenvectors = fails
+    (request,) = requests(table(), method="group_reduce", ratio=4, groups=4)
+    solve_together([Job(request, request.table.weight, counts())])
