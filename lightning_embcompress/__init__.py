@@ -9,8 +9,8 @@ from lightning_embcompress.registration import register
 
 if TYPE_CHECKING:
     from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain
-    from lightning_embcompress.checkpoint import load_from_checkpoint
-    from lightning_embcompress.plan import Plan, compress, densify
+    from lightning_embcompress.checkpoint import keep_structure, load_from_checkpoint, structure_from_checkpoint
+    from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
     from lightning_embcompress.saved import load_compressed, save_compressed
 
 __version__ = "0.1.0"
@@ -20,17 +20,21 @@ __all__ = [
     "GroupReduce",
     "Plan",
     "TensorTrain",
+    "apply_plan",
     "compress",
     "densify",
+    "keep_structure",
     "load_compressed",
     "load_from_checkpoint",
+    "plan_of",
     "save_compressed",
+    "structure_from_checkpoint",
 ]
 
 _HOMES = {
     "callbacks": ("EmbeddingCompression", "GroupReduce", "TensorTrain"),
-    "checkpoint": ("load_from_checkpoint",),
-    "plan": ("Plan", "compress", "densify"),
+    "checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
+    "plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
     "saved": ("load_compressed", "save_compressed"),
 }
 

@@ -20,7 +20,8 @@ from typing_extensions import override
 import lightning_embcompress.callbacks
 import lightning_embcompress.data
 import lightning_embcompress.modules  # noqa: F401
-from lightning_embcompress.checkpoint import attach, check_checkpoint_file
+from lightning_embcompress.checkpoint import keep_structure
+from lightning_embcompress.checkpoint_io import check_checkpoint_file
 
 # The CLI's own default draws a random seed, and two runs of one recipe would differ without a word.
 DEFAULT_SEED = 1
@@ -194,7 +195,7 @@ class EmbcompressCLI(LightningCLI):
                 raise own from None
             raise
         # Checkpoints of compressed models can then be tested by recipes without a callback too.
-        attach(self.model)
+        keep_structure(self.model)
 
     def _linking(self) -> Callable[[LightningDataModule | None], Any]:
         def vocab_size_of(data: LightningDataModule | None) -> Any:  # the name is shown in --help

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.budget import Tie, check_counts, plan_requests
 from lightning_embcompress.factorizations import Factorization, factorization_from_spec
 from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.records import check_tables, dtype_of, shown
 from lightning_embcompress.tables import (
     all_modules,
     check_finite,
@@ -56,7 +56,7 @@ class TablePlan:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the table before it was compressed; a table that became two is counted half in each."""
-        itemsize = getattr(torch, self.dtype).itemsize
+        itemsize = dtype_of(self.dtype).itemsize
         return dense_bytes(self.spec["vocab_size"], self.spec["dim"], itemsize) // (1 if self.untied is None else 2)
 
     @property
@@ -114,33 +114,36 @@ class Plan:
         """Read a plan that `to_dict` wrote.
 
         Raises:
-            ValueError: If it is not a plan, or one of a newer version.
+            ValueError: If it is not a plan, one of a newer version, or one that no model can have; nothing is
+                allocated for it.
         """
-        if not isinstance(record, Mapping) or not isinstance(record.get("tables"), list):
-            raise ValueError(f"not a compression plan: expected a mapping with 'version' and 'tables', got {record!r}")
-        version = record.get("version")
-        if not isinstance(version, int) or not 1 <= version <= PLAN_VERSION:
+        if not isinstance(record, Mapping) or not {"version", "tables"} <= record.keys():
             raise ValueError(
-                f"the compression plan has version {version!r}, this package reads versions up to {PLAN_VERSION}: "
+                f"not a compression plan: expected a mapping with 'version' and 'tables', got {shown(record)}"
+            )
+        version, tables = record["version"], record["tables"]
+        if type(version) is not int or not 1 <= version <= PLAN_VERSION:
+            raise ValueError(
+                f"the compression plan has version {shown(version)}, this package reads versions up to {PLAN_VERSION}: "
                 "upgrade lightning-embcompress"
             )
+        # The configuration of a model of transformers says beside the plan by whom it is read.
+        if unknown := record.keys() - {"version", "tables", "quant_method"}:
+            raise ValueError(f"the compression plan has unknown keys {shown(sorted(map(str, unknown)))}: it is damaged")
         names = set(TablePlan.__dataclass_fields__)
-        tables = []
-        for entry in record["tables"]:
+        if not isinstance(tables, list):
+            raise ValueError(f"not a compression plan: 'tables' must be a list, it is {shown(tables)}")
+        entries = []
+        for entry in tables:
             if version == 1 and isinstance(entry, Mapping):
                 entry = {"untied": None, **entry}
             if not isinstance(entry, Mapping) or set(entry) != names:
-                raise ValueError(f"a table of the compression plan must have the keys {sorted(names)}, got {entry!r}")
-            modules, dtype = entry["modules"], getattr(torch, str(entry["dtype"]), None)
-            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-                raise ValueError(f"the compression plan names an unknown dtype {entry['dtype']!r}")
-            if not isinstance(modules, list | tuple) or not modules or not all(isinstance(m, str) for m in modules):
-                raise ValueError(f"'modules' of the compression plan must be a list of paths, it is {modules!r}")
-            for name in ("options", "spec"):
-                if not isinstance(entry[name], Mapping):
-                    raise ValueError(f"{name!r} of the compression plan must be a mapping, it is {entry[name]!r}")
-            tables.append(TablePlan(**{**entry, "modules": tuple(modules)}))
-        return cls(tuple(tables))
+                raise ValueError(
+                    f"a table of the compression plan must have the keys {sorted(names)}, got {shown(entry)}"
+                )
+            entries.append(entry)
+        check_tables(entries)
+        return cls(tuple(TablePlan(**{**entry, "modules": tuple(entry["modules"])}) for entry in entries))
 
 
 def compress(
@@ -179,6 +182,7 @@ def compress(
         ValueError: If the request cannot be met; the message names the table, the value and the remedy.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
         >>> plan = compress(model, "group_reduce", ratio=4, token_counts=torch.arange(2000, 0, -1))
         >>> [(table.name, table.ratio >= 4) for table in plan.tables]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.table import Table as ScreenTable
 from torch import nn
 
 from lightning_embcompress.budget import Request
+from lightning_embcompress.files import replacing
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, model_bytes, plan_of
 from lightning_embcompress.tables import all_modules
@@ -59,12 +59,8 @@ def write_report(
     """
     report = {"tables": table_report(model), "model": model_bytes(model), "perplexity": dict(perplexity)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(report | dict(extra or {})), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,21 +16,25 @@ from torch import Tensor, nn
 
 from lightning_embcompress import huggingface
 from lightning_embcompress.factorizations import factorization_from_spec
+from lightning_embcompress.files import explaining_failure, replacing, synchronize
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
+from lightning_embcompress.records import check_factors, dtype_of, shown
 from lightning_embcompress.tables import all_modules
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 _FORMAT = "lightning-embcompress"
+_CHUNK_BYTES = 2**22
 
 
 def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model with its compressed tables: safetensors and JSON, nothing that is unpickled.
 
     Tensors that several layers share are stored once. Both files are written under temporary names and renamed, so
-    that an interruption leaves what was there before.
+    that an interruption leaves what was there before. `config.json` has the checksum of the weights it belongs to: if
+    the process is killed between the two, loading says so.
 
     Args:
         model: Any module, compressed or not.
@@ -38,6 +43,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If the module keeps state that is not a tensor, or the directory holds a `config.json` that
             `save_compressed` did not write.
+        OSError: If a file cannot be written; what was there before is as it was.
     """
     directory = Path(path)
     tensors: dict[str, Tensor] = {}
@@ -64,15 +70,25 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     config = {"format": _FORMAT, "plan": plan_of(model).to_dict(), "aliases": aliases}
     directory.mkdir(parents=True, exist_ok=True)
-    weights, record = directory / f".{WEIGHTS_FILE}.tmp", directory / f".{CONFIG_FILE}.tmp"
-    try:
+    # Left in the opposite order: the weights get their name first, when both files are whole.
+    with (
+        explaining_failure(directory / WEIGHTS_FILE),
+        replacing(record_file) as record,
+        replacing(directory / WEIGHTS_FILE) as weights,
+    ):
         save_file(tensors, weights)
+        config["sha256"] = {WEIGHTS_FILE: _sha256(weights)}
         record.write_text(json.dumps(config, indent=1), encoding="utf-8")
-        os.replace(weights, directory / WEIGHTS_FILE)
-        os.replace(record, directory / CONFIG_FILE)
-    finally:
-        weights.unlink(missing_ok=True)
-        record.unlink(missing_ok=True)
+        # Here already, so that little time is between the two names.
+        synchronize(record)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _is_ours(file: Path) -> bool:
@@ -160,7 +176,24 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 f"{str(directory)!r} is not a whole compressed model: {weights.name} is missing; copy it there, or "
                 "save the model again"
             )
+    _check_sums(directory, config)
     return config
+
+
+def _check_sums(directory: Path, config: Mapping[str, Any]) -> None:
+    """Compare the weights with what is said of them, which directories of earlier versions do not say."""
+    sums = config.get("sha256", {}) if config.get("format") == _FORMAT else {}
+    known = {file.name: file for file in _weight_files(directory)}
+    if not isinstance(sums, dict) or not sums.keys() <= known.keys():
+        raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: 'sha256' is {shown(sums)}")
+    for name, expected in sums.items():
+        if _sha256(known[name]) != expected:
+            raise ValueError(
+                f"{str(known[name])!r} is damaged or cut short, or is not the one that {CONFIG_FILE} beside it was "
+                "written with: saving was interrupted between the two files, or one of them was copied alone. Save the "
+                "model again, or copy both; if you changed the weights yourself, remove 'sha256' from "
+                f"{CONFIG_FILE}"
+            )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -197,6 +230,7 @@ def _build_pretrained(directory: Path, config: Mapping[str, Any]) -> nn.Module:
             f"{transformers.__version__} does not have: build the model and pass it, as in load_compressed(path, model)"
         )
     model: nn.Module = architecture.from_pretrained(directory)
+    check_factors(plan_of(model).tables, model.state_dict(), repr(str(directory)))
     return model
 
 
@@ -242,7 +276,7 @@ def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mappi
         expected = _without(expected, f"{path}.factorization.")
         expected[f"{path}.weight"] = (layer.factorization.vocab_size, layer.factorization.dim)
     for table in plan.tables:
-        factorization = factorization_from_spec(table.spec, getattr(torch, table.dtype))
+        factorization = factorization_from_spec(table.spec, dtype_of(table.dtype), torch.device("meta"))
         for path in table.modules:
             expected = _without(expected, f"{path}.weight")
             for name, tensor in factorization.state_dict().items():
@@ -254,14 +288,7 @@ def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mappi
                 f"{str(directory)!r} does not fit the model: {name!r} is {found.get(name, 'missing')} in the file "
                 f"and {expected.get(name, 'missing')} in the model"
             )
-    for table in plan.tables:
-        # Loaded on trial: only the factorization itself knows which values are possible.
-        prefix = f"{table.name}.factorization."
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        try:
-            factorization_from_spec(table.spec, getattr(torch, table.dtype)).load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{str(directory / WEIGHTS_FILE)!r} is damaged: {error}") from error
+    check_factors(plan.tables, tensors, repr(str(directory / WEIGHTS_FILE)))
 
 
 def _without(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lightning_embcompress import saved
 from lightning_embcompress.checkpoint import (
-    attach,
-    check_checkpoint_file,
+    keep_structure,
     load_from_checkpoint,
     restore_structure,
     write_record,
 )
+from lightning_embcompress.checkpoint_io import check_checkpoint_file
 from lightning_embcompress.factorizations import METHODS
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.plan import PLAN_VERSION, Plan, compress, densify, plan_of
@@ -152,6 +152,7 @@ def _edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Non
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors")
+    _edit_config(folder, lambda config: config.pop("sha256"))
 
 
 def _truncate(file: Path, part: float) -> None:
@@ -358,7 +359,7 @@ class _Foreign(LightningModule):
 
 
 def _write_checkpoint(module: LightningModule, path: Path, weights_only: bool = False) -> None:
-    attach(module)
+    keep_structure(module)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path, weights_only=weights_only)
@@ -407,9 +408,9 @@ def test_hyper_parameters_can_be_given(tmp_path: Path) -> None:
 
 def test_attaching_twice_is_attaching_once(tmp_path: Path) -> None:
     module = _compressed_module()
-    attach(module)
+    keep_structure(module)
     saving, loading = module.on_save_checkpoint, module.on_load_checkpoint
-    attach(module)
+    keep_structure(module)
     assert module.on_save_checkpoint is saving
     assert module.on_load_checkpoint is loading
     # A copy records its own structure, not that of the module it was copied from.

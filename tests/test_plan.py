@@ -364,7 +364,7 @@ def test_tables_of_a_plan_that_are_damaged(change: dict[str, Any], message: str)
         ),
         ({"spec": {"kind": "low_rank", "vocab_size": 500, "dim": 16, "rank": 17}}, r"rank must be from 0 to .* 16"),
         ({"spec": {"kind": "other", "vocab_size": 500, "dim": 16}}, r"unknown kind of factorization 'other'"),
-        ({"spec": {}}, r"the plan's table 'decoder' is None x None"),
+        ({"spec": {}}, r"'spec' of table 'decoder' in the compression plan: unknown kind of factorization None"),
     ],
 )
 def test_plans_that_do_not_fit_change_nothing(change: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_embcompress import GroupReduce, compress
-from lightning_embcompress.checkpoint import attach
+from lightning_embcompress.checkpoint import keep_structure
 from lightning_embcompress.modules import LSTMLanguageModel
 from lightning_embcompress.plan import plan_of
 
@@ -97,8 +97,8 @@ def test_the_vocabulary_is_checked_before_the_structure(tmp_path: Path) -> None:
 
 def test_recording_twice_is_recording_once(tmp_path: Path) -> None:
     model = _compressed()
-    attach(model)
-    attach(model)
+    keep_structure(model)
+    keep_structure(model)
     checkpoint: dict[str, Any] = {}
     model.on_save_checkpoint(checkpoint)
     once: dict[str, Any] = {}

@@ -119,7 +119,7 @@ def test_damaged_directories(shell: Any) -> None:
     for spec, said in (
         ({**table["spec"], "rank": 2}, "'source' is damaged: table 'encoder' does not fit its plan: "),
         ({**table["spec"], "vocab_size": 301}, "'source' is damaged: table 'encoder' does not fit its plan: "),
-        ({**table["spec"], "dim": None}, "'source' is damaged: the shape of table 'encoder' is (300, None)"),
+        ({**table["spec"], "dim": None}, "'source' cannot be read: 'spec' of table 'encoder' in the compression plan"),
         ({**table["spec"], "kind": "magic"}, "unknown kind of factorization 'magic'"),
     ):
         config.write_text(json.dumps({**record, "plan": {**record["plan"], "tables": [{**table, "spec": spec}]}}))

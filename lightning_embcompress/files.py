@@ -1,0 +1,137 @@
+"""Files that are replaced in one step: whatever happens while one is written, the one before is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# A writer touches its file all the time: one that was not touched for so long is not being written.
+_ABANDONED_SECONDS = 3600
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file under a temporary name beside it, and give it its name when it is whole and on the disk.
+
+    If the block raises, the temporary file is removed and the one that was there stays as it was. If the process is
+    killed, the temporary file is left over, and removed when the same file is written the next time.
+
+    Args:
+        path: The file; its folder must exist.
+
+    Yields:
+        Where to write.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> file = Path(folder.name, "note.txt")
+        >>> with replacing(file) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> file.read_text(), len(list(file.parent.iterdir()))
+        ('whole', 1)
+        >>> folder.cleanup()
+    """
+    target = Path(path)
+    temporary = _temporary(target)
+    _remove_abandoned(target)
+    try:
+        yield temporary
+        # On the disk before it has the name: after a power cut the name must not stand for an empty file.
+        synchronize(temporary)
+        os.replace(temporary, target)
+        synchronize(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def synchronize(path: str | os.PathLike[str]) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Args:
+        path: The file or the folder.
+    """
+    is_folder = os.path.isdir(path)
+    # Windows waits for files that are open for writing only.
+    flags = os.O_RDONLY if is_folder or os.name == "posix" else os.O_RDWR
+    # Not every system opens folders, nor every file system waits for one.
+    with contextlib.suppress(*([OSError] if is_folder else [])):
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def explaining_failure(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which file could not be written and what has become of the one before, whoever writes it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: If the block cannot write, such as to a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Not of the disk: values that cannot be written.
+        writers = {RuntimeError: "PytorchStreamWriter", SafetensorError: "I/O error"}
+        if not isinstance(error, OSError) and not any(
+            isinstance(error, kind) and word in str(error) for kind, word in writers.items()
+        ):
+            raise
+        folder, said = Path(path).parent, " ".join(str(error).split())[:200]
+        before = "what was there before is as it was" if Path(path).exists() else "nothing was left there"
+        room = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there: " if folder.is_dir() else ""
+        raise OSError(
+            getattr(error, "errno", None),
+            f"{str(path)!r} could not be written, and {before}: {said}. {room}make room, or save elsewhere",
+        ) from error
+
+
+def _temporary(target: Path) -> Path:
+    # Not the name itself: programs look for parts of names ("last", "ckpt_"), and it may be as long as a name can be.
+    return target.with_name(f"{_prefix(target)}{_host()}.{os.getpid()}.tmp")
+
+
+def _prefix(target: Path) -> str:
+    return f".{hashlib.sha256(target.name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}."
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:64] or "localhost"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes have left of the same file."""
+    for file in target.parent.glob(f"{_prefix(target)}*.tmp"):
+        host, _, process = file.name.removeprefix(_prefix(target)).removesuffix(".tmp").rpartition(".")
+        with contextlib.suppress(OSError, ValueError):
+            own = host == _host()
+            if (own and not _runs(int(process))) or time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
+                file.unlink()
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        # Of an earlier process of the same number, as the first one of every container has.
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
