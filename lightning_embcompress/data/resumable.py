@@ -65,8 +65,10 @@ class ResumableSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Give the numbers of the items; only the first time do they begin at ``start``."""
+        # A generator: nothing may be consumed before the first item is drawn. With worker processes, torch makes two
+        # iterators and uses the second.
         start, self.start = self.start, 0
-        return iter(self.order()[start:])
+        yield from self.order()[start:]
 
 
 class ResumableLoader(DataLoader[Item]):
