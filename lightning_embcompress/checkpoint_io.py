@@ -87,7 +87,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return remote
         check_whole_file(path)
         with _readable(path):
-            checkpoint: dict[str, Any] = torch.load(_local(path), map_location=map_location, weights_only=weights_only)
+            checkpoint = torch.load(_local(path), map_location=map_location, weights_only=weights_only)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{str(path)!r} is no checkpoint: it holds a {type(checkpoint).__name__}")
         return checkpoint
 
 

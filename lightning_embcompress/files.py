@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 
 # A writer touches its file all the time: one that was not touched for so long is not being written.
 _ABANDONED_SECONDS = 3600
+# What the writers of torch and safetensors say instead of raising an OSError.
+_WRITERS = re.compile("PytorchStreamWriter|iostream error|inline_container|I/O error")
 
 
 @contextmanager
@@ -86,11 +88,8 @@ def explaining_failure(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # Not of the disk: values that cannot be written.
-        writers = {RuntimeError: "PytorchStreamWriter", SafetensorError: "I/O error"}
-        if not isinstance(error, OSError) and not any(
-            isinstance(error, kind) and word in str(error) for kind, word in writers.items()
-        ):
+        # Others are not of the disk, but of values that cannot be written.
+        if not isinstance(error, OSError) and not _WRITERS.search(f"{error} {error.__context__}"):
             raise
         folder, said = Path(path).parent, " ".join(str(error).split())[:200]
         before = "what was there before is as it was" if Path(path).exists() else "nothing was left there"
