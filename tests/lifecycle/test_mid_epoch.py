@@ -1,0 +1,189 @@
+"""Resuming from any step of a run equals the uninterrupted run, with the data modules of the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import lr_scheduler
+
+from lightning_embcompress import GroupReduce
+from lightning_embcompress.plan import plan_of
+from lightning_embcompress.random_state import random_state, set_random_state
+
+CPU = torch.device("cpu")
+Run = Callable[..., SimpleNamespace]
+
+
+class CountRows(Callback):
+    """Counts in every checkpoint what was logged before."""
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": len(self.logger.rows)}
+
+
+class KeepRandomState(Callback):
+    def __init__(self) -> None:
+        self.loaded: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return random_state(CPU)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = state_dict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.loaded is not None:
+            set_random_state(self.loaded, CPU)
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+def _momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=100)
+
+
+def _cosine(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+
+
+def _plateau(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.1)
+
+
+@pytest.fixture
+def run(
+    request: pytest.FixtureRequest, make_trainer: Callable[..., Trainer], in_memory: Any, tmp_path: Path
+) -> Callable[..., SimpleNamespace]:
+    """Fit for five epochs, compressed at the start of the second, refined at those of the third and the fifth."""
+
+    def fit(
+        folder: str,
+        *,
+        kind: str = "recurrent",
+        model: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        keep: dict[str, Any] | None = None,
+        ckpt_path: Path | None = None,
+    ) -> SimpleNamespace:
+        where, logger, factory = tmp_path / folder, in_memory(), request.getfixturevalue(kind)
+        module = factory.model(**{"optimizer": _adam, **(model or {})})
+        callbacks: list[Callback] = [GroupReduce(ratio=1.3, groups=2, at_epoch=1, refine_at_epochs=[2, 4])]
+        callbacks += [KeepRandomState(), CountRows(logger)]
+        if keep is not None:
+            callbacks.append(ModelCheckpoint(where, save_top_k=-1, filename="{step}", **keep))
+        options = {"max_epochs": 5, "logger": logger, "enable_checkpointing": keep is not None}
+        engine = make_trainer(*callbacks, **{**options, "default_root_dir": where, **(trainer or {})})
+        engine.fit(module, datamodule=factory.data(**(data or {})), ckpt_path=ckpt_path)
+        (scheduler,) = engine.lr_scheduler_configs or [None]
+        return SimpleNamespace(
+            parameters=dict(module.state_dict()),
+            optimizer=engine.optimizers[0].state_dict(),
+            scheduler={} if scheduler is None else scheduler.scheduler.state_dict(),
+            plan=plan_of(module),
+            report=json.loads((where / "report.json").read_text()),
+            step=engine.global_step,
+            rows=logger.rows,
+            random=random_state(CPU),
+        )
+
+    return fit
+
+
+def _assert_equal(resumed: SimpleNamespace, whole: SimpleNamespace, path: Path) -> None:
+    step = int(path.stem[5:])
+    for name in ("parameters", "optimizer", "random"):
+        first, second = getattr(resumed, name), getattr(whole, name)
+        torch.testing.assert_close(
+            first, second, rtol=0, atol=0, msg=lambda said, name=name: f"{name}, from step {step}: {said}"
+        )
+    # A method of the object itself.
+    first, second = ({**each.scheduler, "anneal_func": 0, "_anneal_func_type": 0} for each in (resumed, whole))
+    assert first == second
+    assert resumed.plan == whole.plan
+    assert resumed.report == whole.report
+    assert resumed.step == whole.step == 5 * (whole.step // 5)
+    # Lightning saves a step before it logs its metrics and validates after it, and goes on with the step that follows.
+    before = torch.load(path, weights_only=True)["callbacks"]["CountRows"]["rows"]
+    assert resumed.rows == [row for row in whole.rows[before:] if row[0] != step - 1]
+    assert resumed.rows
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "full softmax": {},
+    "sampled softmax": {"model": {"softmax": "sampled", "num_sampled": 10, "tie_weights": True}},
+    "momentum, one cycle": {
+        "model": {"optimizer": _momentum, "lr_scheduler": _one_cycle, "lr_scheduler_interval": "step"}
+    },
+    "cosine, validation twice an epoch": {"model": {"lr_scheduler": _cosine}, "trainer": {"val_check_interval": 0.5}},
+    "part of an epoch": {"trainer": {"limit_train_batches": 7, "limit_val_batches": 2}},
+    "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
+    "a process reads ahead": {"data": {"num_workers": 1}},
+    "shuffled blocks": {"kind": "transformer"},
+    "shuffled blocks, a process reads ahead": {"kind": "transformer", "data": {"num_workers": 1}},
+}
+
+
+def _check(run: Run, folder: Path, whole: SimpleNamespace, steps: Any, options: dict[str, Any]) -> None:
+    for step in steps:
+        path = folder / f"step={step}.ckpt"
+        resumed = run(f"from {step}", ckpt_path=path, **options)
+        _assert_equal(resumed, whole, path)
+
+
+# Fractions of the run: before compression, the last step before it, in its epoch, in that of the first refinement,
+# between the two, after the last.
+@pytest.mark.parametrize("name", CASES)
+def test_resuming_equals_the_uninterrupted_run(run: Run, tmp_path: Path, name: str) -> None:
+    whole = run("whole", keep={"every_n_train_steps": 1}, **CASES[name])
+    epoch = whole.step // 5
+    steps = [epoch - 1, epoch + 2, 3 * epoch - 1, 4 * epoch + 1]
+    if name in ("full softmax", "shuffled blocks"):
+        steps += [epoch, 2 * epoch + 1, 4 * epoch]
+    _check(run, tmp_path / "whole", whole, steps, CASES[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_resuming_from_every_step_equals_the_uninterrupted_run(run: Run, tmp_path: Path, name: str) -> None:
+    whole = run("whole", keep={"every_n_train_steps": 1}, **CASES[name])
+    _check(run, tmp_path / "whole", whole, range(1, whole.step), CASES[name])
+
+
+def test_resuming_from_a_validation_within_an_epoch(run: Run, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"trainer": {"val_check_interval": 0.3}}
+    whole = run("whole", keep={"save_on_train_epoch_end": False}, **options)
+    steps = [int(path.stem[5:]) for path in (tmp_path / "whole").glob("*.ckpt")]
+    assert len(steps) == 15
+    _check(run, tmp_path / "whole", whole, sorted(steps)[1::4], options)
+
+
+# `FitLoop.on_advance_end` steps it only `if not self.restarting`, which lasts to the end of the epoch in which training
+# was resumed. It is right for a checkpoint from an epoch's end, where the monitored metric is not known any more.
+@pytest.mark.xfail(strict=True, reason="Lightning leaves out one step of ReduceLROnPlateau after resuming mid-epoch")
+def test_resuming_with_a_plateau_scheduler(run: Run, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": {"lr_scheduler": _plateau}}
+    whole = run("whole", keep={"every_n_train_steps": 1}, **options)
+    _check(run, tmp_path / "whole", whole, [whole.step // 5 + 2], options)
+
+
+def test_two_processes_go_on_where_they_were(torchrun: Callable[..., str], corpus: Path) -> None:
+    said = torchrun(Path(__file__).parent / "workers" / "resume_mid_epoch.py", corpus)
+    assert said.count("passed") == 2

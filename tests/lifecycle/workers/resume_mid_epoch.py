@@ -1,0 +1,93 @@
+"""Resuming from within an epoch on two processes equals their uninterrupted run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_embcompress.data import TextFiles
+from lightning_embcompress.modules import LSTMLanguageModel
+from lightning_embcompress.random_state import gather_over_processes, random_state, set_random_state
+
+CPU = torch.device("cpu")
+
+
+class KeepRandomState(Callback):
+    """Of all processes, which drop other values each."""
+
+    def __init__(self) -> None:
+        self.loaded: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"processes": gather_over_processes(random_state(CPU))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = state_dict["processes"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.loaded is not None:
+            set_random_state(self.loaded[trainer.global_rank], CPU)
+        else:
+            torch.manual_seed(trainer.global_rank)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def fit(
+    folder: Path, corpus: Path, *callbacks: Callback, devices: int = 2, dropout: float = 0.3, **options: Any
+) -> tuple[LSTMLanguageModel, list[float]]:
+    ckpt_path = options.pop("ckpt_path", None)
+    files = {"train_files": str(corpus / "train.txt"), "valid_files": str(corpus / "valid.txt")}
+    # Four texts in sum.
+    data = TextFiles(**files, batch_size=4 // devices, sequence_length=5, cache_dir=corpus / "cache")
+    seed_everything(0, verbose=False)
+    model = LSTMLanguageModel(
+        data.vocab_size, 12, 12, dropout=dropout, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01)
+    )
+    losses = Losses()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "devices": devices, "max_epochs": 2, "default_root_dir": folder}
+    quiet |= {"strategy": "ddp", "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks)}
+    trainer = Trainer(callbacks=[losses, *callbacks], **quiet, **options)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return model, losses.values
+
+
+def main() -> None:
+    folder, corpus = Path.cwd(), Path(sys.argv[1])
+    keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    whole, losses = fit(folder, corpus, KeepRandomState(), keep)
+    rank = whole.global_rank
+    assert len(gather_over_processes(losses)) == 2
+    first, second = gather_over_processes(losses)
+    assert first != second
+    for step in (4, 11, 15):
+        path = folder / f"step={step}.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        # The state of the texts of both processes; none at the end of an epoch is needed, but nothing knows it yet.
+        assert [part.shape[1] for part in checkpoint["lstm_state"]] == [4, 4]
+        resumed, rest = fit(folder, corpus, KeepRandomState(), ckpt_path=path)
+        torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
+        assert rest == losses[step:]
+    if rank == 0:
+        del checkpoint["lstm_state"]
+        torch.save(checkpoint, folder / "without.ckpt")
+    torch.distributed.barrier()
+    _, rest = fit(folder, corpus, KeepRandomState(), ckpt_path=folder / "without.ckpt")
+    assert rest[0] != losses[15]
+    print("passed", flush=True)
+
+
+if __name__ == "__main__":
+    main()
