@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import pickle
@@ -209,8 +210,13 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say what is wrong with a file, whatever a damaged one makes of its reader."""
     try:
         yield
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
+    except OSError as error:
+        # Only what damage makes of it, a place before the beginning of the file, is no matter of the disk.
+        if error.errno != errno.EINVAL:
+            raise
+        raise _damaged(path, error) from error
     except pickle.UnpicklingError as error:
         said = " ".join(str(error).split())
         # Two ways in which torch names what it does not load.

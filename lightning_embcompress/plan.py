@@ -309,7 +309,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             module = named.get(path)
             if not isinstance(module, nn.Embedding | nn.Linear | CompressedLayer):
                 raise ValueError(
-                    f"the plan compresses module {path!r}, but the model has no embedding or projection there"
+                    f"the plan compresses module {shown(path)}, but the model has no embedding or projection there"
                 )
             own = _table_shape(module)
             if own != shape:

@@ -129,8 +129,12 @@ def check_spec(spec: Mapping[str, Any]) -> None:
     try:
         # In the widest dtype, beside which packed integers count least: a model may have been cast after compression.
         empty = kinds[kind].from_spec(dict(spec), torch.float64, torch.device("meta"))
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, TypeError) as error:
+        # Sizes beyond what torch counts, for which it has all of these.
         raise ValueError(f"the structure of a {kind} is not possible: {str(error)[:200]}") from error
+    except ValueError as error:
+        # Lists may be long.
+        raise ValueError(str(error) if len(str(error)) <= 500 else f"{str(error)[:500]} ...") from error
     own = empty.spec()
     if own != spec:
         names = own.keys() ^ spec.keys() or [name for name in own if own[name] != spec[name]]
