@@ -45,11 +45,15 @@ class Losses(Callback):
 
 
 def fit(
-    folder: Path, corpus: Path, *callbacks: Callback, devices: int = 2, dropout: float = 0.3, **options: Any
+    folder: Path,
+    corpus: Path,
+    *callbacks: Callback,
+    devices: int = 2,
+    dropout: float = 0.3,
+    ckpt_path: Path | None = None,
 ) -> tuple[LSTMLanguageModel, list[float]]:
-    ckpt_path = options.pop("ckpt_path", None)
     files = {"train_files": str(corpus / "train.txt"), "valid_files": str(corpus / "valid.txt")}
-    # Four texts in sum.
+    # Four texts in sum, however many processes there are.
     data = TextFiles(**files, batch_size=4 // devices, sequence_length=5, cache_dir=corpus / "cache")
     seed_everything(0, verbose=False)
     model = LSTMLanguageModel(
@@ -58,36 +62,43 @@ def fit(
     losses = Losses()
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"accelerator": "cpu", "devices": devices, "max_epochs": 2, "default_root_dir": folder}
-    quiet |= {"strategy": "ddp", "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks)}
-    trainer = Trainer(callbacks=[losses, *callbacks], **quiet, **options)
+    quiet |= {"strategy": "ddp" if devices > 1 else "auto"}
+    quiet |= {"enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks)}
+    trainer = Trainer(callbacks=[losses, *callbacks], **quiet)
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return model, losses.values
 
 
-def main() -> None:
-    folder, corpus = Path.cwd(), Path(sys.argv[1])
+def resume_on_as_many_as_here(corpus: Path) -> None:
+    """All steps equal the uninterrupted run, parameters and losses, on every process."""
+    folder = Path.cwd()
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     whole, losses = fit(folder, corpus, KeepRandomState(), keep)
-    rank = whole.global_rank
-    assert len(gather_over_processes(losses)) == 2
     first, second = gather_over_processes(losses)
     assert first != second
     for step in (4, 11, 15):
         path = folder / f"step={step}.ckpt"
         checkpoint = torch.load(path, weights_only=True)
-        # The state of the texts of both processes; none at the end of an epoch is needed, but nothing knows it yet.
         assert [part.shape[1] for part in checkpoint["lstm_state"]] == [4, 4]
         resumed, rest = fit(folder, corpus, KeepRandomState(), ckpt_path=path)
         torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
         assert rest == losses[step:]
-    if rank == 0:
+    if whole.global_rank == 0:
         del checkpoint["lstm_state"]
         torch.save(checkpoint, folder / "without.ckpt")
     torch.distributed.barrier()
     _, rest = fit(folder, corpus, KeepRandomState(), ckpt_path=folder / "without.ckpt")
     assert rest[0] != losses[15]
-    print("passed", flush=True)
+
+
+def resume_from_one_process(corpus: Path, alone: Path) -> None:
+    """A run of one process goes on with two, which share its texts."""
+    expected = torch.load(alone / "final.ckpt", weights_only=True)["state_dict"]
+    resumed, _ = fit(Path.cwd(), corpus, dropout=0.0, ckpt_path=alone / "step=4.ckpt")
+    torch.testing.assert_close(dict(resumed.state_dict()), expected, rtol=1e-4, atol=1e-5)
 
 
 if __name__ == "__main__":
-    main()
+    resume_on_as_many_as_here(Path(sys.argv[1]))
+    resume_from_one_process(Path(sys.argv[1]), Path(sys.argv[2]))
+    print("passed", flush=True)
