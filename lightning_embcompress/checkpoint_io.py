@@ -134,7 +134,9 @@ def check_checkpoint_file(path: str | os.PathLike[str]) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
     # `torch.save` writes a zip archive, whose directory stands at the end: a truncated file has none.
-    if not zipfile.is_zipfile(file):
+    with _readable(file):
+        is_archive = zipfile.is_zipfile(file)
+    if not is_archive:
         raise ValueError(
             f"{str(path)!r} is not a whole checkpoint: it was cut short or is another kind of file "
             f"({file.stat().st_size} bytes). Resume from an earlier one"

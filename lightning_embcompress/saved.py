@@ -243,11 +243,11 @@ def _read_tensors(directory: Path, config: Mapping[str, Any], model: nn.Module, 
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is damaged or cut short: {error}") from error
     aliases = config.get("aliases", {}) if config.get("format") == _FORMAT else _aliases(model, plan, tensors)
-    if not isinstance(aliases, dict):
-        raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: 'aliases' is {aliases!r}")
+    if not isinstance(aliases, dict) or not all(isinstance(source, str) for source in aliases.values()):
+        raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: 'aliases' is {shown(aliases)}")
     for name, source in aliases.items():
         if source not in tensors:
-            raise ValueError(f"{str(directory)!r} is damaged: {source!r} is missing from {WEIGHTS_FILE}")
+            raise ValueError(f"{str(directory)!r} is damaged: {shown(source)} is missing from {WEIGHTS_FILE}")
         tensors[name] = tensors[source]
     return tensors
 

@@ -1,0 +1,335 @@
+"""Compressed checkpoints load in every way there is, into modules that know nothing of compression, or say why not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_embcompress import (
+    EmbeddingCompression,
+    apply_plan,
+    compress,
+    keep_structure,
+    load_from_checkpoint,
+    structure_from_checkpoint,
+)
+from lightning_embcompress.checkpoint import restore_structure, write_record
+from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.plan import Plan, plan_of
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def _callback() -> EmbeddingCompression:
+    return EmbeddingCompression("group_reduce", ratio=2, at_epoch=1, groups=3)
+
+
+@pytest.fixture
+def saved(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Any]:
+    """Train a model, compress it on the way, and keep a checkpoint of every epoch."""
+
+    def run(kind: str = "untied", weights_only: bool = False) -> tuple[Any, Path]:
+        model = foreign.model(kind)
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=weights_only)
+        trainer = make_trainer(_callback(), keep, max_epochs=2, enable_checkpointing=True)
+        trainer.fit(model, **foreign.loaders(kind))
+        return model.eval(), tmp_path / "epoch=1.ckpt"
+
+    return run
+
+
+def _inputs(foreign: SimpleNamespace) -> Tensor:
+    inputs: Tensor = foreign.text()[:, :-1]
+    return inputs
+
+
+def _assert_same(module: Any, model: Any, inputs: Tensor) -> None:
+    assert plan_of(module) == plan_of(model)
+    torch.testing.assert_close(dict(module.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert torch.equal(module.eval()(inputs), model(inputs))
+
+
+def _edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    checkpoint = torch.load(path, weights_only=True)
+    edit(checkpoint)
+    torch.save(checkpoint, path.with_name("edited.ckpt"))
+    return path.with_name("edited.ckpt")
+
+
+def _to_version_1(checkpoint: dict[str, Any]) -> None:
+    checkpoint["embcompress"]["version"] = 1
+    for table in checkpoint["embcompress"]["tables"]:
+        assert table.pop("untied") is None
+
+
+def _enter(entry: str, trainer: Trainer, model: LightningModule, foreign: SimpleNamespace, path: Path) -> Any:
+    if entry == "predict":
+        return trainer.predict(model, DataLoader(_inputs(foreign), batch_size=8), ckpt_path=path)
+    if entry == "fit":
+        return trainer.fit(model, **foreign.loaders(), ckpt_path=path)
+    data = foreign.loaders()["val_dataloaders"]
+    return getattr(trainer, entry)(model, data, ckpt_path=path, verbose=False)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_every_way_of_loading(
+    foreign: SimpleNamespace,
+    make_trainer: MakeTrainer,
+    saved: Callable[..., Any],
+    kind: str,
+    weights_only: bool,
+    version: int,
+) -> None:
+    model, path = saved(kind, weights_only)
+    assert ("callbacks" in torch.load(path, weights_only=True)) != weights_only
+    if version == 1:
+        path = _edited(path, _to_version_1)
+    inputs = _inputs(foreign)
+    # Through the callback alone, in the Trainer's own ways.
+    measured = {}
+    for entry in ("validate", "test", "predict"):
+        module = foreign.model(kind)
+        assert module.strict_loading
+        measured[entry] = _enter(entry, make_trainer(_callback()), module, foreign, path)
+        _assert_same(module, model, inputs)
+    assert measured["validate"] == measured["test"]
+    torch.testing.assert_close(torch.cat(measured["predict"]), model(inputs).detach())
+    # By our function, for the class as it is.
+    _assert_same(load_from_checkpoint(foreign.Foreign, path, tied=kind == "tied"), model, inputs)
+    # By the structure alone, which is given to the model before its weights are loaded.
+    module = foreign.model(kind)
+    plan = structure_from_checkpoint(path)
+    assert plan.tables == plan_of(model).tables
+    apply_plan(module, plan)
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    _assert_same(module, model, inputs)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_structure_in_configure_model(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, saved: Callable[..., Any], epoch: int
+) -> None:
+    model, path = saved()
+    path = path.with_name(f"epoch={epoch}.ckpt")
+
+    class Prepared(foreign.Foreign):  # type: ignore[misc,name-defined]
+        def configure_model(self) -> None:
+            if not plan_of(self).tables:
+                apply_plan(self, structure_from_checkpoint(path))
+
+    module = Prepared()
+    # No callback, and Lightning's own way of loading.
+    make_trainer().validate(module, foreign.loaders()["val_dataloaders"], ckpt_path=path, verbose=False)
+    assert len(plan_of(module).tables) == (2 if epoch else 0)
+    loaded = Prepared.load_from_checkpoint(path)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(module.state_dict()), rtol=0, atol=0)
+    if epoch:
+        _assert_same(module, model, _inputs(foreign))
+
+
+def test_the_structure_of_a_sharded_checkpoint(foreign: SimpleNamespace, saved: Callable[..., Any]) -> None:
+    model, path = saved()
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("state_dict", "optimizer_states"):
+        del checkpoint[name]
+    folder = path.with_name("sharded.ckpt")
+    folder.mkdir()
+    torch.save(checkpoint, folder / "meta.pt")
+    assert structure_from_checkpoint(folder) == plan_of(model)
+    # Strategies that shard have loaded the weights when they hand over the rest.
+    module = foreign.model()
+    with pytest.raises(
+        ValueError, match=r"tables 'decoder', 'encoder' are stored otherwise .* sharded, with apply_plan"
+    ):
+        restore_structure(module, checkpoint)
+    assert type(module.encoder) is nn.Embedding
+    restore_structure(model, checkpoint)
+    apply_plan(module, structure_from_checkpoint(folder))
+    parameters = list(module.parameters())
+    restore_structure(module, checkpoint)
+    assert all(one is other for one, other in zip(parameters, module.parameters(), strict=True))
+    del checkpoint["embcompress"]
+    with pytest.raises(ValueError, match=r"tables 'decoder', 'encoder' are stored otherwise"):
+        restore_structure(module, checkpoint)
+    restore_structure(foreign.model(), checkpoint)
+
+
+def test_paths_within_wrappers_of_strategies() -> None:
+    wrapped = nn.Module()
+    wrapped._fsdp_wrapped_module = nn.Sequential(nn.Embedding(500, 8))
+    model = nn.Sequential(wrapped)
+    compress(model, "low_rank", ratio=2)
+    checkpoint: dict[str, Any] = {"pytorch-lightning_version": "2.6.0"}
+    write_record(model, checkpoint)
+    assert checkpoint["embcompress"]["tables"][0]["modules"] == ["0.0"]
+    restore_structure(model, checkpoint)
+
+
+def test_reading_the_structure_reads_no_tensors(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    path = tmp_path / "large.ckpt"
+    module = nn.Sequential(nn.Embedding(500, 8))
+    compress(module, "low_rank", ratio=2)
+    checkpoint = {"state_dict": {"others": torch.ones(2**24)}, "pytorch-lightning_version": "2.6.0"}
+    write_record(module, checkpoint)
+    torch.save(checkpoint, path)
+    assert path.stat().st_size > 64e6
+    before = resident()
+    assert structure_from_checkpoint(path) == plan_of(module)
+    assert resident() - before < 16e6
+
+
+def test_what_has_no_structure(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "dense.ckpt")
+    assert structure_from_checkpoint(tmp_path / "dense.ckpt") == Plan()
+    for content in ({"model": {}}, [1, 2], torch.ones(2)):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match=r"other.ckpt' is not a checkpoint of Lightning's Trainer"):
+            structure_from_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        structure_from_checkpoint(tmp_path / "nosuch.ckpt")
+
+
+def _with_nan(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"]["decoder.factorization.basis"][0, 0] = float("nan")
+
+
+def _without_a_factor(checkpoint: dict[str, Any]) -> None:
+    del checkpoint["state_dict"]["decoder.factorization.packed_block_index"]
+
+
+def _with_damaged_blocks(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"]["decoder.factorization.packed_block_index"].fill_(255)
+
+
+def _with_another_rank(checkpoint: dict[str, Any]) -> None:
+    checkpoint["embcompress"]["tables"][1]["spec"]["ranks"][-1] -= 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            _with_nan,
+            r"the checkpoint has NaN or infinite values in 'decoder.factorization.basis': training had diverged",
+        ),
+        (
+            _without_a_factor,
+            r"the checkpoint does not fit its plan: 'decoder.factorization.packed_block_index' is missing",
+        ),
+        (_with_damaged_blocks, r"the checkpoint is damaged: .*the block index .*block sizes differ from the plan"),
+        (_with_another_rank, r"the checkpoint does not fit its plan: 'decoder.factorization.* has the shape"),
+    ],
+)
+def test_damaged_factors_are_refused_everywhere(
+    foreign: SimpleNamespace,
+    make_trainer: MakeTrainer,
+    saved: Callable[..., Any],
+    damage: Callable[[dict[str, Any]], Any],
+    message: str,
+) -> None:
+    _, path = saved()
+    path = _edited(path, damage)
+    for entry in ("fit", "validate", "test", "predict"):
+        module = foreign.model()
+        values = copy.deepcopy(module.state_dict())
+        with pytest.raises(ValueError, match=message):
+            _enter(entry, make_trainer(_callback()), module, foreign, path)
+        assert type(module.decoder) is nn.Linear
+        assert type(module.encoder) is nn.Embedding
+        torch.testing.assert_close(module.state_dict(), values, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=message):
+        load_from_checkpoint(foreign.Foreign, path)
+
+
+def test_damaged_files_are_refused_everywhere(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, saved: Callable[..., Any]
+) -> None:
+    _, path = saved()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for entry in ("fit", "validate", "test", "predict"):
+        trainer = make_trainer(_callback())
+        use_atomic_checkpoints(trainer)
+        with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*the checksum of .* differs"):
+            _enter(entry, trainer, foreign.model(), foreign, path)
+    with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*the checksum of .* differs"):
+        load_from_checkpoint(foreign.Foreign, path)
+
+
+def test_factors_without_a_record(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def trained(keep: bool) -> Any:
+        model = foreign.model()
+        compress(model, "low_rank", ratio=2)
+        if keep:
+            keep_structure(model)
+        trainer = make_trainer(max_epochs=1)
+        trainer.fit(model, **foreign.loaders())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return model.eval()
+
+    trained(keep=False)
+    module = foreign.model()
+    compress(module, "low_rank", ratio=2)
+    keep_structure(module)
+    message = (
+        r"factors of table 'encoder', but does not say how it is compressed: .*call keep_structure\(model\) before"
+    )
+    with pytest.raises(ValueError, match=message):
+        _enter("validate", make_trainer(), module, foreign, tmp_path / "last.ckpt")
+    assert len(plan_of(module).tables) == 2
+    model = trained(keep=True)
+    _enter("validate", make_trainer(), module, foreign, tmp_path / "last.ckpt")
+    _assert_same(module, model, _inputs(foreign))
+
+
+class _Renames:
+    """A module that keeps its weights under other names in checkpoints, as some do."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"student.{name}": value for name, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state: Mapping[str, Any] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name.removeprefix("student."): value for name, value in state.items()}
+
+
+def test_modules_that_rename_their_weights(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Own(_Renames, foreign.Foreign):  # type: ignore[misc,name-defined]
+        pass
+
+    model = Own()
+    trainer = make_trainer(_callback(), max_epochs=2)
+    trainer.fit(model, **foreign.loaders())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert "student.encoder.factorization.basis" in torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    module = Own()
+    _enter("validate", make_trainer(_callback()), module, foreign, tmp_path / "last.ckpt")
+    _assert_same(module, model.eval(), _inputs(foreign))
+    _assert_same(load_from_checkpoint(Own, tmp_path / "last.ckpt"), model, _inputs(foreign))
+
+
+def test_objects_are_loaded_only_where_that_is_asked_for(foreign: SimpleNamespace, saved: Callable[..., Any]) -> None:
+    model, path = saved()
+    path = _edited(path, lambda checkpoint: checkpoint.update(hyper_parameters={"bias": Path("x")}))
+    with pytest.raises(ValueError, match=r"edited.ckpt' holds more than tensors and plain values \(pathlib"):
+        load_from_checkpoint(foreign.Foreign, path)
+    for chosen in ({"weights_only": None}, {"weights_only": True}):
+        with pytest.raises(Exception, match="pathlib"):
+            load_from_checkpoint(foreign.Foreign, path, **chosen)
+    _assert_same(load_from_checkpoint(foreign.Foreign, path, weights_only=False), model, _inputs(foreign))
