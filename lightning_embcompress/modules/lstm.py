@@ -246,7 +246,9 @@ class LSTMLanguageModel(LanguageModel):
     @override
     def on_train_epoch_end(self) -> None:
         """Forget the state, so that only checkpoints from within an epoch hold it."""
-        self.start_text("train")
+        # Lightning calls this too where `max_steps` ends an epoch early, and a later run goes on with its rest.
+        if self.trainer.is_last_batch:
+            self.start_text("train")
 
     @override
     def configure_gradient_clipping(

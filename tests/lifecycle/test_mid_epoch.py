@@ -178,6 +178,19 @@ def test_resuming_from_a_validation_within_an_epoch(run: Run, tmp_path: Path) ->
     _check(run, tmp_path / "whole", whole, sorted(steps)[1::4], options)
 
 
+def test_resuming_a_run_that_max_steps_ended_within_an_epoch(run: Run, tmp_path: Path) -> None:
+    whole = run("whole", trainer={"max_steps": 55, "max_epochs": None})
+    run("first", trainer={"max_steps": 15, "max_epochs": None}, keep={"save_last": True})
+    path = tmp_path / "first" / "last.ckpt"
+    # Written after the hooks of the epoch's end.
+    assert "lstm_state" in torch.load(path, weights_only=True)
+    resumed = run("resumed", trainer={"max_steps": 55, "max_epochs": None}, ckpt_path=path)
+    for name in ("parameters", "optimizer", "random"):
+        torch.testing.assert_close(getattr(resumed, name), getattr(whole, name), rtol=0, atol=0)
+    assert resumed.report == whole.report
+    assert resumed.rows == [row for row in whole.rows if (row[0] or 0) >= 15]
+
+
 # `FitLoop.on_advance_end` steps it only `if not self.restarting`, which lasts to the end of the epoch in which training
 # was resumed. It is right for a checkpoint from an epoch's end, where the monitored metric is not known any more.
 @pytest.mark.xfail(strict=True, reason="Lightning leaves out one step of ReduceLROnPlateau after resuming mid-epoch")
