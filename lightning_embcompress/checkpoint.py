@@ -34,7 +34,9 @@ def write_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD_KEY] = replace(plan, tables=tuple(tables)).to_dict()
 
 
-def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any], complete: bool = True) -> None:
+def restore_structure(
+    module: nn.Module, checkpoint: Mapping[str, Any], complete: bool = True, where: str | None = None
+) -> None:
     """Give a module the structure that a checkpoint was written with, before its weights are loaded.
 
     A checkpoint without a record is one of a dense model: a module that is compressed is made dense for it. Strategies
@@ -45,17 +47,19 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any], complete
         module: What is loaded into.
         checkpoint: What `torch.load` gave.
         complete: Whether the checkpoint must have all factors by now. False where a hook may still add some.
+        where: What messages call the checkpoint; None for the file that the Trainer loads, if there is one.
 
     Raises:
         ValueError: If this is not a checkpoint, its plan does not fit the module, or its factors do not fit the plan or
             hold values that are not finite. The module is as it was.
     """
+    where = where or _loaded_file(module)
     state, record = checkpoint.get("state_dict"), checkpoint.get(RECORD_KEY)
     if not isinstance(state, Mapping) and (state is not None or _VERSION_KEY not in checkpoint):
         raise ValueError(
             f"not a Lightning checkpoint: it has no 'state_dict', but the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    plan = Plan() if record is None else Plan.from_dict(record)
+    plan = _recorded_plan(record, where)
     if state is None:
         _check_sharded(module, plan)
         return
@@ -63,9 +67,21 @@ def restore_structure(module: nn.Module, checkpoint: Mapping[str, Any], complete
         _check_record_is_there(module, state)
     check_plan(module, plan)
     if state:
-        check_factors(plan.tables, state, "the checkpoint", complete)
+        check_factors(plan.tables, state, where, complete)
     if plan != plan_of(module):
         apply_plan(module, plan)
+
+
+def _loaded_file(module: nn.Module) -> str:
+    path = getattr(getattr(module, "_trainer", None), "ckpt_path", None)
+    return "the checkpoint" if path is None else repr(str(path))
+
+
+def _recorded_plan(record: Any, where: str) -> Plan:
+    try:
+        return Plan() if record is None else Plan.from_dict(record)
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be loaded: {error}") from error
 
 
 def _check_sharded(module: nn.Module, plan: Plan) -> None:
@@ -123,10 +139,6 @@ def keep_structure(module: LightningModule) -> None:
         module.on_load_checkpoint = _LoadHook(module, module.on_load_checkpoint)  # type: ignore[method-assign]
 
 
-# The name it had first.
-attach = keep_structure
-
-
 class _SaveHook:
     """A class, not a closure: the module stays picklable."""
 
@@ -181,8 +193,7 @@ def structure_from_checkpoint(path: str | os.PathLike[str]) -> Plan:
     # In a directory the tensors are elsewhere.
     if not isinstance(checkpoint, Mapping) or not {"state_dict", _VERSION_KEY} & checkpoint.keys():
         raise ValueError(f"{str(path)!r} is not a checkpoint of Lightning's Trainer: it has no 'state_dict'")
-    record = checkpoint.get(RECORD_KEY)
-    return Plan() if record is None else Plan.from_dict(record)
+    return _recorded_plan(checkpoint.get(RECORD_KEY), repr(str(path)))
 
 
 def load_from_checkpoint(cls: type[_Module], path: str | os.PathLike[str], **kwargs: Any) -> _Module:
@@ -212,7 +223,7 @@ def load_from_checkpoint(cls: type[_Module], path: str | os.PathLike[str], **kwa
     complete = cls.on_load_checkpoint is LightningModule.on_load_checkpoint
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-        restore_structure(self, checkpoint, complete)
+        restore_structure(self, checkpoint, complete, repr(str(path)))
         cls.on_load_checkpoint(self, checkpoint)
 
     # A subclass for the time of loading, so that the class itself is never changed.

@@ -241,7 +241,7 @@ def _read_tensors(directory: Path, config: Mapping[str, Any], model: nn.Module, 
         try:
             tensors |= load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{str(file)!r} is damaged or cut short: {error}") from error
+            raise ValueError(f"{str(file)!r} is damaged or cut short: {str(error)[:300]}") from error
     aliases = config.get("aliases", {}) if config.get("format") == _FORMAT else _aliases(model, plan, tensors)
     if not isinstance(aliases, dict) or not all(isinstance(source, str) for source in aliases.values()):
         raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: 'aliases' is {shown(aliases)}")

@@ -176,7 +176,7 @@ _JSON = st.recursive(
     max_leaves=20,
 )
 _QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-_DEEP = settings(_QUICK, max_examples=4000, derandomize=False)
+_DEEP = settings(_QUICK, max_examples=2500, derandomize=False)
 
 
 def _check_any_json(record: Any, as_spec: bool, kind: str) -> None:

@@ -200,6 +200,9 @@ def test_what_has_no_structure(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "other.ckpt")
         with pytest.raises(ValueError, match=r"other.ckpt' is not a checkpoint of Lightning's Trainer"):
             structure_from_checkpoint(tmp_path / "other.ckpt")
+    torch.save({"state_dict": {}, "embcompress": {"version": 1}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other.ckpt' cannot be loaded: not a compression plan"):
+        structure_from_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         structure_from_checkpoint(tmp_path / "nosuch.ckpt")
 
@@ -220,19 +223,27 @@ def _with_another_rank(checkpoint: dict[str, Any]) -> None:
     checkpoint["embcompress"]["tables"][1]["spec"]["ranks"][-1] -= 1
 
 
+def _with_a_negative_rank(checkpoint: dict[str, Any]) -> None:
+    checkpoint["embcompress"]["tables"][1]["spec"]["ranks"][-1] = -1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (
             _with_nan,
-            r"the checkpoint has NaN or infinite values in 'decoder.factorization.basis': training had diverged",
+            r"edited.ckpt' has NaN or infinite values in 'decoder.factorization.basis': training had diverged",
         ),
         (
             _without_a_factor,
-            r"the checkpoint does not fit its plan: 'decoder.factorization.packed_block_index' is missing",
+            r"edited.ckpt' does not fit its plan: 'decoder.factorization.packed_block_index' is missing",
         ),
-        (_with_damaged_blocks, r"the checkpoint is damaged: .*the block index .*block sizes differ from the plan"),
-        (_with_another_rank, r"the checkpoint does not fit its plan: 'decoder.factorization.* has the shape"),
+        (_with_damaged_blocks, r"edited.ckpt' is damaged: .*the block index .*block sizes differ from the plan"),
+        (
+            _with_a_negative_rank,
+            r"edited.ckpt' cannot be loaded: 'spec' of table 'decoder' .* that are not negative, it is",
+        ),
+        (_with_another_rank, r"edited.ckpt' does not fit its plan: 'decoder.factorization.* has the shape"),
     ],
 )
 def test_damaged_factors_are_refused_everywhere(
