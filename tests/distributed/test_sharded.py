@@ -35,6 +35,10 @@ def _compare(one: Any, other: Any, atol: float) -> None:
         torch.testing.assert_close(one, other, rtol=0.0, atol=atol, check_dtype=False)
 
 
+def _tables(plan: Plan) -> list[tuple[Any, ...]]:
+    return [(table.modules, table.method, table.options, table.spec, table.weighted_error) for table in plan.tables]
+
+
 def _check_run(folder: Path, name: str, atol: float) -> None:
     found = torch.load(folder / f"{name}.pt")
     case = (CASES | MORE_CASES)[name]
@@ -61,7 +65,8 @@ def _check_run(folder: Path, name: str, atol: float) -> None:
     for epoch in range(2):
         checkpoint = folder / name / f"epoch={epoch}.ckpt"
         assert checkpoint.is_dir() == case["directory"]
-        assert structure_from_checkpoint(checkpoint) == plan_of(model)
+        # FSDP has made the factors float32.
+        assert _tables(structure_from_checkpoint(checkpoint)) == _tables(plan_of(model))
     if not case["directory"]:
         loaded = load_from_checkpoint(ShardedModel, checkpoint)
         _compare(dict(loaded.state_dict()), dict(model.state_dict()), atol)
