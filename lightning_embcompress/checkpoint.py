@@ -214,7 +214,7 @@ def load_from_checkpoint(cls: type[_Module], path: str | os.PathLike[str], **kwa
         # Older versions of Lightning do not take it, and would load whatever there is.
         read_without_tensors(path)
         kwargs.pop("weights_only", None)
-        if "weights_only" in inspect.signature(LightningModule.load_from_checkpoint).parameters:
+        if "weights_only" in inspect.signature(cls.load_from_checkpoint).parameters:
             kwargs["weights_only"] = True
     where = str(path) if "://" in str(path) else Path(path)
     if restores_structure(cls):

@@ -157,6 +157,18 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
     huggingface.follow(model)
 
 
+def put_back(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put layers where they were before `restore_dense` or `replace_table` took their places.
+
+    Args:
+        model: The module that held them.
+        layers: The layers by their paths.
+    """
+    for path, layer in layers.items():
+        _swap(model, path, layer)
+    huggingface.follow(model)
+
+
 def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
     parent_path, _, name = path.rpartition(".")
     new.train(model.get_submodule(path).training)

@@ -10,21 +10,28 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_embcompress.budget import Request, Tie, check_budget, check_counts, plan_requests
+from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
-from lightning_embcompress.callbacks.optimizer import splice
-from lightning_embcompress.callbacks.residual import open_table, write_residual, write_target
-from lightning_embcompress.checkpoint import attach
-from lightning_embcompress.factorizations import Factorization, get_method
-from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
+from lightning_embcompress.callbacks.several import Turn, check_order, make_dense, merged_perplexity
+from lightning_embcompress.callbacks.solving import Files, check_residuals, solve_again, solve_requests
+from lightning_embcompress.checkpoint import keep_structure
+from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.factorizations import get_method
 from lightning_embcompress.plan import model_bytes, plan_of
+from lightning_embcompress.random_state import gather_over_processes, random_state, set_random_state
+from lightning_embcompress.reference import reference_file
 from lightning_embcompress.report import show_plan, show_requests, write_report
-from lightning_embcompress.tables import Table, check_finite, replace_table
+from lightning_embcompress.tables import put_back
+
+RANDOM_STATE_KEY = "embcompress_random_state"
+"""Where a checkpoint keeps the random state of every process, which Lightning does not keep."""
 
 
 class EmbeddingCompression(Callback):
@@ -33,6 +40,12 @@ class EmbeddingCompression(Callback):
     Tables are replaced in place, the optimizer goes on with the factors, and checkpoints record the structure, so
     that `ckpt_path` works from before and after the compression. Perplexity on the validation data is measured before
     and after every step, shown, logged to every logger, and written to `report.json` in the run's folder.
+
+    Under DDP the processes share the work of solving, and hold the same factors afterwards. Several callbacks may
+    compress different tables, or the same ones one after the other, each time from the table as it is then. Checkpoints
+    keep the random state of all processes, so that a resumed run goes on as the uninterrupted one would have: from
+    anywhere with the data modules of this package and other loaders with a `state_dict`, with plain loaders from the
+    end of an epoch.
 
     Epochs count from 0; what is due at an epoch happens before its first step. With `fast_dev_run`, whose only epoch
     is the first, everything happens there.
@@ -47,6 +60,9 @@ class EmbeddingCompression(Callback):
             plus what the last solution left out of it. That residual is kept in the run's folder, as large as the
             dense tables, and may be deleted when the run will not be resumed any more.
         tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.find_tables`.
+        keep_reference: Folder in which the dense tables are kept when they are compressed, for
+            `lightning_embcompress.open_reference`; residuals are then kept after the last refinement too, so that a
+            resumed run may refine at further epochs.
         tie: What becomes of a table that embedding and softmax share: `keep` one set of factors for both, `untie` into
             two of half the bytes each, or `auto`, see `lightning_embcompress.compress`.
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by. By default the
@@ -75,6 +91,7 @@ class EmbeddingCompression(Callback):
         tie: Tie = "keep",
         monitor: str | None = None,
         token_counts: list[int] | Tensor | None = None,
+        keep_reference: str | Path | None = None,
         **options: Any,
     ) -> None:
         """Check what can be checked without a model."""
@@ -95,13 +112,16 @@ class EmbeddingCompression(Callback):
         self.tie = tie
         self.monitor = monitor
         self.token_counts = token_counts
+        self.keep_reference = None if keep_reference is None else Path(keep_reference)
         self.options = options
+        self._random_states: Sequence[Any] | None = None
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._compressed: list[dict[str, Any]] = []
         self._refined: list[int] = []
         self._counts: Tensor | None = None
+        self._resumed_from: str | None = None
         self._perplexity: dict[str, Any] = {
             "dense": None,
             "compressed": None,
@@ -134,63 +154,95 @@ class EmbeddingCompression(Callback):
         self._perplexity = state_dict["perplexity"]
 
     @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the random state of all processes."""
+        if RANDOM_STATE_KEY not in checkpoint:
+            checkpoint[RANDOM_STATE_KEY] = gather_over_processes(random_state(trainer.strategy.root_device))
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note where training goes on from."""
+        self._random_states = checkpoint.get(RANDOM_STATE_KEY)
+        self._resumed_from = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
-        attach(pl_module)
-        if stage != "fit":
-            return
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"{type(self).__name__} trains on one device for now, the Trainer has {trainer.world_size}: use "
-                "devices=1, or compress() before training"
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            # EMAWeightAveraging is a WeightAveraging, which older versions of Lightning do not have.
-            names = {cls.__name__ for cls in type(callback).__mro__}
-            if isinstance(callback, StochasticWeightAveraging) or "WeightAveraging" in names:
-                raise ValueError(
-                    f"{type(callback).__name__} averages weights by shape and breaks when tables are replaced in the "
-                    f"middle of training: remove it, or compress() the model before training instead of by "
-                    f"{type(self).__name__}"
-                )
-        last = max([self.at_epoch, *self.refine_at_epochs])
-        if trainer.max_epochs not in (None, -1) and last >= trainer.max_epochs and not _fast_dev_run(trainer):
-            name = "refine_at_epochs" if self.refine_at_epochs else "at_epoch"
-            raise ValueError(
-                f"{name} asks for epoch {last}, but max_epochs={trainer.max_epochs} ends before it (epochs count from "
-                f"0): train for at least {last + 1} epochs or choose an earlier one"
-            )
+        keep_structure(pl_module)
+        use_atomic_checkpoints(trainer)
+        self._random_states = None
+        if stage == "fit":
+            check_trainer(trainer, type(self).__name__, self.at_epoch, self.refine_at_epochs)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check tables and budget before the first step, and show what will be done."""
+        """Check tables and budget before the first step, show what will be done, and go on with the random state."""
+        check_optimizers(trainer, type(self).__name__)
         there = plan_of(pl_module).tables
         if self._compressed and not there:
             # The callback was used for another model before.
             self._start_anew()
+        by_others = any(callback._compressed for callback in _compressing(trainer) if callback is not self)
         if self._compressed:
-            self._check_residuals(pl_module)
-            return
+            if not set(self.refine_at_epochs) <= set(self._refined):
+                check_residuals(pl_module, self._compressed, self._resumed_from)
+        elif not (there and by_others):
+            self._check_request(trainer, pl_module)
+        self._restore_random_state(trainer)
+
+    def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
+        there = plan_of(module).tables
         if there and self.tables == "auto":
             raise ValueError(
                 f"the tables {', '.join(repr(table.name) for table in there)} are compressed already, and not by this "
                 f"{type(self).__name__}: resume with the method, at_epoch and tables of the run that did it, remove "
                 "the callback, restore them with densify(model), or name other modules as tables"
             )
-        requests = self._requests(pl_module)
+        requests = self._requests(module)
+        if len(_compressing(trainer)) > 1:
+            check_order([callback._turn(module) for callback in _compressing(trainer) if not callback._compressed])
         given = self._known_counts(trainer, requests)
         if given is not None:
             check_counts(given, requests)
+        for request in requests:
+            kept = self.keep_reference and reference_file(self.keep_reference, request.table.name)
+            if kept and kept.exists() and not trainer.ckpt_path:
+                raise ValueError(
+                    f"keep_reference: {str(kept)!r} is there already, from another run, and would be lost: name "
+                    "another folder, or remove it"
+                )
         show_requests(requests)
+
+    def _turn(self, module: LightningModule) -> Turn:
+        paths = frozenset(path for request in self._requests(module) for path in request.table.modules)
+        return Turn(self.at_epoch, self.refine_at_epochs, paths)
+
+    def _restore_random_state(self, trainer: Trainer) -> None:
+        states, self._random_states = self._random_states, None
+        if states is None:
+            return
+        if len(states) == trainer.world_size:
+            set_random_state(states[trainer.global_rank], trainer.strategy.root_device)
+            return
+        rank_zero_warn(
+            f"the checkpoint holds the random state of {len(states)} processes, and there are {trainer.world_size}: "
+            "random numbers go on otherwise than they would have"
+        )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due at this epoch."""
-        if not _fast_dev_run(trainer):
-            self._do_due(trainer, pl_module, (self._folder(trainer) / "residuals").absolute())
+        if not self._is_due(trainer):
             return
-        with TemporaryDirectory(prefix="embcompress-") as folder:
-            self._do_due(trainer, pl_module, Path(folder))
+        # Drawn numbers would change what follows, and a resumed run does not draw them again.
+        with isolate_rng():
+            if not is_fast_dev_run(trainer):
+                folder = (self._folder(trainer) / "residuals").absolute()
+                # One process of every machine: some share a file system, some do not.
+                self._do_due(trainer, pl_module, folder, writes=trainer.local_rank == 0)
+                return
+            with TemporaryDirectory(prefix="embcompress-") as temporary:
+                self._do_due(trainer, pl_module, Path(temporary), writes=True)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -201,16 +253,28 @@ class EmbeddingCompression(Callback):
         if batch_idx == 0:
             self.on_train_epoch_start(trainer, pl_module)
 
-    def _do_due(self, trainer: Trainer, module: LightningModule, residuals: Path) -> None:
+    def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
-        everything = _fast_dev_run(trainer)
-        if not self._compressed and (epoch >= self.at_epoch or everything):
-            self._compress(trainer, module, residuals)
+        if is_fast_dev_run(trainer):
+            return not self._compressed or len(self._refined) < len(self.refine_at_epochs)
+        if not self._compressed:
+            return epoch >= self.at_epoch
+        return any(due <= epoch and due not in self._refined for due in self.refine_at_epochs)
+
+    def _do_due(self, trainer: Trainer, module: LightningModule, folder: Path, writes: bool) -> None:
+        epoch = trainer.current_epoch
+
+        def files(at: int) -> Files:
+            needed = any(later > at for later in self.refine_at_epochs) or self.keep_reference is not None
+            return Files(folder, writes, needed, self._resumed_from, self.keep_reference)
+
+        if not self._compressed:
+            self._compress(trainer, module, files(self.at_epoch))
         for due in self.refine_at_epochs:
-            if not self._compressed or due in self._refined:
+            if due in self._refined:
                 continue
-            if due == epoch or everything:
-                self._refine(trainer, module, due, residuals)
+            if due == epoch or is_fast_dev_run(trainer):
+                self._refine(trainer, module, due, files(due))
             elif due < epoch:
                 rank_zero_warn(f"the refinement at epoch {due} is left out: training is at epoch {epoch} already")
                 self._refined.append(due)
@@ -224,9 +288,13 @@ class EmbeddingCompression(Callback):
                 "nothing was compressed"
             )
             return
+        last = [callback for callback in _compressing(trainer) if callback._compressed][-1]
+        if last is not self:
+            # It measures for all.
+            return
         self._perplexity["final"] = self._measure(trainer, pl_module, "final")
         self._write_report(trainer, pl_module)
-        values = self._perplexity
+        values = self._merged(trainer)
         steps = [("dense", values["dense"]), ("compressed", values["compressed"])]
         steps += [(f"refined at epoch {entry['epoch']}", entry["value"]) for entry in values["refined"]]
         steps.append(("final", values["final"]))
@@ -256,97 +324,43 @@ class EmbeddingCompression(Callback):
             counts = stream_token_counts(trainer, module, embedding, requests[0].table.shape[0])
         return check_counts(counts, requests)
 
-    def _compress(self, trainer: Trainer, module: LightningModule, residuals: Path) -> None:
-        requests = self._requests(module)
-        for request in requests:
-            check_finite(request.table)
-        counts = self._counts_for(trainer, module, requests)
-        self._perplexity["dense"] = self._measure(trainer, module, "dense", requests)
-        solved = []
-        for request in requests:
-            factors = request.solve(request.table.weight, counts)
-            request.record(factors, request.table.weight, counts)
-            entry: dict[str, Any] = {"modules": list(request.table.modules), "max_bytes": request.max_bytes}
-            entry |= {"untied": request.untied, "residual": None, "checksum": None}
-            if self.refine_at_epochs:
-                path = residuals / f"{request.table.name}-epoch{trainer.current_epoch}.bin"
-                entry["residual"] = str(path)
-                entry["checksum"] = write_residual(path, request.table.weight, factors)
-            solved.append((entry, factors))
-        self._replace(trainer, module, [(entry["modules"], factors) for entry, factors in solved])
-        self._compressed += [entry for entry, _ in solved]
-        # Only a refinement reads them again.
-        self._counts = counts if self.refine_at_epochs else None
+    def _compress(self, trainer: Trainer, module: LightningModule, files: Files) -> None:
+        # Layers that another callback has compressed before.
+        before = make_dense(module, self.tables)
+        try:
+            requests = self._requests(module)
+            counts = self._counts_for(trainer, module, requests)
+            self._perplexity["dense"] = self._measure(trainer, module, "dense", requests)
+            solved = solve_requests(trainer, requests, counts, trainer.current_epoch, files)
+        except BaseException:
+            put_back(module, before)
+            raise
+        chosen = {path for table in solved for path in table.entry["modules"]}
+        with uninterrupted():
+            put_back(module, {path: layer for path, layer in before.items() if path not in chosen})
+            known = {path: layer for path, layer in before.items() if path in chosen}
+            replace_in_training(trainer, module, [(table.entry["modules"], table.factors) for table in solved], known)
+            self._compressed = [table.entry for table in solved]
+            # Only a refinement reads them again.
+            self._counts = counts if files.keeps_residual else None
         self._perplexity["compressed"] = self._measure(trainer, module, "compressed")
         self._show(trainer, module, f"Compressed at epoch {trainer.current_epoch}")
 
-    def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, residuals: Path) -> None:
-        remaining = [later for later in self.refine_at_epochs if later > epoch]
-        jobs = []
-        for entry in self._compressed:
-            factors = self._factorization(module, entry)
-            jobs.append((entry, factors, open_table(self._residual(entry), factors, entry["checksum"])))
-        targets = []
-        for entry, factors, residual in jobs:
-            path = residuals / f"{entry['modules'][0]}-epoch{epoch}.bin"
-            target = write_target(path, residual, factors)
-            # Before the first table is changed.
-            check_finite(Table(tuple(entry["modules"]), target))
-            targets.append((entry, factors, path, target))
-        for entry, factors, path, target in targets:
-            on_device = target.to(factors.device)
-            table = Table(tuple(entry["modules"]), on_device)
-            request = Request(table, self.method, self.options, entry["max_bytes"], entry["untied"])
-            solved = request.solve(on_device, self._counts, start=factors)
-            request.record(solved, on_device, self._counts)
-            if solved is not factors:
-                self._replace(trainer, module, [(entry["modules"], solved)])
-            if remaining:
-                entry["checksum"] = write_residual(path, target, solved)
-                entry["residual"] = str(path)
-            else:
-                # The file before stays, for a run that is resumed from before this refinement.
-                path.unlink()
-                entry["residual"] = entry["checksum"] = None
-        self._refined.append(epoch)
+    def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
+        solved = solve_again(trainer, module, self._compressed, self.method, self.options, self._counts, epoch, files)
+        with uninterrupted():
+            for table in solved:
+                if table.in_place_of is None:
+                    replace_in_training(trainer, module, [(table.entry["modules"], table.factors)])
+                    continue
+                # The optimizer goes on with the parameters it knows.
+                table.in_place_of.load_state_dict(table.factors.state_dict())
+                table.in_place_of.provenance = table.factors.provenance
+            self._compressed = [table.entry for table in solved]
+            self._refined.append(epoch)
         value = self._measure(trainer, module, "refined")
         self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
         self._show(trainer, module, f"Refined at epoch {trainer.current_epoch}")
-
-    def _check_residuals(self, module: nn.Module) -> None:
-        """Refuse to resume towards a refinement that cannot be done."""
-        if set(self.refine_at_epochs) <= set(self._refined):
-            return
-        for entry in self._compressed:
-            open_table(self._residual(entry), self._factorization(module, entry))
-
-    def _residual(self, entry: Mapping[str, Any]) -> Path:
-        if entry["residual"] is None:
-            raise ValueError(
-                f"no residual of table {entry['modules'][0]!r} was kept, because no refinement was planned after those "
-                f"at epochs {self._refined}: resume with the refine_at_epochs that the run had"
-            )
-        return Path(entry["residual"])
-
-    def _factorization(self, module: nn.Module, entry: Mapping[str, Any]) -> Factorization[Any]:
-        layer = module.get_submodule(entry["modules"][0])
-        if not isinstance(layer, CompressedLayer):
-            raise ValueError(
-                f"table {entry['modules'][0]!r} was compressed by {type(self).__name__}, but is a "
-                f"{type(layer).__name__} now: it was replaced by other code and cannot be refined"
-            )
-        return layer.factorization
-
-    def _replace(
-        self, trainer: Trainer, module: LightningModule, solved: Sequence[tuple[Sequence[str], Factorization[Any]]]
-    ) -> None:
-        old = {path: module.get_submodule(path) for paths, _ in solved for path in paths}
-        for paths, factorization in solved:
-            replace_table(module, paths, factorization)
-        # All at once: two tables may take the place of one.
-        if splice(trainer.optimizers, module, old):
-            names = ", ".join(repr(paths[0]) for paths, _ in solved)
-            rank_zero_info(f"The optimizer's state of {names} was dropped: the factors start with none.")
 
     def _measure(
         self, trainer: Trainer, module: LightningModule, name: str, requests: Sequence[Request] = ()
@@ -376,13 +390,22 @@ class EmbeddingCompression(Callback):
         self._write_report(trainer, module)
 
     def _write_report(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and not _fast_dev_run(trainer):
-            write_report(self._folder(trainer) / "report.json", module, self._perplexity)
+        if is_fast_dev_run(trainer):
+            return
+        # Asked by all processes: under DDP it is the folder of the first.
+        path = self._folder(trainer) / "report.json"
+        if trainer.is_global_zero:
+            write_report(path, module, self._merged(trainer))
+
+    def _merged(self, trainer: Trainer) -> dict[str, Any]:
+        return merged_perplexity([callback._perplexity for callback in _compressing(trainer) if callback._compressed])
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def _fast_dev_run(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
+def _compressing(trainer: Trainer) -> list[EmbeddingCompression]:
+    """All callbacks that compress tables, in the order in which they do."""
+    found = [callback for callback in trainer.callbacks if isinstance(callback, EmbeddingCompression)]  # type: ignore[attr-defined]
+    return sorted(found, key=lambda callback: callback.at_epoch)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
+from lightning_embcompress.distribution import sum_over_processes
 from lightning_embcompress.progress import progress_bar
 
 
@@ -31,7 +32,7 @@ def validation_perplexity(
     Every batch goes through the module's validation hooks and `validation_step`, as in Lightning's own loop and with
     the same limits, but nothing is logged and neither the random state nor modes, buffers or metrics of the module
     change. Without `monitor` the loss is the cross-entropy that the step computes over one of the vocabularies,
-    averaged over targets.
+    averaged over targets. Of several processes each reads its own part of the data, and all get the mean over all.
 
     Args:
         trainer: The Trainer that is fitting.
@@ -81,7 +82,7 @@ def validation_perplexity(
             module.on_validation_epoch_end()
             module.on_validation_end()
             # Here, where a monitored metric still has its state.
-            mean = loss.mean() if monitor is None else logged.mean()
+            mean = _mean(loss.total, loss.count) if monitor is None else logged.mean()
     finally:
         trainer.state.stage = stage
     if mean is None:
@@ -147,6 +148,7 @@ def stream_token_counts(
             with suppress(_SeenEnough):
                 module.training_step(batch, batch_index)
             advance(1)
+    counts = sum_over_processes(counts)
     if not counts.any():
         raise ValueError(
             "no token was seen in the training data: give the callback token_counts, how often every token occurs"
@@ -194,8 +196,11 @@ class _HeadCrossEntropy(TorchFunctionMode):
         self.total += float(func(input.float(), target, ignore_index=ignore_index, reduction="sum"))
         self.count += int(valid.sum())
 
-    def mean(self) -> float | None:
-        return self.total / self.count if self.count else None
+
+def _mean(total: float, count: float) -> float | None:
+    """The mean over all processes; None where none of them has counted anything."""
+    total, count = sum_over_processes(torch.tensor([total, count], dtype=torch.float64)).tolist()
+    return total / count if count else None
 
 
 class _Logged:
@@ -228,12 +233,14 @@ class _Logged:
 
     def mean(self) -> float:
         if self.metric is not None:
+            # Over all processes by itself.
             return float(self.metric.compute())
-        if not self.weight:
+        mean = _mean(self.total, self.weight)
+        if mean is None:
             raise ValueError(
                 f"monitor {self.monitor!r} is not logged in validation; logged are {sorted(self.seen) or 'none'}"
             )
-        return self.total / self.weight
+        return mean
 
 
 @contextmanager

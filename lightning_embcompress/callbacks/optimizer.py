@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Adagrad, Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Optimizer
+
+from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.layers import CompressedLayer
+
+# A part of the table at a time: its gradient by a factor with a row for every token is as large as that factor.
+_PARTS = 8
 
 
-def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[str, nn.Module]) -> int:
+def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[str, nn.Module]) -> list[str]:
     """Let optimizers train the layers that took the place of others.
 
     The new parameters stand where the old ones stood, in the same group: the number of groups stays what it is (which
     learning-rate schedulers and resuming rely on), and their order is that of the rebuilt model's parameters, so that
-    a resumed run finds every state where it belongs. The old parameters' state goes: moments of a table mean nothing
-    to its factors.
+    a resumed run finds every state where it belongs.
+
+    The momentum of `torch.optim.SGD` is a sum of gradients, and goes on as that of the factors, see `pull_back`. All
+    other state goes whole: a second moment has no such image, and a first moment beside none would explode.
 
     Args:
         optimizers: All optimizers of the run.
@@ -24,13 +33,14 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
         replaced: The old layers by their paths, in the order of `model.named_modules()`.
 
     Returns:
-        How many old parameters had a state that was dropped.
+        Paths of the layers whose state was dropped.
     """
     order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
     layers = [(list(old.parameters()), list(model.get_submodule(path).parameters())) for path, old in replaced.items()]
     kept = {id(parameter) for _, after in layers for parameter in after}
     gone = {id(parameter): parameter for before, _ in layers for parameter in before if id(parameter) not in kept}
-    dropped = 0
+    tables = _one_for_one(model, replaced)
+    dropped: list[str] = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # In place: some optimizers keep a reference to this list.
@@ -63,7 +73,59 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
             if places == sorted(places):
                 # A table that became two left one place, its factors have two.
                 parameters.sort(key=lambda parameter: order.get(id(parameter), math.inf))
-        for parameter in gone.values():
-            if optimizer.state.pop(parameter, None):
-                dropped += 1
-    return dropped
+        for path, old in replaced.items():
+            for parameter in old.parameters():
+                state = optimizer.state.pop(parameter, None) if id(parameter) in gone else None
+                if not state:
+                    continue
+                momentum = state.get("momentum_buffer") if isinstance(optimizer, SGD) else None
+                table = tables.get(id(parameter))
+                if table is not None and isinstance(momentum, Tensor):
+                    for factor, value in pull_back(table, momentum):
+                        optimizer.state[factor] = {"momentum_buffer": value}
+                elif any(torch.is_tensor(value) and value.numel() > 1 for value in state.values()):
+                    dropped.append(path)
+    return list(dict.fromkeys(dropped))
+
+
+def _one_for_one(model: nn.Module, replaced: Mapping[str, nn.Module]) -> dict[int, Factorization[Any]]:
+    """Which factorization took the place of which weight, by the weight's id; none of one that became two."""
+    found: dict[int, Factorization[Any]] = {}
+    split = set()
+    for path, old in replaced.items():
+        weight = getattr(old, "weight", None)
+        new = model.get_submodule(path)
+        if not isinstance(weight, nn.Parameter) or not isinstance(new, CompressedLayer):
+            continue
+        if found.setdefault(id(weight), new.factorization) is not new.factorization:
+            split.add(id(weight))
+    return {key: table for key, table in found.items() if key not in split}
+
+
+def pull_back(factorization: Factorization[Any], moment: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """What a sum of gradients of a table is as one of its factors, by the chain rule.
+
+    For a table `W = U B` and its moment `M` these are `M Bᵀ` for `U` and `Uᵀ M` for `B`: the gradients of `⟨M, W⟩`.
+
+    Args:
+        factorization: Of a table `[vocab_size, dim]`.
+        moment: `[vocab_size, dim]`.
+
+    Returns:
+        Every trained parameter, and its moment of the same shape.
+    """
+    factors = [parameter for parameter in factorization.parameters() if parameter.requires_grad]
+    sums = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for parameter in factors]
+    for ids in torch.arange(factorization.vocab_size, device=factorization.device).tensor_split(_PARTS):
+        with torch.enable_grad():
+            rows = factorization.rows(ids)
+        for total, part in zip(sums, _gradients(rows, factors, moment[ids].to(rows)), strict=True):
+            total += part
+    return list(zip(factors, sums, strict=True))
+
+
+def _gradients(rows: Tensor, factors: Sequence[Tensor], moment: Tensor) -> Sequence[Tensor]:
+    if not factors or not len(moment):
+        return [torch.zeros_like(factor) for factor in factors]
+    gradients = torch.autograd.grad(rows, factors, moment, allow_unused=True)
+    return [torch.zeros_like(f) if part is None else part for f, part in zip(factors, gradients, strict=True)]

@@ -7,8 +7,8 @@ Refinement therefore aims at `T = Ŵ_now + R`: the table as training has moved i
 
 from __future__ import annotations
 
-import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.files import explaining_failure, replacing
 from lightning_embcompress.solvers.gram import row_chunks
 
 
 def write_residual(path: Path, target: Tensor, factorization: Factorization[Any]) -> int:
-    """Write `R = T − Ŵ` in the table's dtype, chunk by chunk, under a temporary name that is then renamed.
+    """Write `R = T − Ŵ` in the table's dtype, chunk by chunk; a file that was there is replaced in one step.
 
     Returns:
         The checksum by which `open_table` knows the file again.
@@ -28,17 +29,16 @@ def write_residual(path: Path, target: Tensor, factorization: Factorization[Any]
     return _write(path, target, factorization, sign=-1)
 
 
-def write_target(path: Path, residual: Tensor, factorization: Factorization[Any]) -> Tensor:
-    """Write `T = Ŵ + R` and return it memory-mapped, `[vocab_size, dim]`."""
+def write_target(path: Path, residual: Tensor, factorization: Factorization[Any]) -> None:
+    """Write `T = Ŵ + R`, as `write_residual` writes."""
     _write(path, residual, factorization, sign=1)
-    return open_table(path, factorization)
 
 
-def open_table(path: Path, factorization: Factorization[Any], checksum: int | None = None) -> Tensor:
+def open_table(paths: Path | Sequence[Path], factorization: Factorization[Any], checksum: int | None = None) -> Tensor:
     """Map a file that was written here into memory.
 
     Args:
-        path: The file.
+        paths: The file, or where it may be: the first place that has it is taken.
         factorization: Of the table it belongs to.
         checksum: What `write_residual` returned, to be compared; None to compare the size only.
 
@@ -49,24 +49,42 @@ def open_table(path: Path, factorization: Factorization[Any], checksum: int | No
         FileNotFoundError: If it is missing.
         ValueError: If its size is not that of the table, or its checksum another.
     """
+    paths = [paths] if isinstance(paths, Path) else paths
     shape, dtype = (factorization.vocab_size, factorization.dim), factorization.dtype
     size = shape[0] * shape[1] * dtype.itemsize
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"the residual {str(path)!r} is missing: it was written when the table was compressed, and refinement "
-            "needs it. Put it back, or resume without refine_at_epochs"
-        )
-    if path.stat().st_size != size:
-        raise ValueError(
-            f"the residual {str(path)!r} is damaged: a table of {shape[0]} x {shape[1]} takes {size} bytes, the file "
-            f"has {path.stat().st_size}"
-        )
-    if checksum is not None and _checksum(path) != checksum:
-        raise ValueError(
-            f"the residual {str(path)!r} is not the one that was written for this checkpoint: it is damaged, or "
-            "another run wrote to the same folder. Put it back, or resume without refine_at_epochs"
-        )
-    return torch.from_file(str(path), size=shape[0] * shape[1], dtype=dtype).view(shape)
+    problems = []
+    for path in paths:
+        if not path.is_file():
+            continue
+        if path.stat().st_size != size:
+            problems.append(
+                f"the residual {str(path)!r} is damaged: a table of {shape[0]} x {shape[1]} takes {size} bytes, the "
+                f"file has {path.stat().st_size}"
+            )
+        elif checksum is not None and _checksum(path) != checksum:
+            problems.append(
+                f"the residual {str(path)!r} is not the one that was written for this checkpoint: it is damaged, or "
+                "another run wrote to the same folder. Put it back, or resume without refine_at_epochs"
+            )
+        else:
+            return torch.from_file(str(path), size=shape[0] * shape[1], dtype=dtype).view(shape)
+    if problems:
+        raise ValueError(problems[0])
+    raise FileNotFoundError(
+        f"the residual {str(paths[0])!r} is missing: it was written when the table was compressed, and refinement "
+        "needs it. Put it back, or resume without refine_at_epochs"
+    )
+
+
+def places_of(path: Path, checkpoint: str | None) -> list[Path]:
+    """Where a residual may be: where it was written or, if the run's folder was moved, beside the checkpoint.
+
+    Args:
+        path: Where it was written, in the folder `residuals` of the run's folder.
+        checkpoint: What training was resumed from, somewhere in the run's folder.
+    """
+    folders = list(Path(checkpoint).absolute().parents)[:4] if checkpoint else []
+    return [path, *(folder / path.parent.name / path.name for folder in folders)]
 
 
 def _checksum(path: Path) -> int:
@@ -80,10 +98,9 @@ def _checksum(path: Path) -> int:
 @torch.no_grad()
 def _write(path: Path, base: Tensor, factorization: Factorization[Any], sign: int) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     device = factorization.device
     checksum = 0
-    with temporary.open("wb") as file:
+    with explaining_failure(path), replacing(path) as temporary, temporary.open("wb") as file:
         for chunk in row_chunks(factorization.vocab_size, factorization.dim):
             rows = factorization.rows(torch.arange(chunk.start, chunk.stop, device=device))
             values = base[chunk].to(device).float() if rows.dtype.itemsize < 4 else base[chunk].to(device)
@@ -92,5 +109,4 @@ def _write(path: Path, base: Tensor, factorization: Factorization[Any], sign: in
             data = values.view(torch.uint8).numpy().tobytes()
             checksum = zlib.crc32(data, checksum)
             file.write(data)
-    os.replace(temporary, path)
     return checksum

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -282,10 +283,10 @@ def test_weight_averaging_is_refused(foreign: SimpleNamespace, make_trainer: Mak
             make_trainer(EmbeddingCompression("low_rank", ratio=2), other).fit(foreign.model(), **foreign.loaders())
 
 
-def test_several_devices_are_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    trainer, callback = make_trainer(devices=2, strategy="ddp_spawn"), EmbeddingCompression("low_rank", ratio=2)
-    with pytest.raises(ValueError, match="trains on one device for now, the Trainer has 2: use devices=1"):
-        callback.setup(trainer, foreign.model(), "fit")
+def test_strategies_that_shard_are_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(devices=2, strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match="ModelParallelStrategy has divided.*strategy='ddp'.*compress_or_restore"):
+        EmbeddingCompression("low_rank", ratio=2).setup(trainer, foreign.model(), "fit")
 
 
 def test_a_model_that_was_compressed_otherwise_is_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_embcompress.callbacks.optimizer import splice
+from lightning_embcompress.callbacks.optimizer import pull_back, splice
+from lightning_embcompress.factorizations import METHODS, LowRank
 from lightning_embcompress.plan import compress
 
 
@@ -29,7 +30,7 @@ def _step(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.step()
 
 
-def _compress(model: nn.Module, optimizer: Optimizer) -> int:
+def _compress(model: nn.Module, optimizer: Optimizer) -> list[str]:
     old = {path: model.get_submodule(path) for path in ("0", "2")}
     compress(model, "group_reduce", ratio=2, token_counts=torch.arange(600, 0, -1), groups=3)
     return splice([optimizer], model, old)
@@ -51,7 +52,8 @@ def test_factors_train_in_the_order_of_the_model(make: Callable[[Any], Optimizer
     optimizer = make(model.parameters())
     _step(model, optimizer)
     bias_state = optimizer.state[model[2].bias]
-    assert _compress(model, optimizer) == (1 if tied else 2)
+    dropped = [] if isinstance(optimizer, SGD) else ["0"] if tied else ["0", "2"]
+    assert _compress(model, optimizer) == dropped
     (group,) = optimizer.param_groups
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
     assert optimizer.state[model[2].bias] is bias_state
@@ -89,3 +91,74 @@ def test_frozen_tables_stay_out() -> None:
     trained = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
     assert not trained & {id(parameter) for parameter in model[0].parameters()}
     assert not any(parameter.requires_grad for parameter in model[0].parameters())
+
+
+def test_momentum_goes_on_as_that_of_the_factors() -> None:
+    model = _model(tied=True)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    _step(model, optimizer)
+    moment = optimizer.state[model[0].weight]["momentum_buffer"].clone()
+    old = {path: model.get_submodule(path) for path in ("0", "2")}
+    compress(model, "low_rank", ratio=2)
+    assert splice([optimizer], model, old) == []
+    table = model[0].factorization
+    # m_U = m_W Bᵀ and m_B = Uᵀ m_W.
+    expected = {"coefficients": moment @ table.basis.T, "basis": table.coefficients.T @ moment}
+    for name, value in expected.items():
+        found = optimizer.state[table.get_parameter(name)]["momentum_buffer"]
+        torch.testing.assert_close(found, value.detach(), rtol=1e-4, atol=1e-6)
+    _step(model, optimizer)
+    assert len(optimizer.state_dict()["state"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_momentum_of_every_method_is_a_gradient(method: str) -> None:
+    model = nn.Sequential(nn.Embedding(150, 16)).double()
+    compress(model, method, ratio=1.5, token_counts=torch.arange(150, 0, -1) if METHODS[method].needs_counts else None)
+    table = model[0].factorization
+    moment = torch.randn(150, 16, generator=torch.Generator().manual_seed(1)).double()
+    found = pull_back(table, moment)
+    assert [id(parameter) for parameter, _ in found] == [id(parameter) for parameter in table.parameters()]
+    # The table moves by what its factors move, so ⟨M, W⟩ changes by their product with the momentum: by differences.
+    step = 1e-6
+    for parameter, value in found:
+        direction = torch.randn_like(parameter)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * step * direction
+                ends.append((table.dense() * moment).sum())
+                parameter -= sign * step * direction
+        torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), (direction * value).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_momentum_of_a_table_that_becomes_two_is_dropped() -> None:
+    model = _model(tied=True)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    _step(model, optimizer)
+    old = {path: model.get_submodule(path) for path in ("0", "2")}
+    compress(model, "low_rank", ratio=4, tie="untie")
+    assert splice([optimizer], model, old) == ["0"]
+
+
+def test_a_frozen_basis_has_no_momentum() -> None:
+    table = LowRank(50, 8, 3)
+    table.basis.requires_grad_(False)
+    assert [id(parameter) for parameter, _ in pull_back(table, torch.ones(50, 8))] == [id(table.coefficients)]
+
+
+def test_the_table_in_one_of_several_optimizers() -> None:
+    model = _model(tied=False)
+    tables = SGD([model[0].weight, model[2].weight], lr=0.1, momentum=0.9)
+    others = Adam([*model[1].parameters(), model[2].bias])
+    ids = torch.arange(0, 599, 7)
+    nn.functional.cross_entropy(model(ids), ids + 1).backward()
+    tables.step()
+    others.step()
+    old = {path: model.get_submodule(path) for path in ("0", "2")}
+    states = len(others.state)
+    compress(model, "low_rank", ratio=2)
+    assert splice([others, tables], model, old) == []
+    factors = [parameter for path in old for parameter in model.get_submodule(path).factorization.parameters()]
+    assert [id(parameter) for parameter in tables.param_groups[0]["params"]] == [id(factor) for factor in factors]
+    assert (len(others.state), len(tables.state)) == (states, 4)

@@ -180,7 +180,7 @@ def test_a_layer_that_other_code_replaced(foreign: SimpleNamespace, make_trainer
             pl_module.decoder = nn.Linear(foreign.dim, foreign.vocab_size)
 
     callback = EmbeddingCompression("low_rank", ratio=2, refine_at_epochs=[1])
-    with pytest.raises(ValueError, match=r"table 'decoder' was compressed by EmbeddingCompression, but is a Linear"):
+    with pytest.raises(ValueError, match=r"table 'decoder' was compressed, but is a Linear now"):
         make_trainer(Replace(), callback).fit(foreign.model(), **foreign.loaders())
 
 
@@ -194,7 +194,8 @@ def test_residual_files(tmp_path: Path, dtype: torch.dtype) -> None:
     assert residual.dtype == dtype
     assert path.stat().st_size == table.nbytes
     torch.testing.assert_close(residual, (table.double() - factors.dense().double()).to(dtype))
-    target = write_target(tmp_path / "target.bin", residual, factors)
+    write_target(tmp_path / "target.bin", residual, factors)
+    target = open_table(tmp_path / "target.bin", factors)
     rounding = 2 * torch.finfo(dtype).eps * table.abs().max().item()
     torch.testing.assert_close(target, table, rtol=0, atol=rounding)
     assert [file.name for file in path.parent.iterdir()] == ["table.bin"]
@@ -212,7 +213,7 @@ def test_splice_keeps_groups_and_their_order() -> None:
     old = {"2": model[2], "0": model[0]}
     for path in old:
         replace_table(model, [path], LowRank(50, 8, 3))
-    assert splice([untouched, optimizer], model, old) == 2
+    assert splice([untouched, optimizer], model, old) == ["2", "0"]
     # The same lists, for some optimizers keep references to them.
     assert groups[0] is optimizer.param_groups[0]["params"]
     expected = [parameter for parameter in model.parameters() if parameter.dim() > 1]

@@ -219,7 +219,10 @@ def test_refinement_beyond_those_that_were_planned(
 ) -> None:
     # The file of the compression is still there, but it is not what the last refinement left out.
     callback = GroupReduce(ratio=2, at_epoch=1, refine_at_epochs=[3, 4, 7], groups=3)
-    with pytest.raises(ValueError, match=r"no residual of table 'encoder' was kept.* epochs \[3, 4\]"):
+    with pytest.raises(
+        ValueError,
+        match="no residual of table 'encoder' was kept.*refine_at_epochs that the run had, or use keep_reference",
+    ):
         make_trainer(callback, max_epochs=9).fit(
             foreign.model(), **_loaders(foreign), ckpt_path=tmp_path / "epoch=5.ckpt"
         )

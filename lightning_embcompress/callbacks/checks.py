@@ -1,0 +1,65 @@
+"""What cannot work with a Trainer, said before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+
+def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: Sequence[int]) -> None:
+    """Refuse strategies, callbacks and epochs that cannot work.
+
+    Args:
+        trainer: The Trainer, in `setup`.
+        name: Of the callback that asks.
+        at_epoch: Epoch of compression.
+        refine_at_epochs: Epochs of refinement.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"{name} replaces tables while a model trains, and {type(trainer.strategy).__name__} has divided the "
+            "parameters before: use strategy='ddp', or compress in configure_model, before the model is sharded, by "
+            "lightning_embcompress.compress_or_restore, and remove the callback"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # EMAWeightAveraging is a WeightAveraging, which older versions of Lightning do not have.
+        names = {cls.__name__ for cls in type(callback).__mro__}
+        if isinstance(callback, StochasticWeightAveraging) or "WeightAveraging" in names:
+            raise ValueError(
+                f"{type(callback).__name__} averages weights by shape and breaks when tables are replaced in the "
+                f"middle of training: remove it, or compress() the model before training instead of by {name}"
+            )
+    last = max([at_epoch, *refine_at_epochs])
+    # With fast_dev_run everything happens in the only epoch.
+    if trainer.max_epochs not in (None, -1) and last >= trainer.max_epochs and not is_fast_dev_run(trainer):
+        argument = "refine_at_epochs" if refine_at_epochs else "at_epoch"
+        raise ValueError(
+            f"{argument} asks for epoch {last}, but max_epochs={trainer.max_epochs} ends before it (epochs count from "
+            f"0): train for at least {last + 1} epochs or choose an earlier one"
+        )
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the only epoch is one of a trial run."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def check_optimizers(trainer: Trainer, name: str) -> None:
+    """Refuse optimizers that know their parameters by number.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            raise ValueError(
+                f"ZeroRedundancyOptimizer deals parameters out to the processes when it is made, and {name} replaces "
+                "some of them later: use the optimizer itself, or compress() the model before training"
+            )

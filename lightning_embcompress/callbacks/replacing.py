@@ -1,0 +1,67 @@
+"""Putting other layers into a model that is training: the modules, the optimizers and the strategy follow together."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_embcompress.callbacks.optimizer import splice
+from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.tables import replace_table
+
+
+def replace_in_training(
+    trainer: Trainer,
+    module: LightningModule,
+    solved: Sequence[tuple[Sequence[str], Factorization[Any]]],
+    replaced: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Put factorizations in the place of layers, let the optimizers train them, and let DDP reduce their gradients.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        module: Its module.
+        solved: Paths of the layers of a table, and what they read from now on.
+        replaced: The layers that the optimizers know, by their paths, where others stand in the module now.
+    """
+    old = {path: module.get_submodule(path) for paths, _ in solved for path in paths} | dict(replaced or {})
+    for paths, factorization in solved:
+        replace_table(module, paths, factorization)
+    # All at once: two tables may take the place of one.
+    if dropped := splice(trainer.optimizers, module, old):
+        names = ", ".join(map(repr, dropped))
+        rank_zero_info(f"The optimizer's state of {names} was dropped: the factors start with none.")
+    rewrap(trainer)
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Let DDP know of parameters that have changed: it reduces the gradients of those it was made with only."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block, so that a checkpoint saved because of it is never of half a change."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received and callable(before):
+            before(*received[0])

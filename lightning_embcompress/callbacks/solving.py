@@ -1,0 +1,185 @@
+"""Solving the tables of a model in training, with what has to be on the disk before the model is changed.
+
+What a callback keeps of every table that it has compressed is an entry, primitives only: `modules`, `max_bytes`,
+`untied`, and where the residual is (`residual`, `checksum`; None where none was kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_embcompress.budget import Request
+from lightning_embcompress.callbacks.residual import open_table, places_of, write_residual, write_target
+from lightning_embcompress.distribution import Job, failing_together, solve_together
+from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.reference import write_reference
+from lightning_embcompress.tables import Table, check_finite
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run keeps what compression leaves out.
+
+    Attributes:
+        folder: Where residuals are written.
+        writes: Whether this process writes there.
+        keeps_residual: Whether another refinement may need them.
+        resumed_from: Checkpoint that training goes on from.
+        reference: Folder of the dense tables, or None.
+    """
+
+    folder: Path
+    writes: bool
+    keeps_residual: bool
+    resumed_from: str | None
+    reference: Path | None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Factors that are not in the model yet.
+
+    Attributes:
+        entry: What is to be kept of the table.
+        factors: What was found.
+        in_place_of: The factorization of the model that takes its values, if the structure stayed.
+    """
+
+    entry: dict[str, Any]
+    factors: Factorization[Any]
+    in_place_of: Factorization[Any] | None = None
+
+
+def solve_requests(
+    trainer: Trainer, requests: Sequence[Request], counts: Tensor | None, epoch: int, files: Files
+) -> list[Solved]:
+    """Compress tables, and keep on the disk what will be needed of them; the model is not changed.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        requests: What is to become of which table.
+        counts: `[vocab_size]` token counts.
+        epoch: Of the compression.
+        files: Where residuals and references go.
+    """
+    for request in requests:
+        check_finite(request.table)
+    found = solve_together([Job(request, request.table.weight, counts) for request in requests])
+    solved = []
+    for request, factors in zip(requests, found, strict=True):
+        table = request.table
+        entry: dict[str, Any] = {"modules": list(table.modules), "max_bytes": request.max_bytes}
+        entry |= {"untied": request.untied, "residual": None, "checksum": None}
+        if files.keeps_residual:
+            path = files.folder / f"{table.name}-epoch{epoch}.bin"
+            entry |= _keep_residual(trainer, path, table.weight, factors, files)
+        with failing_together():
+            if files.reference is not None and files.writes:
+                write_reference(files.reference, table.name, table.weight)
+        solved.append(Solved(entry, factors))
+    return solved
+
+
+def solve_again(
+    trainer: Trainer,
+    module: nn.Module,
+    entries: Sequence[Mapping[str, Any]],
+    method: str,
+    options: dict[str, Any],
+    counts: Tensor | None,
+    epoch: int,
+    files: Files,
+) -> list[Solved]:
+    """Refine tables for what they are now with their residuals put back; the model is not changed.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        module: Its module.
+        entries: Of the tables.
+        method: Name in `METHODS`.
+        options: Of the method.
+        counts: `[vocab_size]` token counts.
+        epoch: Of the refinement.
+        files: Where residuals are and go.
+    """
+    jobs, paths = [], []
+    owned = [factorization_of(module, entry) for entry in entries]
+    for entry, own in zip(entries, owned, strict=True):
+        path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.bin"
+        with failing_together():
+            residual = open_table(_places(entry, files.resumed_from), own, entry["checksum"])
+            if files.writes:
+                write_target(path, residual, own)
+        # Written by this process, or by one that it has waited for.
+        target = open_table(path, own)
+        table = Table(tuple(entry["modules"]), target)
+        check_finite(table)
+        request = Request(table, method, options, entry["max_bytes"], entry["untied"])
+        # A copy: the model changes when all tables are solved and their residuals are on the disk.
+        jobs.append(Job(request, target.to(own.device), counts, start=deepcopy(own)))
+        paths.append(path)
+    solved = []
+    for entry, own, job, path, factors in zip(entries, owned, jobs, paths, solve_together(jobs), strict=True):
+        kept = {"residual": None, "checksum": None}
+        if files.keeps_residual:
+            kept = _keep_residual(trainer, path, job.request.table.weight, factors, files)
+        elif files.writes:
+            # The file before stays, for a run that is resumed from before this refinement.
+            path.unlink()
+        solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
+    return solved
+
+
+def check_residuals(module: nn.Module, entries: Sequence[Mapping[str, Any]], resumed_from: str | None) -> None:
+    """Refuse to go on towards a refinement that cannot be done.
+
+    Raises:
+        FileNotFoundError: If a residual is missing.
+        ValueError: If a residual is damaged or none was kept, or a table is not compressed any more.
+    """
+    with failing_together():
+        for entry in entries:
+            open_table(_places(entry, resumed_from), factorization_of(module, entry))
+
+
+def factorization_of(module: nn.Module, entry: Mapping[str, Any]) -> Factorization[Any]:
+    """What a table that was compressed is stored as now.
+
+    Raises:
+        ValueError: If it is not compressed any more.
+    """
+    name = entry["modules"][0]
+    layer = module.get_submodule(name)
+    if not isinstance(layer, CompressedLayer):
+        raise ValueError(
+            f"table {name!r} was compressed, but is a {type(layer).__name__} now: it was replaced by other code and "
+            "cannot be refined"
+        )
+    return layer.factorization
+
+
+def _places(entry: Mapping[str, Any], resumed_from: str | None) -> list[Path]:
+    if entry["residual"] is None:
+        raise ValueError(
+            f"no residual of table {entry['modules'][0]!r} was kept, because no refinement was planned after the last "
+            "one: resume with the refine_at_epochs that the run had, or use keep_reference in the first place"
+        )
+    return places_of(Path(entry["residual"]), resumed_from)
+
+
+def _keep_residual(
+    trainer: Trainer, path: Path, target: Tensor, factors: Factorization[Any], files: Files
+) -> dict[str, Any]:
+    checksum = None
+    with failing_together():
+        if files.writes:
+            checksum = write_residual(path, target, factors)
+    return {"residual": str(path), "checksum": trainer.strategy.broadcast(checksum)}
