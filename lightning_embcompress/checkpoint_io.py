@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,15 +167,12 @@ def check_whole_file(path: str | os.PathLike[str]) -> None:
         if sum(record.file_size for record in records) > file.stat().st_size:
             raise zipfile.BadZipFile("its records are larger than the file")
         for record in records:
-            checksum = record.CRC
-            # Otherwise compared by `zipfile`, also where there is none.
-            del record.CRC
-            found = 0
-            with archive.open(record) as stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    found = zlib.crc32(chunk, found)
-            if checksum not in (0, found):
-                raise zipfile.BadZipFile(f"the checksum of {record.filename!r} differs")
+            # Torch writes 0 where it was told to compute none.
+            if record.CRC:
+                with archive.open(record) as stream:
+                    # `zipfile` compares the checksum at the end.
+                    while stream.read(_CHUNK_BYTES):
+                        pass
 
 
 def read_without_tensors(path: str | os.PathLike[str]) -> Any:

@@ -277,9 +277,9 @@ def test_damaged_files_are_refused_everywhere(
     for entry in ("fit", "validate", "test", "predict"):
         trainer = make_trainer(_callback())
         use_atomic_checkpoints(trainer)
-        with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*the checksum of .* differs"):
+        with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*Bad CRC-32"):
             _enter(entry, trainer, foreign.model(), foreign, path)
-    with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*the checksum of .* differs"):
+    with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*Bad CRC-32"):
         load_from_checkpoint(foreign.Foreign, path)
 
 
