@@ -145,7 +145,7 @@ def _shared(
     source = owner if group is None else dist.get_global_rank(group, owner)
     dist.broadcast_object_list(structure, source, group, group_device(group))
     spec, dtype, in_place, shapes = structure[0]
-    device = job.weight.device if job.start is None else job.start.device
+    device = job.start.device if in_place and job.start is not None else job.weight.device
     with failing_together(group):
         if not is_owner:
             if in_place:
