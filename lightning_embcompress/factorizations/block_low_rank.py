@@ -20,7 +20,7 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
-from lightning_embcompress.factorizations.low_rank import alignment
+from lightning_embcompress.factorizations.low_rank import aligned_bases
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
@@ -363,7 +363,7 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         factorization._index(solution.block_of_row)
         bases = solution.bases
         if reference is not None and reference.basis_ranks == factorization.basis_ranks:
-            bases = _aligned(bases, reference.bases())
+            bases = aligned_bases(bases, reference.bases())
         units: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows, coefficients, basis, solved in zip(
             torch.split(factorization.order, sizes),
@@ -386,23 +386,6 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         # Processes share the rows of all blocks.
         deal([[unit[0]] for unit in units], [rows.numel() * solved.shape[0] for _, rows, solved in units], compute)
         return factorization
-
-
-def _aligned(bases: Sequence[Tensor | None], references: Sequence[Tensor]) -> list[Tensor | None]:
-    """Bases of blocks, each turned towards a reference; processes share the blocks."""
-    turned = [None if basis is None else torch.empty_like(basis) for basis in bases]
-    units = [
-        (out, basis, reference)
-        for out, basis, reference in zip(turned, bases, references, strict=True)
-        if out is not None and basis is not None
-    ]
-
-    def compute(unit: int) -> None:
-        out, basis, reference = units[unit]
-        out.copy_(alignment(basis, reference) @ basis)
-
-    deal([[unit[0]] for unit in units], [basis.shape[0] ** 2 for _, basis, _ in units], compute)
-    return turned
 
 
 class _VocabularyOrder(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
-from lightning_embcompress.solvers.division import agree
+from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import weighted_low_rank
 
@@ -203,3 +203,28 @@ def alignment(basis: Tensor, reference: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(reference.to(dtype) @ basis.to(dtype).T)
     rotation: Tensor = left @ right
     return rotation
+
+
+def aligned_bases(bases: Sequence[Tensor | None], references: Sequence[Tensor]) -> list[Tensor | None]:
+    """Bases of blocks, each turned towards a reference, see `alignment`; processes share the blocks.
+
+    Args:
+        bases: `[rank, dim]` orthonormal rows of every block, or None.
+        references: As many, of the same shapes.
+
+    Returns:
+        `[rank, dim]` of every block, or None.
+    """
+    turned = [None if basis is None else torch.empty_like(basis) for basis in bases]
+    units = [
+        (out, basis, reference)
+        for out, basis, reference in zip(turned, bases, references, strict=True)
+        if out is not None and basis is not None
+    ]
+
+    def compute(unit: int) -> None:
+        out, basis, reference = units[unit]
+        out.copy_(alignment(basis, reference) @ basis)
+
+    deal([[unit[0]] for unit in units], [basis.shape[0] ** 2 for _, basis, _ in units], compute)
+    return turned
