@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain
     from lightning_embcompress.checkpoint import keep_structure, load_from_checkpoint, structure_from_checkpoint
     from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
+    from lightning_embcompress.reference import open_reference
     from lightning_embcompress.saved import load_compressed, save_compressed
+    from lightning_embcompress.sharding import compress_or_restore, shard_tables
 
 __version__ = "0.1.0"
 
@@ -22,12 +24,15 @@ __all__ = [
     "TensorTrain",
     "apply_plan",
     "compress",
+    "compress_or_restore",
     "densify",
     "keep_structure",
     "load_compressed",
     "load_from_checkpoint",
+    "open_reference",
     "plan_of",
     "save_compressed",
+    "shard_tables",
     "structure_from_checkpoint",
 ]
 
@@ -35,7 +40,9 @@ _HOMES = {
     "callbacks": ("EmbeddingCompression", "GroupReduce", "TensorTrain"),
     "checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
     "plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
+    "reference": ("open_reference",),
     "saved": ("load_compressed", "save_compressed"),
+    "sharding": ("compress_or_restore", "shard_tables"),
 }
 
 # Makes `from_pretrained` of transformers load compressed models; imports nothing.

@@ -94,10 +94,9 @@ def explaining_failure(path: str | os.PathLike[str]) -> Iterator[None]:
         folder, said = Path(path).parent, " ".join(str(error).split())[:200]
         before = "what was there before is as it was" if Path(path).exists() else "nothing was left there"
         room = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there: " if folder.is_dir() else ""
-        raise OSError(
-            getattr(error, "errno", None),
-            f"{str(path)!r} could not be written, and {before}: {said}. {room}make room, or save elsewhere",
-        ) from error
+        message = f"{str(path)!r} could not be written, and {before}: {said}. {room}make room, or save elsewhere"
+        number = getattr(error, "errno", None)
+        raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
 def _temporary(target: Path) -> Path:

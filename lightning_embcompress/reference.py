@@ -63,7 +63,7 @@ def open_reference(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     files = sorted(Path(folder).glob(f"*{_SUFFIX}"))
     if not files:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no reference tables: they are written when a callback with keep_reference compresses"
+            f"{str(folder)!r} holds no reference tables: a callback with keep_reference writes them when it compresses"
         )
     tables = {}
     for file in files:

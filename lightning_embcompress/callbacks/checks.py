@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
@@ -22,11 +24,19 @@ def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: 
     Raises:
         ValueError: Naming the remedy.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise ValueError(
-            f"{name} replaces tables while a model trains, and {type(trainer.strategy).__name__} has divided the "
-            "parameters before: use strategy='ddp', or compress in configure_model, before the model is sharded, by "
-            "lightning_embcompress.compress_or_restore, and remove the callback"
+            f"{name} cannot replace tables under {type(strategy).__name__}, which shards the model and makes its "
+            "optimizer first: remove the callback and call lightning_embcompress.compress_or_restore(self, ...) in "
+            "configure_model, which compresses at the start; or use strategy='ddp'"
+        )
+    # DeepSpeed and XLA are made of DDP.
+    other = strategy.restore_checkpoint_after_setup or isinstance(strategy, XLAStrategy | SingleDeviceXLAStrategy)
+    if other or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"{name} works on one device and under DDP, not under {type(strategy).__name__}: use strategy='ddp', or "
+            "compress(model, ...) before training"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         # EMAWeightAveraging is a WeightAveraging, which older versions of Lightning do not have.
