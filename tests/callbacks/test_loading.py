@@ -344,3 +344,32 @@ def test_objects_are_loaded_only_where_that_is_asked_for(foreign: SimpleNamespac
         with pytest.raises(Exception, match="pathlib"):
             load_from_checkpoint(foreign.Foreign, path, **chosen)
     _assert_same(load_from_checkpoint(foreign.Foreign, path, weights_only=False), model, _inputs(foreign))
+
+
+def test_a_loader_that_would_run_code_is_not_reached(foreign: SimpleNamespace, tmp_path: Path) -> None:
+    """Versions of Lightning before 2.6 load objects, and have no argument that says otherwise."""
+
+    class Older(foreign.Foreign):  # type: ignore[misc,name-defined]
+        @classmethod
+        def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None) -> Any:
+            module, checkpoint = cls(), torch.load(checkpoint_path, map_location, weights_only=False)
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+            return module
+
+    class Touches:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "marker",)
+
+    model = foreign.model().eval()
+    compress(model, "low_rank", ratio=2)
+    checkpoint = {"state_dict": dict(model.state_dict())}
+    write_record(model, checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    _assert_same(load_from_checkpoint(Older, tmp_path / "last.ckpt"), model, _inputs(foreign))
+    torch.save({**checkpoint, "hyper_parameters": Touches()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt' holds more than tensors and plain values"):
+        load_from_checkpoint(Older, tmp_path / "last.ckpt")
+    assert not (tmp_path / "marker").exists()
+    Older.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert (tmp_path / "marker").exists()
