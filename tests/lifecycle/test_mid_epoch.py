@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import lr_scheduler
 
 from lightning_embcompress import GroupReduce
 from lightning_embcompress.plan import plan_of
-from lightning_embcompress.random_state import random_state, set_random_state
+from lightning_embcompress.random_state import random_state
 
 CPU = torch.device("cpu")
 Run = Callable[..., SimpleNamespace]
@@ -30,21 +30,6 @@ class CountRows(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": len(self.logger.rows)}
-
-
-class KeepRandomState(Callback):
-    def __init__(self) -> None:
-        self.loaded: Any = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return random_state(CPU)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loaded = state_dict
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.loaded is not None:
-            set_random_state(self.loaded, CPU)
 
 
 def _adam(parameters: Any) -> torch.optim.Optimizer:
@@ -85,8 +70,8 @@ def run(
     ) -> SimpleNamespace:
         where, logger, factory = tmp_path / folder, in_memory(), request.getfixturevalue(kind)
         module = factory.model(**{"optimizer": _adam, **(model or {})})
-        callbacks: list[Callback] = [GroupReduce(ratio=1.3, groups=2, at_epoch=1, refine_at_epochs=[2, 4])]
-        callbacks += [KeepRandomState(), CountRows(logger)]
+        compression = GroupReduce(ratio=1.3, groups=2, at_epoch=1, refine_at_epochs=[2, 4])
+        callbacks: list[Callback] = [compression, CountRows(logger)]
         if keep is not None:
             callbacks.append(ModelCheckpoint(where, save_top_k=-1, filename="{step}", **keep))
         options = {"max_epochs": 5, "logger": logger, "enable_checkpointing": keep is not None}

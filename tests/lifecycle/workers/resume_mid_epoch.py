@@ -10,30 +10,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_embcompress import GroupReduce
 from lightning_embcompress.data import TextFiles
 from lightning_embcompress.modules import LSTMLanguageModel
-from lightning_embcompress.random_state import gather_over_processes, random_state, set_random_state
-
-CPU = torch.device("cpu")
+from lightning_embcompress.random_state import gather_over_processes
 
 
-class KeepRandomState(Callback):
-    """Of all processes, which drop other values each."""
-
-    def __init__(self) -> None:
-        self.loaded: Any = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"processes": gather_over_processes(random_state(CPU))}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loaded = state_dict["processes"]
+class SeedByRank(Callback):
+    """Lets every process drop other values."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.loaded is not None:
-            set_random_state(self.loaded[trainer.global_rank], CPU)
-        else:
-            torch.manual_seed(trainer.global_rank)
+        torch.manual_seed(trainer.global_rank)
 
 
 class Losses(Callback):
@@ -69,25 +56,30 @@ def fit(
     return model, losses.values
 
 
+def _compression() -> GroupReduce:
+    """Compresses at the eleventh step."""
+    return GroupReduce(ratio=1.3, groups=2, at_epoch=1)
+
+
 def resume_on_as_many_as_here(corpus: Path) -> None:
     """All steps equal the uninterrupted run, parameters and losses, on every process."""
     folder = Path.cwd()
     keep = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    whole, losses = fit(folder, corpus, KeepRandomState(), keep)
+    whole, losses = fit(folder, corpus, SeedByRank(), _compression(), keep)
     first, second = gather_over_processes(losses)
     assert first != second
     for step in (4, 11, 15):
         path = folder / f"step={step}.ckpt"
         checkpoint = torch.load(path, weights_only=True)
         assert [part.shape[1] for part in checkpoint["lstm_state"]] == [4, 4]
-        resumed, rest = fit(folder, corpus, KeepRandomState(), ckpt_path=path)
+        resumed, rest = fit(folder, corpus, _compression(), ckpt_path=path)
         torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
         assert rest == losses[step:]
     if whole.global_rank == 0:
         del checkpoint["lstm_state"]
         torch.save(checkpoint, folder / "without.ckpt")
     torch.distributed.barrier()
-    _, rest = fit(folder, corpus, KeepRandomState(), ckpt_path=folder / "without.ckpt")
+    _, rest = fit(folder, corpus, _compression(), ckpt_path=folder / "without.ckpt")
     assert rest[0] != losses[15]
 
 
