@@ -371,5 +371,5 @@ def test_a_loader_that_would_run_code_is_not_reached(foreign: SimpleNamespace, t
     with pytest.raises(ValueError, match=r"last.ckpt' holds more than tensors and plain values"):
         load_from_checkpoint(Older, tmp_path / "last.ckpt")
     assert not (tmp_path / "marker").exists()
-    Older.load_from_checkpoint(tmp_path / "last.ckpt")
+    torch.load(tmp_path / "last.ckpt", weights_only=False)
     assert (tmp_path / "marker").exists()
