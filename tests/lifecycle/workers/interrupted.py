@@ -1,0 +1,234 @@
+"""Trains in processes of their own, each of which is killed or interrupted at a moment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_embcompress import EmbeddingCompression, files
+from lightning_embcompress.budget import Request
+from lightning_embcompress.callbacks import replacing
+from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.plan import plan_of
+
+VOCAB_SIZE, DIM, STEPS = 120, 12, 6
+"""Steps are those of an epoch."""
+
+
+class Model(LightningModule):
+    """A plain language model with dropout."""
+
+    def __init__(self, tied: bool = False, optimizer: str = "adam") -> None:
+        super().__init__()
+        self.encoder = nn.Embedding(VOCAB_SIZE, DIM)
+        self.mix = nn.Linear(DIM, DIM)
+        self.dropout = nn.Dropout(0.2)
+        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
+        if tied:
+            self.decoder.weight = self.encoder.weight
+        self.tied, self.optimizer = tied, optimizer
+
+    def _loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        hidden = self.dropout(torch.tanh(self.mix(self.encoder(inputs))))
+        return nn.functional.cross_entropy(self.decoder(hidden).flatten(0, -2), targets.flatten())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch))
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "sgd":
+            momentum = torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
+            schedule = lr_scheduler.OneCycleLR(momentum, max_lr=0.5, total_steps=100)
+            return [momentum], [{"scheduler": schedule, "interval": "step"}]
+        adam = torch.optim.Adam(self.parameters(), lr=0.01)
+        return [adam], [lr_scheduler.StepLR(adam, step_size=2, gamma=0.8)]
+
+
+class InMemory(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> None:
+        return None
+
+    @property
+    def version(self) -> None:
+        return None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class Moment(Callback):
+    """Calls something once, when training comes to a moment.
+
+    The moments are `step` (the middle of an epoch), `solving` (the first table is solved), `writing` (a residual is
+    written under its temporary name) and `replacing` (one table is replaced, another is not, the optimizer knows none).
+    """
+
+    def __init__(self, name: str, epoch: int, action: Callable[[], None]) -> None:
+        self.name, self.epoch, self.action = name, epoch, action
+        self.now = self.done = False
+
+    def reached(self) -> None:
+        if self.now and not self.done:
+            self.done = True
+            self.action()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.name == "solving":
+            self._before(Request, "record")
+        elif self.name == "writing":
+            self._before(files, "synchronize", lambda path: Path(path).parent.name == "residuals")
+        elif self.name == "replacing":
+            self._before(replacing, "splice")
+            # In place: the second table of the model, not a copy that is being solved.
+            tables: list[Any] = []
+
+            def is_second(own: Factorization[Any], *_: Any) -> bool:
+                if any(own is part for part in pl_module.modules()):
+                    tables.append(own)
+                return bool(tables) and (len(tables) > 1 or pl_module.tied)
+
+            self._before(Factorization, "load_state_dict", is_second)
+
+    def _before(self, owner: Any, name: str, wanted: Callable[..., Any] = lambda *_, **__: True) -> None:
+        """For the rest of the process, which is about to end."""
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.now and wanted(*args, **kwargs):
+                self.reached()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, watched)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.now = trainer.current_epoch == self.epoch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.name == "step" and batch_idx == STEPS // 2:
+            self.reached()
+
+
+def data() -> dict[str, Any]:
+    drawn = (VOCAB_SIZE ** torch.rand(8 * STEPS, 7, generator=torch.Generator().manual_seed(3))).long() - 1
+    text = TensorDataset(drawn[:, :-1], drawn[:, 1:])
+    return {"train_dataloaders": DataLoader(text, 8, shuffle=True), "val_dataloaders": DataLoader(text, 16)}
+
+
+def callback(**changes: Any) -> EmbeddingCompression:
+    """Compresses at the start of epoch 2, and refines at those of 4 and 6."""
+    arguments: dict[str, Any] = {"method": "group_reduce", "ratio": 2, "groups": 3}
+    return EmbeddingCompression(**{**arguments, "at_epoch": 2, "refine_at_epochs": [4, 6], **changes})
+
+
+def fit(
+    folder: Path,
+    *callbacks: Callback,
+    case: Mapping[str, Any] | None = None,
+    ckpt_path: Path | None = None,
+    compression: EmbeddingCompression | None = None,
+    max_epochs: int = 8,
+    **changes: Any,
+) -> SimpleNamespace:
+    """One run, with a checkpoint of every epoch."""
+    seed_everything(0, verbose=False)
+    model, compression, logger = Model(**(case or {})), compression or callback(), InMemory()
+    keep = ModelCheckpoint(
+        changes.pop("dirpath", folder), filename="{epoch}", save_top_k=-1, save_last=True, save_on_train_epoch_end=True
+    )
+    arguments: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": logger, "log_every_n_steps": 1}
+    arguments |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
+    trainer = Trainer(max_epochs=max_epochs, callbacks=[*callbacks, compression, keep], **{**arguments, **changes})
+    trainer.fit(model, **data(), ckpt_path=ckpt_path)
+    return SimpleNamespace(
+        model=model,
+        trainer=trainer,
+        logged=logger.rows,
+        state={
+            "parameters": {name: value.clone() for name, value in model.state_dict().items()},
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "scheduler": {
+                # But for functions, which are equal to themselves only.
+                name: value
+                for name, value in trainer.lr_scheduler_configs[0].scheduler.state_dict().items()
+                if not callable(value)
+            },
+        },
+        plan=plan_of(model),
+        report=json.loads((Path(trainer.log_dir or folder) / "report.json").read_text()),
+        callback={name: value for name, value in compression.state_dict().items() if name != "compressed"},
+    )
+
+
+def _child(folder: Path, how: str, name: str, epoch: int, case: dict[str, Any]) -> int:
+    number = signal.Signals[how]
+    # A shell that starts processes in the background lets them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    moment = Moment(name, epoch, lambda: os.kill(os.getpid(), number))
+    try:
+        fit(folder, moment, OnExceptionCheckpoint(folder, "interrupted"), case=case)
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    return 71
+
+
+def main(folder: Path, cases: list[list[Any]]) -> None:
+    """One process after the other; a fork starts at once, with everything imported."""
+    torch.set_num_threads(1)
+    codes = []
+    for arguments in cases:
+        own = folder / "-".join(map(str, arguments[:3]))
+        own.mkdir(parents=True)
+        process = os.fork()
+        if process == 0:
+            with (own / "said.txt").open("w") as said:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+                code = _child(own, *arguments)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+        if arguments[1] == "random":
+            time.sleep(random.Random(arguments[2]).uniform(0.1, 1))
+            os.kill(process, signal.Signals[arguments[0]])
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    print("RESULT " + json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
