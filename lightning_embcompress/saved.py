@@ -176,12 +176,20 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 f"{str(directory)!r} is not a whole compressed model: {weights.name} is missing; copy it there, or "
                 "save the model again"
             )
-    _check_sums(directory, config)
+    check_sums(directory, config)
     return config
 
 
-def _check_sums(directory: Path, config: Mapping[str, Any]) -> None:
-    """Compare the weights with what is said of them, which directories of earlier versions do not say."""
+def check_sums(directory: Path, config: Mapping[str, Any]) -> None:
+    """Compare the weights with what is said of them, which directories of earlier versions do not say.
+
+    Args:
+        directory: What `save_compressed` wrote.
+        config: Content of its `config.json`.
+
+    Raises:
+        ValueError: If a file of weights is not the one that `config.json` was written with.
+    """
     sums = config.get("sha256", {}) if config.get("format") == _FORMAT else {}
     known = {file.name: file for file in _weight_files(directory)}
     if not isinstance(sums, dict) or not sums.keys() <= known.keys():
@@ -243,13 +251,26 @@ def _read_tensors(directory: Path, config: Mapping[str, Any], model: nn.Module, 
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is damaged or cut short: {str(error)[:300]}") from error
     aliases = config.get("aliases", {}) if config.get("format") == _FORMAT else _aliases(model, plan, tensors)
+    return with_aliases(tensors, aliases, directory)
+
+
+def with_aliases(tensors: Mapping[str, Tensor], aliases: Any, directory: Path) -> dict[str, Tensor]:
+    """Tensors by all their names.
+
+    Args:
+        tensors: Those that are stored, by the names they are stored under.
+        aliases: Of other names, under which a tensor is stored.
+        directory: What messages call it.
+
+    Raises:
+        ValueError: If `aliases` is no such mapping, or names a tensor that is not there.
+    """
     if not isinstance(aliases, dict) or not all(isinstance(source, str) for source in aliases.values()):
         raise ValueError(f"{str(directory / CONFIG_FILE)!r} is damaged: 'aliases' is {shown(aliases)}")
-    for name, source in aliases.items():
+    for source in aliases.values():
         if source not in tensors:
             raise ValueError(f"{str(directory)!r} is damaged: {shown(source)} is missing from {WEIGHTS_FILE}")
-        tensors[name] = tensors[source]
-    return tensors
+    return {**tensors, **{name: tensors[source] for name, source in aliases.items()}}
 
 
 def _aliases(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress import huggingface
 from lightning_embcompress.factorizations import Factorization, nearest
+from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.scaled_embeddings import scale_of
 from lightning_embcompress.solvers.gram import row_chunks
@@ -125,8 +126,12 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
         model: The module that holds them.
         fill: Compute the weights from the factors; those of a table that was untied stay two. False leaves them empty,
             to be loaded into, and ties again what was untied.
+
+    Raises:
+        ValueError: If there is no memory for a table; the model is as it was.
     """
     weights: dict[Any, nn.Parameter] = {}
+    compressed: list[tuple[str, CompressedLayer, nn.Parameter]] = []
     for path, old in all_modules(model).items():
         if not isinstance(old, CompressedLayer):
             continue
@@ -135,10 +140,13 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
         key = None if fill else table.provenance.get("untied")
         key = id(table) if key is None else key
         if key not in weights:
+            _check_memory(path, table)
             values = table.dense() if fill else torch.empty(table.vocab_size, table.dim, dtype=table.dtype)
             trained = any(parameter.requires_grad for parameter in table.parameters())
             weights[key] = nn.Parameter(values.to(table.device), requires_grad=trained)
-        weight = weights[key]
+        compressed.append((path, old, weights[key]))
+    for path, old, weight in compressed:
+        table = old.factorization
         new: nn.Module
         if isinstance(old, CompressedEmbedding):
             if old.scale is not None:
@@ -155,6 +163,19 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             new.register_parameter("bias", old.bias)
         _swap(model, path, new)
     huggingface.follow(model)
+
+
+def _check_memory(path: str, table: Factorization[Any]) -> None:
+    """Ask for the memory of a dense table: a few factors can stand for one of 10¹² rows."""
+    try:
+        torch.empty(table.vocab_size, table.dim, dtype=table.dtype, device=table.device)
+    except RuntimeError as error:
+        gigabytes = dense_bytes(table.vocab_size, table.dim, table.dtype.itemsize) / 1e9
+        raise ValueError(
+            f"table {path!r} cannot be made dense: its {table.vocab_size} x {table.dim} numbers would take "
+            f"{gigabytes:,.0f} GB of memory, which this machine does not have; keep it compressed, or use a machine "
+            "with more memory"
+        ) from error
 
 
 def put_back(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

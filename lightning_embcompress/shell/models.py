@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_embcompress.checkpoint import RECORD_KEY, write_record
-from lightning_embcompress.plan import Plan
+from lightning_embcompress.plan import Plan, plan_of
+from lightning_embcompress.records import check_factors
 from lightning_embcompress.report import say
-from lightning_embcompress.saved import save_compressed
+from lightning_embcompress.saved import check_sums, save_compressed, with_aliases
 from lightning_embcompress.shell.skeleton import build_skeleton, choose_tables, tie_equal
 from lightning_embcompress.sources import Source
 
@@ -107,6 +108,7 @@ class PretrainedModel(OpenedModel):
             shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
             say(f"No part of a {type(model).__name__}, and not written: {len(unknown)} tensors ({shown})")
         loaded: nn.Module = model
+        check_factors(plan_of(loaded).tables, loaded.state_dict(), repr(self.source.name))
         return loaded
 
     def default_tables(self) -> str:
@@ -149,7 +151,7 @@ class CheckpointModel(OpenedModel):
         tensors = {name: value for name, value in state.items() if name not in self.others}
         record = self.checkpoint.get(RECORD_KEY)
         plan = Plan() if record is None else read_plan(record, source.name)
-        self.model = build_skeleton(_cast(tensors, dtype), plan, repr(source.name))
+        self.model = build_skeleton(tensors, plan, repr(source.name), dtype)
 
     def default_tables(self) -> list[str]:
         """The layers with the most rows."""
@@ -186,16 +188,12 @@ class SavedModel(OpenedModel):
     """
 
     def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
-        """Read it, without reading its tensors before they are used."""
+        """Read it; of its tensors, only the factors are copied."""
         self.source = source
-        tensors = read_tensors(source.weights)
-        aliases = source.config.get("aliases", {})
-        for name, first in aliases.items() if isinstance(aliases, dict) else ():
-            if first not in tensors:
-                raise ValueError(f"{source.name!r} is damaged: tensor {first!r} is missing, which {name!r} is too")
-            tensors[name] = tensors[first]
+        check_sums(source.path, source.config)
+        tensors = with_aliases(read_tensors(source.weights), source.config.get("aliases", {}), source.path)
         plan = read_plan(source.config.get("plan"), source.name)
-        self.model = build_skeleton(_cast(tensors, dtype), plan, repr(source.name))
+        self.model = build_skeleton(tensors, plan, repr(source.name), dtype)
 
     def default_tables(self) -> list[str]:
         """The layers with the most rows."""
@@ -337,17 +335,3 @@ def _read_checkpoint(source: Source, trust: bool) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Cast tensors, those with several names once."""
-    if dtype is None:
-        return dict(tensors)
-    done: dict[Any, Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
-        if key not in done:
-            done[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        result[name] = done[key]
-    return result

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, apply_plan
+from lightning_embcompress.records import check_factors
 from lightning_embcompress.tables import all_modules
 
 
@@ -40,13 +41,14 @@ class Skeleton(nn.Module):
             node._buffers[leaf] = value
 
 
-def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str) -> Skeleton:
+def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: torch.dtype | None = None) -> Skeleton:
     """Build modules that have a state dict.
 
     Args:
         state: Tensors by their names. Those of several names that share their memory, or are one, are tied.
         plan: What is compressed in it.
         where: What messages call it.
+        dtype: What floating-point tensors are cast to; None for nothing.
 
     Returns:
         `nn.Embedding` or `nn.Linear` (with a bias, or as the last of several that share a table without any) wherever
@@ -54,17 +56,22 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str) -> Skele
         plain buffers for all other tensors.
 
     Raises:
-        ValueError: If the plan does not fit the tensors.
+        ValueError: If the plan does not fit the tensors, or factors hold values that are not finite. No memory has
+            been allocated for it then.
     """
+    # What layers share may be stored under any of their names.
+    check_factors(plan.tables, state, where, complete=False)
+    state = _cast(state, dtype)
     skeleton = Skeleton()
     compressed = {path: table for table in plan.tables for path in table.modules}
     tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed)}
     weights: dict[str, Tensor] = {}
     # First, and in the order of the plan, so that tables keep their names: a file may have its tensors in any order.
     for table in plan.tables:
-        # Only its shape and dtype are read; the memory is never touched.
-        placeholder = torch.empty(*_shape(table, where), dtype=_factor_dtype(table, state, where))
-        weights |= dict.fromkeys(table.modules, placeholder)
+        # Only its shape and dtype are read: one number stands for all, because a few factors can make a table of 10¹²
+        # rows.
+        placeholder = torch.empty((), dtype=_factor_dtype(table, state, where))
+        weights |= dict.fromkeys(table.modules, placeholder.expand(table.spec["vocab_size"], table.spec["dim"]))
     weights |= {path: tensors[f"{path}.weight"] for path in _layer_paths(tensors) if path not in compressed}
     sharing: dict[tuple[object, ...], list[str]] = {}
     for path, weight in weights.items():
@@ -160,17 +167,21 @@ def _layer(weight: nn.Parameter, bias: Tensor | None, is_softmax: bool) -> nn.Em
     return linear
 
 
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+    """Cast tensors, those with several names once."""
+    if dtype is None:
+        return tensors
+    done: dict[tuple[object, ...], Tensor] = {}
+    for tensor in tensors.values():
+        if _identity(tensor) not in done:
+            done[_identity(tensor)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: done[_identity(tensor)] for name, tensor in tensors.items()}
+
+
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     # Tensors without elements share a null pointer: they are not the same.
     place = tensor.data_ptr() if tensor.numel() else id(tensor)
     return place, tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _shape(table: TablePlan, where: str) -> tuple[int, int]:
-    shape = table.spec.get("vocab_size"), table.spec.get("dim")
-    if not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"{where} is damaged: the shape of table {table.name!r} is {shape}")
-    return shape[0], shape[1]  # type: ignore[return-value]
 
 
 def _factor_dtype(table: TablePlan, state: Mapping[str, Tensor], where: str) -> torch.dtype:

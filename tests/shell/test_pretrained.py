@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -171,6 +171,20 @@ def test_densify_a_hugging_face_directory(shell: Any, gpt2: Path) -> None:
     assert shell("densify", "dense", "denser") == 1
     assert "'dense' has no compressed tables: it is an ordinary model already" in shell.error()
     assert not Path("denser").exists()
+
+
+def test_factors_that_are_not_finite_are_refused(shell: Any, gpt2: Path) -> None:
+    assert shell("compress", gpt2, "small", "--method", "low_rank", "--rank", 3) == 0
+    weights = Path("small/model.safetensors")
+    tensors = load_file(weights)
+    (name,) = [name for name in tensors if name.endswith("factorization.basis")]
+    tensors[name][0, 0] = torch.inf
+    weights.write_bytes(save(tensors, {"format": "pt"}))
+    before = shell.files()
+    for words in (["inspect", "small"], ["densify", "small", "out"], ["compress", "small", "out", "--ratio", 2]):
+        assert shell(*words) == 1
+        assert f"'small' has NaN or infinite values in {name!r}" in shell.error()
+    assert shell.files() == before
 
 
 def test_inspect_a_hugging_face_directory(shell: Any, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

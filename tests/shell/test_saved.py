@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lightning_embcompress import load_compressed, save_compressed
-from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.plan import Plan, apply_plan, compress, model_bytes, plan_of
+from lightning_embcompress.checkpoint import RECORD_KEY, write_record
+from lightning_embcompress.factorizations import METHODS, factorization_from_spec
+from lightning_embcompress.plan import Plan, apply_plan, compress, densify, model_bytes, plan_of
 from lightning_embcompress.shell.skeleton import build_skeleton, choose_tables, tie_equal
+from lightning_embcompress.tables import replace_table
 
 _VOCAB = 300
 _IDS = torch.randint(_VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -117,18 +119,76 @@ def test_damaged_directories(shell: Any) -> None:
     )
     table = record["plan"]["tables"][0]
     for spec, said in (
-        ({**table["spec"], "rank": 2}, "'source' is damaged: table 'encoder' does not fit its plan: "),
-        ({**table["spec"], "vocab_size": 301}, "'source' is damaged: table 'encoder' does not fit its plan: "),
+        ({**table["spec"], "rank": 2}, "'source' does not fit its plan: 'encoder.factorization."),
+        ({**table["spec"], "vocab_size": 301}, "'source' does not fit its plan: 'encoder.factorization."),
+        ({**table["spec"], "vocab_size": 10**12}, "'source' does not fit its plan: 'encoder.factorization."),
         ({**table["spec"], "dim": None}, "'source' cannot be read: 'spec' of table 'encoder' in the compression plan"),
         ({**table["spec"], "kind": "magic"}, "unknown kind of factorization 'magic'"),
     ):
         config.write_text(json.dumps({**record, "plan": {**record["plan"], "tables": [{**table, "spec": spec}]}}))
         assert said in message()
-    config.write_text(json.dumps({**record, "aliases": {"other": "absent"}}))
-    assert "'source' is damaged: tensor 'absent' is missing" in message()
+    for aliases, said in (
+        ({"other": "absent"}, "'source' is damaged: 'absent' is missing from model.safetensors"),
+        ({"other": []}, "config.json' is damaged: 'aliases' is {'other': []}"),
+        (["other"], "config.json' is damaged: 'aliases' is ['other']"),
+    ):
+        config.write_text(json.dumps({**record, "aliases": aliases}))
+        assert said in message()
     renamed = [{**table, "modules": ["somewhere"]}]
     config.write_text(json.dumps({**record, "plan": {**record["plan"], "tables": renamed}}))
     assert "'source' is damaged: it has no factors of table 'somewhere'" in message()
+    # Whole by itself, and not what was written.
+    config.write_text(json.dumps(record))
+    tensors = load_file(weights)
+    tensors["encoder.factorization.basis"][0, 0] = torch.nan
+    weights.write_bytes(save(tensors))
+    assert "is not the one that config.json beside it was written with" in message()
+    del record["sha256"]
+    config.write_text(json.dumps(record))
+    assert "'source' has NaN or infinite values in 'encoder.factorization." in message()
+
+
+def test_tables_that_no_memory_can_hold(shell: Any) -> None:
+    model = nn.ModuleDict({"encoder": nn.Embedding(_VOCAB, 16)})
+    compress(model, "tensor_train_matrix", ratio=3)
+    # A plan that its small factors fit.
+    spec = {**model["encoder"].factorization.spec(), "vocab_size": 10**12, "vocab_shape": [10**4] * 3}
+    factors = factorization_from_spec(spec, torch.float32)
+    for core in factors.parameters():
+        nn.init.constant_(core, 1e-3)
+    factors.provenance = model["encoder"].factorization.provenance
+    replace_table(model, ["encoder"], factors)
+    save_compressed(model, "source")
+    write_record(model, checkpoint := {"state_dict": model.state_dict()})
+    torch.save(checkpoint, "source.ckpt")
+    before = shell.files()
+    for source in ("source", "source.ckpt"):
+        (table,) = shell.inspected(source)["tables"]
+        assert table["shape"] == [10**12, 16]
+        for words in (["densify", source, "out"], ["compress", source, "out", "--method", "low_rank", "--rank", 2]):
+            assert shell(*words) == 1
+            assert "table 'encoder' cannot be made dense: its 1000000000000 x 16 numbers would take 64,000 GB" in (
+                shell.error()
+            )
+    assert shell.files() == before
+    with pytest.raises(ValueError, match="table 'encoder' cannot be made dense"):
+        densify(model)
+    assert model["encoder"].factorization is factors
+
+
+def test_checkpoints_that_their_plan_does_not_fit(shell: Any) -> None:
+    model = _Model()
+    compress(model, "low_rank", rank=3)
+    write_record(model, checkpoint := {"state_dict": model.state_dict()})
+    table = checkpoint[RECORD_KEY]["tables"][1]
+    table["spec"]["vocab_size"] = 10**12
+    torch.save(checkpoint, "source.ckpt")
+    for words in (["inspect"], ["densify", "out.ckpt"], ["compress", "out.ckpt", "--ratio", 2]):
+        assert shell(words[0], "source.ckpt", *words[1:]) == 1
+        assert (
+            "'source.ckpt' does not fit its plan: 'decoder.factorization.coefficients' has the shape" in shell.error()
+        )
+    assert shell.files() == {"source.ckpt"}
 
 
 # Skeletons
