@@ -151,19 +151,20 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
         """`[vocab_size]` int64 block of every row."""
         return unpack_bits(self.packed_block_index, bit_width(len(self.sizes)), self.vocab_size)
 
-    def _index(self, block_of_row: Tensor) -> None:
-        """Set which row is in which block, and the permutations that follow from it."""
+    def _index(self, block_of_row: Tensor, device: torch.device | None = None) -> None:
+        """Set which row is in which block, and the permutations that follow; None for the device of the factors."""
+        device = device or self.device
         # Stable: within a block rows are in vocabulary order, so that the block index alone is enough.
         order = torch.argsort(block_of_row, stable=True)
         position = torch.empty_like(order)
         position[order] = torch.arange(self.vocab_size, device=order.device)
         self.in_order = bool((order[1:] > order[:-1]).all())
-        self.packed_block_index = pack_bits(block_of_row, bit_width(len(self.sizes))).to(self.device)
-        self.order, self.position = order.to(self.device), position.to(self.device)
+        self.packed_block_index = pack_bits(block_of_row, bit_width(len(self.sizes))).to(device)
+        self.order, self.position = order.to(device), position.to(device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "packed_block_index" not in state_dict:
+        if prefix + "packed_block_index" not in state_dict or self.packed_block_index.is_meta:
             return
         error_msgs: list[str] = args[-1]
         block_of_row = self.block_of_row
@@ -172,7 +173,8 @@ class BlockLowRank(Factorization[GroupReduceOptions]):
                 f"the block index {prefix}packed_block_index is damaged: block sizes differ from the plan"
             )
             return
-        self._index(block_of_row)
+        # The factors may not be loaded yet, and still be on the meta device.
+        self._index(block_of_row, block_of_row.device)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the table, see `Factorization.rows`.

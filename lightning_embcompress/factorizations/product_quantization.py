@@ -171,9 +171,9 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         ids = torch.arange(self.vocab_size, device=self.device)
         return _packed(ids >= self.vocab_size - self.rare_tokens, 1)
 
-    def _keep(self, codes: Tensor, rare: Tensor) -> None:
-        """Set the codes, and which tokens are rare."""
-        device = self.device
+    def _keep(self, codes: Tensor, rare: Tensor, device: torch.device | None = None) -> None:
+        """Set the codes, and which tokens are rare; on the device of the codebook where none is given."""
+        device = device or self.device
         self.codes = codes.to(device, _code_dtype(self.centroids))
         if not self.rare_tokens:
             self.packed_codes = _packed(codes, bit_width(self.centroids)).to(device)
@@ -191,7 +191,11 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "packed_codes" not in state_dict:
+        # The codes follow from all of them, whichever is loaded last.
+        packed = [name for name in self._buffers if name.startswith("packed_")]
+        if not any(prefix + name in state_dict for name in packed) or any(
+            getattr(self, name).is_meta for name in packed
+        ):
             return
         error_msgs: list[str] = args[-1]
         rare = self.is_rare
@@ -208,7 +212,8 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
                 error_msgs.append(f"the codes {prefix}{name} are damaged: there are {centroids} centroids by the plan")
                 return
             codes[rows] = found
-        self._keep(codes, rare)
+        # The codebook may not be loaded yet, and still be on the meta device.
+        self._keep(codes, rare, codes.device)
 
     def _tables(self, codebook: Tensor) -> list[tuple[slice, Tensor]]:
         """Subspaces of one size each: which they are, and their `[centroids, subspaces, size]` centroids."""
