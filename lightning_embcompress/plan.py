@@ -13,6 +13,7 @@ from lightning_embcompress.factorizations import Factorization, factorization_fr
 from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.records import check_tables, dtype_of, shown
+from lightning_embcompress.storage import check_whole, place_of
 from lightning_embcompress.tables import (
     all_modules,
     check_finite,
@@ -232,6 +233,8 @@ def plan_of(model: nn.Module) -> Plan:
 def model_bytes(model: nn.Module) -> dict[str, float]:
     """Bytes of a whole model as it would be dense and as it is stored, shared tensors counted once.
 
+    Of a sharded model, too, it is all of it, and not the part of this process.
+
     Returns:
         `dense_bytes`, `stored_bytes` and their `ratio`, as in `report.json`.
 
@@ -241,23 +244,23 @@ def model_bytes(model: nn.Module) -> dict[str, float]:
     """
     plan = plan_of(model)
     inside = {
-        tensor.data_ptr()
+        place_of(tensor)
         for module in model.modules()
         if isinstance(module, CompressedLayer)
-        for tensor in module.factorization.state_dict().values()
+        for tensor in module.factorization.state_dict(keep_vars=True).values()
     }
-    outside = {
-        tensor.data_ptr(): tensor.nbytes
-        for tensor in model.state_dict().values()
-        if tensor.numel() and tensor.data_ptr() not in inside
-    }
-    rest = sum(outside.values())
+    # A shard counts as the whole tensor.
+    outside = {place_of(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    rest = sum(size for place, size in outside.items() if place not in inside)
     dense, stored = rest + plan.dense_bytes, rest + plan.stored_bytes
     return {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored if stored else 1.0}
 
 
 def densify(model: nn.Module) -> None:
     """Turn a compressed model back into one of ordinary layers, in place: every table is built from its factors.
+
+    Raises:
+        ValueError: If the model is sharded, or there is no memory for a table. The model is as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
@@ -266,6 +269,7 @@ def densify(model: nn.Module) -> None:
         >>> type(model[0]).__name__, type(model[1]).__name__
         ('Embedding', 'Linear')
     """
+    check_whole(model, "made dense")
     restore_dense(model)
 
 

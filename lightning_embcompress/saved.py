@@ -20,6 +20,7 @@ from lightning_embcompress.files import explaining_failure, replacing, synchroni
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.records import check_factors, dtype_of, shown
+from lightning_embcompress.storage import check_whole, identity_of
 from lightning_embcompress.tables import all_modules
 
 WEIGHTS_FILE = "model.safetensors"
@@ -41,10 +42,11 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: A directory, made if it is missing, for `model.safetensors` and `config.json`.
 
     Raises:
-        ValueError: If the module keeps state that is not a tensor, or the directory holds a `config.json` that
-            `save_compressed` did not write.
+        ValueError: If the module is sharded, or keeps state that is not a tensor, or the directory holds a
+            `config.json` that `save_compressed` did not write.
         OSError: If a file cannot be written; what was there before is as it was.
     """
+    check_whole(model, "saved by save_compressed")
     directory = Path(path)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -55,9 +57,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{name!r} of the model's state is a {type(tensor).__name__}: only tensors can be saved; remove its "
                 "get_extra_state"
             )
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        # Tensors without elements share a null pointer: they are not aliases of each other.
-        if tensor.numel() and identity in stored:
+        if (identity := identity_of(tensor)) in stored:
             aliases[name] = stored[identity]
             continue
         stored[identity] = name

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from lightning_embcompress.budget import Tie, check_counts, plan_requests
 from lightning_embcompress.checkpoint import keep_structure, structure_from_checkpoint
@@ -26,7 +25,10 @@ from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.report import show_plan
 from lightning_embcompress.solvers.division import count_processes, failing_together
+from lightning_embcompress.storage import is_sharded
 from lightning_embcompress.tables import Table, check_finite, replace_table
+
+__all__ = ["compress_or_restore", "is_sharded", "shard_tables"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -159,18 +161,6 @@ def shard_tables(module: nn.Module, **options: Any) -> None:
         fully_shard(factorization, **options)
         for method in ("rows", "logits"):
             register_fsdp_forward_method(factorization, method)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 or FSDP has sharded any of a module.
-
-    Example:
-        >>> is_sharded(nn.Linear(2, 2))
-        False
-    """
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters()) or any(
-        isinstance(part, FullyShardedDataParallel) for part in module.modules()
-    )
 
 
 def _compress(

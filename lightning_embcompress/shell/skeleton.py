@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, apply_plan
 from lightning_embcompress.records import check_factors
+from lightning_embcompress.storage import identity_of
 from lightning_embcompress.tables import all_modules
 
 
@@ -75,14 +76,14 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
     weights |= {path: tensors[f"{path}.weight"] for path in _layer_paths(tensors) if path not in compressed}
     sharing: dict[tuple[object, ...], list[str]] = {}
     for path, weight in weights.items():
-        sharing.setdefault(_identity(weight), []).append(path)
+        sharing.setdefault(identity_of(weight), []).append(path)
     parameters = {identity: nn.Parameter(weights[paths[0]]) for identity, paths in sharing.items()}
     biases = {path: tensors.pop(f"{path}.bias") for path in weights if f"{path}.bias" in tensors}
     for path, weight in weights.items():
         tensors.pop(f"{path}.weight", None)
-        shared = sharing[_identity(weight)]
+        shared = sharing[identity_of(weight)]
         is_last = len(shared) > 1 and shared[-1] == path and not biases.keys() & set(shared)
-        skeleton.put(path, _layer(parameters[_identity(weight)], biases.get(path), is_last))
+        skeleton.put(path, _layer(parameters[identity_of(weight)], biases.get(path), is_last))
     for name, tensor in tensors.items():
         skeleton.put(name, tensor)
     apply_plan(skeleton, plan)
@@ -173,15 +174,9 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[s
         return tensors
     done: dict[tuple[object, ...], Tensor] = {}
     for tensor in tensors.values():
-        if _identity(tensor) not in done:
-            done[_identity(tensor)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return {name: done[_identity(tensor)] for name, tensor in tensors.items()}
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    # Tensors without elements share a null pointer: they are not the same.
-    place = tensor.data_ptr() if tensor.numel() else id(tensor)
-    return place, tensor.shape, tensor.stride(), tensor.dtype
+        if identity_of(tensor) not in done:
+            done[identity_of(tensor)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: done[identity_of(tensor)] for name, tensor in tensors.items()}
 
 
 def _factor_dtype(table: TablePlan, state: Mapping[str, Tensor], where: str) -> torch.dtype:

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_embcompress.modules import LSTMLanguageModel
-from lightning_embcompress.plan import compress, plan_of
+from lightning_embcompress.plan import compress, densify, model_bytes, plan_of
+from lightning_embcompress.saved import save_compressed
 from lightning_embcompress.sharding import compress_or_restore, is_sharded, shard_tables
 
 
@@ -69,6 +70,28 @@ def check_tied_tables(mesh: Any) -> None:
     for (name, sharded), parameter in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert isinstance(parameter.grad, Tensor), name
         assert torch.allclose(whole(sharded.grad), parameter.grad, rtol=1e-12, atol=1e-15), name
+
+
+def check_bytes_and_exports(mesh: Any, folder: Path) -> None:
+    """A sharded model is as large as it was whole, and is not exported by one process."""
+    for tied in (True, False):
+        for make in (compressed, lambda tied: ShardedModel({**CASES["group_reduce"], "tied": tied})):
+            model = make(tied)
+            expected = model_bytes(model)
+            shard_tables(model, mesh=mesh)
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert model_bytes(model) == expected
+            modules = dict(model.named_modules())
+            with pytest.raises(ValueError, match=r"cannot be saved by save_compressed: .* Save a full checkpoint"):
+                save_compressed(model, folder / "saved")
+            assert not (folder / "saved").exists()
+            with pytest.raises(
+                ValueError, match=r"the \w*ShardedModel is sharded, and cannot be made dense: .* a full"
+            ):
+                densify(model)
+            assert dict(model.named_modules()) == modules
 
 
 def check_refusals(mesh: Any, folder: Path) -> None:
@@ -141,8 +164,11 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
     check_tied_tables(mesh)
+    check_bytes_and_exports(mesh, Path(sys.argv[1]))
     check_refusals(mesh, Path(sys.argv[1]))
     check_sampled_softmax(Path(sys.argv[1]))
     dist.barrier()
     if dist.get_rank() == 0:
         sys.stdout.write("all held\n")
+    # A thread of gloo that is left can abort the interpreter at its end.
+    dist.destroy_process_group()

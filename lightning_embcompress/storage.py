@@ -1,0 +1,59 @@
+"""Where tensors keep their values: which of them are one, and which are spread over processes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+
+def place_of(tensor: Tensor) -> int:
+    """Where the values of a tensor begin: the same for those that share them.
+
+    Tensors without memory of their own (shards, on the meta device, without elements) all have a null pointer, although
+    they are not one: each is a place by itself. For parameters that layers share to be one there too, take them from
+    `state_dict(keep_vars=True)`, which does not wrap them anew under every name.
+
+    Example:
+        >>> import torch
+        >>> table = torch.zeros(3, 2)
+        >>> place_of(table) == place_of(table[:1]), place_of(table) == place_of(table[1:])
+        (True, False)
+    """
+    return tensor.data_ptr() or id(tensor)
+
+
+def identity_of(tensor: Tensor) -> tuple[object, ...]:
+    """What is equal only for tensors that are one: the same values, in the same order, read in the same way."""
+    return place_of(tensor), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 or FSDP has sharded any of a module.
+
+    Example:
+        >>> is_sharded(nn.Linear(2, 2))
+        False
+    """
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters()) or any(
+        isinstance(part, FullyShardedDataParallel) for part in module.modules()
+    )
+
+
+def check_whole(module: nn.Module, action: str) -> None:
+    """Refuse a module of which this process has only a part.
+
+    Args:
+        module: The module.
+        action: What cannot be done with it (`"saved by save_compressed"`).
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    if is_sharded(module):
+        raise ValueError(
+            f"the {type(module).__name__} is sharded, and cannot be {action}: every process has a part of it only. "
+            "Save a full checkpoint (ModelParallelStrategy(save_distributed_checkpoint=False), or "
+            "FSDPStrategy(state_dict_type='full')), and load it in one process by "
+            "lightning_embcompress.load_from_checkpoint(Class, path)"
+        )
