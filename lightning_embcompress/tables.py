@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_embcompress import huggingface
@@ -99,13 +100,15 @@ def check_finite(table: Table) -> None:
 def replace_table(model: nn.Module, modules: Sequence[str], factorization: Factorization[Any]) -> None:
     """Put compressed layers that share one factorization in the place of the modules that read a table.
 
-    Bias, `padding_idx`, `max_norm` and the scale of a scaled embedding stay what they were.
+    Bias, `padding_idx`, `max_norm` and the scale of a scaled embedding stay what they were. A layer that was compiled
+    by `layer.compile()` is followed by one that is not, and it is said.
 
     Args:
         model: The module that holds them.
         modules: Paths of the modules; dense or compressed already.
         factorization: What they read from now on.
     """
+    _say_compiled(model, modules)
     for path in modules:
         old = model.get_submodule(path)
         new: CompressedLayer
@@ -145,6 +148,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             trained = any(parameter.requires_grad for parameter in table.parameters())
             weights[key] = nn.Parameter(values.to(table.device), requires_grad=trained)
         compressed.append((path, old, weights[key]))
+    _say_compiled(model, [path for path, _, _ in compressed])
     for path, old, weight in compressed:
         table = old.factorization
         new: nn.Module
@@ -188,6 +192,21 @@ def put_back(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for path, layer in layers.items():
         _swap(model, path, layer)
     huggingface.follow(model)
+
+
+def _say_compiled(model: nn.Module, paths: Sequence[str]) -> None:
+    """Name the layers that are compiled, before others take their places.
+
+    Those cannot be compiled for the user: a module does not keep the arguments, such as the backend, that it was
+    compiled with.
+    """
+    compiled = [path for path in paths if model.get_submodule(path)._compiled_call_impl is not None]
+    if compiled:
+        calls = ", ".join(f".{path}.compile()" for path in compiled)
+        rank_zero_info(
+            f"Not compiled any more: {', '.join(map(repr, compiled))}, replaced by new layers. To compile those, call "
+            f"{calls} on the model, with the arguments you gave before."
+        )
 
 
 def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
@@ -265,9 +284,10 @@ def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
         if isinstance(module, CompressedLayer):
             raise ValueError(f"module {path!r} is compressed already; restore it with densify(model) first")
         if not isinstance(module, nn.Embedding | nn.Linear):
-            raise ValueError(
-                f"module {path!r} is a {type(module).__name__}: only nn.Embedding and nn.Linear can be compressed"
-            )
+            remedy = "only nn.Embedding and nn.Linear can be compressed"
+            if "_orig_mod" in module._modules:
+                remedy = _remedy_of_wrapped(path)
+            raise ValueError(f"module {path!r} is a {type(module).__name__}: {remedy}")
         weight = module.weight
         weights[id(weight)] = (path, weight)
     tables = [_table_of(named, path, weight) for path, weight in weights.values()]
@@ -275,6 +295,14 @@ def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
         raise ValueError("tables is an empty list: name at least one module, or use 'auto'")
     order = list(named)
     return sorted(tables, key=lambda table: order.index(table.name))
+
+
+def _remedy_of_wrapped(path: str) -> str:
+    """What to do about `model.layer = torch.compile(model.layer)`, which calls the layer whatever takes its place."""
+    return (
+        "only the layer that torch.compile has wrapped can be replaced; pass the model without the wrapper, and call "
+        f"module.{path}.compile() after compression"
+    )
 
 
 def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
@@ -291,11 +319,13 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
         # would drop that.
         scaled = isinstance(module, nn.Embedding) and scale_of(module) is not None
         if type(module) not in (nn.Embedding, nn.Linear) and not scaled:
-            raise ValueError(
-                f"{where} is a {type(module).__module__}.{type(module).__qualname__}: only plain nn.Embedding and "
-                "nn.Linear, and scaled embeddings of transformers that are known, can be replaced; name other modules "
-                "in tables=[...]"
+            remedy = (
+                "only plain nn.Embedding and nn.Linear, and scaled embeddings of transformers that are known, can be "
+                "replaced; name other modules in tables=[...]"
             )
+            if "_orig_mod" in module._modules:
+                remedy = _remedy_of_wrapped(path)
+            raise ValueError(f"{where} is a {type(module).__module__}.{type(module).__qualname__}: {remedy}")
         if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
             raise ValueError(
                 f"{where} has sparse=True or scale_grad_by_freq=True, which factors cannot honour; both only concern "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_embcompress.factorizations import LowRank
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.plan import compress
+from lightning_embcompress.plan import compress, densify
 from lightning_embcompress.tables import Table, check_finite, find_tables, replace_table, restore_dense
 
 
@@ -223,3 +223,48 @@ def test_replacing_keeps_what_the_layers_had_beside_their_weight() -> None:
     assert model["decoder"].bias is bias
     assert model["encoder"].weight is model["decoder"].weight
     assert not model["encoder"].training
+
+
+@pytest.fixture
+def compiled() -> Iterator[nn.ModuleDict]:
+    """A model with a compiled embedding."""
+    model = _pair()
+    # Runs the same operations.
+    model["encoder"].compile(backend="eager")
+    yield model
+    torch.compiler.reset()
+
+
+def test_layers_that_are_not_compiled_any_more_are_named(
+    compiled: nn.ModuleDict, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids, said = torch.tensor([3, 99]), "Not compiled any more: 'encoder', replaced by new layers"
+    with caplog.at_level("INFO"):
+        compress(compiled, "low_rank", ratio=1.2)
+        (message,) = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
+        assert message.startswith(said)
+        assert "call .encoder.compile() on the model, with the arguments you gave before" in message
+        # It can be done as it says, and the way back says the same.
+        rows = compiled["encoder"](ids)
+        compiled["encoder"].compile(backend="eager")
+        assert torch.equal(compiled["encoder"](ids), rows)
+        caplog.clear()
+        densify(compiled)
+        assert [said in record.getMessage() for record in caplog.records] == [True]
+        torch.testing.assert_close(compiled["encoder"](ids), rows)
+        # What was not compiled is not mentioned.
+        caplog.clear()
+        compress(compiled, "low_rank", ratio=1.2)
+        densify(compiled)
+        assert not caplog.records
+
+
+@pytest.mark.parametrize("tables", ["auto", ["encoder"], ["encoder._orig_mod"], ["decoder"]])
+def test_wrapped_layers_are_refused_with_a_remedy(tables: str | list[str]) -> None:
+    model = _tied()
+    model["encoder"] = torch.compile(model["encoder"], backend="eager")
+    with pytest.raises(
+        ValueError, match=r"'encoder'.* is a .*OptimizedModule: only the layer that .* module\.encoder\.c"
+    ):
+        compress(model, "low_rank", ratio=1.2, tables=tables)
+    assert type(model["decoder"]) is nn.Linear
