@@ -15,7 +15,7 @@ from lightning_embcompress.factorizations import Factorization, Method, get_meth
 from lightning_embcompress.factorizations.base import Options
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.gram import row_weights
-from lightning_embcompress.tables import Table, find_tables
+from lightning_embcompress.tables import Table, check_finite, find_tables
 
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?B?)\s*", re.IGNORECASE)
 Tie: TypeAlias = Literal["keep", "untie", "auto"]
@@ -172,6 +172,41 @@ def plan_requests(
         untied = table.name if len(parts) > 1 else None
         requests += [Request(part, method, options, max_bytes, untied) for part in parts]
     return requests
+
+
+def checked_requests(
+    model: nn.Module,
+    token_counts: Any,
+    method: str,
+    ratio: float | None = None,
+    size: str | int | None = None,
+    tables: str | Sequence[str] = "auto",
+    tie: Tie = "keep",
+    **options: Any,
+) -> tuple[list[Request], Tensor | None]:
+    """Decide what becomes of which table, and check all that solving them needs.
+
+    Args:
+        model: The model.
+        token_counts: See `check_counts`.
+        method: See `plan_requests`.
+        ratio: See `plan_requests`.
+        size: See `plan_requests`.
+        tables: See `plan_requests`.
+        tie: See `plan_requests`.
+        **options: Options of the method.
+
+    Returns:
+        The requests, and the token counts as a tensor or None.
+
+    Raises:
+        ValueError: If the request cannot be met, or a table or the counts cannot be used.
+    """
+    requests = plan_requests(model, method, ratio, size, tables, tie, **options)
+    counts = check_counts(token_counts, requests)
+    for request in requests:
+        check_finite(request.table)
+    return requests, counts
 
 
 def _untied(model: nn.Module, table: Table) -> list[Table]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_embcompress.budget import Tie, check_counts, plan_requests
+from lightning_embcompress.budget import Tie, checked_requests
 from lightning_embcompress.factorizations import Factorization, factorization_from_spec
 from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
@@ -16,7 +16,6 @@ from lightning_embcompress.records import check_tables, dtype_of, shown
 from lightning_embcompress.storage import check_whole, place_of
 from lightning_embcompress.tables import (
     all_modules,
-    check_finite,
     replace_table,
     restore_dense,
 )
@@ -189,10 +188,8 @@ def compress(
         >>> [(table.name, table.ratio >= 4) for table in plan.tables]
         [('0', True), ('1', True)]
     """
-    requests = plan_requests(model, method, ratio, size, tables, tie, **options)
-    counts = check_counts(token_counts, requests)
-    for request in requests:
-        check_finite(request.table)
+    check_whole(model, "compressed")
+    requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
     solved = [(request, request.solve(request.table.weight, counts)) for request in requests]
     for request, factors in solved:
         request.record(factors, request.table.weight, counts)

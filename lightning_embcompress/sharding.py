@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lightning_embcompress.budget import Tie, check_counts, plan_requests
+from lightning_embcompress.budget import Request, Tie, checked_requests
 from lightning_embcompress.checkpoint import keep_structure, structure_from_checkpoint
 from lightning_embcompress.distribution import Job, solve_together
 from lightning_embcompress.layers import CompressedLayer
@@ -26,7 +26,7 @@ from lightning_embcompress.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.report import show_plan
 from lightning_embcompress.solvers.division import count_processes, failing_together
 from lightning_embcompress.storage import is_sharded
-from lightning_embcompress.tables import Table, check_finite, replace_table
+from lightning_embcompress.tables import Table, replace_table
 
 __all__ = ["compress_or_restore", "is_sharded", "shard_tables"]
 
@@ -110,7 +110,9 @@ def compress_or_restore(
                 "before fully_shard, on a module that is new"
             )
         if ckpt_path is None:
-            _compress(module, method, ratio, size, tables, tie, token_counts, options)
+            with failing_together():
+                requests, counts = checked_requests(module, token_counts, method, ratio, size, tables, tie, **options)
+            _compress(module, requests, counts)
             title = "Compressed before sharding"
         else:
             with failing_together():
@@ -163,37 +165,14 @@ def shard_tables(module: nn.Module, **options: Any) -> None:
             register_fsdp_forward_method(factorization, method)
 
 
-def _compress(
-    module: nn.Module,
-    method: str,
-    ratio: float | None,
-    size: str | int | None,
-    tables: str | Sequence[str],
-    tie: Tie,
-    token_counts: Any,
-    options: dict[str, Any],
-) -> None:
+def _compress(module: nn.Module, requests: Sequence[Request], counts: Tensor | None) -> None:
     """As `compress`, by all processes together."""
-    with failing_together():
-        requests = plan_requests(module, method, ratio, size, tables, tie, **options)
-        counts = check_counts(token_counts, requests)
-        for request in requests:
-            _check_has_values(request.table)
-            check_finite(request.table)
     _check_alike([request.table for request in requests])
     # Layers that are made afterwards start from the same random numbers in all processes, whichever has solved what.
     with isolate_rng():
         solved = solve_together([Job(request, request.table.weight, counts) for request in requests])
     for request, factors in zip(requests, solved, strict=True):
         replace_table(module, request.table.modules, factors)
-
-
-def _check_has_values(table: Table) -> None:
-    if table.weight.is_meta:
-        raise ValueError(
-            f"table {table.name!r} is on the meta device and has no values to compress: build it, or load its weights, "
-            "on a real device before"
-        )
 
 
 def _check_alike(tables: Sequence[Table]) -> None:

@@ -78,11 +78,16 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_finite(table: Table) -> None:
-    """Refuse a table that holds NaN or infinite values.
+    """Refuse a table that holds NaN or infinite values, or none at all.
 
     Raises:
         ValueError: Naming the first such rows.
     """
+    if table.weight.is_meta:
+        raise ValueError(
+            f"table {table.name!r} is on the meta device and has no values to compress: build it, or load its weights, "
+            "on a real device before"
+        )
     bad = [
         ids[~torch.isfinite(table.weight.detach()[chunk]).all(dim=1).cpu()]
         for chunk in row_chunks(*table.shape)

@@ -203,6 +203,13 @@ def test_rows_that_are_not_finite_are_named(value: float) -> None:
         check_finite(table)
 
 
+def test_tables_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = _pair()
+    with pytest.raises(ValueError, match=r"'encoder' is on the meta device and has no values to compress: build it"):
+        compress(model, "low_rank", ratio=1.2)
+
+
 def test_replacing_keeps_what_the_layers_had_beside_their_weight() -> None:
     model = nn.ModuleDict(
         {"encoder": nn.Embedding(100, 8, padding_idx=2, max_norm=3.0, norm_type=1.0), "decoder": nn.Linear(8, 100)}

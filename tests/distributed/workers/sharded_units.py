@@ -91,6 +91,8 @@ def check_bytes_and_exports(mesh: Any, folder: Path) -> None:
                 ValueError, match=r"the \w*ShardedModel is sharded, and cannot be made dense: .* a full"
             ):
                 densify(model)
+            with pytest.raises(ValueError, match=r"is sharded, and cannot be compressed: .* Save a full checkpoint"):
+                compress(model, "low_rank", ratio=2)
             assert dict(model.named_modules()) == modules
 
 
