@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import Factorization, Method, get_method
-from lightning_embcompress.factorizations.base import Options
+from lightning_embcompress.factorizations.base import Options, plain
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.tables import Table, check_finite, find_tables
@@ -34,6 +34,10 @@ class Request:
     max_bytes: int
     untied: str | None = None
     """Name of the table that it was a part of, if that is to become two."""
+
+    def __post_init__(self) -> None:
+        """Make the options what is recorded of them."""
+        object.__setattr__(self, "options", plain(self.options))
 
     @property
     def method(self) -> Method:

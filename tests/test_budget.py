@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,40 @@ _SIZES: dict[str, dict[str, Any]] = {
     "tucker": {"ranks": [7, 6, 9]},
     "weighted_low_rank": {"rank": 3},
 }
+
+
+_OF_NUMPY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "group_reduce",
+        {
+            "ratio": np.float64(2),
+            "groups": np.int64(5),
+            "refine_rounds": torch.tensor(1),
+            "move_fraction": np.float32(0.5),
+        },
+        {"groups": 5, "refine_rounds": 1, "move_fraction": 0.5},
+    ),
+    ("tucker", {"ranks": np.array([7, 6, 9])}, {"ranks": [7, 6, 9]}),
+    ("tensor_train", {"max_rank": np.int32(1), "shape": (np.int64(4), 4)}, {"max_rank": 1, "shape": [4, 4]}),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "recorded"), _OF_NUMPY)
+def test_numbers_of_numpy_are_recorded_as_plain_ones(
+    method: str, given: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = compress(model := _Model(), method, token_counts=_counts().numpy(), **given)
+    record = plan.to_dict()
+    assert [table.options for table in plan.tables] == [recorded] * 2
+    # JSON has them as they are, and so does a checkpoint that may hold nothing else.
+    read = json.loads(json.dumps(record))
+    assert read == record
+    assert repr(read) == repr(record)
+    torch.save(record, tmp_path / "record.pt")
+    assert Plan.from_dict(torch.load(tmp_path / "record.pt", weights_only=True)) == plan
+    plain = compress(same := _Model(), method, token_counts=_counts(), **{"ratio": given.get("ratio"), **recorded})
+    assert plain == plan
+    assert torch.equal(model(_IDS), same(_IDS))
 
 
 def test_options_that_fix_the_size_are_all_tested() -> None:

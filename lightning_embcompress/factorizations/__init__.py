@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_embcompress.factorizations.base import Factorization, dense_bytes
+from lightning_embcompress.factorizations.base import Factorization, dense_bytes, plain
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.cp import CP, CPOptions
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
@@ -76,7 +76,7 @@ class Method:
                 raise ValueError(
                     f"unknown option {name!r}{nearest(name, names)}; the method has {', '.join(names) or 'none'}"
                 )
-        return self.factorization.options_class(**given, **self.fixed)
+        return self.factorization.options_class(**plain(given), **self.fixed)
 
 
 METHODS: dict[str, Method] = {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +38,25 @@ class Options:
     def fixes_size(self) -> bool:
         """Whether the options leave nothing for a ratio to decide."""
         return any(getattr(self, name) is not None for name in self.size_options)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: of NumPy's scalars and arrays, and tensors, their numbers; of sequences, a list.
+
+    Plans and checkpoints record the options that were given, and nothing is read from them but plain values.
+
+    Example:
+        >>> import numpy
+        >>> plain({"ranks": (numpy.int64(3), 4)})
+        {'ranks': [3, 4]}
+    """
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    return value
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
