@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_embcompress.budget import Request, Tie, check_budget, check_counts, plan_requests
 from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
+from lightning_embcompress.callbacks.continuation import Continuation
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
 from lightning_embcompress.callbacks.several import Turn, check_order, make_dense, merged_perplexity
@@ -25,13 +26,9 @@ from lightning_embcompress.checkpoint import keep_structure
 from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.factorizations import get_method
 from lightning_embcompress.plan import model_bytes, plan_of
-from lightning_embcompress.random_state import gather_over_processes, random_state, set_random_state
 from lightning_embcompress.reference import reference_file
 from lightning_embcompress.report import show_plan, show_requests, write_report
 from lightning_embcompress.tables import put_back
-
-RANDOM_STATE_KEY = "embcompress_random_state"
-"""Where a checkpoint keeps the random state of every process, which Lightning does not keep."""
 
 
 class EmbeddingCompression(Callback):
@@ -114,7 +111,7 @@ class EmbeddingCompression(Callback):
         self.token_counts = token_counts
         self.keep_reference = None if keep_reference is None else Path(keep_reference)
         self.options = options
-        self._random_states: Sequence[Any] | None = None
+        self._continuation = Continuation()
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -155,14 +152,13 @@ class EmbeddingCompression(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state of all processes."""
-        if RANDOM_STATE_KEY not in checkpoint:
-            checkpoint[RANDOM_STATE_KEY] = gather_over_processes(random_state(trainer.strategy.root_device))
+        """Keep what Lightning leaves out: the random state of all processes, above all."""
+        self._continuation.on_save_checkpoint(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note where training goes on from."""
-        self._random_states = checkpoint.get(RANDOM_STATE_KEY)
+        self._continuation.on_load_checkpoint(checkpoint)
         self._resumed_from = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
 
     @override
@@ -170,7 +166,7 @@ class EmbeddingCompression(Callback):
         """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
         keep_structure(pl_module)
         use_atomic_checkpoints(trainer)
-        self._random_states = None
+        self._continuation = Continuation()
         if stage == "fit":
             check_trainer(trainer, type(self).__name__, self.at_epoch, self.refine_at_epochs)
 
@@ -188,7 +184,7 @@ class EmbeddingCompression(Callback):
                 check_residuals(pl_module, self._compressed, self._resumed_from)
         elif not (there and by_others):
             self._check_request(trainer, pl_module)
-        self._restore_random_state(trainer)
+        self._continuation.on_fit_start(trainer)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         there = plan_of(module).tables
@@ -217,17 +213,15 @@ class EmbeddingCompression(Callback):
         paths = frozenset(path for request in self._requests(module) for path in request.table.modules)
         return Turn(self.at_epoch, self.refine_at_epochs, paths)
 
-    def _restore_random_state(self, trainer: Trainer) -> None:
-        states, self._random_states = self._random_states, None
-        if states is None:
-            return
-        if len(states) == trainer.world_size:
-            set_random_state(states[trainer.global_rank], trainer.strategy.root_device)
-            return
-        rank_zero_warn(
-            f"the checkpoint holds the random state of {len(states)} processes, and there are {trainer.world_size}: "
-            "random numbers go on otherwise than they would have"
-        )
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make up for what came after the checkpoint was written."""
+        self._continuation.on_train_start(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make up for what is left out at the end of an epoch that was resumed."""
+        self._continuation.on_train_epoch_end(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,6 +244,7 @@ class EmbeddingCompression(Callback):
 
         Lightning leaves `on_train_epoch_start` of the next epoch out when it resumes from there.
         """
+        self._continuation.on_train_batch_start()
         if batch_idx == 0:
             self.on_train_epoch_start(trainer, pl_module)
 

@@ -285,7 +285,9 @@ def test_weight_averaging_is_refused(foreign: SimpleNamespace, make_trainer: Mak
 
 def test_strategies_that_shard_are_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(devices=2, strategy=ModelParallelStrategy())
-    with pytest.raises(ValueError, match="under ModelParallelStrategy, which shards.*compress_or_restore.*strategy='ddp'"):
+    with pytest.raises(
+        ValueError, match="under ModelParallelStrategy, which shards.*compress_or_restore.*strategy='ddp'"
+    ):
         EmbeddingCompression("low_rank", ratio=2).setup(trainer, foreign.model(), "fit")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import Sampler
 
 import lightning_embcompress
 from lightning_embcompress import EmbeddingCompression, GroupReduce
@@ -42,32 +42,36 @@ def _momentum(module: LightningModule) -> Any:
     return [optimizer], [lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)]
 
 
-class Reproducible(Callback):
-    """Seeds every step by its number: Lightning keeps no random state, which is not what is tested here."""
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        torch.manual_seed(trainer.global_step)
+def _cosine(module: LightningModule) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    return [optimizer], [lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)]
 
 
-class EpochSampler(Sampler[int]):
-    """Another order every epoch, told by Lightning which one it is."""
+def _plateau(module: LightningModule) -> Any:
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    schedule = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.2)
+    return [optimizer], [{"scheduler": schedule, "monitor": "val_loss"}]
 
-    def __init__(self, length: int) -> None:
-        self.length, self.epoch = length, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+class InMemory(Logger):
+    """Keeps what is logged, by step."""
 
-    def __len__(self) -> int:
-        return self.length
+    name, version = "memory", 0
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.epoch)
-        yield from torch.randperm(self.length, generator=generator).tolist()
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.setdefault(step or 0, {}).update(metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 def _loaders(foreign: SimpleNamespace) -> dict[str, Any]:
-    return foreign.loaders(shuffle=False, sampler=EpochSampler(len(foreign.dataset())))  # type: ignore[no-any-return]
+    # A plain loader, shuffled by the global random numbers.
+    return foreign.loaders()  # type: ignore[no-any-return]
 
 
 def _callback() -> EmbeddingCompression:
@@ -80,8 +84,9 @@ def _run(
     model, callback = foreign.model(kind), _callback()
     model.optimizers_of = configure
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    logger = InMemory()
     trainer = make_trainer(
-        callback, Reproducible(), keep, max_epochs=6, enable_checkpointing=True, default_root_dir=folder
+        callback, keep, max_epochs=6, enable_checkpointing=True, default_root_dir=folder, logger=logger
     )
     trainer.fit(model, **_loaders(foreign), **fit)
     return SimpleNamespace(
@@ -91,6 +96,7 @@ def _run(
         plan=plan_of(model),
         report=json.loads((folder / "report.json").read_text()),
         callback=callback.state_dict(),
+        logged=logger.rows,
         trainer=trainer,
         model=model,
     )
@@ -98,7 +104,7 @@ def _run(
 
 # Compression happens at the start of epoch 1, refinements at those of 3 and 4. The checkpoint of epoch 0 is from before
 # compression, that of 1 from its epoch, that of 2 from before the first refinement, 3 from between, 4 from after all.
-@pytest.mark.parametrize("configure", [_adam, _two_groups, _momentum])
+@pytest.mark.parametrize("configure", [_adam, _two_groups, _momentum, _cosine, _plateau])
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_resuming_equals_the_uninterrupted_run(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, kind: str, configure: Any
@@ -117,6 +123,12 @@ def test_resuming_equals_the_uninterrupted_run(
         assert scheduler == expected
         assert resumed.plan == whole.plan
         assert resumed.report == whole.report
+        # What was logged from there on: losses, perplexities, ratios.
+        start = 12 * (epoch + 1)
+        assert {s: row for s, row in resumed.logged.items() if s >= start} == {
+            s: row for s, row in whole.logged.items() if s >= start
+        }
+        assert max(resumed.logged) >= 71
         assert resumed.callback["refined"] == whole.callback["refined"] == [3, 4]
         assert resumed.report["perplexity"]["refined"][1]["epoch"] == 4
 
@@ -141,9 +153,8 @@ def test_a_checkpoint_from_between_the_last_step_of_an_epoch_and_its_end(
 ) -> None:
     def fit(*callbacks: Callback, **changes: Any) -> tuple[Any, Any]:
         model, callback = foreign.model(), _callback()
-        trainer = make_trainer(callback, Reproducible(), *callbacks, max_epochs=5, enable_checkpointing=True)
-        # In one order: Lightning tells the sampler the number of the epoch before, when it resumes from there.
-        trainer.fit(model, **foreign.loaders(shuffle=False), **changes)
+        trainer = make_trainer(callback, *callbacks, max_epochs=5, enable_checkpointing=True)
+        trainer.fit(model, **_loaders(foreign), **changes)
         return dict(model.state_dict()), callback.state_dict()["perplexity"]
 
     whole = fit(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **saved))
@@ -275,7 +286,6 @@ def test_two_callbacks_for_two_tables(foreign: SimpleNamespace, make_trainer: Ma
         return [
             EmbeddingCompression("low_rank", ratio=2, tables="encoder", at_epoch=1, refine_at_epochs=[2]),
             EmbeddingCompression("group_reduce", ratio=3, tables=["decoder"], at_epoch=2, groups=2),
-            Reproducible(),
         ]
 
     whole, resumed = foreign.model(), foreign.model()
@@ -310,7 +320,7 @@ def test_layers_that_are_built_in_configure_model(
     def fit(*callbacks: Callback, **changes: Any) -> Any:
         seed_everything(0, verbose=False)
         model = Lazy()
-        trainer = make_trainer(_callback(), Reproducible(), *callbacks, max_epochs=5, enable_checkpointing=True)
+        trainer = make_trainer(_callback(), *callbacks, max_epochs=5, enable_checkpointing=True)
         trainer.fit(model, **_loaders(foreign), **changes)
         return model
 

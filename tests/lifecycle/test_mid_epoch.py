@@ -178,7 +178,6 @@ def test_resuming_a_run_that_max_steps_ended_within_an_epoch(run: Run, tmp_path:
 
 # `FitLoop.on_advance_end` steps it only `if not self.restarting`, which lasts to the end of the epoch in which training
 # was resumed. It is right for a checkpoint from an epoch's end, where the monitored metric is not known any more.
-@pytest.mark.xfail(strict=True, reason="Lightning leaves out one step of ReduceLROnPlateau after resuming mid-epoch")
 def test_resuming_with_a_plateau_scheduler(run: Run, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": {"lr_scheduler": _plateau}}
     whole = run("whole", keep={"every_n_train_steps": 1}, **options)
