@@ -1,0 +1,177 @@
+"""Several callbacks in one run: of different tables, or of the same ones one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_embcompress import EmbeddingCompression, GroupReduce
+from lightning_embcompress.callbacks.several import Turn, check_order, merged_perplexity
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.plan import plan_of
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def _twice(**changes: Any) -> list[Callback]:
+    first = GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[2], groups=3)
+    return [first, GroupReduce(ratio=3, at_epoch=3, groups=2, **changes)]
+
+
+def _state(callback: Callback) -> Any:
+    return callback.state_dict()
+
+
+class Note(Callback):
+    """Notes the tables at the start of every epoch."""
+
+    def __init__(self) -> None:
+        self.tables: list[dict[str, torch.Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        layers = {name: getattr(pl_module, name) for name in ("encoder", "decoder")}
+        self.tables.append(
+            {
+                name: layer.factorization.dense()
+                if isinstance(layer, CompressedLayer)
+                else layer.weight.detach().clone()
+                for name, layer in layers.items()
+            }
+        )
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_one_after_the_other(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, kind: str) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    callbacks, model, note = _twice(refine_at_epochs=[4]), foreign.model(kind), Note()
+    trainer = make_trainer(note, *callbacks, keep, max_epochs=6, enable_checkpointing=True)
+    trainer.fit(model, **foreign.loaders())
+    tables = plan_of(model).tables
+    assert len(tables) == (1 if kind == "tied" else 2)
+    for table in tables:
+        # Of the dense table, not of what the first callback left.
+        assert table.ratio >= 3
+        assert table.options["groups"] == 2
+    groups = trainer.optimizers[0].param_groups
+    assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in model.parameters()]
+    report = json.loads((tmp_path / "report.json").read_text())
+    first, second = (_state(callback)["perplexity"] for callback in callbacks)
+    assert report["perplexity"] == {
+        "dense": first["dense"],
+        "compressed": second["compressed"],
+        "refined": [*first["refined"], *second["refined"]],
+        "final": second["final"],
+        "split": "validation",
+    }
+    assert [entry["epoch"] for entry in report["perplexity"]["refined"]] == [2, 4]
+    for epoch in range(5):
+        again, resumed = _twice(refine_at_epochs=[4]), foreign.model(kind)
+        trainer = make_trainer(*again, max_epochs=6, default_root_dir=tmp_path / f"from{epoch}")
+        trainer.fit(resumed, **foreign.loaders(), ckpt_path=tmp_path / "kept" / f"epoch={epoch}.ckpt")
+        torch.testing.assert_close(dict(resumed.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+        assert [_state(callback)["perplexity"] for callback in again] == [first, second]
+        assert json.loads((tmp_path / f"from{epoch}" / "report.json").read_text()) == report
+
+
+def test_the_second_solves_for_what_the_first_has_left(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    before, after, model = Note(), Note(), foreign.model()
+    callbacks = [
+        EmbeddingCompression("low_rank", ratio=1.5, at_epoch=1),
+        EmbeddingCompression("low_rank", ratio=4, at_epoch=2),
+    ]
+    make_trainer(before, *callbacks, after, max_epochs=3).fit(model, **foreign.loaders())
+    for name in ("encoder", "decoder"):
+        left, right = before.tables[2][name], after.tables[2][name]
+        rank = int(torch.linalg.matrix_rank(right))
+        assert rank < int(torch.linalg.matrix_rank(left)) < foreign.dim
+        u, s, v = torch.linalg.svd(left.double(), full_matrices=False)
+        torch.testing.assert_close(right.double(), (u[:, :rank] * s[:rank]) @ v[:rank], rtol=1e-4, atol=1e-5)
+
+
+def test_others_stay_as_they_are(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    callbacks = [
+        EmbeddingCompression("low_rank", ratio=2, at_epoch=0, refine_at_epochs=[3]),
+        EmbeddingCompression("low_rank", ratio=5, at_epoch=2, tables="decoder"),
+    ]
+    with pytest.raises(
+        ValueError, match="table 'decoder' is to be refined at epoch 3, but another callback compresses"
+    ):
+        make_trainer(*callbacks, max_epochs=4).fit(foreign.model(), **foreign.loaders())
+    callbacks[0] = EmbeddingCompression("low_rank", ratio=2, at_epoch=0)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            layer = pl_module.encoder
+            self.layers = {*getattr(self, "layers", ()), id(layer)}
+
+    watch, model = Watch(), foreign.model()
+    make_trainer(*callbacks, watch, max_epochs=4).fit(model, **foreign.loaders())
+    assert [(table.name, table.ratio >= 5) for table in plan_of(model).tables] == [
+        ("encoder", False),
+        ("decoder", True),
+    ]
+    # The layer itself, with its parameters, and not one that was rebuilt.
+    assert watch.layers == {id(model.encoder)}
+
+
+def test_a_solver_that_fails_leaves_the_first_compression(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_embcompress.factorizations import CP
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr(CP, "decompose", fail)
+    callbacks = [
+        EmbeddingCompression("low_rank", ratio=2, at_epoch=0),
+        EmbeddingCompression("cp", ratio=4, at_epoch=1),
+    ]
+    model = foreign.model("tied")
+    with pytest.raises(RuntimeError, match="no convergence"):
+        make_trainer(*callbacks).fit(model, **foreign.loaders())
+    (table,) = plan_of(model).tables
+    assert (table.method, table.modules) == ("low_rank", ("encoder", "decoder"))
+    assert model.encoder.factorization is model.decoder.factorization
+
+
+@pytest.mark.parametrize("listed", [1, -1])
+def test_a_trial_run_does_both(foreign: SimpleNamespace, make_trainer: MakeTrainer, listed: int) -> None:
+    model = foreign.model()
+    make_trainer(*_twice(refine_at_epochs=[4])[::listed], fast_dev_run=True).fit(model, **foreign.loaders())
+    assert all(table.ratio > 1.4 for table in plan_of(model).tables)
+
+
+def test_two_at_the_same_time(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    callbacks = [
+        EmbeddingCompression("low_rank", ratio=2, at_epoch=1, tables="encoder"),
+        GroupReduce(ratio=2, at_epoch=1, groups=2),
+    ]
+    with pytest.raises(ValueError, match="two callbacks compress table 'encoder' at epoch 1"):
+        make_trainer(*callbacks).fit(foreign.model(), **foreign.loaders())
+
+
+def test_turns_of_different_tables_are_free() -> None:
+    one, other = frozenset({"encoder"}), frozenset({"decoder"})
+    check_order([Turn(1, [2, 9], one), Turn(1, [3], other), Turn(10, [], one)])
+
+
+def test_perplexities_of_a_run() -> None:
+    first = {
+        "dense": 9.0,
+        "compressed": 8.0,
+        "refined": [{"epoch": 1, "value": 7.0}],
+        "final": None,
+        "split": "validation",
+    }
+    second = {"dense": 7.5, "compressed": 8.5, "refined": [], "final": 6.0, "split": "validation"}
+    assert merged_perplexity([first]) == first
+    assert merged_perplexity([first, second]) == {**first, "compressed": 8.5, "final": 6.0}
