@@ -33,30 +33,34 @@ KILLED = [
     ("writing", 2, 1),
     ("replacing", 2, 1),
     ("step", 3, 2),
-    ("solving", 4, 3),
     ("writing", 4, 3),
     ("replacing", 4, 3),
     ("step", 5, 4),
-    ("replacing", 6, 5),
     ("step", 7, 6),
 ]
+MORE_KILLED = [*KILLED, ("solving", 4, 3), ("solving", 6, 5), ("writing", 6, 5), ("replacing", 6, 5)]
 # With the exit status, and whether the tables are compressed in the checkpoint that the interruption leaves.
 INTERRUPTED = [
-    ("SIGINT", "step", 1, 1, False),
     ("SIGINT", "solving", 2, 1, False),
-    ("SIGINT", "writing", 2, 1, False),
     ("SIGINT", "replacing", 2, 1, True),
     ("SIGINT", "step", 3, 1, True),
-    ("SIGINT", "solving", 4, 1, True),
     ("SIGINT", "replacing", 4, 1, True),
     # Lightning ends the step first, and with it what is due before it.
     ("SIGTERM", "step", 1, 0, False),
-    ("SIGTERM", "solving", 2, 0, True),
     ("SIGTERM", "replacing", 2, 0, True),
+    ("SIGTERM", "solving", 4, 0, True),
+]
+MORE_INTERRUPTED = [
+    *INTERRUPTED,
+    ("SIGINT", "step", 1, 1, False),
+    ("SIGINT", "writing", 2, 1, False),
+    ("SIGINT", "solving", 4, 1, True),
+    ("SIGTERM", "solving", 2, 0, True),
     ("SIGTERM", "replacing", 4, 0, True),
+    ("SIGTERM", "step", 7, 0, True),
 ]
 TIED = {"tied": True, "optimizer": "sgd"}
-RANDOM = 12
+RANDOM = 14
 
 
 def _load() -> ModuleType:
@@ -96,9 +100,9 @@ def _interrupt(folder: Path, cases: list[list[Any]]) -> dict[str, int]:
     return {"-".join(map(str, case[:3])): code for case, code in zip(cases, codes, strict=True)}
 
 
-def _outcomes(folder: Path, case: dict[str, Any]) -> SimpleNamespace:
-    cases: list[list[Any]] = [["SIGKILL", name, epoch, case] for name, epoch, _ in KILLED]
-    cases += [[*interrupted[:3], case] for interrupted in INTERRUPTED]
+def _outcomes(folder: Path, case: dict[str, Any], killed: list[Any], interrupted: list[Any]) -> SimpleNamespace:
+    cases: list[list[Any]] = [["SIGKILL", name, epoch, case] for name, epoch, _ in killed]
+    cases += [[*one[:3], case] for one in interrupted]
     note = Note()
     whole = worker.fit(folder / "whole", note, case=case)
     codes = _interrupt(folder / "cases", cases)
@@ -108,13 +112,13 @@ def _outcomes(folder: Path, case: dict[str, Any]) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All cases with two tables and Adam, and the run that nothing happened to."""
-    return _outcomes(tmp_path_factory.mktemp("untied"), {})
+    return _outcomes(tmp_path_factory.mktemp("untied"), {}, KILLED, INTERRUPTED)
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All cases with one table for both and momentum."""
-    return _outcomes(tmp_path_factory.mktemp("tied"), TIED)
+    return _outcomes(tmp_path_factory.mktemp("tied"), TIED, MORE_KILLED, MORE_INTERRUPTED)
 
 
 def _assert_goes_on_as(whole: SimpleNamespace, folder: Path, checkpoint: Path, **arguments: Any) -> None:
@@ -149,7 +153,7 @@ def test_a_killed_process(untied: SimpleNamespace, name: str, epoch: int, last: 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "epoch", "last"), KILLED)
+@pytest.mark.parametrize(("name", "epoch", "last"), MORE_KILLED)
 def test_a_killed_process_with_a_tied_table(tied: SimpleNamespace, name: str, epoch: int, last: int) -> None:
     _assert_survives_a_kill(tied, name, epoch, last)
 
@@ -157,15 +161,12 @@ def test_a_killed_process_with_a_tied_table(tied: SimpleNamespace, name: str, ep
 @pytest.mark.full
 def test_a_process_that_is_killed_at_any_moment(untied: SimpleNamespace, tmp_path: Path) -> None:
     codes = _interrupt(tmp_path / "cases", [["SIGKILL", "random", seed, {}] for seed in range(RANDOM)])
-    epochs = set()
-    for case, code in codes.items():
+    assert list(codes.values()) == [-signal.SIGKILL] * RANDOM
+    for case in codes:
         folder = tmp_path / "cases" / case
-        if code != -signal.SIGKILL or not (folder / "last.ckpt").exists():
-            # Too late, or too early.
-            continue
-        epochs.add(torch.load(folder / "last.ckpt", weights_only=True)["epoch"])
-        _assert_goes_on_as(untied.whole, folder, folder / "last.ckpt")
-    assert len(epochs) > 3
+        # Killed between two checkpoints of an epoch, the last one may be of the epoch before, or not there.
+        last = folder / "last.ckpt"
+        _assert_goes_on_as(untied.whole, folder, last if last.exists() else folder / "epoch=0.ckpt")
 
 
 def _assert_survives_an_interruption(
@@ -209,11 +210,25 @@ def test_an_interrupted_process(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("how", "name", "epoch", "code", "compressed"), INTERRUPTED)
+@pytest.mark.parametrize(("how", "name", "epoch", "code", "compressed"), MORE_INTERRUPTED)
 def test_an_interrupted_process_with_a_tied_table(
     tied: SimpleNamespace, how: str, name: str, epoch: int, code: int, compressed: bool
 ) -> None:
     _assert_survives_an_interruption(tied, how, name, epoch, code, compressed)
+
+
+@pytest.mark.xfail(reason="Lightning takes the epoch for one that is done, and a measurement is lost", strict=True)
+@pytest.mark.parametrize(("name", "epoch"), [("solving", 2), ("replacing", 2), ("replacing", 4)])
+def test_ctrl_c_before_the_first_step_of_an_epoch(
+    untied: SimpleNamespace, tmp_path: Path, name: str, epoch: int
+) -> None:
+    # Nothing of the epoch was drawn yet, so that nothing differs.
+    case = untied.folder / "cases" / f"SIGINT-{name}-{epoch}"
+    resumed = worker.fit(tmp_path, ckpt_path=case / "interrupted.ckpt")
+    assert resumed.trainer.global_step == untied.whole.trainer.global_step == 8 * worker.STEPS
+    torch.testing.assert_close(resumed.state["parameters"], untied.whole.state["parameters"], rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state["optimizer"], untied.whole.state["optimizer"], rtol=0, atol=0)
+    assert resumed.report == untied.whole.report
 
 
 @pytest.fixture
