@@ -19,4 +19,10 @@ if __name__ == "__main__":
     if dist.get_rank() == 1:
         group_reduce.warm_eigenvectors = fails
     (request,) = requests(table(), method="group_reduce", ratio=4, groups=4)
-    solve_together([Job(request, request.table.weight, counts())])
+    try:
+        solve_together([Job(request, request.table.weight, counts())])
+    finally:
+        # Both say what they have to: the first to end has the other one killed, and a thread of gloo that is left can
+        # abort the interpreter at its end.
+        dist.barrier()
+        dist.destroy_process_group()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from sharded_model import CASES, MORE_CASES, ShardedModel, data, result, strategy_of, trainer
 
@@ -53,3 +54,6 @@ if __name__ == "__main__":
         results = train(folder, name, strategy, accelerator)
         if os.environ["RANK"] == "0":
             torch.save(results, folder / f"{name}.pt")
+    # A thread of gloo that is left can abort the interpreter at its end.
+    dist.barrier()
+    dist.destroy_process_group()
