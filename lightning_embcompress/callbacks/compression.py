@@ -211,7 +211,7 @@ class EmbeddingCompression(Callback):
 
     def _turn(self, module: LightningModule) -> Turn:
         paths = frozenset(path for request in self._requests(module) for path in request.table.modules)
-        return Turn(self.at_epoch, self.refine_at_epochs, paths)
+        return Turn(self.at_epoch, self.refine_at_epochs, paths, self.keep_reference)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -29,6 +30,7 @@ class GroupReduce(EmbeddingCompression):
         monitor: Name of a loss that validation logs, to measure the perplexity by.
         token_counts: `[vocab_size]` how often every token occurs in the training data, if the data module does not
             say it.
+        keep_reference: Folder in which the dense tables are kept when they are compressed.
 
     Raises:
         ValueError: If an argument is out of its range; when training starts, if the tables, the ratio or the epochs
@@ -54,6 +56,7 @@ class GroupReduce(EmbeddingCompression):
         tie: Tie = "keep",
         monitor: str | None = None,
         token_counts: list[int] | Tensor | None = None,
+        keep_reference: str | Path | None = None,
     ) -> None:
         """Check what can be checked without a model."""
         super().__init__(
@@ -66,6 +69,7 @@ class GroupReduce(EmbeddingCompression):
             tie=tie,
             monitor=monitor,
             token_counts=token_counts,
+            keep_reference=keep_reference,
             groups=groups,
             refine_rounds=refine_rounds,
             variant=variant,

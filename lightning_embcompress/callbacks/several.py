@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,11 +13,12 @@ from lightning_embcompress.tables import all_modules, restore_dense
 
 
 class Turn(NamedTuple):
-    """When one of the callbacks compresses and refines which modules."""
+    """When one of the callbacks compresses and refines which modules, and where it keeps what they were."""
 
     at_epoch: int
     refine_at_epochs: Sequence[int]
     modules: frozenset[str]
+    reference: Path | None = None
 
 
 def check_order(turns: Sequence[Turn]) -> None:
@@ -40,6 +42,11 @@ def check_order(turns: Sequence[Turn]) -> None:
                 raise ValueError(
                     f"table {name!r} is to be refined at epoch {late[0]}, but another callback compresses it anew at "
                     f"epoch {second.at_epoch}: let refine_at_epochs end before it"
+                )
+            if first.reference is not None and first.reference == second.reference:
+                raise ValueError(
+                    f"keep_reference={str(first.reference)!r} of two callbacks would keep table {name!r} as it is at "
+                    f"epochs {first.at_epoch} and {second.at_epoch} in the same file: name two folders"
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_embcompress.budget import Tie
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
@@ -25,6 +26,7 @@ class TensorTrain(EmbeddingCompression):
         tables: `auto`, or the names of the modules.
         tie: What becomes of a table that embedding and softmax share: `keep`, `untie` or `auto`.
         monitor: Name of a loss that validation logs, to measure the perplexity by.
+        keep_reference: Folder in which the dense tables are kept when they are compressed.
 
     Raises:
         ValueError: If an argument is out of its range; when training starts, if the tables, the ratio or the epochs
@@ -48,6 +50,7 @@ class TensorTrain(EmbeddingCompression):
         tables: str | list[str] = "auto",
         tie: Tie = "keep",
         monitor: str | None = None,
+        keep_reference: str | Path | None = None,
     ) -> None:
         """Check what can be checked without a model."""
         super().__init__(
@@ -59,6 +62,7 @@ class TensorTrain(EmbeddingCompression):
             tables=tables,
             tie=tie,
             monitor=monitor,
+            keep_reference=keep_reference,
             max_rank=max_rank,
             shape=None if shape is None else tuple(shape),
         )

@@ -159,6 +159,15 @@ def test_two_at_the_same_time(foreign: SimpleNamespace, make_trainer: MakeTraine
         make_trainer(*callbacks).fit(foreign.model(), **foreign.loaders())
 
 
+def test_two_references_in_one_file(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    callbacks = [
+        EmbeddingCompression("low_rank", ratio=ratio, at_epoch=epoch, keep_reference=tmp_path / "reference")
+        for ratio, epoch in ((2, 0), (4, 1))
+    ]
+    with pytest.raises(ValueError, match="keep_reference=.*of two callbacks would keep table '(en|de)coder' .*two folders"):
+        make_trainer(*callbacks).fit(foreign.model(), **foreign.loaders())
+
+
 def test_turns_of_different_tables_are_free() -> None:
     one, other = frozenset({"encoder"}), frozenset({"decoder"})
     check_order([Turn(1, [2, 9], one), Turn(1, [3], other), Turn(10, [], one)])
