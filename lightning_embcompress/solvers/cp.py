@@ -54,7 +54,9 @@ def cp(
         Factors `[I_n, rank]`; the columns of a component have the same norm in all of them.
 
     Example:
-        >>> tensor = torch.einsum("ir,jr,kr->ijk", torch.rand(5, 2), torch.rand(6, 2), torch.rand(7, 2))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> a, b, c = (torch.rand(size, 2, generator=generator) for size in (5, 6, 7))
+        >>> tensor = torch.einsum("ir,jr,kr->ijk", a, b, c)
         >>> factors = cp(tensor, 2, max_iterations=200)
         >>> float((torch.einsum("ir,jr,kr->ijk", *factors) - tensor).norm() / tensor.norm()) < 0.01
         True
