@@ -118,7 +118,7 @@ class Moment(Callback):
             def is_second(own: Factorization[Any], *_: Any) -> bool:
                 if any(own is part for part in pl_module.modules()):
                     tables.append(own)
-                return bool(tables) and (len(tables) > 1 or pl_module.tied)
+                return bool(tables) and (len(tables) > 1 or bool(pl_module.tied))
 
             self._before(Factorization, "load_state_dict", is_second)
 
