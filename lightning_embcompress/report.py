@@ -14,7 +14,7 @@ from rich.table import Table as ScreenTable
 from torch import nn
 
 from lightning_embcompress.budget import Request
-from lightning_embcompress.files import replacing
+from lightning_embcompress.files import explaining_failure, replacing
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, model_bytes, plan_of
 from lightning_embcompress.tables import all_modules
@@ -59,7 +59,7 @@ def write_report(
     """
     report = {"tables": table_report(model), "model": model_bytes(model), "perplexity": dict(perplexity)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with explaining_failure(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(report | dict(extra or {})), indent=2) + "\n", encoding="utf-8")
 
 

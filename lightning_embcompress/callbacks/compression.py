@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,17 +18,18 @@ from typing_extensions import override
 
 from lightning_embcompress.budget import Request, Tie, check_budget, check_counts, plan_requests
 from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
-from lightning_embcompress.callbacks.continuation import Continuation
+from lightning_embcompress.callbacks.continuation import Continuation, begin_epoch
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
+from lightning_embcompress.callbacks.reporting import log, run_folder, show_and_log
 from lightning_embcompress.callbacks.several import Turn, check_order, make_dense, merged_perplexity
 from lightning_embcompress.callbacks.solving import Files, check_residuals, solve_again, solve_requests
 from lightning_embcompress.checkpoint import keep_structure
 from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.factorizations import get_method
-from lightning_embcompress.plan import model_bytes, plan_of
+from lightning_embcompress.plan import plan_of
 from lightning_embcompress.reference import reference_file
-from lightning_embcompress.report import show_plan, show_requests, write_report
+from lightning_embcompress.report import show_requests, write_report
 from lightning_embcompress.tables import put_back
 
 
@@ -119,6 +121,8 @@ class EmbeddingCompression(Callback):
         self._refined: list[int] = []
         self._counts: Tensor | None = None
         self._resumed_from: str | None = None
+        # What was changed last and not measured yet: an interruption may come in between.
+        self._unmeasured: str | None = None
         self._perplexity: dict[str, Any] = {
             "dense": None,
             "compressed": None,
@@ -139,6 +143,7 @@ class EmbeddingCompression(Callback):
             "refined": self._refined,
             "token_counts": self._counts,
             "perplexity": self._perplexity,
+            "unmeasured": self._unmeasured,
         }
         return deepcopy(state)
 
@@ -149,6 +154,7 @@ class EmbeddingCompression(Callback):
         self._refined = state_dict["refined"]
         self._counts = state_dict["token_counts"]
         self._perplexity = state_dict["perplexity"]
+        self._unmeasured = state_dict.get("unmeasured")
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -226,17 +232,9 @@ class EmbeddingCompression(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due at this epoch."""
-        if not self._is_due(trainer):
-            return
-        # Drawn numbers would change what follows, and a resumed run does not draw them again.
-        with isolate_rng():
-            if not is_fast_dev_run(trainer):
-                folder = (self._folder(trainer) / "residuals").absolute()
-                # One process of every machine: some share a file system, some do not.
-                self._do_due(trainer, pl_module, folder, writes=trainer.local_rank == 0)
-                return
-            with TemporaryDirectory(prefix="embcompress-") as temporary:
-                self._do_due(trainer, pl_module, Path(temporary), writes=True)
+        if self._is_due(trainer):
+            begin_epoch(trainer)
+            self._do_due(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -245,24 +243,39 @@ class EmbeddingCompression(Callback):
         Lightning leaves `on_train_epoch_start` of the next epoch out when it resumes from there.
         """
         self._continuation.on_train_batch_start()
-        if batch_idx == 0:
-            self.on_train_epoch_start(trainer, pl_module)
+        if batch_idx == 0 and self._is_due(trainer):
+            self._do_due(trainer, pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
+        if self._unmeasured is not None:
+            return True
         if is_fast_dev_run(trainer):
             return not self._compressed or len(self._refined) < len(self.refine_at_epochs)
         if not self._compressed:
             return epoch >= self.at_epoch
         return any(due <= epoch and due not in self._refined for due in self.refine_at_epochs)
 
-    def _do_due(self, trainer: Trainer, module: LightningModule, folder: Path, writes: bool) -> None:
+    def _do_due(self, trainer: Trainer, module: LightningModule) -> None:
+        with ExitStack() as stack:
+            # Drawn numbers would change what follows, and a resumed run does not draw them again.
+            stack.enter_context(isolate_rng())
+            if is_fast_dev_run(trainer):
+                folder, writes = Path(stack.enter_context(TemporaryDirectory(prefix="embcompress-"))), True
+            else:
+                # One process of every machine writes: some share a file system, some do not.
+                folder, writes = (run_folder(trainer) / "residuals").absolute(), trainer.local_rank == 0
+            self._do_due_with(trainer, module, folder, writes)
+
+    def _do_due_with(self, trainer: Trainer, module: LightningModule, folder: Path, writes: bool) -> None:
         epoch = trainer.current_epoch
 
         def files(at: int) -> Files:
             needed = any(later > at for later in self.refine_at_epochs) or self.keep_reference is not None
             return Files(folder, writes, needed, self._resumed_from, self.keep_reference)
 
+        if self._unmeasured is not None:
+            self._measure_change(trainer, module)
         if not self._compressed:
             self._compress(trainer, module, files(self.at_epoch))
         for due in self.refine_at_epochs:
@@ -338,8 +351,8 @@ class EmbeddingCompression(Callback):
             self._compressed = [table.entry for table in solved]
             # Only a refinement reads them again.
             self._counts = counts if files.keeps_residual else None
-        self._perplexity["compressed"] = self._measure(trainer, module, "compressed")
-        self._show(trainer, module, f"Compressed at epoch {trainer.current_epoch}")
+            self._unmeasured = "compressed"
+        self._measure_change(trainer, module)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
         solved = solve_again(trainer, module, self._compressed, self.method, self.options, self._counts, epoch, files)
@@ -353,9 +366,20 @@ class EmbeddingCompression(Callback):
                 table.in_place_of.provenance = table.factors.provenance
             self._compressed = [table.entry for table in solved]
             self._refined.append(epoch)
-        value = self._measure(trainer, module, "refined")
-        self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
-        self._show(trainer, module, f"Refined at epoch {trainer.current_epoch}")
+            self._unmeasured = "refined"
+        self._measure_change(trainer, module)
+
+    def _measure_change(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure and show what was changed last."""
+        name = str(self._unmeasured)
+        value = self._measure(trainer, module, name)
+        if name == "compressed":
+            self._perplexity["compressed"] = value
+        else:
+            self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
+        self._unmeasured = None
+        show_and_log(trainer, module, f"{name.capitalize()} at epoch {trainer.current_epoch}")
+        self._write_report(trainer, module)
 
     def _measure(
         self, trainer: Trainer, module: LightningModule, name: str, requests: Sequence[Request] = ()
@@ -365,39 +389,19 @@ class EmbeddingCompression(Callback):
         ]
         value = validation_perplexity(trainer, module, sizes, self.monitor, f"Perplexity, {name}")
         if value is not None:
-            self._log(trainer, {f"perplexity_{name}": value})
+            log(trainer, {f"perplexity_{name}": value})
         return value
-
-    def _log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
-        # Not `self.log`: Lightning forbids it in some of the hooks that come here.
-        for logger in trainer.loggers:
-            logger.log_metrics({f"embcompress/{name}": value for name, value in values.items()}, trainer.global_step)
-
-    def _show(self, trainer: Trainer, module: LightningModule, title: str) -> None:
-        plan = plan_of(module)
-        show_plan(plan, module, title)
-        values = {"tables_ratio": plan.ratio, "model_ratio": model_bytes(module)["ratio"]}
-        for table in plan.tables:
-            values[f"{table.name}/ratio"] = table.ratio
-            if table.weighted_error is not None:
-                values[f"{table.name}/weighted_error"] = table.weighted_error
-        self._log(trainer, values)
-        self._write_report(trainer, module)
 
     def _write_report(self, trainer: Trainer, module: LightningModule) -> None:
         if is_fast_dev_run(trainer):
             return
         # Asked by all processes: under DDP it is the folder of the first.
-        path = self._folder(trainer) / "report.json"
+        path = run_folder(trainer) / "report.json"
         if trainer.is_global_zero:
             write_report(path, module, self._merged(trainer))
 
     def _merged(self, trainer: Trainer) -> dict[str, Any]:
         return merged_perplexity([callback._perplexity for callback in _compressing(trainer) if callback._compressed])
-
-    @staticmethod
-    def _folder(trainer: Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def _compressing(trainer: Trainer) -> list[EmbeddingCompression]:

@@ -75,6 +75,20 @@ class Continuation:
             self.on_fit_start(trainer)
 
 
+def begin_epoch(trainer: Trainer) -> None:
+    """Let a checkpoint that is saved within `on_train_epoch_start` be one of the start of this epoch.
+
+    Lightning sets the progress of the epoch before back only after the hook: a checkpoint that Ctrl-C or a full disk
+    leaves there would be resumed as if this epoch were done.
+
+    Args:
+        trainer: The Trainer, within that hook.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if progress.is_last_batch:
+        progress.reset_on_run()
+
+
 def _steps_to_come(trainer: Trainer) -> list[dict[str, Any]]:
     """Steps of `ReduceLROnPlateau` that come between this moment and the end of the epoch."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress

@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -54,14 +53,17 @@ def rewrap(trainer: Trainer) -> None:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Let Ctrl-C wait for the end of the block, so that a checkpoint saved because of it is never of half a change."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    # Handlers run in the main thread only; one that is not of Python (None) cannot be set again.
+    if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if received and callable(before):
-            before(*received[0])
+        if received:
+            # Not by a call: the handler may be that of the system, which ends the process.
+            signal.raise_signal(signal.SIGINT)

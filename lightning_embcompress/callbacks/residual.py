@@ -38,7 +38,7 @@ def open_table(paths: Path | Sequence[Path], factorization: Factorization[Any], 
     """Map a file that was written here into memory.
 
     Args:
-        paths: The file, or where it may be: the first place that has it is taken.
+        paths: The file, or where it may be, see `find_table`.
         factorization: Of the table it belongs to.
         checksum: What `write_residual` returned, to be compared; None to compare the size only.
 
@@ -49,7 +49,13 @@ def open_table(paths: Path | Sequence[Path], factorization: Factorization[Any], 
         FileNotFoundError: If it is missing.
         ValueError: If its size is not that of the table, or its checksum another.
     """
-    paths = [paths] if isinstance(paths, Path) else paths
+    path = find_table([paths] if isinstance(paths, Path) else paths, factorization, checksum)
+    shape = (factorization.vocab_size, factorization.dim)
+    return torch.from_file(str(path), size=shape[0] * shape[1], dtype=factorization.dtype).view(shape)
+
+
+def find_table(paths: Sequence[Path], factorization: Factorization[Any], checksum: int | None = None) -> Path:
+    """Find the first place that has a file that was written here, as `open_table` does."""
     shape, dtype = (factorization.vocab_size, factorization.dim), factorization.dtype
     size = shape[0] * shape[1] * dtype.itemsize
     problems = []
@@ -67,7 +73,7 @@ def open_table(paths: Path | Sequence[Path], factorization: Factorization[Any], 
                 "another run wrote to the same folder. Put it back, or resume without refine_at_epochs"
             )
         else:
-            return torch.from_file(str(path), size=shape[0] * shape[1], dtype=dtype).view(shape)
+            return path
     if problems:
         raise ValueError(problems[0])
     raise FileNotFoundError(
@@ -77,14 +83,18 @@ def open_table(paths: Path | Sequence[Path], factorization: Factorization[Any], 
 
 
 def places_of(path: Path, checkpoint: str | None) -> list[Path]:
-    """Where a residual may be: where it was written or, if the run's folder was moved, beside the checkpoint.
+    """Where a residual may be: where it was written or, if its folder was moved, in a folder around the checkpoint.
+
+    A run that was resumed has checkpoints in `lightning_logs/version_1/checkpoints` that need what was written to
+    `lightning_logs/version_0/residuals`.
 
     Args:
         path: Where it was written, in the folder `residuals` of the run's folder.
         checkpoint: What training was resumed from, somewhere in the run's folder.
     """
     folders = list(Path(checkpoint).absolute().parents)[:4] if checkpoint else []
-    return [path, *(folder / path.parent.name / path.name for folder in folders)]
+    ends = [Path(*path.parts[-count:]) for count in (2, 3, 4)]
+    return list(dict.fromkeys([path, *(folder / end for end in ends for folder in folders)]))
 
 
 def _checksum(path: Path) -> int:

@@ -7,6 +7,7 @@ What a callback keeps of every table that it has compressed is an entry, primiti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_embcompress.budget import Request
-from lightning_embcompress.callbacks.residual import open_table, places_of, write_residual, write_target
+from lightning_embcompress.callbacks.residual import find_table, open_table, places_of, write_residual, write_target
 from lightning_embcompress.distribution import Job, failing_together, solve_together
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.layers import CompressedLayer
@@ -110,36 +111,39 @@ def solve_again(
         epoch: Of the refinement.
         files: Where residuals are and go.
     """
-    jobs, paths = [], []
     owned = [factorization_of(module, entry) for entry in entries]
-    for entry, own in zip(entries, owned, strict=True):
-        path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.bin"
-        with failing_together():
-            residual = open_table(_places(entry, files.resumed_from), own, entry["checksum"])
-            if files.writes:
-                write_target(path, residual, own)
-        # Written by this process, or by one that it has waited for.
-        target = open_table(path, own)
-        table = Table(tuple(entry["modules"]), target)
-        check_finite(table)
-        request = Request(table, method, options, entry["max_bytes"], entry["untied"])
-        # A copy: the model changes when all tables are solved and their residuals are on the disk.
-        jobs.append(Job(request, target.to(own.device), counts, start=deepcopy(own)))
-        paths.append(path)
-    solved = []
-    for entry, own, job, path, factors in zip(entries, owned, jobs, paths, solve_together(jobs), strict=True):
-        kept = {"residual": None, "checksum": None}
-        if files.keeps_residual:
-            kept = _keep_residual(trainer, path, job.request.table.weight, factors, files)
-        elif files.writes:
-            # The file before stays, for a run that is resumed from before this refinement.
-            path.unlink()
-        solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
-    return solved
+    with ExitStack() as stack:
+        jobs = []
+        for entry, own in zip(entries, owned, strict=True):
+            # Not the name of a residual: one of this epoch may be there, which a later checkpoint needs.
+            path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.target"
+            with failing_together():
+                residual = open_table(_places(entry, files.resumed_from), own, entry["checksum"])
+                if files.writes:
+                    stack.callback(path.unlink, missing_ok=True)
+                    write_target(path, residual, own)
+            # Written by this process, or by one that it has waited for.
+            target = open_table(path, own)
+            table = Table(tuple(entry["modules"]), target)
+            check_finite(table)
+            request = Request(table, method, options, entry["max_bytes"], entry["untied"])
+            # A copy: the model changes when all tables are solved and their residuals are on the disk.
+            jobs.append(Job(request, target.to(own.device), counts, start=deepcopy(own)))
+        solved = []
+        for entry, own, job, factors in zip(entries, owned, jobs, solve_together(jobs), strict=True):
+            # The residual before stays, for a run that is resumed from before this refinement.
+            kept = {"residual": None, "checksum": None}
+            if files.keeps_residual:
+                path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.bin"
+                kept = _keep_residual(trainer, path, job.request.table.weight, factors, files)
+            solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
+        return solved
 
 
-def check_residuals(module: nn.Module, entries: Sequence[Mapping[str, Any]], resumed_from: str | None) -> None:
-    """Refuse to go on towards a refinement that cannot be done.
+def check_residuals(module: nn.Module, entries: Sequence[dict[str, Any]], resumed_from: str | None) -> None:
+    """Refuse to go on towards a refinement that cannot be done, and note where the residuals are now.
+
+    Checkpoints from here on may be anywhere: they have to know where a folder was moved to.
 
     Raises:
         FileNotFoundError: If a residual is missing.
@@ -147,7 +151,8 @@ def check_residuals(module: nn.Module, entries: Sequence[Mapping[str, Any]], res
     """
     with failing_together():
         for entry in entries:
-            open_table(_places(entry, resumed_from), factorization_of(module, entry))
+            own = factorization_of(module, entry)
+            entry["residual"] = str(find_table(_places(entry, resumed_from), own, entry["checksum"]))
 
 
 def factorization_of(module: nn.Module, entry: Mapping[str, Any]) -> Factorization[Any]:

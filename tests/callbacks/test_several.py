@@ -164,7 +164,9 @@ def test_two_references_in_one_file(foreign: SimpleNamespace, make_trainer: Make
         EmbeddingCompression("low_rank", ratio=ratio, at_epoch=epoch, keep_reference=tmp_path / "reference")
         for ratio, epoch in ((2, 0), (4, 1))
     ]
-    with pytest.raises(ValueError, match="keep_reference=.*of two callbacks would keep table '(en|de)coder' .*two folders"):
+    with pytest.raises(
+        ValueError, match="keep_reference=.*of two callbacks would keep table '(en|de)coder' .*two folders"
+    ):
         make_trainer(*callbacks).fit(foreign.model(), **foreign.loaders())
 
 

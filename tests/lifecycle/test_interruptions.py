@@ -217,7 +217,6 @@ def test_an_interrupted_process_with_a_tied_table(
     _assert_survives_an_interruption(tied, how, name, epoch, code, compressed)
 
 
-@pytest.mark.xfail(reason="Lightning takes the epoch for one that is done, and a measurement is lost", strict=True)
 @pytest.mark.parametrize(("name", "epoch"), [("solving", 2), ("replacing", 2), ("replacing", 4)])
 def test_ctrl_c_before_the_first_step_of_an_epoch(
     untied: SimpleNamespace, tmp_path: Path, name: str, epoch: int
@@ -324,9 +323,7 @@ def test_in_another_thread_it_does_nothing(handled: list[int]) -> None:
     assert not handled
 
 
-@pytest.mark.parametrize(
-    "ignored", [True, pytest.param(False, marks=pytest.mark.xfail(reason="Ctrl-C is lost", strict=True))]
-)
+@pytest.mark.parametrize("ignored", [True, False])
 def test_a_signal_that_python_does_not_handle(ignored: bool) -> None:
     # `trap "" INT` in a shell makes its processes ignore it; a program may also let it end the process at once.
     process = os.fork()
@@ -340,7 +337,6 @@ def test_a_signal_that_python_does_not_handle(ignored: bool) -> None:
     assert code == (0 if ignored else -signal.SIGINT)
 
 
-@pytest.mark.xfail(reason="the block ends with a TypeError", strict=True)
 def test_a_handler_that_was_not_set_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
     # A program that embeds Python may have one of its own, which Python can tell of but not set again.
     def set_handler(number: int, handler: Any) -> None:
