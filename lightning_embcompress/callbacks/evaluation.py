@@ -245,8 +245,14 @@ class _Logged:
 
 @contextmanager
 def _undisturbed(module: LightningModule, logged: _Logged) -> Iterator[None]:
-    """Divert what the module logs, and put back its modes, buffers, metrics and the random state afterwards."""
+    """Divert what the module logs, and put back its modes, buffers, metrics and the random state afterwards.
+
+    Also which parameters are frozen: a step that is left early may have toggled an optimizer, and not back.
+    """
     training = [(part, part.training) for part in module.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    # What `toggle_optimizer` will put back.
+    toggled = module._param_requires_grad_state
     buffers = [
         (part._buffers, name, buffer, buffer.clone())
         for part in module.modules()
@@ -266,6 +272,9 @@ def _undisturbed(module: LightningModule, logged: _Logged) -> Iterator[None]:
             del module.log, module.log_dict
             for part, mode in training:
                 part.training = mode
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            module._param_requires_grad_state = toggled
             for owner, name, buffer, value in buffers:
                 owner[name] = buffer.copy_(value)
             for metric, state in metrics:

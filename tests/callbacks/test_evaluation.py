@@ -189,6 +189,44 @@ def test_counting_leaves_persistent_workers_to_training(foreign: SimpleNamespace
     assert steps.count == 12
 
 
+@pytest.mark.parametrize("toggle", ["toggle_optimizer", "toggle_model"])
+@pytest.mark.parametrize("kind", ["untied", "head"])
+def test_counting_leaves_toggled_optimizers_as_they_were(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str, toggle: str
+) -> None:
+    class Manual(type(foreign.model(kind))):  # type: ignore[misc]
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                if toggle == "toggle_model":
+                    with optimizer.toggle_model():
+                        self.step(optimizer, batch)
+                else:
+                    self.toggle_optimizer(optimizer)
+                    self.step(optimizer, batch)
+                    self.untoggle_optimizer(optimizer)
+
+        def step(self, optimizer: Any, batch: Any) -> None:
+            loss = self._loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    seed_everything(0, verbose=False)
+    model, measure = Manual(), Measure(foreign.vocab_size, count=True)
+    *rest, frozen, bias = model.parameters()
+    frozen.requires_grad_(False)
+    model.optimizers_of = lambda _: [torch.optim.SGD([*rest[1:], frozen], 0.1), torch.optim.SGD([rest[0], bias], 0.1)]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    make_trainer(measure, max_epochs=2).fit(model, **foreign.loaders(kind))
+    assert [bool(counts.any()) for counts in measure.counts] == [True, True]
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True] * len(rest) + [False, True]
+    moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert moved == [True] * len(rest) + [False, True]
+    assert model._param_requires_grad_state == {}
+
+
 def test_no_tokens_to_count(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     model = foreign.model("head")
     model.loss = nn.MultiMarginLoss()
