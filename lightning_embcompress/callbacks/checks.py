@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import LBFGS
 
 
 def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: Sequence[int]) -> None:
@@ -46,6 +47,12 @@ def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: 
                 f"{type(callback).__name__} averages weights by shape and breaks when tables are replaced in the "
                 f"middle of training: remove it, or compress() the model before training instead of by {name}"
             )
+        if isinstance(callback, BaseFinetuning):
+            raise ValueError(
+                f"{type(callback).__name__} keeps the names of parameters in its state and does not find them again "
+                "when a run is resumed whose tables were replaced: freeze and unfreeze parameters by hand, or "
+                f"compress() the model before training instead of by {name}"
+            )
     last = max([at_epoch, *refine_at_epochs])
     # With fast_dev_run everything happens in the only epoch.
     if trainer.max_epochs not in (None, -1) and last >= trainer.max_epochs and not is_fast_dev_run(trainer):
@@ -62,7 +69,7 @@ def is_fast_dev_run(trainer: Trainer) -> bool:
 
 
 def check_optimizers(trainer: Trainer, name: str) -> None:
-    """Refuse optimizers that know their parameters by number.
+    """Refuse optimizers that cannot go on when some of their parameters are replaced.
 
     Raises:
         ValueError: Naming the remedy.
@@ -72,4 +79,9 @@ def check_optimizers(trainer: Trainer, name: str) -> None:
             raise ValueError(
                 f"ZeroRedundancyOptimizer deals parameters out to the processes when it is made, and {name} replaces "
                 "some of them later: use the optimizer itself, or compress() the model before training"
+            )
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                f"LBFGS keeps its history over all parameters in one vector, and {name} replaces some of them later: "
+                "use another optimizer, such as Adam, or compress() the model before training"
             )
