@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
 from lightning_embcompress.files import explaining_failure, replacing
@@ -96,7 +97,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def use_atomic_checkpoints(trainer: Trainer) -> bool:
     """Let a Trainer write its checkpoints by `AtomicCheckpointIO`, unless it was told to write them otherwise.
 
-    Strategies that save every shard by itself write their files without it.
+    Plug-ins that wrap another one, such as `AsyncCheckpointIO`, stay, and wrap this one. Strategies that save every
+    shard by itself write their files without it.
 
     Args:
         trainer: The Trainer.
@@ -105,10 +107,20 @@ def use_atomic_checkpoints(trainer: Trainer) -> bool:
         Whether it does now.
     """
     strategy = trainer.strategy
-    # Exactly this class: what was made of it, or wraps it, was chosen by somebody.
-    if type(strategy.checkpoint_io) is TorchCheckpointIO:
-        strategy.checkpoint_io = AtomicCheckpointIO()
-    return isinstance(strategy.checkpoint_io, AtomicCheckpointIO)
+    # A wrapper that was given none has Lightning's own from here on.
+    writer = strategy.checkpoint_io
+    wrapper: _WrappingCheckpointIO | None = None
+    while isinstance(writer, _WrappingCheckpointIO) and writer.checkpoint_io is not None:
+        wrapper, writer = writer, writer.checkpoint_io
+    # Exactly this class: what was made of it was chosen by somebody.
+    if type(writer) is TorchCheckpointIO:
+        writer = AtomicCheckpointIO()
+        if wrapper is None:
+            strategy.checkpoint_io = writer
+        else:
+            # The property sets it only where there is none yet.
+            wrapper._checkpoint_io = writer
+    return isinstance(writer, AtomicCheckpointIO)
 
 
 def check_checkpoint_file(path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import Tensor, nn
 
@@ -343,10 +344,48 @@ def test_a_trainer_uses_it_unless_it_was_told_otherwise(tmp_path: Path) -> None:
     model = _Module()
     trainer.fit(model, ckpt_path=path)
     assert trainer.current_epoch == 2
-    for plugin in (Own(), AsyncCheckpointIO()):
+    own = Own()
+    for plugin in (own, AsyncCheckpointIO(own)):
         other = _trainer(plugins=[plugin])
         assert not use_atomic_checkpoints(other)
         assert other.strategy.checkpoint_io is plugin
+        assert getattr(plugin, "checkpoint_io", own) is own
+
+
+class _Wrapper(_WrappingCheckpointIO):
+    """One that adds nothing."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [AsyncCheckpointIO, lambda: AsyncCheckpointIO(TorchCheckpointIO()), lambda: AsyncCheckpointIO(_Wrapper())],
+    ids=["empty", "given", "nested"],
+)
+def test_a_trainer_that_writes_in_the_background_uses_it_too(
+    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def noting(self: Any, checkpoint: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        written.append(Path(path))
+        save(self, checkpoint, path, *args, **kwargs)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", noting)
+    plugin = make()
+    trainer = _trainer(default_root_dir=tmp_path, plugins=[plugin])
+    assert use_atomic_checkpoints(trainer)
+    inner = plugin.checkpoint_io
+    assert use_atomic_checkpoints(trainer)
+    assert trainer.strategy.checkpoint_io is plugin
+    assert plugin.checkpoint_io is inner
+    trainer.fit(_Module())
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    check_whole_file(path)
+    assert written == [path]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(_Module(), ckpt_path=path)
+    assert trainer.current_epoch == 2
 
 
 @pytest.fixture
