@@ -52,9 +52,7 @@ def test_finetuning_callbacks_are_refused(
     model.backbone = model.mix
     model.optimizers_of = _trained_only
     callbacks = [ours, other] if ours_first else [other, ours]
-    message = (
-        f"^{type(other).__name__} keeps the names of parameters.*by hand, or compress.*instead of by Embedding"
-    )
+    message = f"^{type(other).__name__} keeps the names of parameters.*by hand, or compress.*instead of by Embedding"
     with pytest.raises(ValueError, match=message):
         make_trainer(*callbacks, steps).fit(model, **foreign.loaders())
     assert steps.count == 0
