@@ -182,6 +182,12 @@ def _check_alike(tables: Sequence[Table]) -> None:
     own = [(table.name, table.shape, str(table.weight.dtype), _checksum(table.weight)) for table in tables]
     said: list[Any] = [None] * count_processes()
     dist.all_gather_object(said, own)
+    if any(len(other) != len(own) for other in said):
+        names = "; ".join(f"process {rank}: {[name for name, *_ in other]}" for rank, other in enumerate(said))
+        raise ValueError(
+            f"the processes have different numbers of tables to compress ({names}): build the same model with the same "
+            "layers in all, or name the same tables"
+        )
     for index, table in enumerate(tables):
         if any(other[index] != said[0][index] for other in said):
             raise ValueError(
