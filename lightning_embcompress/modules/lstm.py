@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,7 +31,8 @@ class LSTMLanguageModel(LanguageModel):
     test and prediction, so that a validation in the middle of an epoch does not disturb the training. It starts from
     zero at the start of an epoch and when the batch size changes. A checkpoint from within an epoch keeps the state of
     all rows over all processes, those of process 0 first, and resuming goes on from there, also with another number of
-    processes if there are as many rows in sum; with more or fewer it starts from zero, with a warning.
+    processes if there are as many rows in sum; with more or fewer it starts from zero, with a warning. Of several
+    processes, a checkpoint that is written on an exception has no state, for it may have hit one of them alone.
 
     Training minimises the full or the sampled softmax loss; validation and test always use the full softmax. Logged:
     ``train_loss``, ``val_loss``, ``test_loss`` in nats per token, ``val_perplexity`` and ``test_perplexity``, and with
@@ -268,6 +270,13 @@ class LSTMLanguageModel(LanguageModel):
         super().on_save_checkpoint(checkpoint)
         # Training cannot go on from a checkpoint of the weights alone, which has no optimizer.
         if not self.carry_state or "optimizer_states" not in checkpoint:
+            return
+        if self.trainer.state.status == TrainerStatus.INTERRUPTED and self.trainer.world_size > 1:
+            # Others may not have been hit by the exception, and whoever waited for their state would wait forever.
+            rank_zero_warn(
+                "The checkpoint on the exception has no LSTM state, which the other processes hold in part: training "
+                "that is resumed from it starts from a zero state."
+            )
             return
         state = self._states.get("train")
         # One process writes the file, and the others read other texts. All call this hook.

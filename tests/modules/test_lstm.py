@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_embcompress.modules import LSTMLanguageModel
+from lightning_embcompress.modules import LSTMLanguageModel, lstm
 
 VOCAB_SIZE = 50
 
@@ -316,6 +317,42 @@ def test_a_damaged_state_is_refused(middle: SimpleNamespace) -> None:
             _resumed(middle, damaged)
     with pytest.raises(ValueError, match=r"\[2, 3, 12\]\], but this model's are \[\[2, 'batch_size', 6\], \[2, 'b"):
         LSTMLanguageModel.load_from_checkpoint(middle.path, projection_size=6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_on_an_exception_waits_for_no_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    gathered: list[Any] = []
+
+    def gather(state: Any) -> list[Any]:
+        gathered.append(state)
+        return [state]
+
+    class Fail(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "before.ckpt")
+                raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(Trainer, "world_size", processes)
+        patch.setattr(lstm, "gather_over_processes", gather)
+        trainer = _trainer(tmp_path, callbacks=[Fail(), OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer.fit(_model(), datamodule=Windows())
+    said = [str(warning.message) for warning in caught if "no LSTM state" in str(warning.message)]
+    path = tmp_path / "on_exception.ckpt"
+    saved = [torch.load(tmp_path / name, weights_only=True) for name in ("before.ckpt", path.name)]
+    # All processes come to the first one.
+    assert ["lstm_state" in checkpoint for checkpoint in saved] == [True, processes == 1]
+    assert len(gathered) == 3 - processes
+    assert len(said) == processes - 1
+    losses = Losses()
+    _trainer(tmp_path, callbacks=[losses]).fit(_model(), datamodule=Windows(), ckpt_path=path)
+    assert losses.values
+    assert all(math.isfinite(loss) for loss in losses.values)
 
 
 def test_weights_alone_have_no_state(tmp_path: Path) -> None:
