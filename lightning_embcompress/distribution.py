@@ -22,7 +22,7 @@ from lightning_embcompress.solvers.division import (
     send,
 )
 
-__all__ = ["Job", "failing_together", "raise_together", "solve_together", "sum_over_processes"]
+__all__ = ["Job", "count_processes", "failing_together", "raise_together", "solve_together", "sum_over_processes"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 # A writer touches its file all the time: one that was not touched for so long is not being written.
 _ABANDONED_SECONDS = 3600
+_HASH_LENGTH = 16
 # What the writers of torch and safetensors say instead of raising an OSError.
 _WRITERS = re.compile("PytorchStreamWriter|iostream error|inline_container|I/O error")
 
@@ -105,7 +106,7 @@ def _temporary(target: Path) -> Path:
 
 
 def _prefix(target: Path) -> str:
-    return f".{hashlib.sha256(target.name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}."
+    return f".{hashlib.sha256(target.name.encode('utf-8', 'surrogateescape')).hexdigest()[:_HASH_LENGTH]}."
 
 
 def _host() -> str:
@@ -114,8 +115,22 @@ def _host() -> str:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed processes have left of the same file."""
-    for file in target.parent.glob(f"{_prefix(target)}*.tmp"):
-        host, _, process = file.name.removeprefix(_prefix(target)).removesuffix(".tmp").rpartition(".")
+    _remove_dead(target.parent.glob(f"{_prefix(target)}*.tmp"))
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes have left in the folders of a folder.
+
+    Args:
+        folder: It need not exist.
+    """
+    _remove_dead(folder.glob(f"*/.{'[0-9a-f]' * _HASH_LENGTH}.*.tmp"))
+
+
+def _remove_dead(files: Iterable[Path]) -> None:
+    for file in files:
+        # After the hash: a host, and the process that writes.
+        host, _, process = file.name.removesuffix(".tmp")[_HASH_LENGTH + 2 :].rpartition(".")
         with contextlib.suppress(OSError, ValueError):
             own = host == _host()
             if (own and not _runs(int(process))) or time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:

@@ -94,13 +94,14 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         np.random.set_state(numpy)
 
 
-def gather_over_processes(state: Gathered) -> list[Gathered]:
+def gather_over_processes(state: Gathered, group: Any = None) -> list[Gathered]:
     """Give what every process of a distributed run holds, so that one checkpoint keeps it for all of them.
 
     A collective: all processes have to call it.
 
     Args:
         state: Of this process, anything that can be pickled; tensors on the CPU.
+        group: By which it is exchanged; None for that of all processes.
 
     Returns:
         One state for each process, by its rank; the only one if nothing is distributed.
@@ -109,7 +110,7 @@ def gather_over_processes(state: Gathered) -> list[Gathered]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return [state]
     gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, state)
+    distributed.all_gather_object(gathered, state, group)
     return gathered
 
 

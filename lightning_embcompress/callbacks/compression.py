@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,15 +22,18 @@ from lightning_embcompress.callbacks.checks import check_optimizers, check_train
 from lightning_embcompress.callbacks.continuation import Continuation, begin_epoch
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
-from lightning_embcompress.callbacks.reporting import log, run_folder, show_and_log
+from lightning_embcompress.callbacks.reporting import check_folder, log, run_folder, show_and_log, write_run_report
 from lightning_embcompress.callbacks.several import Turn, check_order, make_dense, merged_perplexity
 from lightning_embcompress.callbacks.solving import Files, check_residuals, solve_again, solve_requests
 from lightning_embcompress.checkpoint import keep_structure
 from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.distribution import failing_together
 from lightning_embcompress.factorizations import get_method
+from lightning_embcompress.factorizations.base import plain
+from lightning_embcompress.files import remove_abandoned
 from lightning_embcompress.plan import plan_of
 from lightning_embcompress.reference import reference_file
-from lightning_embcompress.report import show_requests, write_report
+from lightning_embcompress.report import show_requests
 from lightning_embcompress.tables import put_back
 
 
@@ -123,6 +127,7 @@ class EmbeddingCompression(Callback):
         self._resumed_from: str | None = None
         # What was changed last and not measured yet: an interruption may come in between.
         self._unmeasured: str | None = None
+        self._settings: dict[str, Any] | None = None
         self._perplexity: dict[str, Any] = {
             "dense": None,
             "compressed": None,
@@ -144,6 +149,7 @@ class EmbeddingCompression(Callback):
             "token_counts": self._counts,
             "perplexity": self._perplexity,
             "unmeasured": self._unmeasured,
+            "settings": self._own_settings() if self._compressed else None,
         }
         return deepcopy(state)
 
@@ -154,17 +160,21 @@ class EmbeddingCompression(Callback):
         self._refined = state_dict["refined"]
         self._counts = state_dict["token_counts"]
         self._perplexity = state_dict["perplexity"]
+        # Of older checkpoints these are missing.
         self._unmeasured = state_dict.get("unmeasured")
+        self._settings = state_dict.get("settings")
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what Lightning leaves out: the random state of all processes, above all."""
-        self._continuation.on_save_checkpoint(trainer, checkpoint)
+        if self._leads(trainer):
+            self._continuation.on_save_checkpoint(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note where training goes on from."""
-        self._continuation.on_load_checkpoint(checkpoint)
+        if self._leads(trainer):
+            self._continuation.on_load_checkpoint(checkpoint)
         self._resumed_from = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
 
     @override
@@ -180,6 +190,12 @@ class EmbeddingCompression(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check tables and budget before the first step, show what will be done, and go on with the random state."""
         check_optimizers(trainer, type(self).__name__)
+        check_folder(trainer, bool(self.refine_at_epochs))
+        # A folder of its own: no other run, and none that is resumed from the same checkpoint, writes there.
+        name = trainer.strategy.broadcast(uuid4().hex[:12])
+        self._folder = (run_folder(trainer) / "residuals" / name).absolute()
+        if trainer.local_rank == 0:
+            remove_abandoned(self._folder.parent)
         there = plan_of(pl_module).tables
         if self._compressed and not there:
             # The callback was used for another model before.
@@ -188,9 +204,12 @@ class EmbeddingCompression(Callback):
         if self._compressed:
             if not set(self.refine_at_epochs) <= set(self._refined):
                 check_residuals(pl_module, self._compressed, self._resumed_from)
+            self._warn_of_other_settings()
         elif not (there and by_others):
-            self._check_request(trainer, pl_module)
-        self._continuation.on_fit_start(trainer)
+            with failing_together():
+                self._check_request(trainer, pl_module)
+        if self._leads(trainer):
+            self._continuation.on_fit_start(trainer)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         there = plan_of(module).tables
@@ -215,6 +234,21 @@ class EmbeddingCompression(Callback):
                 )
         show_requests(requests)
 
+    def _warn_of_other_settings(self) -> None:
+        if self._settings is not None and self._settings != self._own_settings():
+            rank_zero_warn(
+                f"the tables were compressed with {self._settings}, and stay as they are: {self._own_settings()} comes "
+                "too late. Resume from before the compression, or add a callback that compresses them again"
+            )
+
+    def _own_settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = plain({"ratio": self.ratio, "size": self.size, **self.options})
+        return settings
+
+    def _leads(self, trainer: Trainer) -> bool:
+        """Whether this is the callback that does for all of them what is to be done once."""
+        return next(c for c in trainer.callbacks if isinstance(c, EmbeddingCompression)) is self  # type: ignore[attr-defined]
+
     def _turn(self, module: LightningModule) -> Turn:
         paths = frozenset(path for request in self._requests(module) for path in request.table.modules)
         return Turn(self.at_epoch, self.refine_at_epochs, paths, self.keep_reference)
@@ -222,19 +256,21 @@ class EmbeddingCompression(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make up for what came after the checkpoint was written."""
-        self._continuation.on_train_start(trainer)
+        if self._leads(trainer):
+            self._continuation.on_train_start(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make up for what is left out at the end of an epoch that was resumed."""
-        self._continuation.on_train_epoch_end(trainer)
+        if self._leads(trainer):
+            self._continuation.on_train_epoch_end(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due at this epoch."""
-        if self._is_due(trainer):
+        if self._leads(trainer) and any(callback._is_due(trainer) for callback in _compressing(trainer)):
             begin_epoch(trainer)
-            self._do_due(trainer, pl_module)
+            self._do_all_due(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -243,8 +279,15 @@ class EmbeddingCompression(Callback):
         Lightning leaves `on_train_epoch_start` of the next epoch out when it resumes from there.
         """
         self._continuation.on_train_batch_start()
-        if batch_idx == 0 and self._is_due(trainer):
-            self._do_due(trainer, pl_module)
+        if batch_idx == 0 and self._leads(trainer):
+            self._do_all_due(trainer, pl_module)
+
+    @staticmethod
+    def _do_all_due(trainer: Trainer, module: LightningModule) -> None:
+        # In the order of their epochs, however they are listed: all may be due at once, in a trial run for one.
+        for callback in _compressing(trainer):
+            if callback._is_due(trainer):
+                callback._do_due(trainer, module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
@@ -264,15 +307,17 @@ class EmbeddingCompression(Callback):
                 folder, writes = Path(stack.enter_context(TemporaryDirectory(prefix="embcompress-"))), True
             else:
                 # One process of every machine writes: some share a file system, some do not.
-                folder, writes = (run_folder(trainer) / "residuals").absolute(), trainer.local_rank == 0
+                folder, writes = self._folder, trainer.local_rank == 0
             self._do_due_with(trainer, module, folder, writes)
 
     def _do_due_with(self, trainer: Trainer, module: LightningModule, folder: Path, writes: bool) -> None:
         epoch = trainer.current_epoch
+        # A trial run leaves nothing behind.
+        reference = None if is_fast_dev_run(trainer) else self.keep_reference
 
         def files(at: int) -> Files:
-            needed = any(later > at for later in self.refine_at_epochs) or self.keep_reference is not None
-            return Files(folder, writes, needed, self._resumed_from, self.keep_reference)
+            needed = any(later > at for later in self.refine_at_epochs) or reference is not None
+            return Files(folder, writes, needed, self._resumed_from, reference)
 
         if self._unmeasured is not None:
             self._measure_change(trainer, module)
@@ -301,7 +346,7 @@ class EmbeddingCompression(Callback):
             # It measures for all.
             return
         self._perplexity["final"] = self._measure(trainer, pl_module, "final")
-        self._write_report(trainer, pl_module)
+        write_run_report(trainer, pl_module, self._merged(trainer))
         values = self._merged(trainer)
         steps = [("dense", values["dense"]), ("compressed", values["compressed"])]
         steps += [(f"refined at epoch {entry['epoch']}", entry["value"]) for entry in values["refined"]]
@@ -325,7 +370,8 @@ class EmbeddingCompression(Callback):
 
     def _counts_for(self, trainer: Trainer, module: LightningModule, requests: Sequence[Request]) -> Tensor | None:
         """Token counts as they are known, or by a pass over the training data where a method needs them."""
-        counts = self._known_counts(trainer, requests)
+        with failing_together():
+            counts = self._known_counts(trainer, requests)
         if counts is None and get_method(self.method).needs_counts:
             layers = [module.get_submodule(path) for request in requests for path in request.table.modules]
             embedding = next((layer for layer in layers if isinstance(layer, nn.Embedding)), None)
@@ -339,7 +385,7 @@ class EmbeddingCompression(Callback):
             requests = self._requests(module)
             counts = self._counts_for(trainer, module, requests)
             self._perplexity["dense"] = self._measure(trainer, module, "dense", requests)
-            solved = solve_requests(trainer, requests, counts, trainer.current_epoch, files)
+            solved = solve_requests(requests, counts, trainer.current_epoch, files)
         except BaseException:
             put_back(module, before)
             raise
@@ -355,7 +401,7 @@ class EmbeddingCompression(Callback):
         self._measure_change(trainer, module)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
-        solved = solve_again(trainer, module, self._compressed, self.method, self.options, self._counts, epoch, files)
+        solved = solve_again(module, self._compressed, self.method, self.options, self._counts, epoch, files)
         with uninterrupted():
             for table in solved:
                 if table.in_place_of is None:
@@ -379,7 +425,7 @@ class EmbeddingCompression(Callback):
             self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
         self._unmeasured = None
         show_and_log(trainer, module, f"{name.capitalize()} at epoch {trainer.current_epoch}")
-        self._write_report(trainer, module)
+        write_run_report(trainer, module, self._merged(trainer))
 
     def _measure(
         self, trainer: Trainer, module: LightningModule, name: str, requests: Sequence[Request] = ()
@@ -391,14 +437,6 @@ class EmbeddingCompression(Callback):
         if value is not None:
             log(trainer, {f"perplexity_{name}": value})
         return value
-
-    def _write_report(self, trainer: Trainer, module: LightningModule) -> None:
-        if is_fast_dev_run(trainer):
-            return
-        # Asked by all processes: under DDP it is the folder of the first.
-        path = run_folder(trainer) / "report.json"
-        if trainer.is_global_zero:
-            write_report(path, module, self._merged(trainer))
 
     def _merged(self, trainer: Trainer) -> dict[str, Any]:
         return merged_perplexity([callback._perplexity for callback in _compressing(trainer) if callback._compressed])

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_embcompress.distribution import count_processes
 from lightning_embcompress.random_state import gather_over_processes, random_state, set_random_state
 
 RUN_KEY = "embcompress_run"
@@ -27,17 +30,37 @@ class Continuation:
         self._run: dict[str, Any] | None = None
         self._has_trained = False
         self._has_stepped = False
+        self._group: Any = None
 
     def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Note it in a checkpoint, if no other callback has. A collective, as saving a checkpoint is."""
-        if RUN_KEY not in checkpoint:
-            states = gather_over_processes(random_state(trainer.strategy.root_device))
-            steps = [] if self._has_stepped else _steps_to_come(trainer)
-            checkpoint[RUN_KEY] = {"random_states": states, "plateau": steps}
+        """Note it in a checkpoint. All processes have to come here, as saving a checkpoint asks for.
+
+        Where one process saves because of an error, the others will not: then its own state is all there is.
+        """
+        states = [random_state(trainer.strategy.root_device)]
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            states = gather_over_processes(states[0], self._group)
+        steps = [] if self._has_stepped else _steps_to_come(trainer)
+        checkpoint[RUN_KEY] = {"random_states": states, "plateau": steps}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take it from a checkpoint."""
-        self._run = checkpoint.get(RUN_KEY)
+        """Take it from a checkpoint, if it is there.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        run = checkpoint.get(RUN_KEY)
+        if run is None:
+            return
+        if not isinstance(run, Mapping) or not all(
+            isinstance(run.get(key), list) for key in ("random_states", "plateau")
+        ):
+            raise _damaged(run)
+        for step in run["plateau"]:
+            kinds = {"scheduler": int, "value": float, "after": int}
+            if not isinstance(step, Mapping) or any(type(step.get(key)) is not kind for key, kind in kinds.items()):
+                raise _damaged(step)
+        self._run = dict(run)
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Set the random state before Lightning draws for the first epoch.
@@ -45,6 +68,12 @@ class Continuation:
         Raises:
             ValueError: If the state is damaged.
         """
+        if self._group is None and count_processes() > 1 and dist.is_gloo_available():
+            # Of its own: a signal may let the processes save while they exchange gradients.
+            self._group = dist.new_group(backend="gloo")
+        self._set_random_state(trainer)
+
+    def _set_random_state(self, trainer: Trainer) -> None:
         if self._run is None:
             return
         states = self._run["random_states"]
@@ -72,7 +101,7 @@ class Continuation:
             self._has_stepped = True
         elif not self._has_trained:
             # An epoch is closed again: Lightning has drawn for the next one, and will do so once more.
-            self.on_fit_start(trainer)
+            self._set_random_state(trainer)
 
 
 def begin_epoch(trainer: Trainer) -> None:
@@ -92,6 +121,10 @@ def begin_epoch(trainer: Trainer) -> None:
 def _steps_to_come(trainer: Trainer) -> list[dict[str, Any]]:
     """Steps of `ReduceLROnPlateau` that come between this moment and the end of the epoch."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    epochs = trainer.fit_loop.epoch_progress.current
+    if epochs.ready == epochs.completed:
+        # The end of the epoch is over, as in `on_train_end`.
+        return []
     # Within `on_train_batch_end` the validation that says how good the epoch was is still to come.
     if not progress.is_last_batch or progress.current.completed < progress.current.processed:
         return []
@@ -106,7 +139,16 @@ def _steps_to_come(trainer: Trainer) -> list[dict[str, Any]]:
 
 def _take(trainer: Trainer, steps: list[dict[str, Any]]) -> None:
     for step in steps:
+        if not 0 <= step["scheduler"] < len(trainer.lr_scheduler_configs):
+            raise _damaged(step)
         scheduler: Any = trainer.lr_scheduler_configs[step["scheduler"]].scheduler
         # Unless somebody has taken it already.
         if scheduler.last_epoch == step["after"]:
             scheduler.step(step["value"])
+
+
+def _damaged(found: Any) -> ValueError:
+    shown = repr(found)[:100]
+    return ValueError(
+        f"{RUN_KEY!r} of the checkpoint is damaged: {shown}. Resume from another one, or with the schedulers of the run"
+    )

@@ -52,18 +52,22 @@ def rewrap(trainer: Trainer) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block, so that a checkpoint saved because of it is never of half a change."""
-    before = signal.getsignal(signal.SIGINT)
-    # Handlers run in the main thread only; one that is not of Python (None) cannot be set again.
-    if before is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Let Ctrl-C and signals that Python handles wait, so that what they save is never of half a change."""
+    # Handlers run in the main thread only.
+    is_main = threading.current_thread() is threading.main_thread()
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if is_main else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    # One that is not of Python (None) cannot be set again, and one of the system ends the process: only Ctrl-C waits.
+    held = {number: h for number, h in handlers.items() if callable(h) or (number == signal.SIGINT and h is not None)}
     received: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    for number in held:
+        signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(received):
             # Not by a call: the handler may be that of the system, which ends the process.
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)

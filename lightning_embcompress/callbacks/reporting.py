@@ -4,16 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_embcompress.callbacks.checks import is_fast_dev_run
 from lightning_embcompress.plan import model_bytes, plan_of
-from lightning_embcompress.report import show_plan
+from lightning_embcompress.report import show_plan, write_report
 
 
 def run_folder(trainer: Trainer) -> Path:
     """Where the run writes. All processes have to ask: under DDP it is the folder of the first."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def write_run_report(trainer: Trainer, module: LightningModule, perplexity: Mapping[str, Any]) -> None:
+    """Write `report.json` into the run's folder, if that is one; all processes have to call it.
+
+    Checkpoints hold what stands in it: what hinders it is a warning, and training goes on.
+    """
+    if is_fast_dev_run(trainer):
+        return
+    folder = str(trainer.log_dir or trainer.default_root_dir)
+    if not trainer.is_global_zero:
+        return
+    if "://" in folder:
+        rank_zero_warn(f"report.json is not written: {folder!r} is no folder of this machine")
+        return
+    try:
+        write_report(Path(folder) / "report.json", module, perplexity)
+    except OSError as error:
+        rank_zero_warn(str(error))
+
+
+def check_folder(trainer: Trainer, is_refined: bool) -> None:
+    """Refuse a folder that is not in a file system, where residuals could not be mapped into memory.
+
+    Args:
+        trainer: The Trainer.
+        is_refined: Whether there will be residuals.
+
+    Raises:
+        ValueError: Naming the folder and the remedy.
+    """
+    folder = str(trainer.log_dir or trainer.default_root_dir)
+    if is_refined and "://" in folder:
+        raise ValueError(
+            f"refine_at_epochs keeps what compression left out in files of the run's folder, and {folder!r} is no "
+            "folder of this machine: name a local one, as in Trainer(default_root_dir=...) or the logger's save_dir; "
+            "checkpoints may go elsewhere, by the dirpath of ModelCheckpoint"
+        )
 
 
 def log(trainer: Trainer, values: Mapping[str, float]) -> None:

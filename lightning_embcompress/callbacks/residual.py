@@ -34,13 +34,15 @@ def write_target(path: Path, residual: Tensor, factorization: Factorization[Any]
     _write(path, residual, factorization, sign=1)
 
 
-def open_table(paths: Path | Sequence[Path], factorization: Factorization[Any], checksum: int | None = None) -> Tensor:
+def open_table(
+    paths: Path | Sequence[Path], factorization: Factorization[Any], checksums: Sequence[int] | None = None
+) -> Tensor:
     """Map a file that was written here into memory.
 
     Args:
         paths: The file, or where it may be, see `find_table`.
         factorization: Of the table it belongs to.
-        checksum: What `write_residual` returned, to be compared; None to compare the size only.
+        checksums: What `write_residual` returned, on one machine or another; None to compare the size only.
 
     Returns:
         `[vocab_size, dim]` in the dtype of the factors.
@@ -49,15 +51,19 @@ def open_table(paths: Path | Sequence[Path], factorization: Factorization[Any], 
         FileNotFoundError: If it is missing.
         ValueError: If its size is not that of the table, or its checksum another.
     """
-    path = find_table([paths] if isinstance(paths, Path) else paths, factorization, checksum)
+    path = find_table([paths] if isinstance(paths, Path) else paths, factorization, checksums)
     shape = (factorization.vocab_size, factorization.dim)
     return torch.from_file(str(path), size=shape[0] * shape[1], dtype=factorization.dtype).view(shape)
 
 
-def find_table(paths: Sequence[Path], factorization: Factorization[Any], checksum: int | None = None) -> Path:
+def find_table(
+    paths: Sequence[Path], factorization: Factorization[Any], checksums: Sequence[int] | None = None
+) -> Path:
     """Find the first place that has a file that was written here, as `open_table` does."""
     shape, dtype = (factorization.vocab_size, factorization.dim), factorization.dtype
     size = shape[0] * shape[1] * dtype.itemsize
+    # A number alone: of older checkpoints.
+    known = [checksums] if isinstance(checksums, int) else checksums
     problems = []
     for path in paths:
         if not path.is_file():
@@ -67,7 +73,7 @@ def find_table(paths: Sequence[Path], factorization: Factorization[Any], checksu
                 f"the residual {str(path)!r} is damaged: a table of {shape[0]} x {shape[1]} takes {size} bytes, the "
                 f"file has {path.stat().st_size}"
             )
-        elif checksum is not None and _checksum(path) != checksum:
+        elif known is not None and _checksum(path) not in known:
             problems.append(
                 f"the residual {str(path)!r} is not the one that was written for this checkpoint: it is damaged, or "
                 "another run wrote to the same folder. Put it back, or resume without refine_at_epochs"
@@ -89,11 +95,11 @@ def places_of(path: Path, checkpoint: str | None) -> list[Path]:
     `lightning_logs/version_0/residuals`.
 
     Args:
-        path: Where it was written, in the folder `residuals` of the run's folder.
+        path: Where it was written, in a folder of its own in `residuals` of the run's folder.
         checkpoint: What training was resumed from, somewhere in the run's folder.
     """
     folders = list(Path(checkpoint).absolute().parents)[:4] if checkpoint else []
-    ends = [Path(*path.parts[-count:]) for count in (2, 3, 4)]
+    ends = [Path(*path.parts[-count:]) for count in (3, 4, 5)]
     return list(dict.fromkeys([path, *(folder / end for end in ends for folder in folders)]))
 
 

@@ -7,13 +7,12 @@ What a callback keeps of every table that it has compressed is an entry, primiti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_embcompress.budget import Request
@@ -21,6 +20,7 @@ from lightning_embcompress.callbacks.residual import find_table, open_table, pla
 from lightning_embcompress.distribution import Job, failing_together, solve_together
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.random_state import gather_over_processes
 from lightning_embcompress.reference import write_reference
 from lightning_embcompress.tables import Table, check_finite
 
@@ -59,13 +59,10 @@ class Solved:
     in_place_of: Factorization[Any] | None = None
 
 
-def solve_requests(
-    trainer: Trainer, requests: Sequence[Request], counts: Tensor | None, epoch: int, files: Files
-) -> list[Solved]:
+def solve_requests(requests: Sequence[Request], counts: Tensor | None, epoch: int, files: Files) -> list[Solved]:
     """Compress tables, and keep on the disk what will be needed of them; the model is not changed.
 
     Args:
-        trainer: The Trainer that is fitting.
         requests: What is to become of which table.
         counts: `[vocab_size]` token counts.
         epoch: Of the compression.
@@ -81,7 +78,7 @@ def solve_requests(
         entry |= {"untied": request.untied, "residual": None, "checksum": None}
         if files.keeps_residual:
             path = files.folder / f"{table.name}-epoch{epoch}.bin"
-            entry |= _keep_residual(trainer, path, table.weight, factors, files)
+            entry |= _keep_residual(path, table.weight, factors, files)
         with failing_together():
             if files.reference is not None and files.writes:
                 write_reference(files.reference, table.name, table.weight)
@@ -90,7 +87,6 @@ def solve_requests(
 
 
 def solve_again(
-    trainer: Trainer,
     module: nn.Module,
     entries: Sequence[Mapping[str, Any]],
     method: str,
@@ -102,8 +98,7 @@ def solve_again(
     """Refine tables for what they are now with their residuals put back; the model is not changed.
 
     Args:
-        trainer: The Trainer that is fitting.
-        module: Its module.
+        module: The module that is training.
         entries: Of the tables.
         method: Name in `METHODS`.
         options: Of the method.
@@ -123,19 +118,22 @@ def solve_again(
                     stack.callback(path.unlink, missing_ok=True)
                     write_target(path, residual, own)
             # Written by this process, or by one that it has waited for.
-            target = open_table(path, own)
-            table = Table(tuple(entry["modules"]), target)
-            check_finite(table)
+            with failing_together():
+                table = Table(tuple(entry["modules"]), open_table(path, own))
+                check_finite(table)
+            # Mapped by all: a killed process leaves nothing, where the system lets it go under their hands.
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             request = Request(table, method, options, entry["max_bytes"], entry["untied"])
             # A copy: the model changes when all tables are solved and their residuals are on the disk.
-            jobs.append(Job(request, target.to(own.device), counts, start=deepcopy(own)))
+            jobs.append(Job(request, table.weight.to(own.device), counts, start=deepcopy(own)))
         solved = []
         for entry, own, job, factors in zip(entries, owned, jobs, solve_together(jobs), strict=True):
             # The residual before stays, for a run that is resumed from before this refinement.
             kept = {"residual": None, "checksum": None}
             if files.keeps_residual:
                 path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.bin"
-                kept = _keep_residual(trainer, path, job.request.table.weight, factors, files)
+                kept = _keep_residual(path, job.request.table.weight, factors, files)
             solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
         return solved
 
@@ -180,11 +178,11 @@ def _places(entry: Mapping[str, Any], resumed_from: str | None) -> list[Path]:
     return places_of(Path(entry["residual"]), resumed_from)
 
 
-def _keep_residual(
-    trainer: Trainer, path: Path, target: Tensor, factors: Factorization[Any], files: Files
-) -> dict[str, Any]:
+def _keep_residual(path: Path, target: Tensor, factors: Factorization[Any], files: Files) -> dict[str, Any]:
     checksum = None
     with failing_together():
         if files.writes:
             checksum = write_residual(path, target, factors)
-    return {"residual": str(path), "checksum": trainer.strategy.broadcast(checksum)}
+    # Of every machine its own: the same values may be rounded otherwise there.
+    checksums = {found for found in gather_over_processes(checksum) if found is not None}
+    return {"residual": str(path), "checksum": sorted(checksums)}

@@ -242,10 +242,11 @@ def test_refinement_beyond_those_that_were_planned(
 def test_resuming_without_the_residual(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, run: SimpleNamespace
 ) -> None:
-    assert sorted(path.name for path in (tmp_path / "residuals").iterdir()) == [
+    files = sorted((tmp_path / "residuals").glob("*/*"), key=lambda path: path.name)
+    assert [path.name for path in files] == [
         f"{table}-epoch{epoch}.bin" for table in ("decoder", "encoder") for epoch in (1, 3)
     ]
-    for path in (tmp_path / "residuals").iterdir():
+    for path in files:
         path.unlink()
     steps: list[int] = []
 
@@ -327,3 +328,48 @@ def test_layers_that_are_built_in_configure_model(
     whole = fit(keep)
     resumed = fit(ckpt_path=tmp_path / "epoch=2.ckpt")
     torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
+
+
+def test_other_settings_come_too_late(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, run: SimpleNamespace
+) -> None:
+    model, other = foreign.model(), GroupReduce(ratio=8, at_epoch=1, refine_at_epochs=[3, 4], groups=2)
+    with pytest.warns(UserWarning, match=r"compressed with {'ratio': 2.*'groups': 3.*'ratio': 8.*comes too late"):
+        make_trainer(other, max_epochs=7).fit(model, **_loaders(foreign), ckpt_path=tmp_path / "epoch=5.ckpt")
+    assert [table.ratio for table in plan_of(model).tables] == [table.ratio for table in run.plan.tables]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        5,
+        {"random_states": 5, "plateau": []},
+        {"random_states": []},
+        {"random_states": [{}], "plateau": []},
+        {"random_states": [], "plateau": [{"scheduler": 0, "value": "1", "after": 0}]},
+    ],
+)
+def test_a_damaged_record_of_the_run(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, run: SimpleNamespace, damage: Any
+) -> None:
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    saved["embcompress_run"] = damage
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    with pytest.raises(ValueError, match="damaged"):
+        make_trainer(_callback(), max_epochs=6).fit(
+            foreign.model(), **_loaders(foreign), ckpt_path=tmp_path / "damaged.ckpt"
+        )
+    # Of an older version there is none.
+    del saved["embcompress_run"]
+    torch.save(saved, tmp_path / "older.ckpt")
+    make_trainer(_callback(), max_epochs=6).fit(foreign.model(), **_loaders(foreign), ckpt_path=tmp_path / "older.ckpt")
+
+
+def test_residuals_need_a_folder_of_this_machine(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="'memory://bucket/run' is no folder of this machine: name a local one"):
+        make_trainer(_callback(), max_epochs=6, default_root_dir="memory://bucket/run").fit(
+            foreign.model(), **_loaders(foreign)
+        )
+    trainer = make_trainer(GroupReduce(ratio=2, groups=3), max_epochs=1, default_root_dir="memory://bucket/run")
+    with pytest.warns(UserWarning, match="report.json is not written"):
+        trainer.fit(foreign.model(), **_loaders(foreign))

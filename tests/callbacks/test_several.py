@@ -145,9 +145,45 @@ def test_a_solver_that_fails_leaves_the_first_compression(
 
 @pytest.mark.parametrize("listed", [1, -1])
 def test_a_trial_run_does_both(foreign: SimpleNamespace, make_trainer: MakeTrainer, listed: int) -> None:
-    model = foreign.model()
-    make_trainer(*_twice(refine_at_epochs=[4])[::listed], fast_dev_run=True).fit(model, **foreign.loaders())
-    assert all(table.ratio > 1.4 for table in plan_of(model).tables)
+    model, callbacks = foreign.model(), _twice(refine_at_epochs=[4])
+    make_trainer(*callbacks[::listed], fast_dev_run=True).fit(model, **foreign.loaders())
+    # In the order of their epochs, however they are listed.
+    assert all(table.ratio >= 3 for table in plan_of(model).tables)
+    assert [_state(callback)["refined"] for callback in callbacks] == [[2], [4]]
+
+
+@pytest.mark.parametrize("listed", [1, -1])
+def test_both_are_late(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, listed: int) -> None:
+    dense, model = make_trainer(max_epochs=4), foreign.model()
+    dense.fit(foreign.model(), **foreign.loaders())
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    trainer = make_trainer(*_twice()[::listed], max_epochs=5)
+    with pytest.warns(UserWarning, match="refinement at epoch 2 is left out"):
+        trainer.fit(model, **foreign.loaders(), ckpt_path=tmp_path / "dense.ckpt")
+    assert all(table.ratio >= 3 for table in plan_of(model).tables)
+
+
+def test_a_plateau_scheduler_steps_once(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def configure(module: Any) -> Any:
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), "monitor": "val_loss"}
+        ]
+
+    def fit(epochs: int, ckpt_path: Path | None = None, *callbacks: Callback) -> Trainer:
+        model = foreign.model()
+        model.optimizers_of = configure
+        trainer = make_trainer(*_twice(), *callbacks, max_epochs=epochs, enable_checkpointing=True)
+        trainer.fit(model, **foreign.loaders(), ckpt_path=ckpt_path)
+        return trainer
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=20, save_top_k=-1, filename="{step}")
+    ended = fit(4, None, keep)
+    ended.save_checkpoint(tmp_path / "end.ckpt")
+    assert ended.lr_scheduler_configs[0].scheduler.last_epoch == 4
+    # From within an epoch, and from what was saved after the end.
+    for path, epochs in ((tmp_path / "step=20.ckpt", 4), (tmp_path / "end.ckpt", 6)):
+        assert fit(epochs, path).lr_scheduler_configs[0].scheduler.last_epoch == epochs
 
 
 def test_two_at_the_same_time(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import sys
 import weakref
@@ -116,6 +117,11 @@ def equal(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(equal(value, second[name]) for name, value in first.items())
     if isinstance(first, list):
         return len(first) == len(second) and all(equal(*pair) for pair in zip(first, second, strict=True))
+    if isinstance(first, Tensor) and first.is_floating_point():
+        # Three or more gradients are added in the order of DDP's buckets, which it finds anew when it is resumed.
+        return torch.allclose(first, second, rtol=0, atol=0.0 if dist.get_world_size() <= 2 else 1e-3)
+    if isinstance(first, float):
+        return math.isclose(first, second, rel_tol=0.0 if dist.get_world_size() <= 2 else 1e-3)
     return torch.equal(first, second) if isinstance(first, Tensor) else first == second
 
 

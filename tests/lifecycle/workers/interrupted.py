@@ -109,7 +109,7 @@ class Moment(Callback):
         if self.name == "solving":
             self._before(Request, "record")
         elif self.name == "writing":
-            self._before(files, "synchronize", lambda path: Path(path).parent.name == "residuals")
+            self._before(files, "synchronize", lambda path: Path(path).parent.parent.name == "residuals")
         elif self.name == "replacing":
             self._before(replacing, "splice")
             # In place: the second table of the model, not a copy that is being solved.
