@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -20,7 +19,8 @@ from typing_extensions import override
 from lightning_embcompress.budget import Request, Tie, check_budget, check_counts, plan_requests
 from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
 from lightning_embcompress.callbacks.continuation import Continuation, begin_epoch
-from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
+from lightning_embcompress.callbacks.counting import counts_for, known_counts
+from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
 from lightning_embcompress.callbacks.reporting import check_folder, log, run_folder, show_and_log, write_run_report
 from lightning_embcompress.callbacks.several import Turn, check_order, make_dense, merged_perplexity
@@ -149,7 +149,7 @@ class EmbeddingCompression(Callback):
             "token_counts": self._counts,
             "perplexity": self._perplexity,
             "unmeasured": self._unmeasured,
-            "settings": self._own_settings() if self._compressed else None,
+            "settings": self._settings,
         }
         return deepcopy(state)
 
@@ -222,7 +222,7 @@ class EmbeddingCompression(Callback):
         requests = self._requests(module)
         if len(_compressing(trainer)) > 1:
             check_order([callback._turn(module) for callback in _compressing(trainer) if not callback._compressed])
-        given = self._known_counts(trainer, requests)
+        given = known_counts(trainer, requests, self.token_counts)
         if given is not None:
             check_counts(given, requests)
         for request in requests:
@@ -357,33 +357,12 @@ class EmbeddingCompression(Callback):
     def _requests(self, module: nn.Module) -> list[Request]:
         return plan_requests(module, self.method, self.ratio, self.size, self.tables, self.tie, **self.options)
 
-    def _known_counts(self, trainer: Trainer, requests: Sequence[Request]) -> Any:
-        # Data modules may count a corpus only when they are asked: not for a method that does not need it.
-        if self.token_counts is not None or not get_method(self.method).needs_counts:
-            return self.token_counts
-        counts = getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
-        rows = min(request.table.shape[0] for request in requests)
-        if counts is not None and len(counts) < rows:
-            # Tables are often padded to a round number of rows; no token of the data is in those.
-            counts = nn.functional.pad(torch.as_tensor(counts), (0, rows - len(counts)))
-        return counts
-
-    def _counts_for(self, trainer: Trainer, module: LightningModule, requests: Sequence[Request]) -> Tensor | None:
-        """Token counts as they are known, or by a pass over the training data where a method needs them."""
-        with failing_together():
-            counts = self._known_counts(trainer, requests)
-        if counts is None and get_method(self.method).needs_counts:
-            layers = [module.get_submodule(path) for request in requests for path in request.table.modules]
-            embedding = next((layer for layer in layers if isinstance(layer, nn.Embedding)), None)
-            counts = stream_token_counts(trainer, module, embedding, requests[0].table.shape[0])
-        return check_counts(counts, requests)
-
     def _compress(self, trainer: Trainer, module: LightningModule, files: Files) -> None:
         # Layers that another callback has compressed before.
         before = make_dense(module, self.tables)
         try:
             requests = self._requests(module)
-            counts = self._counts_for(trainer, module, requests)
+            counts = counts_for(trainer, module, requests, self.token_counts)
             self._perplexity["dense"] = self._measure(trainer, module, "dense", requests)
             solved = solve_requests(requests, counts, trainer.current_epoch, files)
         except BaseException:
@@ -398,6 +377,7 @@ class EmbeddingCompression(Callback):
             # Only a refinement reads them again.
             self._counts = counts if files.keeps_residual else None
             self._unmeasured = "compressed"
+            self._settings = self._own_settings()
         self._measure_change(trainer, module)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
