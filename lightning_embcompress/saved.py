@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress import huggingface
 from lightning_embcompress.factorizations import factorization_from_spec
-from lightning_embcompress.files import explaining_failure, replacing, synchronize
+from lightning_embcompress.files import explaining_failure, read_json, replacing, synchronize
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.records import check_factors, dtype_of, shown
@@ -163,7 +163,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not a compressed model: {file.name} is missing")
-    config = _read_json(file)
+    config = read_json(file)
     quantization = config.get("quantization_config")
     of_transformers = isinstance(quantization, dict) and quantization.get("quant_method") == huggingface.QUANT_METHOD
     if config.get("format") != _FORMAT and not of_transformers:
@@ -204,22 +204,12 @@ def check_sums(directory: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} is damaged: it is no mapping")
-    return content
-
-
 def _weight_files(directory: Path) -> list[Path]:
     """The file of the weights, or those that it was split into."""
     index = directory / INDEX_FILE
     if (directory / WEIGHTS_FILE).is_file() or not index.is_file():
         return [directory / WEIGHTS_FILE]
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise ValueError(f"{str(index)!r} is damaged: 'weight_map' is {names!r}")
     return [directory / str(name) for name in sorted(set(names.values()))]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -20,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from lightning_embcompress.budget import Request, Tie, checked_requests
 from lightning_embcompress.checkpoint import keep_structure, structure_from_checkpoint
-from lightning_embcompress.distribution import Job, solve_together
+from lightning_embcompress.distribution import Job, count_processes, failing_together, solve_together
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, plan_of
+from lightning_embcompress.random_state import gather_over_processes
 from lightning_embcompress.report import show_plan
-from lightning_embcompress.solvers.division import count_processes, failing_together
 from lightning_embcompress.storage import is_sharded
 from lightning_embcompress.tables import Table, replace_table
 
@@ -180,8 +179,7 @@ def _check_alike(tables: Sequence[Table]) -> None:
     if count_processes() == 1:
         return
     own = [(table.name, table.shape, str(table.weight.dtype), _checksum(table.weight)) for table in tables]
-    said: list[Any] = [None] * count_processes()
-    dist.all_gather_object(said, own)
+    said = gather_over_processes(own)
     if any(len(other) != len(own) for other in said):
         names = "; ".join(f"process {rank}: {[name for name, *_ in other]}" for rank, other in enumerate(said))
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zipfile
@@ -10,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from lightning_embcompress.files import read_json
 
 CONFIG_FILE = "config.json"
 # The literals of `checkpoint` and `huggingface`, which import torch.
@@ -102,7 +103,7 @@ def _checkpoint(name: str, path: Path) -> Source:
 def _directory(name: str, path: Path) -> Source:
     if not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{name!r} is not a model: it has no {CONFIG_FILE}{_hint(path)}")
-    config = _read_json(path / CONFIG_FILE)
+    config = read_json(path / CONFIG_FILE)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if quantization is not None and method != _QUANT_METHOD:
@@ -143,7 +144,7 @@ def _weights(name: str, path: Path) -> tuple[Path, ...]:
         )
     if first.suffix != ".json":
         return (first,)
-    shards = _read_json(first).get("weight_map")
+    shards = read_json(first).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{str(first)!r} is damaged: 'weight_map' is {shards!r}")
     files = tuple(path / str(file) for file in sorted(set(shards.values())))
@@ -154,16 +155,6 @@ def _weights(name: str, path: Path) -> tuple[Path, ...]:
             f"{'is' if len(missing) == 1 else 'are'} missing; copy what is missing there, or save the model again"
         )
     return files
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} is damaged: it is no mapping")
-    return content
 
 
 def _download(name: str) -> Path:

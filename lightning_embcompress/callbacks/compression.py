@@ -300,17 +300,6 @@ class EmbeddingCompression(Callback):
         return any(due <= epoch and due not in self._refined for due in self.refine_at_epochs)
 
     def _do_due(self, trainer: Trainer, module: LightningModule) -> None:
-        with ExitStack() as stack:
-            # Drawn numbers would change what follows, and a resumed run does not draw them again.
-            stack.enter_context(isolate_rng())
-            if is_fast_dev_run(trainer):
-                folder, writes = Path(stack.enter_context(TemporaryDirectory(prefix="embcompress-"))), True
-            else:
-                # One process of every machine writes: some share a file system, some do not.
-                folder, writes = self._folder, trainer.local_rank == 0
-            self._do_due_with(trainer, module, folder, writes)
-
-    def _do_due_with(self, trainer: Trainer, module: LightningModule, folder: Path, writes: bool) -> None:
         epoch = trainer.current_epoch
         # A trial run leaves nothing behind.
         reference = None if is_fast_dev_run(trainer) else self.keep_reference
@@ -319,18 +308,26 @@ class EmbeddingCompression(Callback):
             needed = any(later > at for later in self.refine_at_epochs) or reference is not None
             return Files(folder, writes, needed, self._resumed_from, reference)
 
-        if self._unmeasured is not None:
-            self._measure_change(trainer, module)
-        if not self._compressed:
-            self._compress(trainer, module, files(self.at_epoch))
-        for due in self.refine_at_epochs:
-            if due in self._refined:
-                continue
-            if due == epoch or is_fast_dev_run(trainer):
-                self._refine(trainer, module, due, files(due))
-            elif due < epoch:
-                rank_zero_warn(f"the refinement at epoch {due} is left out: training is at epoch {epoch} already")
-                self._refined.append(due)
+        with ExitStack() as stack:
+            # Drawn numbers would change what follows, and a resumed run does not draw them again.
+            stack.enter_context(isolate_rng())
+            if is_fast_dev_run(trainer):
+                folder, writes = Path(stack.enter_context(TemporaryDirectory(prefix="embcompress-"))), True
+            else:
+                # One process of every machine writes: some share a file system, some do not.
+                folder, writes = self._folder, trainer.local_rank == 0
+            if self._unmeasured is not None:
+                self._measure_change(trainer, module)
+            if not self._compressed:
+                self._compress(trainer, module, files(self.at_epoch))
+            for due in self.refine_at_epochs:
+                if due in self._refined:
+                    continue
+                if due == epoch or is_fast_dev_run(trainer):
+                    self._refine(trainer, module, due, files(due))
+                elif due < epoch:
+                    rank_zero_warn(f"the refinement at epoch {due} is left out: training is at epoch {epoch} already")
+                    self._refined.append(due)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,8 +343,8 @@ class EmbeddingCompression(Callback):
             # It measures for all.
             return
         self._perplexity["final"] = self._measure(trainer, pl_module, "final")
-        write_run_report(trainer, pl_module, self._merged(trainer))
         values = self._merged(trainer)
+        write_run_report(trainer, pl_module, values)
         steps = [("dense", values["dense"]), ("compressed", values["compressed"])]
         steps += [(f"refined at epoch {entry['epoch']}", entry["value"]) for entry in values["refined"]]
         steps.append(("final", values["final"]))

@@ -16,7 +16,12 @@ from lightning_embcompress.report import show_plan, write_report
 
 def run_folder(trainer: Trainer) -> Path:
     """Where the run writes. All processes have to ask: under DDP it is the folder of the first."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    return Path(_folder_name(trainer))
+
+
+def _folder_name(trainer: Trainer) -> str:
+    # A URL as it is, which a path would not keep.
+    return str(trainer.log_dir or trainer.default_root_dir)
 
 
 def write_run_report(trainer: Trainer, module: LightningModule, perplexity: Mapping[str, Any]) -> None:
@@ -26,7 +31,7 @@ def write_run_report(trainer: Trainer, module: LightningModule, perplexity: Mapp
     """
     if is_fast_dev_run(trainer):
         return
-    folder = str(trainer.log_dir or trainer.default_root_dir)
+    folder = _folder_name(trainer)
     if not trainer.is_global_zero:
         return
     if "://" in folder:
@@ -48,7 +53,7 @@ def check_folder(trainer: Trainer, is_refined: bool) -> None:
     Raises:
         ValueError: Naming the folder and the remedy.
     """
-    folder = str(trainer.log_dir or trainer.default_root_dir)
+    folder = _folder_name(trainer)
     if is_refined and "://" in folder:
         raise ValueError(
             f"refine_at_epochs keeps what compression left out in files of the run's folder, and {folder!r} is no "

@@ -77,8 +77,7 @@ def solve_requests(requests: Sequence[Request], counts: Tensor | None, epoch: in
         entry: dict[str, Any] = {"modules": list(table.modules), "max_bytes": request.max_bytes}
         entry |= {"untied": request.untied, "residual": None, "checksum": None}
         if files.keeps_residual:
-            path = files.folder / f"{table.name}-epoch{epoch}.bin"
-            entry |= _keep_residual(path, table.weight, factors, files)
+            entry |= _keep_residual(table, factors, epoch, files)
         with failing_together():
             if files.reference is not None and files.writes:
                 write_reference(files.reference, table.name, table.weight)
@@ -132,8 +131,7 @@ def solve_again(
             # The residual before stays, for a run that is resumed from before this refinement.
             kept = {"residual": None, "checksum": None}
             if files.keeps_residual:
-                path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.bin"
-                kept = _keep_residual(path, job.request.table.weight, factors, files)
+                kept = _keep_residual(job.request.table, factors, epoch, files)
             solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
         return solved
 
@@ -178,11 +176,12 @@ def _places(entry: Mapping[str, Any], resumed_from: str | None) -> list[Path]:
     return places_of(Path(entry["residual"]), resumed_from)
 
 
-def _keep_residual(path: Path, target: Tensor, factors: Factorization[Any], files: Files) -> dict[str, Any]:
+def _keep_residual(table: Table, factors: Factorization[Any], epoch: int, files: Files) -> dict[str, Any]:
+    path = files.folder / f"{table.name}-epoch{epoch}.bin"
     checksum = None
     with failing_together():
         if files.writes:
-            checksum = write_residual(path, target, factors)
+            checksum = write_residual(path, table.weight, factors)
     # Of every machine its own: the same values may be rounded otherwise there.
     checksums = {found for found in gather_over_processes(checksum) if found is not None}
     return {"residual": str(path), "checksum": sorted(checksums)}
