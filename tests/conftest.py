@@ -25,9 +25,11 @@ def torchrun(tmp_path: Path) -> Callable[..., str]:
 
     def run(script: Path, *arguments: object, processes: int = 2, timeout: float = 240, fails: bool = False) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        # The seed that an earlier test has set: Lightning would set it anew in every process.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
         done = subprocess.run(
             [*command, str(script), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**inherited, "OMP_NUM_THREADS": "1"},
             cwd=tmp_path,
             capture_output=True,
             text=True,
