@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +11,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_embcompress.captured import EmbeddingCall, HeadCall, wide
 from lightning_embcompress.distribution import sum_over_processes
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.scaled_embeddings import scale_of
-from lightning_embcompress.solvers.gram import compute_dtype
 from lightning_embcompress.tables import all_modules, find_tables
 
-# Of logits that are looked at together: on a CPU 8 MiB of float32, which stay in the cache, elsewhere enough for the
-# device to be busy.
-_CPU_CHUNK_ELEMENTS, _CHUNK_ELEMENTS = 2**21, 2**24
-# A gradient of logits is seldom zero in all of the first columns and not in the others.
-_FIRST_COLUMNS = 64
 # Of the loss in float16, so that its gradient is finite.
 _LARGEST_HALF_SCALE = 2.0**15
+_UNKNOWN_NUMBER = (
+    "the number of targets is not known, because none of the tables is a head: let loss_fn give "
+    "(mean loss, number of targets)"
+)
 
 
 class HeadReached(Exception):
@@ -55,9 +53,7 @@ def find_layers(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
         tables = [tables]
     if tables == "auto" and compressed:
         sizes = {layer.factorization.vocab_size for layer in compressed.values()}
-        dense = [path for path, layer in named.items() if type(layer) is nn.Embedding and layer.num_embeddings in sizes]
-        dense += [path for path, layer in named.items() if type(layer) is nn.Linear and layer.out_features in sizes]
-        paths = [*compressed, *dense]
+        paths = [*compressed, *(path for path, layer in named.items() if _reads(layer, sizes))]
     elif tables == "auto":
         return _once(named, [list(table.modules) for table in find_tables(model)])
     else:
@@ -71,72 +67,15 @@ def find_layers(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
     return _once(named, sorted(found, key=lambda modules: order.index(modules[0])))
 
 
+def _reads(layer: nn.Module, sizes: set[int]) -> bool:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings in sizes and (type(layer) is nn.Embedding or scale_of(layer) is not None)
+    return type(layer) is nn.Linear and layer.out_features in sizes
+
+
 def _once(named: dict[str, nn.Module], tables: list[list[str]]) -> list[list[str]]:
     """Without the further paths of modules that are registered several times."""
     return [list({id(named[path]): path for path in reversed(modules)}.values())[::-1] for modules in tables]
-
-
-@dataclass
-class _EmbeddingCall:
-    path: str
-    rows: Tensor
-    """`[*, d]`, the output as a leaf that requires a gradient."""
-    scale: float
-    ids: Tensor
-
-
-class _HeadCall:
-    """One call of a head: its hidden states, and which of them are of targets."""
-
-    def __init__(self, path: str, layer: nn.Module, hidden: Tensor) -> None:
-        self.path = path
-        self.layer = layer
-        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-        self.reached = hidden
-        # All, for a step that is left at the head.
-        self.is_target = torch.ones(len(self.hidden), dtype=torch.bool, device=hidden.device)
-        self.probabilities: Tensor | None = None
-        device = hidden.device.type
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def see_logits(self, logits: Tensor) -> None:
-        """Sum up the probabilities of all positions, and wait for the gradient to say which are targets.
-
-        Here, and not when that is known: by then a loss may have overwritten the logits, and to keep them would take
-        their memory once more.
-        """
-        flat = logits.detach().reshape(-1, logits.shape[-1])
-        self.is_target = torch.zeros_like(self.is_target)
-        self.probabilities = _sum_of_probabilities(flat)
-        logits.register_hook(self._see_gradient)  # type: ignore[no-untyped-call]
-
-    def _see_gradient(self, gradient: Tensor) -> None:
-        flat = gradient.detach().reshape(-1, gradient.shape[-1])
-        is_target = flat[:, :_FIRST_COLUMNS].ne(0).any(1)
-        for rows in torch.split((~is_target).nonzero().flatten(), _rows(flat)):
-            is_target[rows] = flat[rows].ne(0).any(1)
-        self.is_target = is_target
-
-    def probabilities_of_targets(self, count: int) -> Tensor | None:
-        """`[vocab_size]`, the sum over the targets."""
-        total = self.probabilities
-        if total is None or count == len(self.hidden):
-            return total
-        # Hidden states that do not matter may be anything.
-        if 2 * count < len(self.hidden) or not bool(torch.isfinite(total).all()):
-            return self._sum_over(self.is_target)
-        return (total - self._sum_over(~self.is_target)).clamp_(min=0)
-
-    def _sum_over(self, which: Tensor) -> Tensor:
-        assert self.probabilities is not None
-        total = torch.zeros_like(self.probabilities)
-        device, dtype, enabled = self.autocast
-        chunk = max(1, _chunk_elements(self.hidden) // len(total))
-        with torch.no_grad(), torch.autocast(device, dtype, enabled):
-            for hidden in torch.split(self.hidden[which], chunk):
-                # Not the layer itself, which has our hooks.
-                total += _sum_of_probabilities(self.layer.forward(hidden))
-        return total
 
 
 class Collector:
@@ -195,8 +134,8 @@ class Collector:
         self.num_targets = 0
         self.batches = 0
         self.skipped = 0
-        self._embedding_calls: list[_EmbeddingCall] = []
-        self._head_calls: list[_HeadCall] = []
+        self._embedding_calls: list[EmbeddingCall] = []
+        self._head_calls: list[HeadCall] = []
         self._stops = False
         self._stack = ExitStack()
 
@@ -236,7 +175,7 @@ class Collector:
                 return None
             ids = arguments[0] if arguments else keywords["input"]
             rows = output.detach().requires_grad_()
-            self._embedding_calls.append(_EmbeddingCall(path, rows, 1.0 if scale is None else scale.value, ids))
+            self._embedding_calls.append(EmbeddingCall(path, rows, 1.0 if scale is None else scale.value, ids))
             # A copy: what comes after may change it in place.
             return rows.clone()
 
@@ -250,7 +189,7 @@ class Collector:
             if not self._stops:
                 # A node of its own: there may be no embedding before the head, and other readers after it.
                 hidden = hidden.view_as(hidden) if hidden.requires_grad else hidden.detach().requires_grad_()
-            self._head_calls.append(_HeadCall(path, layer, hidden))
+            self._head_calls.append(HeadCall(path, layer, hidden))
             if self._stops:
                 raise HeadReached
             return (hidden,), {}
@@ -323,19 +262,16 @@ class Collector:
         gradients = torch.autograd.grad(loss, inputs, torch.full_like(loss, scale), allow_unused=True)
         targets = [int(call.is_target.sum()) for call in heads]
         if num_targets is None and not heads:
-            raise ValueError(
-                "the number of targets is not known, because no head of the tables is called: let loss_fn give "
-                "(mean loss, number of targets)"
-            )
+            raise ValueError(_never_called("head", next(iter(self.heads))) if self.heads else _UNKNOWN_NUMBER)
         number = sum(targets) if num_targets is None else num_targets
         with torch.autocast(loss.device.type, enabled=False):
             parts: list[tuple[str, str, Tensor]] = []
             for call, gradient in zip(embedded, gradients[: len(embedded)], strict=True):
                 if gradient is not None:
-                    flat = _wide(gradient.reshape(-1, gradient.shape[-1])) * (call.scale * number / scale)
+                    flat = wide(gradient.reshape(-1, gradient.shape[-1])) * (call.scale * number / scale)
                     parts.append(("gradients", call.path, flat.T @ flat))
             for head, count in zip(heads, targets, strict=True):
-                hidden = _wide(head.hidden)
+                hidden = wide(head.hidden)
                 if count < len(hidden):
                     hidden = hidden.where(head.is_target.unsqueeze(1), 0)
                 parts += [("hidden", head.path, hidden.T @ hidden), ("hidden_mean", head.path, hidden.sum(0))]
@@ -404,11 +340,15 @@ def _check_called(collector: Collector, positions: dict[str, int], calls: dict[s
         for role, called in (("embedding", calls), ("head", positions)):
             paths = [path for path in modules if path in called]
             if paths and not any(called[path] for path in paths):
-                raise ValueError(
-                    f"{role} {paths[0]!r} was never called with gradients enabled{' at a target' * (role == 'head')}, "
-                    "so nothing is known of its loss: compute a loss that goes through it (the full softmax, not a "
-                    "sampled one), or name only the other modules in tables=[...]"
-                )
+                raise ValueError(_never_called(role, paths[0]))
+
+
+def _never_called(role: str, path: str) -> str:
+    return (
+        f"{role} {path!r} was never called with gradients enabled{' at a target' * (role == 'head')}, so it has no "
+        "statistics: compute a loss that goes through it (the full softmax, not a sampled one), or name only the other "
+        "modules, as in tables=['encoder']"
+    )
 
 
 @contextmanager
@@ -458,24 +398,3 @@ def _checked_counts(token_counts: Any, name: str, vocab_size: int) -> Tensor:
             f"({len(bad)} such entries)"
         )
     return counts.long() if torch.equal(wide, wide.round()) else wide
-
-
-def _chunk_elements(tensor: Tensor) -> int:
-    return _CPU_CHUNK_ELEMENTS if tensor.device.type == "cpu" else _CHUNK_ELEMENTS
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, _chunk_elements(logits) // max(1, logits.shape[-1]))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(compute_dtype(tensor.dtype))
-
-
-def _sum_of_probabilities(logits: Tensor) -> Tensor:
-    """`[N, vocab_size]` logits to the `[vocab_size]` sum of their softmax, in float64."""
-    device = torch.device("cpu") if logits.device.type == "mps" else logits.device
-    total = torch.zeros(logits.shape[-1], dtype=torch.float64, device=device)
-    for chunk in torch.split(logits, _rows(logits)):
-        total += torch.softmax(chunk, -1, dtype=compute_dtype(chunk.dtype)).sum(0).to(device)
-    return total

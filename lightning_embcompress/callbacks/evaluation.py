@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
-from torchmetrics import Metric, MetricCollection
 
+from lightning_embcompress.callbacks.passes import (
+    Logged,
+    apart,
+    batches_of,
+    mean_over_processes,
+    step_arguments,
+    undisturbed,
+)
 from lightning_embcompress.distribution import sum_over_processes
 from lightning_embcompress.progress import progress_bar
 
@@ -61,28 +64,28 @@ def validation_perplexity(
         if not total:
             return None
         loss = _HeadCrossEntropy(vocab_sizes)
-        logged = _Logged(monitor)
+        logged = Logged(monitor)
         with (
-            _undisturbed(module, logged),
+            undisturbed(module, logged),
             torch.no_grad(),
             progress_bar(title, total=1 if math.isinf(total) else total) as advance,
-            _apart(trainer.val_dataloaders, getattr(loop._combined_loader, "_mode", "sequential")) as loader,
+            apart(trainer.val_dataloaders, getattr(loop._combined_loader, "_mode", "sequential")) as loader,
         ):
             module.on_validation_model_eval()
             module.on_validation_start()
             module.on_validation_epoch_start()
-            for batch, batch_index, loader_index in _batches(trainer, module, loader, limits):
+            for batch, batch_index, loader_index in batches_of(trainer, module, loader, limits):
                 logged.batch, logged.loader_index = batch, loader_index
                 arguments = (batch, batch_index, loader_index) if len(limits) > 1 else (batch, batch_index)
                 module.on_validation_batch_start(*arguments)
                 with trainer.precision_plugin.val_step_context(), loss:
-                    outputs = module.validation_step(*arguments)
+                    outputs = module.validation_step(*step_arguments(module.validation_step, *arguments))
                 module.on_validation_batch_end(outputs, *arguments)
                 advance(1)
             module.on_validation_epoch_end()
             module.on_validation_end()
             # Here, where a monitored metric still has its state.
-            mean = _mean(loss.total, loss.count) if monitor is None else logged.mean()
+            mean = mean_over_processes(loss.total, loss.count) if monitor is None else logged.mean()
     finally:
         trainer.state.stage = stage
     if mean is None:
@@ -132,21 +135,21 @@ def stream_token_counts(
     limit = trainer.num_training_batches
     mode = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(module, _Logged(None)))
+        stack.enter_context(undisturbed(module, Logged(None)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.precision_plugin.train_step_context())
         if embedding is not None:
             hook = embedding.register_forward_pre_hook(count_inputs, with_kwargs=True)
             stack.callback(hook.remove)
         advance = stack.enter_context(progress_bar("Counting tokens", total=limit if math.isfinite(limit) else 1))
-        loader = stack.enter_context(_apart(trainer.train_dataloader, mode))
+        loader = stack.enter_context(apart(trainer.train_dataloader, mode))
         if embedding is None:
             stack.enter_context(_HeadCrossEntropy([vocab_size], on_targets=count))
         # The loader itself does not stop at a limit of training: Lightning's loop does.
-        batches = islice(_batches(trainer, module, loader, limit), int(limit) if math.isfinite(limit) else None)
+        batches = islice(batches_of(trainer, module, loader, limit), int(limit) if math.isfinite(limit) else None)
         for batch, batch_index, _ in batches:
             with suppress(_SeenEnough):
-                module.training_step(batch, batch_index)
+                module.training_step(*step_arguments(module.training_step, batch, batch_index))
             advance(1)
     counts = sum_over_processes(counts)
     if not counts.any():
@@ -195,133 +198,3 @@ class _HeadCrossEntropy(TorchFunctionMode):
         # Plain and summed, whatever weights, smoothing or reduction the module's own loss has.
         self.total += float(func(input.float(), target, ignore_index=ignore_index, reduction="sum"))
         self.count += int(valid.sum())
-
-
-def _mean(total: float, count: float) -> float | None:
-    """The mean over all processes; None where none of them has counted anything."""
-    total, count = sum_over_processes(torch.tensor([total, count], dtype=torch.float64)).tolist()
-    return total / count if count else None
-
-
-class _Logged:
-    """Takes the place of `module.log`: keeps the values of one name and drops everything else."""
-
-    def __init__(self, monitor: str | None) -> None:
-        self.monitor = monitor
-        self.batch: Any = None
-        self.loader_index = 0
-        self.total = 0.0
-        self.weight = 0
-        self.metric: Metric | None = None
-        self.seen: set[str] = set()
-
-    def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
-        self.seen.add(name)
-        # The second is what Lightning calls it if there are several loaders.
-        if self.monitor not in (name, f"{name}/dataloader_idx_{self.loader_index}"):
-            return
-        if isinstance(value, Metric):
-            self.metric = value
-            return
-        weight = extract_batch_size(self.batch) if batch_size is None else batch_size
-        self.total += float(value) * weight
-        self.weight += weight
-
-    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
-        for name, value in dictionary.items():
-            self.log(name, value, *args, **kwargs)
-
-    def mean(self) -> float:
-        if self.metric is not None:
-            # Over all processes by itself.
-            return float(self.metric.compute())
-        mean = _mean(self.total, self.weight)
-        if mean is None:
-            raise ValueError(
-                f"monitor {self.monitor!r} is not logged in validation; logged are {sorted(self.seen) or 'none'}"
-            )
-        return mean
-
-
-@contextmanager
-def _undisturbed(module: LightningModule, logged: _Logged) -> Iterator[None]:
-    """Divert what the module logs, and put back its modes, buffers, metrics and the random state afterwards.
-
-    Also which parameters are frozen: a step that is left early may have toggled an optimizer, and not back.
-    """
-    training = [(part, part.training) for part in module.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    # What `toggle_optimizer` will put back.
-    toggled = module._param_requires_grad_state
-    buffers = [
-        (part._buffers, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    # Whole, for some keep more than what `add_state` knows of.
-    metrics = [(part, _state(part)) for part in module.modules() if isinstance(part, Metric | MetricCollection)]
-    with isolate_rng():
-        for metric, _ in metrics:
-            # As Lightning leaves them after an epoch in which they were logged.
-            metric.reset()
-        module.log, module.log_dict = logged.log, logged.log_dict  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del module.log, module.log_dict
-            for part, mode in training:
-                part.training = mode
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
-            module._param_requires_grad_state = toggled
-            for owner, name, buffer, value in buffers:
-                owner[name] = buffer.copy_(value)
-            for metric, state in metrics:
-                metric.__dict__.clear()
-                metric.__dict__.update(state)
-
-
-def _state(metric: Metric | MetricCollection) -> dict[str, Any]:
-    if isinstance(metric, MetricCollection):
-        return {**metric.__dict__, "_groups": copy.deepcopy(metric._groups)}
-    states = {name: getattr(metric, name) for name in metric._defaults}
-    copies = {name: list(state) if isinstance(state, list) else state.clone() for name, state in states.items()}
-    return {**metric.__dict__, **copies}
-
-
-@contextmanager
-def _apart(loaders: Any, mode: Any) -> Iterator[CombinedLoader]:
-    """Loaders of the same data with iterators of their own, whose generators are put back afterwards.
-
-    Training has made its iterator of the first epoch already, and persistent workers serve one iterator only.
-    """
-    combined = CombinedLoader(loaders, mode)
-    generators = {}
-    copies = []
-    for loader in combined.flattened:
-        if isinstance(loader, DataLoader):
-            for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-                generator = getattr(owner, "generator", None)
-                if isinstance(generator, torch.Generator):
-                    generators[generator] = generator.get_state()
-            loader = copy.copy(loader)
-            loader._iterator = None
-        copies.append(loader)
-    combined.flattened = copies
-    try:
-        yield combined
-    finally:
-        for generator, state in generators.items():
-            generator.set_state(state)
-
-
-def _batches(
-    trainer: Trainer, module: LightningModule, loader: CombinedLoader, limits: float | list[float]
-) -> Iterator[tuple[Any, int, int]]:
-    """Batches on the module's device, as its steps get them, with their index and that of their loader."""
-    loader.limits = limits
-    for batch, batch_index, loader_index in loader:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=loader_index)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=loader_index), batch_index, loader_index

@@ -1,0 +1,126 @@
+"""Statistics of a model's tables from the training data of a running fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_embcompress.callbacks.passes import (
+    Logged,
+    apart,
+    attributes_kept,
+    batches_of,
+    step_arguments,
+    undisturbed,
+)
+from lightning_embcompress.collector import Collector, find_layers, summed
+from lightning_embcompress.distribution import failing_together
+from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.statistics import Statistics
+
+
+def collect_in_training(
+    trainer: Trainer,
+    module: LightningModule,
+    tables: str | Sequence[str],
+    token_counts: Any,
+    batches: int,
+) -> Statistics:
+    """Collect statistics by one pass over the first batches of the training data, see `collect_statistics`.
+
+    The loss is that of `training_step`, in evaluation mode and in the precision of the Trainer. Nothing steps and
+    nothing is logged; the module, gradients, metrics, random state and generators of the data are afterwards what they
+    were. The first batches of the epoch that follows may be the same ones. Data that can be read only once is used up
+    by that much: give statistics that were collected before.
+
+    Where `training_step` does not call the head, as with a sampled softmax, the hidden states are those that
+    `validation_step` computes for the same batch: it is left at the moment it calls the head. All positions there count
+    as targets, also those that the loss ignores, and the mean probabilities are missing. A module whose tables are all
+    embeddings has as many targets as its batches have samples.
+
+    Of several processes each reads its own part of the data, and all get the statistics of everything.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        module: Its module, with the tables in place, dense or compressed.
+        tables: `auto`, or the paths of modules, see `find_tables`.
+        token_counts: `[vocab_size]` how often every token occurs; None to count the ids that embeddings get in these
+            batches.
+        batches: Number of batches at most, in each process.
+
+    Raises:
+        ValueError: If the module optimizes by hand, if there is no batch with finite values, if a table cannot be found
+            or is never called, or if the token counts do not fit.
+    """
+    with failing_together():
+        collector = _collect(trainer, module, tables, token_counts, batches)
+    return Statistics(**summed(collector))
+
+
+def _collect(
+    trainer: Trainer, module: LightningModule, tables: str | Sequence[str], token_counts: Any, batches: int
+) -> Collector:
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes by hand (automatic_optimization=False), so that no loss can be taken "
+            "from its training_step without training it: use variant='paper', which needs token counts only, or give "
+            "statistics=collect_statistics(model, batches, loss_fn)"
+        )
+    if batches < 1:
+        raise ValueError(f"statistics need at least 1 batch, not {batches}")
+    limit = min(batches, trainer.num_training_batches)
+    mode = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
+    validates = is_overridden("validation_step", module)
+    collector = Collector(module, find_layers(module, tables), token_counts)
+    with ExitStack() as stack:
+        stack.enter_context(attributes_kept(module))
+        stack.enter_context(undisturbed(module, Logged(None)))
+        stack.enter_context(_loggers_off(trainer))
+        stack.enter_context(collector)
+        advance = stack.enter_context(progress_bar("Collecting statistics", total=limit))
+        loader = stack.enter_context(apart(trainer.train_dataloader, mode))
+        started = False
+        for batch, index, _ in islice(batches_of(trainer, module, loader, limit), int(limit)):
+            with trainer.precision_plugin.train_step_context():
+                output = module.training_step(*step_arguments(module.training_step, batch, index))
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if loss is not None and validates and not collector.reached_head:
+                with _validating(trainer), collector.stopping_at_head(), trainer.precision_plugin.val_step_context():
+                    if not started:
+                        # A text of its own, where the module carries a state.
+                        module.on_validation_start()
+                        module.on_validation_epoch_start()
+                        started = True
+                    module.validation_step(*step_arguments(module.validation_step, batch, index))
+            collector.add(loss, None if collector.heads else extract_batch_size(batch))
+            advance(1)
+    return collector
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    """As in Lightning's own loop: steps and hooks ask the trainer whether it is training."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+@contextmanager
+def _loggers_off(trainer: Trainer) -> Iterator[None]:
+    """Let what a step writes to the loggers by itself go nowhere."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
