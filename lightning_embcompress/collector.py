@@ -157,7 +157,6 @@ class Collector:
                 stack.callback(head.register_forward_hook(self._logits_hook).remove)
             # Compiled code would not know of the hooks, or be compiled anew with them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             self._stack = stack.pop_all()
         return self

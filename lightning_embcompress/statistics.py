@@ -161,7 +161,8 @@ class Statistics:
                     raise ValueError(
                         f"its version is {record['version']!r}, this version of the package reads {_VERSION}"
                     )
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+                # Of their own, not mapped: the file may be written anew.
+                tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
             return _from_tensors(tensors, record)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -171,6 +172,7 @@ class Statistics:
             ) from error
 
 
+@torch.inference_mode(False)
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Any],
