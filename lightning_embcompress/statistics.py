@@ -135,7 +135,7 @@ class Statistics:
             tensors |= {f"{kind}/{name}": tensor.contiguous() for name, tensor in getattr(self, kind).items()}
         record = {"version": _VERSION, "num_targets": self.num_targets, "skipped_batches": self.skipped_batches}
         with explaining_failure(path), replacing(path) as temporary:
-            save_file(tensors, temporary, {"format": _FORMAT, "record": json.dumps(record)})
+            save_file(tensors, temporary, {_FORMAT: json.dumps(record)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -154,9 +154,9 @@ class Statistics:
         try:
             with safe_open(name, framework="pt") as opened:
                 metadata = opened.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if _FORMAT not in metadata:
                     raise ValueError("it holds something else")
-                record = json.loads(metadata["record"])
+                record = json.loads(metadata[_FORMAT])
                 if record["version"] != _VERSION:
                     raise ValueError(
                         f"its version is {record['version']!r}, this version of the package reads {_VERSION}"
