@@ -21,7 +21,8 @@ from lightning_embcompress.factorizations.base import (
 )
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import row_weights
-from lightning_embcompress.solvers.low_rank import weighted_low_rank
+from lightning_embcompress.solvers.low_rank import low_rank_in_metric, weighted_low_rank
+from lightning_embcompress.solvers.metric import Metric
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class LowRankOptions(Options):
 
     Attributes:
         rank: The rank, instead of a ratio.
-        weighted: Weight rows by their token counts; False gives the plain truncated SVD.
+        weighted: Weight rows by their token counts, and directions by the metric of the loss where there is one; False
+            gives the plain truncated SVD.
 
     Raises:
         ValueError: If the rank is not positive.
@@ -47,7 +49,7 @@ class LowRankOptions(Options):
 
 
 class LowRank(Factorization[LowRankOptions]):
-    """`W ≈ U B`: the truncated SVD of the table, or of the table with its rows weighted by frequency.
+    """`W ≈ U B`: the truncated SVD of the table, or of the table weighted by frequency or in the metric of the loss.
 
     Args:
         vocab_size: Rows of the table.
@@ -69,6 +71,7 @@ class LowRank(Factorization[LowRankOptions]):
     kind = "low_rank"
     options_class = LowRankOptions
     divides = True
+    uses_metric = True
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class LowRank(Factorization[LowRankOptions]):
 
     def spec(self) -> dict[str, Any]:
         """Shape and rank."""
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "dim": self.dim, "rank": self.rank}
+        return self._spec(self.vocab_size, self.dim, self.rank)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
@@ -119,13 +122,15 @@ class LowRank(Factorization[LowRankOptions]):
             raise ValueError(
                 f"rank must be at most {min(vocab_size, dim)} for a table of {vocab_size} x {dim}, it is {rank}"
             )
-        return rank * (vocab_size + dim) * itemsize + cls._fixed_bytes(vocab_size, dim)
+        return cls._bytes(vocab_size, dim, itemsize, rank)
 
     @classmethod
-    def _fixed_bytes(cls, vocab_size: int, dim: int) -> int:
-        """Bytes beside the factors at most: the digits of the rank are counted at their widest."""
-        spec = {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "rank": min(vocab_size, dim)}
-        return stored_bytes(0, 2, spec)
+    def _bytes(cls, vocab_size: int, dim: int, itemsize: int, rank: int) -> int:
+        return stored_bytes(rank * (vocab_size + dim) * itemsize, 2, cls._spec(vocab_size, dim, rank))
+
+    @classmethod
+    def _spec(cls, vocab_size: int, dim: int, rank: int) -> dict[str, Any]:
+        return {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "rank": rank}
 
     @classmethod
     def decompose(
@@ -135,16 +140,18 @@ class LowRank(Factorization[LowRankOptions]):
         token_counts: Tensor | None = None,
         options: LowRankOptions | None = None,
         advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
     ) -> Self:
         """Truncated SVD of the largest rank that fits, see `Factorization.decompose`.
+
+        With a metric, `Σ_i q_i ‖(w_i − u_i B) C‖²` is minimised, with the metric's own row weights instead of those of
+        the token counts; the plain SVD (`weighted=False`) is that of the table whatever the metric.
 
         Raises:
             ValueError: If not even rank 1 fits.
         """
         vocab_size, dim = weight.shape
         itemsize = weight.element_size()
-        rank_bytes = (vocab_size + dim) * itemsize
-        rank = min((max_bytes - cls._fixed_bytes(vocab_size, dim)) // rank_bytes, vocab_size, dim)
         if max_bytes < cls.smallest_bytes(vocab_size, dim, itemsize, options):
             raise ValueError(
                 f"{max_bytes} bytes do not hold rank {options.rank or 1 if options else 1} of a table of "
@@ -152,8 +159,12 @@ class LowRank(Factorization[LowRankOptions]):
             )
         if options is not None and options.rank is not None:
             rank = options.rank
+        else:
+            rank = min(max_bytes // ((vocab_size + dim) * itemsize), vocab_size, dim)
+            while cls._bytes(vocab_size, dim, itemsize, rank) > max_bytes:
+                rank -= 1
         factorization = cls(vocab_size, dim, rank, weight.dtype, weight.device)
-        factorization._solve(weight, token_counts, options)
+        factorization._solve(weight, token_counts, options, metric)
         advance(1.0)
         return factorization
 
@@ -164,19 +175,28 @@ class LowRank(Factorization[LowRankOptions]):
         token_counts: Tensor | None = None,
         options: LowRankOptions | None = None,
         advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
     ) -> Self:
-        """Solve again at the same rank, in place, see `Factorization.refined`."""
-        self._solve(target, token_counts, options, align=True)
+        """Solve again at the same rank, in place, see `Factorization.refined`; the metric is as for `decompose`."""
+        self._solve(target, token_counts, options, metric, align=True)
         advance(1.0)
         return self
 
     @torch.no_grad()
     def _solve(
-        self, weight: Tensor, token_counts: Tensor | None, options: LowRankOptions | None, align: bool = False
+        self,
+        weight: Tensor,
+        token_counts: Tensor | None,
+        options: LowRankOptions | None,
+        metric: Metric | None,
+        align: bool = False,
     ) -> None:
         weighted = (options or LowRankOptions()).weighted
-        weights = row_weights(token_counts if weighted else None, self.vocab_size, weight.device)
-        coefficients, basis = weighted_low_rank(weight, self.rank, weights)
+        if weighted and metric is not None:
+            coefficients, basis = low_rank_in_metric(weight, self.rank, metric)
+        else:
+            weights = row_weights(token_counts if weighted else None, self.vocab_size, weight.device)
+            coefficients, basis = weighted_low_rank(weight, self.rank, weights)
         if align:
             rotation = alignment(basis, self.basis)
             # Rounding may differ between the processors of processes.
