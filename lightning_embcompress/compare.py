@@ -4,104 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from rich.console import Console
 from rich.table import Table as ScreenTable
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_embcompress.budget import check_counts, plan_requests
-from lightning_embcompress.factorizations import get_method
-from lightning_embcompress.plan import compress, model_bytes
 from lightning_embcompress.progress import progress_bar
-from lightning_embcompress.solvers.round_to_nearest import round_to_nearest, rounded_bytes
-from lightning_embcompress.tables import check_finite, find_tables
-
-DEFAULT_METHODS = (
-    "low_rank",
-    "weighted_low_rank",
-    *(f"group_reduce:groups={groups},refine_rounds={rounds}" for groups in (5, 10, 20) for rounds in (0, 5)),
-    "tensor_train",
-    *(f"tensor_train:max_rank={rank}" for rank in (1, 4)),
-    *(f"tensor_train_matrix:num_cores={count}" for count in (2, 3)),
-    "product_quantization",
-    "tucker",
-)
-"""GroupReduce in all the settings that its paper leaves open, of which the best is what others have to beat; TensorGPT
-at its published ranks too. `cp`, which takes very long at low ratios, only where it is asked for."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method with its options.
-
-    Attributes:
-        method: Name in `METHODS`.
-        options: Its options.
-    """
-
-    method: str
-    options: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Candidate:
-        """Read `method` or `method:option=value,option=value`.
-
-        Raises:
-            ValueError: If there is no such method or option, or a value is out of its range.
-
-        Example:
-            >>> Candidate.parse("group_reduce:groups=5,refine_rounds=0")
-            Candidate(method='group_reduce', options={'groups': 5, 'refine_rounds': 0})
-        """
-        method, _, rest = text.partition(":")
-        # As a YAML mapping in flow style: lists and nested values need no rules of our own.
-        options = yaml.safe_load("{" + rest.replace("=", ": ") + "}") if rest else {}
-        get_method(method).options(**options)
-        return cls(method, options)
-
-    @property
-    def fixes_size(self) -> bool:
-        """Whether the options say how large the factors are: then ratios have no say."""
-        return bool(get_method(self.method).options(**self.options).fixes_size)
-
-    def __str__(self) -> str:
-        """As it is parsed."""
-        rest = ",".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.method}:{rest}" if rest else self.method
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of a comparison.
-
-    Attributes:
-        method: The candidate, `int8` or `int4` for plain quantization of the tables, `dense` for the model as it is.
-        asked_ratio: Dense bytes over stored bytes that were asked for; of the lines with the same one, none has more
-            bytes. None for the dense model and for options that fix the size.
-        ratio: Dense bytes over stored bytes of the tables, as stored, all metadata included.
-        stored_bytes: Bytes of the tables.
-        model_ratio: Dense bytes over stored bytes of the whole model.
-        perplexity: What was measured; None if the ratio cannot be reached.
-        seconds: How long the tables took to solve.
-        note: Why there is no perplexity.
-    """
-
-    method: str
-    asked_ratio: float | None
-    ratio: float | None
-    stored_bytes: int | None
-    model_ratio: float | None
-    perplexity: float | None
-    seconds: float | None = None
-    note: str = ""
+from lightning_embcompress.trials import DEFAULT_METHODS as DEFAULT_METHODS
+from lightning_embcompress.trials import Candidate as Candidate
+from lightning_embcompress.trials import Result as Result
+from lightning_embcompress.trials import carry_out, plan_trials
 
 
 def compare(
@@ -136,105 +52,58 @@ def compare(
     Raises:
         ValueError: If a method, an option, a ratio or the counts cannot be used; nothing is solved then.
     """
-    candidates = [Candidate.parse(text) for text in methods]
-    found = find_tables(model, tables)
-    for table in found:
-        check_finite(table)
-    for width in bits:
-        rounded_bytes(1, 1, width)
-    if bad := [ratio for ratio in ratios if not 1 < ratio < float("inf")]:
-        raise ValueError(f"ratios must be above 1 (dense bytes over stored bytes), one is {bad[0]!r}")
-    dense = sum(table.weight.nbytes for table in found)
-    rounded = {width: sum(rounded_bytes(*table.shape, width) for table in found) for width in bits}
-    every = sorted({*ratios, *(dense / size for size in rounded.values())})
-    jobs: list[tuple[Candidate, float | None]] = []
-    for candidate in candidates:
-        jobs += [(candidate, None)] if candidate.fixes_size else [(candidate, ratio) for ratio in every]
-    reachable = []
+    trials = plan_trials(model, methods, ratios, bits, tables=tables, token_counts=token_counts, at_sizes_of_bits=True)
     results: list[Result] = []
-
-    def add(result: Result) -> None:
-        results.append(result)
-        on_result(result)
-
-    for candidate, ratio in jobs:
-        options = {"tables": tables, **candidate.options}
-        try:
-            requests = plan_requests(model, candidate.method, ratio, **options)
-        except ValueError as error:
-            # The line stays in the comparison, with the reason: what a method cannot do is a result too.
-            add(Result(str(candidate), ratio, None, None, None, None, note=str(error)))
-            continue
-        check_counts(token_counts, requests)
-        reachable.append((candidate, ratio, options))
-    with progress_bar("Comparing methods", total=1 + len(rounded) + len(reachable)) as advance:
-        whole = model_bytes(model)
-        add(Result("dense", None, 1.0, dense, 1.0, evaluate(model)))
-        advance(1)
-        for width, size in rounded.items():
-            copy = deepcopy(model)
-            start = time.perf_counter()
-            for table in find_tables(copy, tables):
-                _quantize(table.weight, width)
-            taken = time.perf_counter() - start
-            model_ratio = whole["dense_bytes"] / (whole["stored_bytes"] - dense + size)
-            results.append(Result(f"int{width}", dense / size, dense / size, size, model_ratio, evaluate(copy), taken))
-            advance(1)
-        for candidate, ratio, options in reachable:
-            copy = deepcopy(model)
-            start = time.perf_counter()
-            plan = compress(copy, candidate.method, ratio=ratio, token_counts=token_counts, **options)
-            taken = time.perf_counter() - start
-            model_ratio = model_bytes(copy)["ratio"]
-            add(Result(str(candidate), ratio, plan.ratio, plan.stored_bytes, model_ratio, evaluate(copy), taken))
-            advance(1)
-    return sorted(results, key=_order)
+    with progress_bar("Comparing methods", total=sum(not trial.note for trial in trials)) as advance:
+        # What cannot be reached is known before anything is solved, and said first.
+        for trial in sorted(trials, key=lambda trial: not trial.note):
+            solved = carry_out(trial, model, tables=tables, token_counts=token_counts)
+            perplexity = None if solved.model is None else evaluate(solved.model)
+            sizes = solved.ratio, solved.stored_bytes, solved.model_ratio
+            results.append(Result(trial.name, trial.ratio, *sizes, perplexity, solved.seconds, solved.note))
+            on_result(results[-1])
+            advance(0 if trial.note else 1)
+    return sorted(results, key=lambda result: result.order)
 
 
-@torch.no_grad()
-def _quantize(weight: Tensor, bits: int) -> None:
-    weight.copy_(round_to_nearest(weight, bits))
+def show_comparison(
+    results: Sequence[Result],
+    title: str = "At equal stored bytes, no training",
+    columns: Mapping[str, Callable[[Any], str]] | None = None,
+) -> None:
+    """Print a comparison, a section for each ratio.
 
-
-def _order(result: Result) -> tuple[float, bool, float]:
-    asked = 0.0 if result.method == "dense" else result.asked_ratio or result.ratio or 0.0
-    return asked, result.perplexity is None, result.perplexity or 0.0
-
-
-def show_comparison(results: Sequence[Result]) -> None:
-    """Print a comparison, a section for each ratio."""
+    Args:
+        results: Its lines, sorted.
+        title: What is written above.
+        columns: Further columns: their names, and what stands there for a line.
+    """
     dense = next(result.perplexity for result in results if result.method == "dense")
     assert dense is not None
-    screen = ScreenTable(
-        "asked",
-        "method",
-        "ratio",
-        "MB",
-        "model",
-        "perplexity",
-        "",
-        "seconds",
-        title="At equal stored bytes, no training",
-    )
+    further = dict(columns or {})
+    screen = ScreenTable("asked", "method", "ratio", "MB", "model", "perplexity", "", "seconds", *further, title=title)
     before: float | None = None
     for result in results:
         asked = result.asked_ratio
         if asked != before:
             screen.add_section()
         before = asked
-        if result.perplexity is None:
-            screen.add_row("" if asked is None else f"{asked:.2f}x", result.method, "", "", "", "cannot be reached")
+        cells = ["" if asked is None else f"{asked:.2f}x", result.method]
+        if result.stored_bytes is None:
+            screen.add_row(*cells, "", "", "", "cannot be reached")
             continue
-        screen.add_row(
-            "" if asked is None else f"{asked:.2f}x",
-            result.method,
-            f"{result.ratio:.2f}x",
-            f"{(result.stored_bytes or 0) / 1e6:.2f}",
-            f"{result.model_ratio:.2f}x",
-            f"{result.perplexity:.2f}",
-            f"{result.perplexity / dense - 1:+.1%}",
-            "" if result.seconds is None else f"{result.seconds:.1f}",
-        )
+        cells += [f"{result.ratio:.2f}x", f"{result.stored_bytes / 1e6:.2f}", f"{result.model_ratio:.2f}x"]
+        if result.perplexity is None:
+            cells += ["not finite", ""]
+        else:
+            cells += [f"{result.perplexity:.2f}", f"{result.perplexity / dense - 1:+.1%}"]
+        cells.append("" if result.seconds is None else f"{result.seconds:.1f}")
+        screen.add_row(*cells, *(cell(result) for cell in further.values()))
+    print_table(screen)
+
+
+def print_table(screen: ScreenTable) -> None:
+    """Print a table in the width of the terminal, or wide enough for a log file, which has none of its own."""
     console = Console()
     (console if console.is_terminal else Console(width=132)).print(screen)
 
