@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table as ScreenTable
@@ -18,6 +18,8 @@ from lightning_embcompress.trials import DEFAULT_METHODS as DEFAULT_METHODS
 from lightning_embcompress.trials import Candidate as Candidate
 from lightning_embcompress.trials import Result as Result
 from lightning_embcompress.trials import carry_out, plan_trials
+
+_AnyResult = TypeVar("_AnyResult", bound=Result)
 
 
 def compare(
@@ -128,7 +130,7 @@ def write_comparison(folder: Path, results: Sequence[Result]) -> list[Path]:
     # Not pyplot: no window system is asked for, and no global state is left behind.
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name, points in _curves(results):
+    for name, points in curves(results, lambda result: result.ratio or 0):
         style = {"marker": "o", "markersize": 4} if len(points) > 1 else {"marker": "s", "linestyle": ""}
         axes.plot(*zip(*points, strict=True), label=name, **style)
     dense = next(result.perplexity for result in results if result.method == "dense")
@@ -141,12 +143,23 @@ def write_comparison(folder: Path, results: Sequence[Result]) -> list[Path]:
     return [table, record, plot]
 
 
-def _curves(results: Sequence[Result]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def curves(
+    results: Sequence[_AnyResult], width: Callable[[_AnyResult], float]
+) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """What is to be drawn, but the dense model.
+
+    Args:
+        results: Lines of a comparison or a sweep.
+        width: Gives the horizontal coordinate of a line that has a perplexity.
+
+    Yields:
+        A method, and its points `(width, perplexity)` from left to right.
+    """
     for name in dict.fromkeys(result.method for result in results if result.method != "dense"):
         points = [
-            (result.ratio, result.perplexity)
+            (width(result), result.perplexity)
             for result in results
-            if result.method == name and result.ratio is not None and result.perplexity is not None
+            if result.method == name and result.perplexity is not None
         ]
         if points:
             yield name, sorted(points)

@@ -262,7 +262,7 @@ def carry_out(
         plan = compress(
             copy, trial.candidate.method, ratio=trial.ratio, token_counts=token_counts, **(extra or {}), **options
         )
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         return Solved(note=str(error))
     seconds = time.perf_counter() - start
     return Solved(copy, plan.ratio, plan.stored_bytes, model_bytes(copy)["ratio"], _predicted_loss(plan), seconds)
