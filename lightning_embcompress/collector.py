@@ -81,8 +81,8 @@ def _once(named: dict[str, nn.Module], tables: list[list[str]]) -> list[list[str
 class Collector:
     """Sums up tokens, hidden states, probabilities and gradients of a model, batch by batch.
 
-    Entered, the model is in evaluation mode and its parameters need no gradient; afterwards both are as before. For
-    every batch compute a loss, then call `add`.
+    Entered, the model is in evaluation mode; afterwards it is as before. For every batch compute a loss, then call
+    `add`: only gradients of what embeddings give and heads read are computed, none of parameters.
 
     Args:
         model: The module.
@@ -148,7 +148,7 @@ class Collector:
     def __enter__(self) -> Self:
         """Hang up the hooks."""
         with ExitStack() as stack:
-            stack.enter_context(_still(self.model))
+            stack.enter_context(_evaluating(self.model))
             for path, embedding in self.embeddings.items():
                 hook = embedding.register_forward_hook(self._embedding_hook(path, embedding), with_kwargs=True)
                 stack.callback(hook.remove)
@@ -351,10 +351,12 @@ def _never_called(role: str, path: str) -> str:
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and gradients for no parameter; afterwards as before."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards as before.
+
+    Parameters go on to require gradients, which nobody asks for: with frozen ones products take other ways, some slower.
+    """
     modes = [(part, part.training) for part in model.modules()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dropouts: list[tuple[nn.RNNBase, float]] = []
     try:
         model.eval()
@@ -363,12 +365,8 @@ def _still(model: nn.Module) -> Iterator[None]:
             if isinstance(part, nn.RNNBase) and any(parameter.is_cuda for parameter in part.parameters()):
                 dropouts.append((part, part.dropout))
                 part.training, part.dropout = True, 0.0
-        for parameter in trained:
-            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
         for recurrent, dropout in dropouts:
             recurrent.dropout = dropout
         for part, mode in modes:
