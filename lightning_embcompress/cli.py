@@ -38,6 +38,7 @@ Commands:
   inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
   densify PATH TARGET    make a compressed model in files an ordinary one again
   compare SOURCE FOLDER  measure every method, and plain int8 and int4, at equal bytes
+  sweep SOURCE FOLDER    measure perplexity against stored bytes over many ratios and bit widths; resumable
   list                   show the shipped recipes and the compression methods
 
 `embcompress COMMAND --help` lists the options. From run to predict they are those of LightningCLI and override the
@@ -58,7 +59,7 @@ one line; EMBCOMPRESS_TRACEBACK=1 shows where it was found.
 """
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "run")
-_FILE_COMMANDS = ("compress", "inspect", "densify", "compare")
+_FILE_COMMANDS = ("compress", "inspect", "densify", "compare", "sweep")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -36,7 +36,9 @@ def show_sweep(points: Sequence[Point], targets: Mapping[str, int] | None = None
     screen = ScreenTable(
         "method", "ratio", "all", *titles, title="Perplexity by how frequent the token is, Pareto front"
     )
-    for point in [dense, *(point for point in reversed(front) if point is not dense)]:
+    # Methods that cannot be so large give the same for several ratios.
+    distinct = {(point.method, point.stored_bytes): point for point in [dense, *reversed(front)]}
+    for point in distinct.values():
         cells = [_cell(point.bands.get(name), dense.bands.get(name), point is dense) for name in bands]
         screen.add_row(
             point.method, f"{point.ratio:.2f}x", _cell(point.perplexity, dense.perplexity, point is dense), *cells

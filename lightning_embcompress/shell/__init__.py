@@ -1,4 +1,4 @@
-"""The commands `compress`, `inspect`, `densify` and `compare`: models in files, without writing Python."""
+"""The commands `compress`, `inspect`, `densify`, `compare` and `sweep`: models in files, without writing Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the commands.
 
     Args:
-        command: `"compress"`, `"inspect"`, `"densify"` or `"compare"`.
+        command: `"compress"`, `"inspect"`, `"densify"`, `"compare"` or `"sweep"`.
         arguments: What follows it on the command line.
 
     Returns:
@@ -38,6 +38,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
         from lightning_embcompress.shell.comparing import run_compare
 
         return run_compare(parsed)
+    if command == "sweep":
+        from lightning_embcompress.shell.sweeping import run_sweep
+
+        return run_sweep(parsed)
     from lightning_embcompress.shell.densifying import run_densify
 
     return run_densify(parsed)

@@ -1,4 +1,4 @@
-"""The command lines of `compress`, `inspect`, `densify` and `compare`. Imports nothing heavy."""
+"""The command lines of `compress`, `inspect`, `densify`, `compare` and `sweep`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 
 from lightning_embcompress.shell.targets import check_target
 from lightning_embcompress.sources import Source, find_source
+from lightning_embcompress.sweep_record import can_hold_sweep
 
 _SOURCE_HELP = (
     "a directory that save_pretrained has written, or the name of a model on the Hugging Face hub; a checkpoint of "
@@ -61,6 +62,19 @@ _COMPARE_EXAMPLES = """\
 A method may be given with options, and several times with others:
   embcompress compare my_model comparison --text valid.txt --counts_text train.txt --ratios 8 16
   embcompress compare my_model comparison --text all.txt --methods low_rank group_reduce:groups=5 cp:rank=64
+"""
+_SWEEP = """\
+Compress copies of a trained model by many methods to many sizes, and measure each, without training: perplexity against
+stored bytes, also by how frequent the tokens are, so that one sees who pays.
+
+SOURCE is a causal language model of transformers. FOLDER gets sweep.json with every point as soon as it is known, and at
+the end sweep.csv and, where matplotlib is installed, sweep.png, in which those are marked that nothing smaller beats.
+Started again with the same model and text, it goes on where it was interrupted, or adds what is newly asked for.
+"""
+_SWEEP_EXAMPLES = """\
+A method may be given with options, and several times with others:
+  embcompress sweep my_model points --text valid.txt --counts_text train.txt --ratios 4 8 16 32 --bits 8 4 3 2
+  embcompress sweep my_model points --text all.txt --methods group_reduce:groups=20 product_quantization
 """
 
 
@@ -112,11 +126,16 @@ def parse(command: str, arguments: Sequence[str]) -> Arguments:
         if not separator or not name.isidentifier():
             parser.error(f"--option {text!r}: must be NAME=VALUE, such as --option groups=20")
         options[name] = _value(parser, name, value)
+    max_tokens = getattr(given, "max_tokens", None)
+    if max_tokens is not None and max_tokens < 1:
+        parser.error(f"--max_tokens {max_tokens}: must be 1 or more")
     source = find_source(given.source)
     target = Path()
     if command != "inspect":
         target = Path(os.path.expanduser(given.target))
-        problem = check_target(target, source, getattr(given, "overwrite", False))
+        # The only command that writes into a folder instead of replacing it.
+        goes_on = command == "sweep" and target.is_dir() and can_hold_sweep(target)
+        problem = "" if goes_on else check_target(target, source, getattr(given, "overwrite", None))
         if problem:
             raise UsageError(problem)
     return Arguments(source, target, options, given)
@@ -215,9 +234,43 @@ def _densify_parser() -> argparse.ArgumentParser:
 
 def _compare_parser() -> argparse.ArgumentParser:
     parser = _new_parser("compare", _COMPARE, _COMPARE_EXAMPLES)
+    _add_measuring(
+        parser,
+        target="where the comparison is written; must not exist, or be empty",
+        ratios=[16.0],
+        ratios_help="dense bytes over stored bytes of the tables, besides those of plain quantization (default: 16)",
+        bits=[8, 4],
+    )
+    return parser
+
+
+def _sweep_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("sweep", _SWEEP, _SWEEP_EXAMPLES)
+    _add_measuring(
+        parser,
+        target="where the points are written; must not exist, be empty, or have a sweep of the same model and text",
+        ratios=[4.0, 8.0, 16.0, 32.0],
+        ratios_help="dense bytes over stored bytes of the tables (default: 4 8 16 32)",
+        bits=[8, 4, 3, 2],
+    )
+    parser.add_argument(
+        "--bands",
+        nargs="+",
+        type=int,
+        default=[100, 1_000, 10_000],
+        metavar="RANK",
+        help="last frequency rank of each band of tokens but the last one (default: 100 1000 10000)",
+    )
+    return parser
+
+
+def _add_measuring(
+    parser: argparse.ArgumentParser, target: str, ratios: list[float], ratios_help: str, bits: list[int]
+) -> None:
+    """Add what `compare` and `sweep` have in common."""
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a directory that save_pretrained has written, or a name on the hub")
-    add("target", metavar="FOLDER", help="where the comparison is written; must not exist, or be empty")
+    add("target", metavar="FOLDER", help=target)
     add(
         "--text",
         nargs="+",
@@ -228,27 +281,19 @@ def _compare_parser() -> argparse.ArgumentParser:
     )
     add("--counts_text", nargs="+", metavar="FILE", help="text that the model was trained on, for the token counts")
     add("--methods", nargs="+", metavar="METHOD[:NAME=VALUE,...]", help="what to compare; by default every method")
-    add(
-        "--ratios",
-        nargs="+",
-        type=float,
-        default=[16.0],
-        metavar="RATIO",
-        help="dense bytes over stored bytes of the tables, besides those of plain quantization (default: 16)",
-    )
+    add("--ratios", nargs="+", type=float, default=ratios, metavar="RATIO", help=ratios_help)
     add(
         "--bits",
         nargs="*",
         type=int,
-        default=[8, 4],
+        default=bits,
         metavar="BITS",
-        help="widths of plain quantization, 2 to 8 (default: 8 4)",
+        help=f"widths of plain quantization, 2 to 8 (default: {' '.join(map(str, bits))})",
     )
     add("--max_tokens", type=int, metavar="N", help="measure no more than so many tokens")
     add("--tables", nargs="+", metavar="PATH", help="modules to compress; by default the embedding and the softmax")
     add("--tokenizer", metavar="DIR", help="directory or hub name; by default the files in SOURCE")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model; by default that of SOURCE")
-    return parser
 
 
 _PARSERS = {
@@ -256,4 +301,5 @@ _PARSERS = {
     "inspect": _inspect_parser,
     "densify": _densify_parser,
     "compare": _compare_parser,
+    "sweep": _sweep_parser,
 }

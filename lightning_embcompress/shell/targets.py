@@ -17,13 +17,13 @@ def report_path(target: Path, source: Source) -> Path:
     return target / "report.json" if source.is_directory else target.with_suffix(".report.json")
 
 
-def check_target(target: Path, source: Source, overwrite: bool) -> str:
+def check_target(target: Path, source: Source, overwrite: bool | None) -> str:
     """Look whether there is room for what is to be made.
 
     Args:
         target: The directory or file to make.
         source: What it is made of.
-        overwrite: Whether a model may be replaced.
+        overwrite: Whether a model may be replaced; None for commands that have no such option.
 
     Returns:
         What is wrong, with the remedy; nothing if it can be written.
@@ -34,6 +34,8 @@ def check_target(target: Path, source: Source, overwrite: bool) -> str:
     if source.is_directory:
         if not target.is_dir() or not any(target.iterdir()):
             return ""
+        if overwrite is None:
+            return f"FOLDER {str(target)!r} is not empty: choose another"
         if not overwrite:
             return f"TARGET {str(target)!r} is not empty: choose another, or replace it with --overwrite"
         return _irreplaceable(target, source)

@@ -17,7 +17,7 @@ from lightning_embcompress.data.blocks import IGNORE_INDEX, TokenBlocks
 from lightning_embcompress.data.store import default_cache_dir
 from lightning_embcompress.data.text import find_files
 from lightning_embcompress.data.tokenized import Documents, Piece, TextFileSource, load_tokenizer, tokenize_source
-from lightning_embcompress.metrics.perplexity import token_negative_log_likelihood
+from lightning_embcompress.metrics.perplexity import LikelihoodSums, Perplexity
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.shell.models import model_class
 from lightning_embcompress.sources import Source
@@ -86,8 +86,19 @@ class TokenizedText:
         """Tokens that are measured if no more than some are."""
         return self.num_measured if max_tokens is None else min(max_tokens, self.num_measured)
 
+    def measured_ids(self, max_tokens: int | None = None) -> NDArray[np.integer[Any]]:
+        """The part to measure, after the one token from which its first one is predicted."""
+        return self.ids[self.num_counted - 1 : self.num_counted + self.limited(max_tokens)]
+
     @torch.inference_mode()
-    def perplexity(self, model: Any, block_size: int, title: str, max_tokens: int | None = None) -> float:
+    def perplexity(
+        self,
+        model: Any,
+        block_size: int,
+        title: str,
+        max_tokens: int | None = None,
+        metric: LikelihoodSums | None = None,
+    ) -> float:
         """Perplexity of a model of transformers on the part to measure, each of whose tokens is predicted once.
 
         Args:
@@ -95,13 +106,12 @@ class TokenizedText:
             block_size: Tokens that it reads at once.
             title: What the progress bar says.
             max_tokens: Only the first of the part to measure; None for all.
+            metric: Adds up the likelihoods, starting from zero; one that does so by bands tells more than the result.
         """
-        # One more before it, from which its first token is predicted.
-        stop = self.num_counted + self.limited(max_tokens)
-        blocks = TokenBlocks(self.ids[self.num_counted - 1 : stop], block_size)
+        sums: Any = metric or Perplexity()
+        blocks = TokenBlocks(self.measured_ids(max_tokens), block_size)
         vocab_size = int(model.get_output_embeddings().out_features)
         batch_size = max(1, _LOGIT_ELEMENTS // (blocks.block_size * vocab_size))
-        total, count = 0.0, 0
         was_training = model.training
         model.eval()
         try:
@@ -112,14 +122,12 @@ class TokenizedText:
                     # The logits keep their last position, whose target is ignored: cutting it off would copy them.
                     targets = torch.full_like(ids, IGNORE_INDEX)
                     targets[:, :-1] = torch.stack([block["labels"] for block in batch])[:, 1:]
-                    logits = model(input_ids=ids, use_cache=False).logits
-                    total += float(token_negative_log_likelihood(logits, targets).double().sum())
-                    count += int(targets.ne(IGNORE_INDEX).sum())
+                    sums.update(model(input_ids=ids, use_cache=False).logits, targets)
                     advance(len(batch))
         finally:
             model.train(was_training)
         try:
-            return math.exp(total / count)
+            return math.exp(float(sums.nll_sum.sum()) / int(sums.count.sum()))
         except OverflowError:
             return math.inf
 
