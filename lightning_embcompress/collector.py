@@ -354,7 +354,7 @@ def _never_called(role: str, path: str) -> str:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards as before.
 
-    Parameters go on to require gradients, which nobody asks for: with frozen ones products take other ways, some slower.
+    Parameters go on to require gradients, which nobody asks for: with frozen ones some products are slower.
     """
     modes = [(part, part.training) for part in model.modules()]
     dropouts: list[tuple[nn.RNNBase, float]] = []
