@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_embcompress.modules.full_softmax import full_softmax_loss
@@ -450,84 +447,6 @@ def test_tables_of_several_vocabularies() -> None:
 def test_models_without_a_loss(model: Recurrent) -> None:
     with pytest.raises(ValueError, match="Recurrent gives a Tensor without a loss: give loss_fn"):
         collect_statistics(model, [{"inputs": batches()[0][0]}])
-
-
-@pytest.fixture
-def statistics(model: Recurrent) -> Statistics:
-    return collect_statistics(model, batches(), loss_fn)
-
-
-def test_saved_and_loaded(statistics: Statistics, tmp_path: Path) -> None:
-    file = tmp_path / "statistics.safetensors"
-    statistics.save(file)
-    assert_same(Statistics.load(str(file)), statistics, atol=0)
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    with pytest.raises(FileNotFoundError, match="nothing.safetensors.*collect them"):
-        Statistics.load(tmp_path / "nothing.safetensors")
-    with pytest.raises(OSError, match="could not be written"):
-        statistics.save(tmp_path / "missing" / "statistics.safetensors")
-
-
-def test_damaged_and_foreign_files(statistics: Statistics, tmp_path: Path) -> None:
-    file = tmp_path / "statistics.safetensors"
-    statistics.save(file)
-    whole, tensors = file.read_bytes(), {name: tensor.clone() for name, tensor in load_file(file).items()}
-    record = {"version": 1, "num_targets": 3, "skipped_batches": 0}
-
-    def refused(said: str) -> None:
-        with pytest.raises(ValueError, match=f"statistics.safetensors' cannot be read as statistics: .*{said}"):
-            Statistics.load(file)
-
-    name = "lightning-embcompress statistics"
-
-    def write(tensors: dict[str, Tensor], **changes: Any) -> None:
-        save_file(tensors, file, {name: json.dumps({**record, **changes})})
-
-    for content in (b"", whole[:-1], whole[: len(whole) // 2], b"\xff" * 100):
-        file.write_bytes(content)
-        refused("")
-    save_file(tensors, file)
-    refused("it holds something else")
-    save_file(tensors, file, {name: "{}"})
-    refused("'version' is missing")
-    save_file(tensors, file, {name: "["})
-    refused("Expecting value")
-    save_file(tensors, file, {name: "[]"})
-    refused("list indices")
-    write(tensors, version=2)
-    refused("its version is 2")
-    write(tensors, num_targets=-1)
-    refused("num_targets is -1")
-    write({key: tensor for key, tensor in tensors.items() if key != "token_counts"})
-    refused("'token_counts' is missing")
-    write({**tensors, "token_counts": -tensors["token_counts"]})
-    refused("token_counts are no counts")
-    for key, value in {
-        "hidden/decoder": torch.zeros(6, 5, dtype=torch.float64),
-        "hidden_mean/decoder": torch.zeros(5, dtype=torch.float64),
-        "probabilities/decoder": torch.zeros(VOCAB_SIZE),
-        "gradients/encoder": torch.full((5, 5), torch.nan, dtype=torch.float64),
-    }.items():
-        write({**tensors, key: value})
-        refused(f"'{key}' is damaged")
-    write({**tensors, "else": torch.zeros(1)})
-    refused("'else' is unknown")
-    write(tensors)
-    assert Statistics.load(file).num_targets == 3
-
-
-def test_statistics_of_another_model(model: Recurrent, statistics: Statistics) -> None:
-    statistics.check(find_tables(model))
-
-    def other(vocab_size: int, dim: int, name: str = "encoder") -> Any:
-        return find_tables(nn.ModuleDict({name: nn.Embedding(vocab_size, dim)}))
-
-    with pytest.raises(ValueError, match=r"count 90 tokens, but table 'encoder' \(80, 5\) has 80 rows: .*collect them"):
-        statistics.check(other(80, EMBEDDING_DIM))
-    with pytest.raises(ValueError, match=r"'encoder' \(90, 7\) must be 7 x 7 moments, but gradients\['encoder'\] has"):
-        statistics.check(other(90, 7))
-    with pytest.raises(ValueError, match="no moments of table 'words' .*only of 'encoder', 'decoder'"):
-        statistics.check(other(90, 5, "words"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
