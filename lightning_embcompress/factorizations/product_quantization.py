@@ -20,6 +20,7 @@ from lightning_embcompress.factorizations.base import (
 )
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.solvers.gram import row_weights
+from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.product_quantization import Groups, product_quantization, subspace_sizes
 
 # Bits of a code where none are given.
@@ -122,6 +123,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
     kind = "product_quantization"
     options_class = ProductQuantizationOptions
     divides = True
+    uses_metric = True
     packed_codes: Tensor
     packed_rare_codes: Tensor
     packed_rare: Tensor
@@ -328,8 +330,11 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         token_counts: Tensor | None = None,
         options: ProductQuantizationOptions | None = None,
         advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
     ) -> Self:
         """K-means in as many subspaces as fit, see `Factorization.decompose` and `solvers.product_quantization`.
+
+        With a metric its row weights take the place of those of the token counts, which still say who is rare.
 
         Raises:
             ValueError: If not even one subspace fits.
@@ -359,7 +364,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         weights = row_weights(token_counts, vocab_size, weight.device)
         rare = torch.zeros(vocab_size, dtype=torch.bool, device=weight.device)
         rare[torch.argsort(weights, descending=True, stable=True)[vocab_size - quantized.rare_tokens :]] = True
-        quantized._solve(weight, weights, rare, None, options, advance)
+        quantized._solve(weight, weights, rare, None, options, advance, metric)
         return quantized
 
     @torch.no_grad()
@@ -370,11 +375,16 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         token_counts: Tensor | None = None,
         options: ProductQuantizationOptions | None = None,
         advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
     ) -> Self:
-        """Go on with k-means from the codebook as it is, in place, see `Factorization.refined`."""
+        """Go on with k-means from the codebook as it is, in place, see `Factorization.refined`.
+
+        The metric is as for `decompose`.
+        """
         weights = row_weights(token_counts, self.vocab_size, target.device)
         options = options or ProductQuantizationOptions()
-        self._solve(target, weights, self.is_rare.to(target.device), self.codebook.to(target.device), options, advance)
+        rare, start = self.is_rare.to(target.device), self.codebook.to(target.device)
+        self._solve(target, weights, rare, start, options, advance, metric)
         return self
 
     def _solve(
@@ -385,12 +395,15 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         start: Tensor | None,
         options: ProductQuantizationOptions,
         advance: Callable[[float], None],
+        metric: Metric | None,
     ) -> None:
+        if metric is not None:
+            weights = metric.weights.to(weight.device)
         groups = Groups([(~rare).nonzero().flatten()], [self.centroids])
         if self.rare_tokens:
             groups = Groups([*groups.rows, rare.nonzero().flatten()], [self.centroids, self.rare_centroids])
         codebook, codes = product_quantization(
-            weight, weights, self.subspaces, self.centroids, groups, start, options.max_iterations, advance
+            weight, weights, self.subspaces, self.centroids, groups, start, options.max_iterations, advance, metric
         )
         self.codebook.copy_(codebook)
         self._keep(codes, rare)

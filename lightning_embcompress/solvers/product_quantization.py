@@ -1,4 +1,4 @@
-"""Product quantization: k-means of the rows of a table in every subspace, rows weighted by frequency."""
+"""Product quantization: k-means of the rows of a table in every subspace, by frequency or in the metric of the loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import compute_dtype
+from lightning_embcompress.solvers.metric import Metric
 
 # Rows for every centroid that k-means is trained on: a sample of more finds hardly better centroids.
 _ROWS_PER_CENTROID = 64
@@ -55,6 +56,7 @@ def product_quantization(
     start: Tensor | None = None,
     max_iterations: int = 10,
     advance: Callable[[float], None] = lambda _: None,
+    metric: Metric | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted k-means in every subspace of the columns (Jégou, Douze and Schmid 2011; for embeddings DPQ, MGQE).
 
@@ -63,18 +65,22 @@ def product_quantization(
     weight are sure to be, then takes one step with all of them. A subspace of one column is sorted, and trained on all
     rows. Centroids without rows are moved to rows that have an error.
 
+    With a metric it minimises `Σ_i q_i ‖(w_is − C_s[k_is]) M_ss^½‖²`, `M_ss` the block of the second moment that belongs
+    to the columns of the subspace: k-means of the columns times its root, whose centroids are taken back by the inverse.
+
     With groups, rows of a group use only the first centroids (MGQE, Kang et al. 2020, section 3.3: rare tokens share
     the first centroids of the same codebook). Processes share the subspaces, see `solvers.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.
-        weights: `[vocab_size]` positive row weights `q`.
+        weights: `[vocab_size]` positive row weights `q`; a metric does not replace them.
         subspaces: How many, from 1 to `dim`; see `subspace_sizes`.
         num_centroids: Centroids of a subspace.
         groups: Rows by how many centroids they may use; None for all of them.
         start: `[num_centroids, dim]` codebook to start from; None for k-means++.
         max_iterations: Most steps on the sample.
         advance: Called with shares of the work that add up to 1.
+        metric: Whose second moment measures distances; None for plain ones.
 
     Returns:
         The codebook `[num_centroids, dim]`, the columns of a subspace holding its centroids, rounded to the table's
@@ -96,16 +102,17 @@ def product_quantization(
     agree(rows, priority)
     whole = _Sampled(groups, weights.to(codebook))
     sample = _Sampled(_restricted(groups, rows, vocab_size), priority.to(codebook))
-    if start is None:
-        starts = _starting_codebook(weight, rows, sample, subspaces, num_centroids, generator)
-    else:
-        starts = start.to(codebook)
     sizes = subspace_sizes(dim, subspaces)
     places = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
+    spaces = [_Space(columns, metric, codebook) for columns in places]
+    if start is None:
+        starts = _starting_codebook(weight, rows, sample, spaces, num_centroids, generator)
+    else:
+        starts = torch.cat([space.enter(start.to(codebook)) for space in spaces], dim=1)
 
     def compute(subspace: int) -> None:
-        columns = places[subspace]
-        points, centroids = weight[:, columns].to(codebook.dtype), starts[:, columns]
+        space, columns = spaces[subspace], places[subspace]
+        points, centroids = space.enter(weight), starts[:, columns]
         if points.shape[1] == 1:
             centroids = _sorted_lloyd(points[:, 0], whole, centroids[:, 0], 3 * max_iterations).unsqueeze(1)
         else:
@@ -113,12 +120,45 @@ def product_quantization(
             if rows.numel() < vocab_size:
                 centroids = _lloyd(points, whole, centroids, 1)
         # Codes are those of the centroids as they are stored.
-        codebook[:, columns] = centroids.to(weight.dtype)
-        codes[:, subspace] = _nearest(points, groups, codebook[:, columns].contiguous())[0]
+        codebook[:, columns] = space.leave(centroids).to(weight.dtype)
+        codes[:, subspace] = _nearest(points, groups, space.enter(codebook).contiguous())[0]
 
     results = [[codebook[:, columns], codes[:, subspace]] for subspace, columns in enumerate(places)]
     deal(results, sizes, compute, advance)
     return codebook, codes
+
+
+class _Space:
+    """The columns of a subspace, as they are or times `M_ss^½`: there distances are those of the metric.
+
+    Args:
+        columns: Which they are.
+        metric: The metric of the whole table; None for plain distances.
+        like: A tensor of the dtype and on the device to compute with.
+    """
+
+    def __init__(self, columns: slice, metric: Metric | None, like: Tensor) -> None:
+        """Keep what columns are multiplied with."""
+        self.columns = columns
+        self.dtype = like.dtype
+        self.roots: tuple[Tensor, Tensor] | None = None
+        # The metric of a single column is a factor of all distances.
+        if metric is not None and columns.stop - columns.start > 1:
+            own = metric.restricted(columns)
+            # Of about the size of 1, whatever the units of the metric.
+            scale = own.root.diagonal().mean()
+            self.roots = (own.root / scale).to(like), (own.inverse_root * scale).to(like)
+            # Rounding may differ between the processors of processes.
+            agree(*self.roots)
+
+    def enter(self, rows: Tensor, first: int = 0) -> Tensor:
+        """Columns of rows, `[count, size]`; the rows begin with column `first`."""
+        points = rows[:, self.columns.start - first : self.columns.stop - first].to(self.dtype)
+        return points if self.roots is None else points @ self.roots[0]
+
+    def leave(self, points: Tensor) -> Tensor:
+        """Points as columns, `[count, size]`."""
+        return points if self.roots is None else points @ self.roots[1]
 
 
 @dataclass(frozen=True)
@@ -158,30 +198,31 @@ def _starting_codebook(
     weight: Tensor,
     rows: Tensor,
     sample: _Sampled,
-    subspaces: int,
+    spaces: Sequence[_Space],
     num_centroids: int,
     generator: torch.Generator,
 ) -> Tensor:
     """K-means++ for a few subspaces of one size at a time: one by one, small steps would take longer than the work."""
     starts = torch.empty(num_centroids, weight.shape[1], dtype=sample.weights.dtype, device=weight.device)
-    sizes = subspace_sizes(weight.shape[1], subspaces)
+    sizes = subspace_sizes(weight.shape[1], len(spaces))
     step = max(1, _POINTS // rows.numel())
-    column = subspace = 0
+    subspace = 0
     units = []
-    while subspace < subspaces:
-        size = sizes[subspace]
-        count = min(step, sizes[subspace:].count(size))
+    while subspace < len(spaces):
+        count = min(step, sizes[subspace:].count(sizes[subspace]))
         drawn = torch.rand(count, num_centroids, generator=generator, dtype=torch.float64).to(starts)
-        units.append((slice(column, column + count * size), drawn))
-        column, subspace = column + count * size, subspace + count
+        some = spaces[subspace : subspace + count]
+        units.append((slice(some[0].columns.start, some[-1].columns.stop), some, drawn))
+        subspace += count
 
     def compute(unit: int) -> None:
-        columns, drawn = units[unit]
-        points = weight[:, columns][rows].to(starts.dtype).T.reshape(drawn.shape[0], -1, rows.numel()).contiguous()
+        columns, some, drawn = units[unit]
+        sampled = weight[:, columns][rows]
+        points = torch.stack([space.enter(sampled, columns.start).T for space in some])
         starts[:, columns] = _plus_plus(points, sample, drawn).flatten(0, 1).T
 
     # Subspaces of a unit have one size.
-    deal([[starts[:, columns]] for columns, _ in units], [drawn.shape[0] for _, drawn in units], compute)
+    deal([[starts[:, columns]] for columns, _, _ in units], [len(some) for _, some, _ in units], compute)
     return starts
 
 
