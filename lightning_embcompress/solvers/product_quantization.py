@@ -65,8 +65,9 @@ def product_quantization(
     weight are sure to be, then takes one step with all of them. A subspace of one column is sorted, and trained on all
     rows. Centroids without rows are moved to rows that have an error.
 
-    With a metric it minimises `Σ_i q_i ‖(w_is − C_s[k_is]) M_ss^½‖²`, `M_ss` the block of the second moment that belongs
-    to the columns of the subspace: k-means of the columns times its root, whose centroids are taken back by the inverse.
+    With a metric it minimises `Σ_i q_i ‖(w_is − C_s[k_is]) M_ss^½‖²`, `M_ss` the block of the second moment that
+    belongs to the columns of the subspace: k-means of the columns times its root, whose centroids are taken back by the
+    inverse.
 
     With groups, rows of a group use only the first centroids (MGQE, Kang et al. 2020, section 3.3: rare tokens share
     the first centroids of the same codebook). Processes share the subspaces, see `solvers.division`.
