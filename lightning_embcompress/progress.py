@@ -9,13 +9,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_shown: list[Progress] = []
+
 
 @contextmanager
 def progress_bar(description: str, total: float) -> Iterator[Callable[[float], None]]:
     """Show a progress bar on standard error and yield a function that advances it.
 
     The bar goes to standard error, so that it never mixes with output that another program reads, and vanishes
-    when it is done: what remains on the screen is the result, not the waiting. A log file gets no bar.
+    when it is done: what remains on the screen is the result, not the waiting. A log file gets no bar. One within
+    another is a line below it.
 
     Args:
         description: What is being done, as a person reads it (``"Counting words"``).
@@ -26,6 +29,15 @@ def progress_bar(description: str, total: float) -> Iterator[Callable[[float], N
         ...     for _ in range(3):
         ...         advance(1)
     """
+    if _shown:
+        # Two displays would overwrite each other's line.
+        outer = _shown[-1]
+        task = outer.add_task(description, total=total)
+        try:
+            yield lambda amount: outer.update(task, advance=amount)
+        finally:
+            outer.remove_task(task)
+        return
     console = Console(stderr=True)
     if not console.is_terminal or getattr(rank_zero_only, "rank", 0) not in (0, None):
         yield lambda _: None
@@ -39,4 +51,20 @@ def progress_bar(description: str, total: float) -> Iterator[Callable[[float], N
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=total)
-        yield lambda amount: progress.update(task, advance=amount)
+        _shown.append(progress)
+        try:
+            yield lambda amount: progress.update(task, advance=amount)
+        finally:
+            _shown.remove(progress)
+
+
+def output_console() -> Console:
+    """Where lines of the result are printed: standard output, above the bars while some are on the same terminal.
+
+    Example:
+        >>> output_console().stderr
+        False
+    """
+    console = Console()
+    # Written past the display, a line would begin where the last bar ends.
+    return _shown[-1].console if _shown and console.is_terminal else console

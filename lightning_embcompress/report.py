@@ -17,6 +17,7 @@ from lightning_embcompress.budget import Request
 from lightning_embcompress.files import explaining_failure, replacing
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, model_bytes, plan_of
+from lightning_embcompress.progress import output_console
 from lightning_embcompress.tables import all_modules
 
 
@@ -139,7 +140,7 @@ def _sizes(entry: Mapping[str, Any]) -> tuple[str, str, str]:
 @rank_zero_only
 def say(text: str) -> None:
     """Print a line as it is, whatever its length and its brackets."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    output_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(screen: ScreenTable) -> None:

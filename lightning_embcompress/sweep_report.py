@@ -114,8 +114,7 @@ def draw_sweep(points: Sequence[Point]) -> Any:
     axes.plot(sizes, heights, color="black", linewidth=1, drawstyle="steps-post", zorder=1)
     axes.plot(sizes, heights, "o", color="black", markersize=9, fillstyle="none", linestyle="", label="Pareto front")
     axes.axhline(_perplexity(dense), color="black", linewidth=1, linestyle=":", label="dense")
-    axes.set(xlabel="stored bytes of the tables, MB", ylabel="perplexity", xscale="log", yscale="log")
-    axes.legend(fontsize=7)
+    _finish(axes, "perplexity")
     if bands:
         axes = figure.add_subplot(1, 2, 2)
         for name in bands:
@@ -124,12 +123,26 @@ def draw_sweep(points: Sequence[Point]) -> Any:
                 for point in front
                 if (value := point.bands.get(name)) is not None
             ]
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name.replace("_", " "))
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=f"tokens of {name.replace('_', ' ')}")
         axes.axhline(1, color="black", linewidth=1, linestyle=":", label="dense")
-        axes.set(xlabel="stored bytes of the tables, MB", ylabel="perplexity / dense, on the Pareto front")
-        axes.set(xscale="log", yscale="log")
-        axes.legend(fontsize=7, title="tokens by frequency")
+        _finish(axes, "perplexity / dense, on the Pareto front")
     return figure
+
+
+def _finish(axes: Any, height: str) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Leaves out what would be too many labels, and writes 90, not 9 x 10^1."""
+
+        def __call__(self, x: float, pos: Any = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axes.set(xlabel="stored bytes of the tables, MB", ylabel=height, xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(Plain())
+        axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+    axes.legend(fontsize=7)
 
 
 def _dense(points: Sequence[Point]) -> Point:

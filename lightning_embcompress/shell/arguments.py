@@ -67,8 +67,8 @@ _SWEEP = """\
 Compress copies of a trained model by many methods to many sizes, and measure each, without training: perplexity against
 stored bytes, also by how frequent the tokens are, so that one sees who pays.
 
-SOURCE is a causal language model of transformers. FOLDER gets sweep.json with every point as soon as it is known, and at
-the end sweep.csv and, where matplotlib is installed, sweep.png, in which those are marked that nothing smaller beats.
+SOURCE is a causal language model of transformers. FOLDER gets sweep.json with every point as soon as it is known, and
+at the end sweep.csv and, where matplotlib is installed, sweep.png, which marks the points that nothing smaller beats.
 Started again with the same model and text, it goes on where it was interrupted, or adds what is newly asked for.
 """
 _SWEEP_EXAMPLES = """\
