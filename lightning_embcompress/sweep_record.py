@@ -77,9 +77,8 @@ class SweepRecord:
         missing = object()
         if other := [key for key in keys if subject.get(key, missing) != self.subject.get(key, missing)]:
             raise ValueError(
-                f"{name} is a sweep of something else ({', '.join(other)} {'is' if len(other) == 1 else 'are'} not the "
-                "same), and points of two do not belong into one: choose another folder, or give the model and the "
-                "options that it was begun with"
+                f"{name} is a sweep of something else (different: {', '.join(other)}), and points of two do not belong "
+                "into one: choose another folder, or give the model and the options that it was begun with"
             )
         self.points = points
 
