@@ -24,7 +24,6 @@ class MeasurableModel:
         model: A causal language model of transformers.
         tables: See `lightning_embcompress.tables.find_tables`.
         text: Whose last part is measured.
-        counted: A text of its own to count; None where it is the first part of `text`.
         token_counts: `[vocab_size]` int64.
         block_size: Tokens that the model reads at once.
     """
@@ -32,7 +31,6 @@ class MeasurableModel:
     model: Any
     tables: str | Sequence[str]
     text: TokenizedText
-    counted: TokenizedText | None
     token_counts: Tensor
     block_size: int
 
@@ -68,4 +66,4 @@ def open_measurable(arguments: Arguments, advice: str) -> MeasurableModel:
         f"{arguments.source.name}: {type(opened.model).__name__}; perplexity on {measured.limited(given.max_tokens):,} "
         f"tokens, counts from {int(counts.sum()):,}"
     )
-    return MeasurableModel(opened.model, tables, measured, counted, counts, block_size_of(opened.model))
+    return MeasurableModel(opened.model, tables, measured, counts, block_size_of(opened.model))
