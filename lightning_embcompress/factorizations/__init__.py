@@ -15,6 +15,7 @@ from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, Gr
 from lightning_embcompress.factorizations.cp import CP, CPOptions
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
 from lightning_embcompress.factorizations.product_quantization import ProductQuantization, ProductQuantizationOptions
+from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, TransformCodingOptions
 from lightning_embcompress.factorizations.tensor_train import TensorTrain, TensorTrainOptions
 from lightning_embcompress.factorizations.tensor_train_matrix import TensorTrainMatrix, TensorTrainMatrixOptions
 from lightning_embcompress.factorizations.tucker import Tucker, TuckerOptions
@@ -31,10 +32,12 @@ __all__ = [
     "Method",
     "ProductQuantization",
     "ProductQuantizationOptions",
+    "SharedBasisBlocks",
     "TensorTrain",
     "TensorTrainMatrix",
     "TensorTrainMatrixOptions",
     "TensorTrainOptions",
+    "TransformCodingOptions",
     "Tucker",
     "TuckerOptions",
     "check_spec",
@@ -88,6 +91,9 @@ METHODS: dict[str, Method] = {
     ),
     "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
     "tensor_train_matrix": Method(TensorTrainMatrix, "One tensor train for the whole table (TT embedding)"),
+    "transform_coding": Method(
+        SharedBasisBlocks, "Frequency groups in one basis of the loss, each component at a width of its own", True
+    ),
     "tucker": Method(Tucker, "The folded table as a core and a factor a mode (Tucker), a baseline"),
     "weighted_low_rank": Method(LowRank, "Truncated SVD, rows weighted by frequency", True, fixed={"weighted": True}),
 }

@@ -81,6 +81,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     """Name under which `spec()` records the class."""
     options_class: ClassVar[type[Any]]
     """The dataclass of its options; all of them have defaults."""
+    uses_metric: ClassVar[bool] = False
+    """Whether `decompose` and `refined` take a `metric`, what an error costs (see `solvers.metric`)."""
     divides: ClassVar[bool] = False
     """Whether its solver divides a table's work over processes, see `solvers.division`."""
 
@@ -89,6 +91,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         super().__init__()
         self.vocab_size = vocab_size
         self.dim = dim
+        self.predicted_loss: float | None = None
+        """What the mean loss is predicted to grow by for the errors, in nats; None if that is not known."""
         self.provenance: dict[str, Any] = {}
         """How the factors were found (method, options, error), as JSON; kept in plans."""
 
@@ -152,7 +156,7 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         token_counts: Tensor | None = None,
         options: OptionsT | None = None,
         advance: Callable[[float], None] = lambda _: None,
-    ) -> Self:
+    ) -> Factorization[Any]:
         """Approximate a trained table in at most `max_bytes` stored bytes.
 
         Args:

@@ -354,7 +354,9 @@ def test_more_bytes_lower_the_error(method: str) -> None:
         dense = factors.dense()
         lost = (table - dense).double().square().sum(1) @ weights / (table.double().square().sum(1) @ weights)
         assert errors[-1] == pytest.approx(float(lost), rel=1e-4)
-    assert errors[0] > errors[1] > errors[2] > 0
+    # With all components at the largest width, more bytes are of no use.
+    assert errors[0] > errors[1] >= errors[2] > 0
+    assert errors[1] > errors[2] or errors[1] < 1e-4
 
 
 @pytest.mark.parametrize("method", [name for name in _METHODS if METHODS[name].needs_counts])
@@ -382,7 +384,8 @@ def test_is_usable_under_autocast(method: str) -> None:
     torch.testing.assert_close(rows, dense, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits, reference, rtol=0, atol=0.05 * reference.abs().max().item())
     logits.float().logsumexp(-1).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in factors.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in factors.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in factors.parameters() if p.numel())
 
 
 @pytest.mark.parametrize("method", _METHODS)

@@ -26,7 +26,9 @@ def test_unknown_method_names_the_nearest() -> None:
 
 
 def test_unknown_option_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown option 'group' \(did you mean 'groups'\?\); the method has variant"):
+    with pytest.raises(
+        ValueError, match=r"unknown option 'group' \(did you mean 'groups' or 'grouping'\?\); the method"
+    ):
         get_method("group_reduce").options(group=3)
     # What the name of the method stands for is no option of it.
     with pytest.raises(ValueError, match=r"unknown option 'weighted'; the method has rank"):
@@ -44,11 +46,11 @@ def test_options_that_fix_the_size_are_known_as_such(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"groups": 0}, "groups must be 1 or more, it is 0"),
+        ({"groups": 0}, "groups must be 1 or more, or 'auto', it is 0"),
         ({"refine_rounds": -1}, "refine_rounds must be 0 or more, it is -1"),
         ({"move_fraction": 0}, "move_fraction must be above 0 and at most 1, it is 0"),
         ({"move_fraction": 1.5}, "move_fraction must be above 0 and at most 1, it is 1.5"),
-        ({"variant": "loss"}, "variant must be 'paper', it is 'loss'"),
+        ({"variant": "best"}, "variant must be 'paper' or 'loss', it is 'best'"),
     ],
 )
 def test_options_out_of_range(given: dict[str, Any], message: str) -> None:

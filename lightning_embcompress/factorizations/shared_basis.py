@@ -1,0 +1,579 @@
+"""A table cut into blocks of rows that share one basis, each with widths of its own for the components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
+
+from lightning_embcompress.factorizations.base import (
+    Options,
+    integer,
+    integers,
+    is_exporting,
+    positive_integers,
+    stored_bytes,
+)
+from lightning_embcompress.factorizations.blocks import RowBlocks
+from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.solvers.division import deal
+from lightning_embcompress.solvers.gram import row_units, run_of
+from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
+from lightning_embcompress.solvers.rate_allocation import Overheads
+from lightning_embcompress.solvers.scalar_quantizer import nearest_level
+from lightning_embcompress.solvers.shared_basis import BitBudget, SharedBasis, shared_basis
+
+# Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
+_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+# Scales are powers of two of a sixteenth: within 2 % of what they should be, codes being chosen by what they are.
+_SCALE_STEPS = 16
+# Refinement changes the structure if that leaves less than this part of the loss.
+_CLEARLY = 0.9
+# Coefficients that are looked up at a time on the way to the logits: 1 MiB of float32.
+_PIECE = 2**18
+
+
+@dataclass(frozen=True)
+class TransformCodingOptions(Options):
+    """Options of transform coding.
+
+    Attributes:
+        groups: Number of blocks to begin with; None or `auto` for the best of 1, 2, 4, ... 32.
+        refine_rounds: Most rounds of moving rows between blocks; 0 for none.
+        bits: The one width of coefficients that are kept, 1 to 8; None for the best of 1, 2, 3, 4, 5, 6 and 8 for
+            every component of every block.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    groups: int | Literal["auto"] | None = None
+    refine_rounds: int = 5
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_blocks(self.groups, self.refine_rounds)
+        if self.bits is not None and not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be from 1 to 8, it is {self.bits}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths to choose from."""
+        return _WIDTHS if self.bits is None else (self.bits,)
+
+
+def check_blocks(groups: Any, refine_rounds: int) -> None:
+    """Check options that all methods with blocks have.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if groups not in (None, "auto") and (not isinstance(groups, int) or groups < 1):
+        raise ValueError(f"groups must be 1 or more, or 'auto', it is {groups!r}")
+    if refine_rounds < 0:
+        raise ValueError(f"refine_rounds must be 0 or more, it is {refine_rounds}")
+
+
+class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
+    """`w_i ≈ μ_b + u_i B` for row `i` of block `b`, `u_i` of as many components and bits as they are worth in `b`.
+
+    Components are the leading ones of one basis for all blocks, so a table needs one small product with it whatever the
+    number of blocks. Coefficients are floats, or codes of `bits` bits of a level, times a scale for each block and
+    component; then basis and means are stored in 8 bits. What is trained are the coefficients, the basis and the means,
+    or, of codes, the levels and scales. A block without components is its mean, not zero: a softmax word that never
+    occurs has strongly negative logits, and zero would flood the distribution.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+        rank: Rows of the basis.
+        sizes: Rows of every block; they add up to `vocab_size`.
+        segments: For every block, runs `[bits, components]` of the components that it keeps; bits 0 for floats.
+        dtype: Dtype of the factors.
+        device: Device of the factors.
+
+    Raises:
+        ValueError: If the structure is not possible.
+
+    Example:
+        >>> table, counts = torch.randn(2000, 64), torch.arange(2000, 0, -1)
+        >>> blocks = SharedBasisBlocks.decompose(table, table.nbytes // 16, counts)
+        >>> blocks.rows(torch.tensor([3, 999])).shape, blocks.logits(torch.randn(2, 64)).shape
+        (torch.Size([2, 64]), torch.Size([2, 2000]))
+    """
+
+    kind = "shared_basis_blocks"
+    options_class = TransformCodingOptions
+    divides = True
+    uses_metric = True
+    packed_codes: Tensor
+    codes: Tensor
+    scale_codes: Tensor
+    basis_codes: Tensor
+    mean_codes: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        rank: int,
+        sizes: Sequence[int],
+        segments: Sequence[Sequence[Sequence[int]]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Build it empty."""
+        super().__init__(vocab_size, dim, sizes, device)
+        self.rank = rank
+        self.segments = [[(int(bits), int(count)) for bits, count in runs] for runs in segments]
+        self.ranks = [sum(count for _, count in runs) for runs in self.segments]
+        used = {bits for runs in self.segments for bits, _ in runs}
+        if len(self.segments) != len(self.sizes) or not 0 <= rank <= dim or max(self.ranks) != rank:
+            raise ValueError(
+                f"there must be segments for each of {len(self.sizes)} blocks, the most of {rank} components"
+            )
+        if (
+            not used <= set(range(9))
+            or (0 in used and len(used) > 1)
+            or any(n < 1 for r in self.segments for _, n in r)
+        ):
+            raise ValueError("the segments of a block must be [bits, components], bits 1 to 8, or 0 for floats in all")
+        self.is_coded = 0 not in used and bool(used)
+        self.widths = sorted(used - {0})
+        blocks = len(self.sizes)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+
+        def buffer(name: str, *shape: int, persistent: bool = True) -> None:
+            values = torch.zeros(*shape, dtype=torch.uint8, device=device)
+            self.register_buffer(name, values, persistent=persistent)
+
+        if not self.is_coded:
+            self.coefficients = nn.ParameterList(
+                parameter(size, count) for size, count in zip(self.sizes, self.ranks, strict=True)
+            )
+            self.basis = parameter(rank, dim)
+            self.means = parameter(blocks, dim)
+            return
+        self.levels = parameter(sum(2**bits for bits in self.widths))
+        self.scale_unit = parameter(1)
+        self.basis_scales = parameter(rank)
+        self.mean_scales = parameter(blocks)
+        buffer("packed_codes", sum(packed_bytes(size * n, bits) for size, bits, n in self._runs()))
+        buffer("scale_codes", sum(self.ranks))
+        buffer("basis_codes", rank, dim)
+        buffer("mean_codes", blocks, dim)
+        buffer("codes", sum(size * n for size, n in zip(self.sizes, self.ranks, strict=True)), persistent=False)
+
+    def _runs(self) -> Iterator[tuple[int, int, int]]:
+        """Rows, bits and components of every segment, in the order in which they are packed."""
+        for size, runs in zip(self.sizes, self.segments, strict=True):
+            for bits, count in runs:
+                yield size, bits, count
+
+    def _block_codes(self) -> list[Tensor]:
+        """`[size, rank]` codes of every block."""
+        codes, start = [], 0
+        for size, rank in zip(self.sizes, self.ranks, strict=True):
+            # Not `torch.split`, of which runtimes have none for bytes.
+            codes.append(self.codes[start : start + size * rank].view(size, rank))
+            start += size * rank
+        return codes
+
+    def _pack(self, codes: Sequence[Tensor]) -> None:
+        """Set the codes of all blocks."""
+        packed = []
+        for block, runs in zip(codes, self.segments, strict=True):
+            start = 0
+            for bits, count in runs:
+                packed.append(_packed(block[:, start : start + count], bits))
+                start += count
+        device = self.packed_codes.device
+        self.packed_codes = torch.cat([self.packed_codes.new_empty(0), *packed]).to(device)
+        self.codes = torch.cat([self.codes.new_empty(0), *(block.flatten() for block in codes)]).to(device)
+
+    def _unpack(self) -> None:
+        """Read the codes of all blocks from what is packed."""
+        start = 0
+        blocks = []
+        for size, runs in zip(self.sizes, self.segments, strict=True):
+            parts = [self.codes.new_empty(size, 0)]
+            for bits, count in runs:
+                length = packed_bytes(size * count, bits)
+                parts.append(_unpacked(self.packed_codes[start : start + length], bits, size, count))
+                start += length
+            blocks.append(torch.cat(parts, dim=1).flatten())
+        self.codes = torch.cat(blocks)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.is_coded and prefix + "packed_codes" in state_dict and not self.packed_codes.is_meta:
+            self._unpack()
+
+    def _read(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Basis, means, and scales of every block, of codes."""
+        if not self.is_coded:
+            return self.basis, self.means, [self.basis.new_empty(0)] * len(self.sizes)
+        basis = (self.basis_codes.to(self.dtype) - 128) * self.basis_scales.unsqueeze(1)
+        means = (self.mean_codes.to(self.dtype) - 128) * self.mean_scales.unsqueeze(1)
+        scales = torch.exp2(self.scale_codes.float() / -_SCALE_STEPS).to(self.dtype) * self.scale_unit
+        return basis, means, list(torch.split(scales, self.ranks))
+
+    def _offsets(self) -> list[Tensor]:
+        """Where the levels of every component of a block begin, int32."""
+        starts = dict(zip(self.widths, accumulate([0, *(2**bits for bits in self.widths[:-1])]), strict=True))
+        device = self.codes.device
+        return [
+            torch.tensor([starts[bits] for bits, count in runs for _ in range(count)], dtype=torch.int32, device=device)
+            for runs in self.segments
+        ]
+
+    def rows_of_blocks(self, places: Sequence[Tensor | None]) -> list[Tensor]:
+        """Rows of the table by their places in every block, see `RowBlocks.rows_of_blocks`."""
+        basis, means, scales = self._read()
+        codes = self._block_codes() if self.is_coded else []
+        offsets = self._offsets() if self.is_coded else []
+        rows = []
+        for block, place in enumerate(places):
+            if place is None:
+                continue
+            if self.is_coded:
+                index = F.embedding(place, codes[block]).int() + offsets[block]
+                values = F.embedding(index, self.levels.unsqueeze(1)).squeeze(-1) * scales[block]
+            else:
+                values = F.embedding(place, self.coefficients[block])
+            rows.append(values @ basis[: self.ranks[block]] + means[block])
+        return rows
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`h Wᵀ`, see `Factorization.logits`: one product with the basis, then one a block."""
+        basis, means, scales = self._read()
+        reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
+        pieces: list[Tensor] = []
+        codes = self._block_codes() if self.is_coded else []
+        offsets = self._offsets() if self.is_coded else []
+        for block, rank in enumerate(self.ranks):
+            states = reduced[..., :rank]
+            if self.is_coded:
+                found = self._code_products(states * scales[block], codes[block], offsets[block])
+            else:
+                found = [F.linear(states, self.coefficients[block])]
+            pieces += [part + constant[..., block : block + 1] for part in found]
+        return self.in_vocabulary_order(torch.cat(pieces, dim=-1))
+
+    def _code_products(self, states: Tensor, codes: Tensor, offsets: Tensor) -> list[Tensor]:
+        """Products with the coefficients of a block, a piece at a time; their values are never there as a whole."""
+
+        def product(states: Tensor, piece: Tensor, levels: Tensor) -> Tensor:
+            values = F.embedding(piece.int() + offsets, levels.unsqueeze(1)).squeeze(-1)
+            return F.linear(states, values)
+
+        keeps = torch.is_grad_enabled() and not is_exporting()
+        step = max(1, _PIECE // max(1, codes.shape[1]))
+        # Not `torch.split`, of which runtimes have none for bytes.
+        pieces = [codes[start : start + step] for start in range(0, codes.shape[0], step)]
+        return [
+            checkpoint(product, states, piece, self.levels, use_reentrant=False)
+            if keeps
+            else product(states, piece, self.levels)
+            for piece in pieces
+        ]
+
+    def spec(self) -> dict[str, Any]:
+        """Shape, sizes of blocks, and the widths of their components."""
+        segments = [[list(run) for run in runs] for runs in self.segments]
+        return _spec(self.vocab_size, self.dim, self.rank, self.sizes, segments)
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Build it empty, see `Factorization.from_spec`."""
+        vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
+        sizes = cls.checked_sizes(spec)
+        segments = spec.get("segments")
+        if not isinstance(segments, list) or len(segments) > len(sizes):
+            raise ValueError("the structure's 'segments' must be a list with an entry for every block")
+        for runs in segments:
+            if not isinstance(runs, list) or len(runs) > dim:
+                raise ValueError("the structure's 'segments' must be lists of [bits, components]")
+            for run in runs:
+                if len(integers({"segments": run}, "segments")) != 2:
+                    raise ValueError("the structure's 'segments' must be lists of [bits, components]")
+        return cls(vocab_size, dim, integer(spec, "rank"), sizes, segments, dtype, device)
+
+    @classmethod
+    def smallest_bytes(
+        cls, vocab_size: int, dim: int, itemsize: int, options: TransformCodingOptions | None = None
+    ) -> int:
+        """Bytes with only a mean in every block, see `Factorization.smallest_bytes`."""
+        options = options or TransformCodingOptions()
+        return cls.least_bytes(vocab_size, dim, itemsize, options.groups, options.widths)
+
+    @classmethod
+    def least_bytes(cls, vocab_size: int, dim: int, itemsize: int, groups: Any, widths: tuple[int, ...]) -> int:
+        """Bytes with only a mean in every block; no widths where coefficients are floats.
+
+        Raises:
+            ValueError: If there are more groups than rows.
+        """
+        count = groups if isinstance(groups, int) else 1
+        if count > vocab_size:
+            raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {count}")
+        budget, fixed = _budget(vocab_size, dim, itemsize, 0, count, widths)
+        return fixed - (-(count * budget.block + budget.index(count)) // 8)
+
+    @classmethod
+    @torch.no_grad()
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: TransformCodingOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Transform coding within a budget, see `Factorization.decompose` and `solvers.shared_basis`.
+
+        Without a metric all directions count the same, and rows by their counts.
+
+        Raises:
+            ValueError: If the bytes do not cover the means of the blocks.
+        """
+        options = options or TransformCodingOptions()
+        metric = metric or _plain_metric(weight, token_counts)
+        return cls.solve(
+            weight, max_bytes, metric, options.groups, options.refine_rounds, options.widths, advance=advance
+        )
+
+    @torch.no_grad()
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: Any = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Solve again from the blocks as they are, and afresh, and take the better, see `Factorization.refined`."""
+        options = options or TransformCodingOptions()
+        metric = metric or _plain_metric(target, token_counts)
+        # GroupReduce, which has floats, comes here too.
+        widths = options.widths if isinstance(options, TransformCodingOptions) else ()
+        now = self.block_of_row.to(target.device)
+        arguments = (target, max_bytes, metric, options.groups, options.refine_rounds, widths)
+        kept, *others = [
+            self.solve(*arguments, start, keep, lambda part: advance(part / 3))
+            for start, keep in ((now, self._bits()), (now, None), (None, None))
+        ]
+        best = min(others, key=lambda one: _known(one.predicted_loss))
+        if _known(best.predicted_loss) < _CLEARLY * _known(kept.predicted_loss):
+            return best
+        if not self.is_coded:
+            # The signs of components are free: with those there were, the optimizer's state keeps its meaning.
+            signs = torch.where((kept.basis * self.basis.to(kept.basis)).sum(dim=1) < 0, -1.0, 1.0).to(kept.basis)
+            kept.basis.mul_(signs.unsqueeze(1))
+            for coefficients in kept.coefficients:
+                coefficients.mul_(signs[: coefficients.shape[1]])
+        # In place: the optimizer goes on with the parameters it knows.
+        self.load_state_dict(kept.state_dict())
+        self.predicted_loss = kept.predicted_loss
+        return self
+
+    def _bits(self) -> Tensor:
+        """`[blocks, rank]` bits of all components, 0 where they are dropped, those of a number for floats."""
+        floats = 8 * self.dtype.itemsize
+        rows = [[bits or floats for bits, count in runs for _ in range(count)] for runs in self.segments]
+        padded = [row + [0] * (self.rank - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.long).reshape(len(rows), self.rank)
+
+    @classmethod
+    def solve(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        metric: Metric,
+        groups: Any,
+        refine_rounds: int,
+        widths: tuple[int, ...],
+        start: Tensor | None = None,
+        keep: Tensor | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Self:
+        """Find blocks, basis, widths and coefficients.
+
+        Args:
+            weight: `[vocab_size, dim]` table.
+            max_bytes: Most bytes that may be stored.
+            metric: What an error costs.
+            groups: See `TransformCodingOptions`.
+            refine_rounds: See `TransformCodingOptions`.
+            widths: Bits of a coefficient to choose from; none for floats.
+            start: `[vocab_size]` block of every row to begin with.
+            keep: `[blocks, rank]` bits that are to stay what they are.
+            advance: Called with shares of the work that add up to 1.
+
+        Raises:
+            ValueError: If the bytes do not cover the means of the blocks.
+        """
+        vocab_size, dim = weight.shape
+        count = groups if isinstance(groups, int) else None
+        most = max(count or 32, 1 if start is None else int(start.max()) + 1)
+        budget, _ = _budget(vocab_size, dim, weight.element_size(), max_bytes, most, widths)
+        solution = shared_basis(
+            weight, metric, budget, count, refine_rounds, start, keep, lambda part: advance(0.8 * part)
+        )
+        segments = [_segments(row, bool(widths)) for row in solution.bits.tolist()]
+        sizes = torch.bincount(solution.block_of_row, minlength=len(segments)).tolist()
+        solved = cls(vocab_size, dim, solution.bits.shape[1], sizes, segments, weight.dtype, weight.device)
+        solved._index(solution.block_of_row)
+        solved._fill(weight, solution, metric)
+        solved.predicted_loss = solution.loss
+        advance(0.2)
+        return solved
+
+    @torch.no_grad()
+    def _fill(self, weight: Tensor, solution: SharedBasis, metric: Metric) -> None:
+        """Coefficients of all rows, in the basis and around the means as they are stored."""
+        device = weight.device
+        if self.is_coded:
+            self.scale_unit.fill_(float(solution.scales.max()))
+            steps = torch.log2(solution.scales.clamp(min=1e-300) / max(float(self.scale_unit), 1e-300))
+            codes = (-_SCALE_STEPS * steps).round().clamp(0, 255).to(torch.uint8)
+            used = [codes[block, :rank] for block, rank in enumerate(self.ranks)]
+            self.scale_codes.copy_(torch.cat(used))
+            self.levels.copy_(torch.cat([solution.levels[bits] for bits in self.widths]))
+            for name, values in (("basis", solution.basis), ("mean", solution.means)):
+                scales = getattr(self, f"{name}_scales")
+                scales.copy_(values.abs().amax(dim=1) / 127)
+                levels = values / scales.double().cpu().clamp(min=1e-300).unsqueeze(1)
+                getattr(self, f"{name}_codes").copy_((levels.round().clamp(-127, 127) + 128).to(torch.uint8))
+        else:
+            self.basis.copy_(solution.basis)
+            self.means.copy_(solution.means)
+        basis, means, scales = self._read()
+        projector = _projector(basis, metric).to(device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        levels = (
+            dict(zip(self.widths, torch.split(self.levels, [2**n for n in self.widths]), strict=True))
+            if self.is_coded
+            else {}
+        )
+        found = [
+            torch.empty(size, rank, dtype=torch.uint8 if self.is_coded else weight.dtype, device=device)
+            for size, rank in zip(self.sizes, self.ranks, strict=True)
+        ]
+        units = [
+            (block, run_of(chunks), rows)
+            for block, rows in enumerate(torch.split(self.order, self.sizes))
+            for chunks in row_units(rows.numel(), self.dim)
+        ]
+
+        def compute(unit: int) -> None:
+            block, run, rows = units[unit]
+            values = weight[rows[run]].to(dtype) - means[block].to(dtype)
+            values = values @ projector[:, : self.ranks[block]].to(dtype)
+            if not self.is_coded:
+                found[block][run] = values.to(weight.dtype)
+                return
+            values /= scales[block].to(dtype).clamp(min=1e-30)
+            start = 0
+            for bits, count in self.segments[block]:
+                part = values[:, start : start + count].contiguous()
+                found[block][run, start : start + count] = nearest_level(part, levels[bits].to(dtype)).to(torch.uint8)
+                start += count
+
+        results = [[found[block][run]] for block, run, _ in units]
+        deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in units], compute)
+        if self.is_coded:
+            self._pack(found)
+            return
+        for coefficients, values in zip(self.coefficients, found, strict=True):
+            coefficients.copy_(values)
+
+
+def _projector(basis: Tensor, metric: Metric) -> Tensor:
+    """`[dim, rank]`: coefficients of least loss in a basis that storing it has changed, `M Bᵀ (B M Bᵀ)⁻¹`."""
+    seen: Tensor = torch.linalg.pinv(basis.double().cpu() @ metric.root)
+    return metric.root @ seen
+
+
+def _plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:
+    counts = torch.zeros(weight.shape[0]) if token_counts is None else token_counts
+    return Metric(torch.eye(weight.shape[1], dtype=torch.float64), smoothed_frequencies(counts.cpu()))
+
+
+def _known(loss: float | None) -> float:
+    return torch.inf if loss is None else loss
+
+
+def _segments(bits: list[int], is_coded: bool) -> list[list[int]]:
+    """Runs of equal widths, without the dropped components at the end."""
+    runs: list[list[int]] = []
+    for width in bits:
+        if not width:
+            break
+        name = width if is_coded else 0
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return runs
+
+
+def _spec(vocab_size: int, dim: int, rank: int, sizes: list[int], segments: list[list[list[int]]]) -> dict[str, Any]:
+    return {
+        "kind": SharedBasisBlocks.kind,
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "rank": rank,
+        "sizes": list(sizes),
+        "segments": segments,
+    }
+
+
+def _budget(
+    vocab_size: int, dim: int, itemsize: int, max_bytes: int, blocks: int, widths: tuple[int, ...]
+) -> tuple[BitBudget, int]:
+    """What a solution may take, and the bytes that are there whatever it is."""
+    spec = _spec(vocab_size, dim, dim, [], [])
+    # What a block adds to the structure, as text, and to the last bytes of its segments.
+    said = len(str(vocab_size)) + 4 + len(f"[{8},{dim}],") * max(1, len(widths))
+    if widths:
+        fixed = stored_bytes(sum(2**bits for bits in widths) * itemsize + itemsize, 9, spec)
+        row = 8 * (dim + itemsize)
+        block = row + 8 * said + 7 * len(widths)
+        overheads = Overheads(8, row)
+    else:
+        # A tensor of its own in the file for the coefficients of each block.
+        fixed = stored_bytes(0, 3, spec)
+        block = 8 * (dim * itemsize + said + (stored_bytes(0, 1, {}) - stored_bytes(0, 0, {})))
+        overheads = Overheads(0, 8 * dim * itemsize)
+    budget = BitBudget(
+        8 * (max_bytes - fixed),
+        widths or (8 * itemsize,),
+        not widths,
+        overheads,
+        block,
+        lambda count: 8 * packed_bytes(vocab_size, bit_width(count)),
+    )
+    return budget, fixed
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    return codes.flatten() if bits == 8 else pack_bits(codes.flatten().int(), bits)
+
+
+def _unpacked(packed: Tensor, bits: int, size: int, count: int) -> Tensor:
+    if bits != 8:
+        packed = unpack_bits(packed, bits, size * count).to(torch.uint8)
+    return packed.view(size, count)
