@@ -21,6 +21,7 @@ from lightning_embcompress.factorizations.base import (
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.metric import Metric
+from lightning_embcompress.solvers.product_descent import descend
 from lightning_embcompress.solvers.product_quantization import Groups, product_quantization, subspace_sizes
 
 # Bits of a code where none are given.
@@ -44,6 +45,8 @@ class ProductQuantizationOptions(Options):
             codebook (MGQE); None for the same as for all.
         rare_fraction: Share of the vocabulary, the least frequent, that is rare.
         max_iterations: Most iterations of k-means on a sample of the rows.
+        metric_rounds: In the metric of the loss, how often every subspace makes up for the errors that the others have
+            left; 0 for k-means alone.
 
     Raises:
         ValueError: If one is out of its range.
@@ -54,6 +57,7 @@ class ProductQuantizationOptions(Options):
     rare_bits: int | None = None
     rare_fraction: float = 0.9
     max_iterations: int = 10
+    metric_rounds: int = 3
     size_options: ClassVar[tuple[str, ...]] = ("subspaces",)
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class ProductQuantizationOptions(Options):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, it is {value}")
+        if self.metric_rounds < 0:
+            raise ValueError(f"metric_rounds must be 0 or more, it is {self.metric_rounds}")
         if self.bits is not None and not 1 <= self.bits <= 15:
             raise ValueError(f"bits must be from 1 to 15, it is {self.bits}")
         most = self.bits or _BITS
@@ -402,9 +408,19 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         groups = Groups([(~rare).nonzero().flatten()], [self.centroids])
         if self.rare_tokens:
             groups = Groups([*groups.rows, rare.nonzero().flatten()], [self.centroids, self.rare_centroids])
+        rounds = 0 if metric is None else options.metric_rounds
+
+        def part_done(share: float) -> None:
+            # K-means takes about as long as four rounds.
+            advance(share / (4 + rounds) * 4)
+
         codebook, codes = product_quantization(
-            weight, weights, self.subspaces, self.centroids, groups, start, options.max_iterations, advance, metric
+            weight, weights, self.subspaces, self.centroids, groups, start, options.max_iterations, part_done, metric
         )
+        if metric is not None and rounds:
+            descend(
+                weight, metric, codebook, codes, groups, rounds, lambda share: advance(share / (4 + rounds) * rounds)
+            )
         self.codebook.copy_(codebook)
         self._keep(codes, rare)
 

@@ -102,17 +102,16 @@ def product_quantization(
     rows, priority = _sample(weights, _ROWS_PER_CENTROID * num_centroids, generator)
     agree(rows, priority)
     whole = _Sampled(groups, weights.to(codebook))
-    sample = _Sampled(_restricted(groups, rows, vocab_size), priority.to(codebook))
-    sizes = subspace_sizes(dim, subspaces)
-    places = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
-    spaces = [_Space(columns, metric, codebook) for columns in places]
+    sample = _Sampled(restricted_groups(groups, rows, vocab_size), priority.to(codebook))
+    spaces = subspaces_of(dim, subspaces, None if metric is None else usable(metric), codebook)
     if start is None:
         starts = _starting_codebook(weight, rows, sample, spaces, num_centroids, generator)
     else:
         starts = torch.cat([space.enter(start.to(codebook)) for space in spaces], dim=1)
 
     def compute(subspace: int) -> None:
-        space, columns = spaces[subspace], places[subspace]
+        space = spaces[subspace]
+        columns = space.columns
         points, centroids = space.enter(weight), starts[:, columns]
         if points.shape[1] == 1:
             centroids = _sorted_lloyd(points[:, 0], whole, centroids[:, 0], 3 * max_iterations).unsqueeze(1)
@@ -122,14 +121,15 @@ def product_quantization(
                 centroids = _lloyd(points, whole, centroids, 1)
         # Codes are those of the centroids as they are stored.
         codebook[:, columns] = space.leave(centroids).to(weight.dtype)
-        codes[:, subspace] = _nearest(points, groups, space.enter(codebook).contiguous())[0]
+        codes[:, subspace] = nearest(points, groups, space.enter(codebook).contiguous())[0]
 
+    places = [space.columns for space in spaces]
     results = [[codebook[:, columns], codes[:, subspace]] for subspace, columns in enumerate(places)]
-    deal(results, sizes, compute, advance)
+    deal(results, [columns.stop - columns.start for columns in places], compute, advance)
     return codebook, codes
 
 
-class _Space:
+class Space:
     """The columns of a subspace, as they are or times `M_ss^½`: there distances are those of the metric.
 
     Args:
@@ -146,20 +146,41 @@ class _Space:
         # The metric of a single column is a factor of all distances.
         if metric is not None and columns.stop - columns.start > 1:
             own = metric.restricted(columns)
-            # Of about the size of 1, whatever the units of the metric.
-            scale = own.root.diagonal().mean()
-            self.roots = (own.root / scale).to(like), (own.inverse_root * scale).to(like)
+            self.roots = own.root.to(like), own.inverse_root.to(like)
             # Rounding may differ between the processors of processes.
             agree(*self.roots)
 
-    def enter(self, rows: Tensor, first: int = 0) -> Tensor:
-        """Columns of rows, `[count, size]`; the rows begin with column `first`."""
-        points = rows[:, self.columns.start - first : self.columns.stop - first].to(self.dtype)
+    def times_root(self, points: Tensor) -> Tensor:
+        """Points `[count, size]` where distances are those of the metric."""
         return points if self.roots is None else points @ self.roots[0]
+
+    def enter(self, rows: Tensor, first: int = 0) -> Tensor:
+        """Columns of rows, `[count, size]`, times the root; the rows begin with column `first`."""
+        return self.times_root(rows[:, self.columns.start - first : self.columns.stop - first].to(self.dtype))
 
     def leave(self, points: Tensor) -> Tensor:
         """Points as columns, `[count, size]`."""
         return points if self.roots is None else points @ self.roots[1]
+
+
+def usable(metric: Metric) -> Metric:
+    """A metric without eigenvalues that are too small, so that no subspace has any, and of about the size of 1."""
+    matrix = metric.root @ metric.root
+    matrix = matrix / matrix.diagonal().mean()
+    agree(matrix)
+    return Metric(matrix, metric.weights)
+
+
+def subspaces_of(dim: int, subspaces: int, metric: Metric | None, like: Tensor) -> list[Space]:
+    """All subspaces; arguments as `subspace_sizes` and `Space`, the metric a `usable` one."""
+    sizes = subspace_sizes(dim, subspaces)
+    return [Space(slice(stop - size, stop), metric, like) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def gather_rows(codebook: Tensor, codes: Tensor) -> Tensor:
+    """Rows of codes, `[count, dim]`, from a codebook `[num_centroids, dim]` and codes `[count, subspaces]`."""
+    sizes = torch.tensor(subspace_sizes(codebook.shape[1], codes.shape[1]), device=codes.device)
+    return codebook.gather(0, codes.long().repeat_interleave(sizes, dim=1))
 
 
 @dataclass(frozen=True)
@@ -185,7 +206,7 @@ def _sample(weights: Tensor, count: int, generator: torch.Generator) -> tuple[Te
     return rows, weights[rows].clamp(min=float(priorities[-1]))
 
 
-def _restricted(groups: Groups, rows: Tensor, vocab_size: int) -> Groups:
+def restricted_groups(groups: Groups, rows: Tensor, vocab_size: int) -> Groups:
     """The positions of some rows, ascending, by the groups that they are in."""
     group = torch.empty(vocab_size, dtype=torch.long, device=rows.device)
     for index, members in enumerate(groups.rows):
@@ -199,7 +220,7 @@ def _starting_codebook(
     weight: Tensor,
     rows: Tensor,
     sample: _Sampled,
-    spaces: Sequence[_Space],
+    spaces: Sequence[Space],
     num_centroids: int,
     generator: torch.Generator,
 ) -> Tensor:
@@ -264,7 +285,7 @@ def _lloyd(points: Tensor, sample: _Sampled, centroids: Tensor, max_iterations: 
     """Lloyd's iteration: every point to its nearest centroid, every centroid to the mean of its points."""
     previous = torch.inf
     for _ in range(max_iterations):
-        codes, errors = _nearest(points, sample.groups, centroids)
+        codes, errors = nearest(points, sample.groups, centroids)
         errors = errors * sample.weights
         error = float(errors.sum())
         if not previous - error > _TOLERANCE * error:
@@ -277,7 +298,7 @@ def _lloyd(points: Tensor, sample: _Sampled, centroids: Tensor, max_iterations: 
     return centroids
 
 
-def _nearest(points: Tensor, groups: Groups, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(points: Tensor, groups: Groups, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of every point, among those that its group may use, and the squared distance to it.
 
     Returns:
@@ -344,7 +365,7 @@ def _sorted_lloyd(points: Tensor, sample: _Sampled, centroids: Tensor, max_itera
         moved = torch.where(mass > 0, total / mass, centroids.double()).to(centroids)
         if not bool((mass > 0).all()):
             column = moved.unsqueeze(1)
-            errors = _nearest(points.unsqueeze(1), sample.groups, column)[1] * sample.weights
+            errors = nearest(points.unsqueeze(1), sample.groups, column)[1] * sample.weights
             _reseed(points.unsqueeze(1), errors, sample.groups, mass, column)
             moved = column[:, 0]
         change = float((moved - centroids).abs().max())

@@ -220,7 +220,7 @@ def test_a_sample_has_the_heavy_rows_and_the_right_sums() -> None:
 def test_starting_centroids_are_different_rows() -> None:
     weight = _random(40, 6)
     sample = solver._Sampled(Groups([torch.arange(40)], [40]), torch.ones(40).double())
-    spaces = [solver._Space(columns, None, weight) for columns in (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))]
+    spaces = [solver.Space(columns, None, weight) for columns in (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))]
     starts = solver._starting_codebook(weight, torch.arange(40), sample, spaces, 40, torch.Generator().manual_seed(0))
     for part, points in zip(_parts(starts, 4), _parts(weight, 4), strict=True):
         # Each row once, whatever the order.
@@ -231,7 +231,7 @@ def test_starting_centroids_of_a_group_come_from_those_that_may_use_them() -> No
     weight = torch.arange(40, dtype=torch.float64).unsqueeze(1)
     groups = Groups([torch.arange(10), torch.arange(10, 40)], [12, 5])
     sample = solver._Sampled(groups, torch.ones(40).double())
-    spaces = [solver._Space(slice(0, 1), None, weight)]
+    spaces = [solver.Space(slice(0, 1), None, weight)]
     starts = solver._starting_codebook(weight, torch.arange(40), sample, spaces, 12, torch.Generator().manual_seed(0))
     assert starts[5:].max() < 10
     assert starts[:5].max() > 10
