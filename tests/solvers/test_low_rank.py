@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import tensorly as tl
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorly.tenalg import svd_interface
 from torch import Tensor
 
 from lightning_embcompress.solvers import gram
 from lightning_embcompress.solvers.gram import row_weights
-from lightning_embcompress.solvers.low_rank import project, weighted_low_rank
+from lightning_embcompress.solvers.low_rank import low_rank_in_metric, project, weighted_low_rank
+from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
 
 # Relative to the norm of the table: rounding of the Gram product and of the factors.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -132,3 +135,78 @@ def test_projects_some_rows() -> None:
     table, basis = _table(20, 6), torch.eye(6, dtype=torch.float64)[:2]
     rows = torch.tensor([7, 0, 7])
     assert torch.equal(project(table, basis, rows), table[rows][:, :2])
+
+
+def _metric(vocab_size: int, dim: int, seed: int = 0, condition: float = 100.0, rank: int | None = None) -> Metric:
+    """Directions of very different weight, not along the columns; of a rank below the full one singular."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, -1, dim, dtype=torch.float64) ** torch.tensor(condition).log10()
+    values[rank:] = 0
+    return Metric((vectors * values) @ vectors.T, smoothed_frequencies(_counts(vocab_size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 1, 7, 16])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_in_a_metric_reaches_the_tail_of_the_singular_values(dtype: torch.dtype, rank: int, scale: float) -> None:
+    table, metric = _table(120, 16, dtype), _metric(120, 16)
+    metric = Metric(metric.matrix * scale, metric.weights)
+    coefficients, basis = low_rank_in_metric(table, rank, metric)
+    assert coefficients.dtype == basis.dtype == dtype
+    torch.testing.assert_close(basis.double() @ basis.double().T, torch.eye(rank).double(), rtol=0, atol=0.02)
+    # Eckart-Young for the table times both roots.
+    singular_values = torch.linalg.svdvals(metric.weights.sqrt().unsqueeze(1) * table.double() @ metric.root)
+    best = float(singular_values[rank:].square().sum().sqrt())
+    lost = metric.loss(table.double(), coefficients.double() @ basis.double())
+    assert (2 * lost) ** 0.5 == pytest.approx(best, abs=_TOLERANCE[dtype] * float(singular_values.norm()))
+
+
+@pytest.mark.parametrize("shape", [(90, 10), (10, 10), (6, 14)])
+def test_in_a_metric_equals_the_svd(shape: tuple[int, int]) -> None:
+    table, metric = _table(*shape), _metric(*shape)
+    left = metric.weights.sqrt().unsqueeze(1)
+    factors = torch.linalg.svd(left * table @ metric.root, full_matrices=False)
+    expected = (factors.U[:, :4] * factors.S[:4]) @ factors.Vh[:4] @ metric.inverse_root / left
+    coefficients, basis = low_rank_in_metric(table, 4, metric)
+    torch.testing.assert_close(coefficients @ basis, expected, rtol=0, atol=1e-8)
+
+
+def test_in_a_metric_that_sees_all_directions_alike_it_is_weighted_low_rank() -> None:
+    table, weights = _table(60, 8), smoothed_frequencies(_counts(60))
+    expected = weighted_low_rank(table, 3, weights)
+    for matrix in (torch.eye(8), torch.zeros(8, 8), -torch.eye(8)):
+        found = low_rank_in_metric(table, 3, Metric(matrix.double(), weights))
+        torch.testing.assert_close(found[0] @ found[1], expected[0] @ expected[1], rtol=0, atol=1e-10)
+
+
+def test_a_singular_metric_keeps_what_it_sees() -> None:
+    table, metric = _table(100, 12), _metric(100, 12, rank=4)
+    coefficients, basis = low_rank_in_metric(table, 4, metric)
+    vectors = torch.linalg.eigh(metric.matrix).eigenvectors[:, -4:]
+    change = (table - coefficients @ basis) @ vectors
+    # Directions of no weight are floored, not free: they may pull a little.
+    assert float(change.norm()) < 1e-2 * float((table @ vectors).norm())
+    assert (coefficients @ basis).norm() < 2 * table.norm()
+
+
+def test_zero_rows_and_short_tables_in_a_metric() -> None:
+    table, metric = _table(30, 8), _metric(30, 8)
+    table[5] = 0
+    coefficients, basis = low_rank_in_metric(table, 4, metric)
+    assert torch.equal((coefficients @ basis)[5], torch.zeros(8).double())
+    assert torch.equal(low_rank_in_metric(torch.zeros(30, 8), 3, metric)[0], torch.zeros(30, 3))
+    short = _table(5, 8)
+    coefficients, basis = low_rank_in_metric(short, 5, Metric(metric.matrix, metric.weights[:5]))
+    torch.testing.assert_close(coefficients @ basis, short, rtol=0, atol=1e-8)
+
+
+@given(st.integers(1, 40), st.integers(1, 10), st.integers(0, 99), st.data())
+@settings(deadline=None, max_examples=40)
+def test_the_metric_never_loses_to_weights_alone(vocab_size: int, dim: int, seed: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, min(vocab_size, dim)))
+    table, metric = _table(vocab_size, dim), _metric(vocab_size, dim, seed, condition=1000)
+    coefficients, basis = low_rank_in_metric(table, rank, metric)
+    plain = weighted_low_rank(table, rank, metric.weights)
+    most = metric.loss(table, plain[0] @ plain[1])
+    assert metric.loss(table, coefficients @ basis) <= most * (1 + 1e-9) + 1e-12 * metric.loss(table, 0 * table)
