@@ -142,7 +142,7 @@ def _metric(vocab_size: int, dim: int, seed: int = 0, condition: float = 100.0, 
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
     values = torch.logspace(0, -1, dim, dtype=torch.float64) ** torch.tensor(condition).log10()
-    values[rank:] = 0
+    values[dim if rank is None else rank :] = 0
     return Metric((vectors * values) @ vectors.T, smoothed_frequencies(_counts(vocab_size)))
 
 
