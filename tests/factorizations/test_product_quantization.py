@@ -17,6 +17,7 @@ from lightning_embcompress.factorizations import (
     product_quantization,
 )
 from lightning_embcompress.factorizations.base import TENSOR_HEADER_BYTES
+from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
 from lightning_embcompress.solvers.product_quantization import subspace_sizes
 
 
@@ -238,6 +239,7 @@ def test_damaged_codes_are_refused() -> None:
     [
         ({"subspaces": 0}, r"subspaces must be 1 or more, it is 0"),
         ({"max_iterations": 0}, r"max_iterations must be 1 or more, it is 0"),
+        ({"metric_rounds": -1}, r"metric_rounds must be 0 or more, it is -1"),
         ({"bits": 0}, r"bits must be from 1 to 15, it is 0"),
         ({"bits": 16}, r"bits must be from 1 to 15, it is 16"),
         ({"rare_bits": 8}, r"rare_bits must be from 0 to 7, below those of other codes, it is 8"),
@@ -271,3 +273,56 @@ def test_structures_that_are_not_possible(change: dict[str, Any]) -> None:
     ProductQuantization.from_spec({**spec, "rare_tokens": 3, "rare_centroids": 2}, torch.float32)
     with pytest.raises(ValueError, match="subspaces|centroids|rare"):
         ProductQuantization.from_spec({**spec, **change}, torch.float32)
+
+
+def _metric(vocab_size: int, dim: int) -> Metric:
+    mixed = torch.randn(dim, dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mixed = mixed * torch.logspace(0, -1, dim, dtype=torch.float64)
+    return Metric(mixed @ mixed.T, smoothed_frequencies(_counts(vocab_size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rare_bits", [None, 2])
+def test_the_metric_lowers_the_loss(dtype: torch.dtype, rare_bits: int | None) -> None:
+    table, metric = _table(1000, 16, dtype), _metric(1000, 16)
+    losses = []
+    for given_metric, rounds in ((None, 3), (metric, 0), (metric, 1), (metric, 3)):
+        options = ProductQuantizationOptions(subspaces=4, bits=5, rare_bits=rare_bits, metric_rounds=rounds)
+        shares: list[float] = []
+        factors = ProductQuantization.decompose(
+            table, 10**6, _counts(1000), options, advance=shares.append, metric=given_metric
+        )
+        assert sum(shares) == pytest.approx(1)
+        assert factors.dtype == dtype
+        losses.append(metric.loss(table, factors.dense()))
+    assert losses[1] < 0.95 * losses[0]
+    assert losses[2] < 0.8 * losses[1]
+    assert losses[3] < losses[2]
+
+
+def test_who_is_rare_depends_on_counts_with_a_metric_too() -> None:
+    table, metric = _table(300, 8), _metric(300, 8)
+    options = ProductQuantizationOptions(subspaces=4, bits=5, rare_bits=2)
+    plain = ProductQuantization.decompose(table, 10**6, _counts(300), options)
+    factors = ProductQuantization.decompose(table, 10**6, _counts(300), options, metric=metric)
+    assert torch.equal(factors.is_rare, plain.is_rare)
+    assert int(factors.codes[factors.is_rare].max()) < 4
+
+
+def test_refining_in_the_metric() -> None:
+    table, metric = _table(400, 8), _metric(400, 8)
+    options = ProductQuantizationOptions(subspaces=4, bits=4)
+    factors = ProductQuantization.decompose(table, 10**6, _counts(400), options, metric=metric)
+    target = table + 0.3 * _table(400, 8).flip(0)
+    before = metric.loss(target, factors.dense())
+    parameter = factors.codebook
+    refined = factors.refined(target, 10**6, _counts(400), options, metric=metric)
+    assert refined is factors
+    assert refined.codebook is parameter
+    after = metric.loss(target, refined.dense())
+    fresh = ProductQuantization.decompose(target, 10**6, _counts(400), options, metric=metric)
+    assert after < 0.7 * before
+    assert after < 1.1 * metric.loss(target, fresh.dense())
+    # Nothing has changed: nothing is lost.
+    again = refined.refined(target, 10**6, _counts(400), options, metric=metric)
+    assert metric.loss(target, again.dense()) <= 1.01 * after
