@@ -28,7 +28,9 @@ def kmeans_groups(weights: Tensor, groups: int, scale: Literal["linear", "log"] 
     Args:
         weights: `[vocab_size]` positive row weights or counts; of counts 0 is allowed.
         groups: Number of groups, from 1 to `vocab_size`.
-        scale: What k-means is of: the weights, or their logarithms.
+        scale: What k-means is of: the weights, or their logarithms. By Zipf's law the weights themselves give the most
+            frequent words a group each and leave nearly all others in one: with the logarithms the perplexity of a
+            language model was lower at equal bytes.
 
     Returns:
         `[vocab_size]` int64 group of every row, on the device of the weights.
