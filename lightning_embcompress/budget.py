@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.factorizations import Factorization, Method, get_method
+from lightning_embcompress.factorizations import AUTOMATIC, AUTOMATIC_METHODS, Factorization, Method, get_method
 from lightning_embcompress.factorizations.base import Options, plain
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.gram import row_weights
+from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.tables import Table, check_finite, find_tables
 
+_LOSS = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%?)\s*", re.IGNORECASE)
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?B?)\s*", re.IGNORECASE)
 Tie: TypeAlias = Literal["keep", "untie", "auto"]
 """What becomes of a table that embedding and softmax share, see `compress`."""
@@ -34,6 +36,8 @@ class Request:
     max_bytes: int
     untied: str | None = None
     """Name of the table that it was a part of, if that is to become two."""
+    metric: Metric | None = None
+    """What an error costs, where that is known."""
 
     def __post_init__(self) -> None:
         """Make the options what is recorded of them."""
@@ -54,25 +58,54 @@ class Request:
             token_counts: `[vocab_size]` counts.
             start: A factorization to refine instead of starting afresh.
         """
-        solve = self.method.factorization.decompose if start is None else start.refined
+        names = [self.method_name]
+        if self.method_name == AUTOMATIC:
+            names = list(AUTOMATIC_METHODS) if start is None else [start.provenance["method"]]
         description = f"{'Compressing' if start is None else 'Refining'} {self.table.name} {tuple(weight.shape)}"
+        best: Factorization[Any] | None = None
         with (
             torch.no_grad(),
             torch.autocast(weight.device.type, enabled=False),
-            progress_bar(description, total=1.0) as advance,
+            progress_bar(description, total=float(len(names))) as advance,
         ):
-            options = self.method.options(**self.options)
-            factorization = solve(weight.detach(), self.max_bytes, token_counts, options, advance)
+            for name in names:
+                found = self._solve_by(name, weight.detach(), token_counts, start, advance)
+                if len(names) > 1 and self.metric is not None:
+                    found.predicted_loss = found.loss_in(self.metric, weight.detach())
+                if best is None or (found.predicted_loss or 0.0) < (best.predicted_loss or 0.0):
+                    best = found
+        assert best is not None
         trained = weight if start is None else next(start.parameters())
-        return factorization.requires_grad_(trained.requires_grad)
+        return best.requires_grad_(trained.requires_grad)
+
+    def _solve_by(
+        self,
+        name: str,
+        weight: Tensor,
+        token_counts: Tensor | None,
+        start: Factorization[Any] | None,
+        advance: Callable[[float], None],
+    ) -> Factorization[Any]:
+        method = get_method(name)
+        options = method.options(**({} if self.method_name == AUTOMATIC else self.options))
+        kind = method.factorization if start is None else type(start)
+        known: dict[str, Any] = {}
+        if kind.uses_metric and self.metric is not None:
+            known["metric"] = self.metric
+        solve = method.factorization.decompose if start is None else start.refined
+        found = solve(weight, self.max_bytes, token_counts, options, advance, **known)
+        found.provenance = {"method": name}
+        return found
 
     def record(self, factorization: Factorization[Any], weight: Tensor, token_counts: Tensor | None) -> None:
         """Note on a factorization how it was found and how far it is from the table."""
         weights = row_weights(token_counts if self.method.needs_counts else None, weight.shape[0])
         factorization.provenance = {
-            "method": self.method_name,
+            "method": factorization.provenance.get("method", self.method_name),
             "options": dict(self.options),
             "weighted_error": factorization.weighted_error(weight.detach(), weights),
+            # Of what is stored, rounding and all.
+            "predicted_loss": None if self.metric is None else factorization.loss_in(self.metric, weight.detach()),
             "untied": self.untied,
         }
 
@@ -94,18 +127,38 @@ def parse_size(size: str | int) -> int:
     return int(number)
 
 
-def check_budget(ratio: float | None, size: str | int | None, options: Options) -> None:
+def parse_loss(max_loss: str | float) -> float:
+    """Nats that a relative increase of the perplexity is: `1%` or `0.01` is `log 1.01`.
+
+    Raises:
+        ValueError: If it cannot be read or is not positive.
+
+    Example:
+        >>> round(parse_loss("1%"), 5)
+        0.00995
+    """
+    match = _LOSS.fullmatch(str(max_loss))
+    number = float(match.group(1)) / (100 if match.group(2) else 1) if match else 0.0
+    if not 0 < number < math.inf:
+        raise ValueError(f"max_loss must be an increase of the perplexity such as '1%' or 0.01, it is {max_loss!r}")
+    return math.log1p(number)
+
+
+def check_budget(
+    ratio: float | None, size: str | int | None, options: Options, max_loss: str | float | None = None
+) -> None:
     """Check that a budget is given in exactly one way.
 
     Args:
         ratio: Dense bytes over stored bytes.
         size: Bytes.
         options: Of the method: some of them say how large the factors are.
+        max_loss: Relative increase of the perplexity.
 
     Raises:
         ValueError: If it is given in no way or in several, or the value is out of its range.
     """
-    given: dict[str, Any] = {"ratio": ratio, "size": size}
+    given: dict[str, Any] = {"ratio": ratio, "size": size, "max_loss": max_loss}
     given |= {name: getattr(options, name) for name in options.size_options}
     if len([value for value in given.values() if value is not None]) != 1:
         names = list(given)
@@ -115,6 +168,8 @@ def check_budget(ratio: float | None, size: str | int | None, options: Options) 
         raise ValueError(f"ratio must be above 1 (dense bytes over stored bytes), it is {ratio!r}")
     if size is not None:
         parse_size(size)
+    if max_loss is not None:
+        parse_loss(max_loss)
 
 
 def plan_requests(
@@ -207,10 +262,26 @@ def checked_requests(
         ValueError: If the request cannot be met, or a table or the counts cannot be used.
     """
     requests = plan_requests(model, method, ratio, size, tables, tie, **options)
+    return requests, check_tables_and_counts(requests, token_counts)
+
+
+def check_tables_and_counts(requests: Sequence[Request], token_counts: Any) -> Tensor | None:
+    """Check all that solving requests needs.
+
+    Args:
+        requests: What is to become of which table.
+        token_counts: See `check_counts`.
+
+    Returns:
+        The token counts as a tensor, or None.
+
+    Raises:
+        ValueError: If a table or the counts cannot be used.
+    """
     counts = check_counts(token_counts, requests)
     for request in requests:
         check_finite(request.table)
-    return requests, counts
+    return counts
 
 
 def _untied(model: nn.Module, table: Table) -> list[Table]:

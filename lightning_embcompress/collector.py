@@ -122,6 +122,7 @@ class Collector:
         self.sums: dict[tuple[str, str], Tensor] = {}
         for path, embedding in self.embeddings.items():
             self._make_sum("gradients", path, embedding.embedding_dim, embedding.embedding_dim)
+            self._make_sum("gradient_energies", path, self.vocab_size)
         for path, head in self.heads.items():
             self._make_sum("hidden", path, head.in_features, head.in_features)
             self._make_sum("hidden_mean", path, head.in_features)
@@ -269,6 +270,9 @@ class Collector:
                 if gradient is not None:
                     flat = wide(gradient.reshape(-1, gradient.shape[-1])) * (call.scale * number / scale)
                     parts.append(("gradients", call.path, flat.T @ flat))
+                    energies = flat.new_zeros(self.vocab_size)
+                    energies.index_add_(0, call.ids.flatten(), flat.square().sum(dim=1))
+                    parts.append(("gradient_energies", call.path, energies))
             for head, count in zip(heads, targets, strict=True):
                 hidden = wide(head.hidden)
                 if count < len(hidden):
@@ -324,11 +328,12 @@ def summed(collector: Collector) -> dict[str, Any]:
         )
     counts = sum_over_processes(collector.counted) if collector.given_counts is None else collector.given_counts
     over = {"gradients": dict.fromkeys(calls, num_targets), "probabilities": scored}
+    over["gradient_energies"] = over["gradients"]
     over |= {"hidden": positions, "hidden_mean": positions}
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in over}
     for (kind, path), total in collector.sums.items():
         mean = sum_over_processes(total).cpu() / max(1, over[kind][path])
-        if over[kind][path] and (kind != "gradients" or calls[path]):
+        if over[kind][path] and (not kind.startswith("gradient") or calls[path]):
             # Products are symmetric but for rounding.
             found[kind][path] = (mean + mean.T) / 2 if mean.dim() == 2 else mean
     return {"token_counts": counts, **found, "num_targets": num_targets, "skipped_batches": skipped}

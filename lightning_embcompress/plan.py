@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lightning_embcompress.budget import Tie, checked_requests
-from lightning_embcompress.factorizations import Factorization, factorization_from_spec
+from lightning_embcompress.budget import (
+    Request,
+    Tie,
+    check_budget,
+    check_tables_and_counts,
+    checked_requests,
+    parse_loss,
+)
+from lightning_embcompress.factorizations import AUTOMATIC, Factorization, factorization_from_spec, get_method
 from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.loss_budget import requests_in_loss, share, smallest_within, uses_loss
+from lightning_embcompress.loss_metric import add_to_biases, bias_corrections, bias_of
 from lightning_embcompress.records import check_tables, dtype_of, shown
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.storage import check_whole, place_of
 from lightning_embcompress.tables import (
     all_modules,
+    put_back,
     replace_table,
     restore_dense,
 )
 
-PLAN_VERSION = 2
-"""Version 2 added `untied`."""
+PLAN_VERSION = 3
+"""Version 2 added `untied`, version 3 `predicted_loss`."""
+_ADDED: dict[str, Any] = {"untied": None, "predicted_loss": None}
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class TablePlan:
         stored_bytes: Bytes of the factorization on disk.
         weighted_error: Relative weighted error when it was solved last; None if that is not known.
         untied: Name of the dense table that this one and another were made of; None for a table of its own.
+        predicted_loss: What the mean loss was predicted to grow by for the errors of this table, in nats; None if that
+            is not known.
     """
 
     modules: tuple[str, ...]
@@ -47,6 +63,7 @@ class TablePlan:
     stored_bytes: int
     weighted_error: float | None
     untied: str | None = None
+    predicted_loss: float | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +88,7 @@ class TablePlan:
             "method": self.method,
             "options": dict(self.options),
             "weighted_error": self.weighted_error,
+            "predicted_loss": self.predicted_loss,
             "untied": self.untied,
         }
 
@@ -101,6 +119,12 @@ class Plan:
     def ratio(self) -> float:
         """Dense bytes over stored bytes of all tables together."""
         return self.dense_bytes / self.stored_bytes if self.tables else 1.0
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """What the mean loss was predicted to grow by, in nats; None if that is not known of every table."""
+        known = [table.predicted_loss for table in self.tables if table.predicted_loss is not None]
+        return sum(known) if known and len(known) == len(self.tables) else None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -135,8 +159,8 @@ class Plan:
             raise ValueError(f"not a compression plan: 'tables' must be a list, it is {shown(tables)}")
         entries = []
         for entry in tables:
-            if version == 1 and isinstance(entry, Mapping):
-                entry = {"untied": None, **entry}
+            if version < PLAN_VERSION and isinstance(entry, Mapping):
+                entry = {**_ADDED, **entry}
             if not isinstance(entry, Mapping) or set(entry) != names:
                 raise ValueError(
                     f"a table of the compression plan must have the keys {sorted(names)}, got {shown(entry)}"
@@ -152,9 +176,12 @@ def compress(
     *,
     ratio: float | None = None,
     size: str | int | None = None,
+    max_loss: str | float | None = None,
     tables: str | Sequence[str] = "auto",
     tie: Tie = "keep",
     token_counts: Any = None,
+    statistics: Statistics | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     **options: Any,
 ) -> Plan:
     """Compress the tables of any model, in place.
@@ -163,16 +190,22 @@ def compress(
 
     Args:
         model: Any `nn.Module` that holds `nn.Embedding` and `nn.Linear` layers, tied or not.
-        method: `"group_reduce"`, `"tensor_train"`, `"low_rank"`, ...: a name in `METHODS`.
-        ratio: Dense bytes over stored bytes, for every table. Some methods have an option that takes its place, such as
-            `max_rank=4` of `tensor_train`.
+        method: `"group_reduce"`, `"transform_coding"`, `"tensor_train"`, ...: a name in `METHODS`; `"auto"` for the one
+            of the least predicted loss, for every table.
+        ratio: Dense bytes over stored bytes, for every table; with statistics, of all tables together. Some methods
+            have an option that takes its place, such as `max_rank=4` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `"80MB"` (MB = 10⁶) or a number.
+        max_loss: Instead of a size, the most that the perplexity may grow by, `"1%"` or `0.01`: the smallest model
+            within it is searched for. Needs `statistics` and `evaluate`.
         tables: `"auto"`, or paths of modules, see `find_tables`.
         tie: What becomes of a table that embedding and softmax share. `"keep"`: one set of factors serves both.
             `"untie"`: each gets its own, of half the bytes. `"auto"`: whichever leaves the lower predicted loss at
-            equal bytes; with rows weighted by frequency, the same for both, one set is never worse, and is kept.
+            equal bytes; without statistics, when rows count the same in both roles, one set is never worse, and kept.
         token_counts: `[vocab_size]` how often every token occurs in the training data; needed by the methods that
-            weight by frequency.
+            weight by frequency, where there are no statistics.
+        statistics: What `collect_statistics` has found for this model: methods that can, minimise what the loss grows
+            by, all tables share one budget, and biases of heads make up for the mean error of their logits.
+        evaluate: For `max_loss`: measures the perplexity of the model on validation data.
         **options: Options of the method, such as `groups=20`.
 
     Returns:
@@ -189,13 +222,93 @@ def compress(
         [('0', True), ('1', True)]
     """
     check_whole(model, "compressed")
-    requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
+    _check_loss(method, max_loss, statistics, evaluate, options)
+    if statistics is None or not uses_loss(method, options):
+        requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
+        return _replace(model, _solve(requests, counts), None)
+    counts = statistics.token_counts
+    if max_loss is None:
+        requests = requests_in_loss(model, statistics, method, ratio, size, tables, tie, **options)
+        check_tables_and_counts(requests, counts)
+        return _replace(model, _solve(requests, counts), statistics)
+    assert evaluate is not None
+    # The ratio is only a beginning.
+    requests = requests_in_loss(model, statistics, method, 1.5, None, tables, tie, **options)
+    check_tables_and_counts(requests, counts)
+    shares = share(model, requests, statistics)
+    dense = math.log(evaluate(model))
+
+    def measure(requests: list[Request]) -> float:
+        with tried(model, _solve(requests, counts), statistics):
+            return math.log(evaluate(model)) - dense
+
+    requests, _ = smallest_within(parse_loss(max_loss), shares, measure)
+    return _replace(model, _solve(requests, counts), statistics)
+
+
+def _check_loss(method: str, max_loss: Any, statistics: Any, evaluate: Any, options: dict[str, Any]) -> None:
+    if statistics is None and (method == AUTOMATIC or options.get("variant") == "loss"):
+        raise ValueError(
+            f"{'method' if method == AUTOMATIC else 'variant'}={'auto' if method == AUTOMATIC else 'loss'!r} minimises "
+            "what the loss grows by, and has to know what errors cost: give statistics=collect_statistics(model, "
+            "batches), or use variant='paper'"
+        )
+    if max_loss is not None:
+        check_budget(None, None, get_method(method).options(**options), max_loss)
+        if statistics is None or evaluate is None:
+            raise ValueError(
+                "max_loss needs statistics, as collect_statistics(model, batches) gives them, to predict sizes, and "
+                "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
+            )
+        if not uses_loss(method, options):
+            raise ValueError(
+                f"max_loss cannot be predicted for method {method!r} with these options: use 'transform_coding', "
+                "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
+            )
+
+
+Solution: TypeAlias = list[tuple[Request, Factorization[Any]]]
+
+
+def _solve(requests: Sequence[Request], counts: Tensor | None) -> Solution:
     solved = [(request, request.solve(request.table.weight, counts)) for request in requests]
     for request, factors in solved:
         request.record(factors, request.table.weight, counts)
+    return solved
+
+
+def _replace(model: nn.Module, solved: Solution, statistics: Statistics | None) -> Plan:
+    corrections: dict[str, Tensor] = {}
+    if statistics is not None:
+        for request, factors in solved:
+            corrections |= bias_corrections(model, request.table.modules, factors, statistics)
     for request, factors in solved:
         replace_table(model, request.table.modules, factors)
+    add_to_biases(model, corrections)
     return plan_of(model)
+
+
+@contextmanager
+def tried(model: nn.Module, solved: Solution, statistics: Statistics) -> Iterator[None]:
+    """Put factors in the place of tables for a while: afterwards the model is as it was.
+
+    Args:
+        model: The model.
+        solved: Requests and what was found for them.
+        statistics: Of the model.
+    """
+    paths = [path for request, _ in solved for path in request.table.modules]
+    before = {path: model.get_submodule(path) for path in paths}
+    biases = {path: bias.clone() for path in paths if (bias := bias_of(model, path)) is not None}
+    try:
+        _replace(model, solved, statistics)
+        yield
+    finally:
+        put_back(model, before)
+        for path, values in biases.items():
+            bias = bias_of(model, path)
+            assert bias is not None
+            bias.data.copy_(values)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -221,6 +334,7 @@ def plan_of(model: nn.Module) -> Plan:
                 stored_bytes=factorizations[key].stored_bytes(),
                 weighted_error=factorizations[key].provenance.get("weighted_error"),
                 untied=factorizations[key].provenance.get("untied"),
+                predicted_loss=factorizations[key].provenance.get("predicted_loss"),
             )
             for key, paths in modules.items()
         )

@@ -68,17 +68,18 @@ def check_table(entry: Mapping[str, Any]) -> None:
     # Factors that were made by hand go by the name of their class.
     if not isinstance(method, str) or method not in METHODS.keys() | {kind}:
         raise ValueError(f"unknown method {shown(method)} {where}: known are {', '.join(METHODS)}")
-    if method in METHODS and METHODS[method].factorization.kind != kind:
-        raise ValueError(
-            f"method {method!r} {where} stores tables as {METHODS[method].factorization.kind!r}, not as {kind!r}"
-        )
+    if method in METHODS and kind not in METHODS[method].kinds:
+        stored = " or ".join(map(repr, METHODS[method].kinds))
+        raise ValueError(f"method {method!r} {where} stores tables as {stored}, not as {kind!r}")
     if not all(isinstance(name, str) for name in entry["options"]) or not _is_json(entry["options"]):
         raise ValueError(f"'options' {where} must be plain values by names, they are {shown(entry['options'])}")
-    size, lost, untied = entry["stored_bytes"], entry["weighted_error"], entry["untied"]
+    size, untied = entry["stored_bytes"], entry["untied"]
     if type(size) is not int or not 1 <= size <= _MOST_BYTES:
         raise ValueError(f"'stored_bytes' {where} must be a positive integer, it is {shown(size)}")
-    if lost is not None and not (_is_number(lost) and lost >= 0):
-        raise ValueError(f"'weighted_error' {where} must be a number that is not negative, it is {shown(lost)}")
+    for name in ("weighted_error", "predicted_loss"):
+        lost = entry[name]
+        if lost is not None and not (_is_number(lost) and lost >= 0):
+            raise ValueError(f"{name!r} {where} must be a number that is not negative, it is {shown(lost)}")
     if untied is not None and not (isinstance(untied, str) and untied):
         raise ValueError(f"'untied' {where} must be the name of a table or null, it is {shown(untied)}")
 

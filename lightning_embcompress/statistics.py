@@ -35,7 +35,7 @@ LossFunction: TypeAlias = Callable[[Any, Any], Any]
 
 _FORMAT = "lightning-embcompress statistics"
 _VERSION = 1
-_KINDS = ("hidden", "hidden_mean", "probabilities", "gradients")
+_KINDS = ("hidden", "hidden_mean", "probabilities", "gradients", "gradient_energies")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,8 @@ class Statistics:
         gradients: Path of an embedding to `E[g gᵀ]`, `[d, d]` float64: the sum of `g gᵀ` over all positions, divided by
             the number of targets. `g` is the gradient of the summed loss with respect to the row that was read at a
             position: at the embedding's output, times the scale of embeddings that have one.
+        gradient_energies: Path of an embedding to `[vocab_size]` float64: the part of the trace of `E[g gᵀ]` that comes
+            from the positions of each token.
         num_targets: Over how many targets the means are.
         skipped_batches: Batches that were left out because of a NaN or infinite loss, gradient or hidden state.
     """
@@ -64,6 +66,7 @@ class Statistics:
     hidden_mean: dict[str, Tensor] = field(default_factory=dict)
     probabilities: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    gradient_energies: dict[str, Tensor] = field(default_factory=dict)
     num_targets: int = 0
     skipped_batches: int = 0
 
@@ -269,7 +272,7 @@ def _from_tensors(tensors: dict[str, Tensor], record: dict[str, Any]) -> Statist
         kind, slash, path = key.partition("/")
         if not slash or kind not in found:
             raise ValueError(f"{key!r} is unknown")
-        if kind == "probabilities":
+        if kind in ("probabilities", "gradient_energies"):
             fits = tensor.shape == counts.shape
         elif kind == "hidden_mean":
             fits = tensor.shape == tensors[f"hidden/{path}"].shape[:1]

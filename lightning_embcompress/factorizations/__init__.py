@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from lightning_embcompress.factorizations.tensor_train_matrix import TensorTrain
 from lightning_embcompress.factorizations.tucker import Tucker, TuckerOptions
 
 __all__ = [
+    "AUTOMATIC",
+    "AUTOMATIC_METHODS",
     "CP",
     "METHODS",
     "BlockLowRank",
@@ -55,12 +57,19 @@ class Method:
         description: One line for lists.
         needs_counts: Whether rows are weighted by token counts.
         fixed: Options of the factorization that the method's name stands for.
+        others: Other classes that store what it finds, depending on its options.
     """
 
     factorization: type[Factorization[Any]]
     description: str
     needs_counts: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[type[Factorization[Any]], ...] = ()
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of factorization that it may give."""
+        return [kind.kind for kind in (self.factorization, *self.others)]
 
     @property
     def option_names(self) -> list[str]:
@@ -84,7 +93,12 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "cp": Method(CP, "The folded table as a sum of outer products (CP), a baseline"),
-    "group_reduce": Method(BlockLowRank, "Frequency groups, each of a low rank of its own (GroupReduce)", True),
+    "group_reduce": Method(
+        BlockLowRank,
+        "Frequency groups, each of a low rank of its own (GroupReduce)",
+        True,
+        others=(SharedBasisBlocks,),
+    ),
     "low_rank": Method(LowRank, "Truncated SVD of the whole table", fixed={"weighted": False}),
     "product_quantization": Method(
         ProductQuantization, "Rows put together from the centroids of their parts (PQ, MGQE)", True
@@ -99,12 +113,19 @@ METHODS: dict[str, Method] = {
 }
 
 
+AUTOMATIC = "auto"
+"""In place of a method's name: for every table the one of `AUTOMATIC_METHODS` of the least predicted loss."""
+AUTOMATIC_METHODS = ("transform_coding", "group_reduce", "product_quantization")
+
+
 def get_method(name: str) -> Method:
-    """Look a method up by its name.
+    """Look a method up by its name; `auto` has the options and the sizes of the first of `AUTOMATIC_METHODS`.
 
     Raises:
         ValueError: If there is none of that name; the nearest ones are named.
     """
+    if name == AUTOMATIC:
+        return replace(METHODS[AUTOMATIC_METHODS[0]], fixed={"groups": None, "refine_rounds": 5, "bits": None})
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; methods are {', '.join(METHODS)}")
     return METHODS[name]

@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units
+from lightning_embcompress.solvers.metric import Metric
 
 # Name, dtype, shape and offsets of one tensor in the header of a safetensors file.
 TENSOR_HEADER_BYTES = 96
@@ -290,6 +291,22 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         for chunk_lost, chunk_total in torch.cat(sums).tolist():
             lost, total = lost + chunk_lost, total + chunk_total
         return lost / total if total > 0 else 0.0
+
+    @torch.no_grad()
+    def loss_in(self, metric: Metric, target: Tensor) -> float:
+        """What the mean loss is predicted to grow by for the errors, `½ Σ_i q_i δ_iᵀ M δ_i`, in nats.
+
+        Processes share the rows, see `solvers.division`.
+
+        Args:
+            metric: What an error costs.
+            target: `[vocab_size, dim]` table that is approximated.
+        """
+
+        def rows(chunk: slice) -> Tensor:
+            return self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
+
+        return metric.loss(target, rows)
 
     def extra_repr(self) -> str:
         """Shape for `print(module)`."""

@@ -1,0 +1,215 @@
+"""Budgets in units of the loss: one for all tables of a model, and the smallest model within a loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lightning_embcompress.budget import Request, Tie, plan_requests
+from lightning_embcompress.factorizations import AUTOMATIC, get_method
+from lightning_embcompress.factorizations.shared_basis import TransformCodingOptions, bit_budget
+from lightning_embcompress.loss_metric import metric_of
+from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.solvers.rate_allocation import RateCurve, allocate
+from lightning_embcompress.solvers.shared_basis import rate_curve
+from lightning_embcompress.statistics import Statistics
+
+# Equal groups by which the shares of tables are found; which number hardly changes them.
+_GROUPS = 16
+# The smallest part of the limit that a search is content with.
+_CLOSE = 0.8
+_TRIES = 10
+# Methods whose coefficients are floats: what they lose at a size is that of ranks, not of bits.
+_FLOATS = ("group_reduce", "weighted_low_rank")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Tables whose errors are known in units of the loss, and what each is worth.
+
+    Attributes:
+        requests: What is to become of which table, with its metric.
+        curves: What each loses at which price; none where the method does not share a budget.
+        fixed: Bits of each that are there whatever is kept.
+    """
+
+    requests: list[Request]
+    curves: list[RateCurve]
+    fixed: list[int]
+
+    def within(self, max_bytes: int) -> list[Request]:
+        """The requests with the bytes of all tables shared so that the next byte is worth the same everywhere."""
+        if len(self.curves) < 2:
+            return [replace(request, max_bytes=max_bytes) for request in self.requests[:1]]
+        found = allocate(self.curves, 8 * max_bytes - sum(self.fixed))
+        taken = [rates.bits + fixed for rates, fixed in zip(found, self.fixed, strict=True)]
+        smallest = [_smallest(request) for request in self.requests]
+        spare = max(0, max_bytes - sum(smallest))
+        wanted = [max(0, bits // 8 - least) for bits, least in zip(taken, smallest, strict=True)]
+        # What is left over goes to all in proportion: no table is below the smallest that it can be.
+        part = spare / sum(wanted) if sum(wanted) else 0.0
+        dense = [request.table.weight.nbytes for request in self.requests]
+        sizes = [min(least + int(part * more), full) for least, more, full in zip(smallest, wanted, dense, strict=True)]
+        return [replace(request, max_bytes=size) for request, size in zip(self.requests, sizes, strict=True)]
+
+    def loss_at(self, max_bytes: float) -> float:
+        """Predicted growth of the mean loss in nats, before refinement, if all tables take so many bytes."""
+        return sum(rates.loss for rates in allocate(self.curves, 8 * max_bytes - sum(self.fixed)))
+
+    def bytes_at(self, loss: float) -> int:
+        """Bytes of all tables at a predicted growth of the loss."""
+        low, high = min(curve.prices[0] for curve in self.curves), max(curve.prices[1] for curve in self.curves)
+        low = max(low, 1e-300)
+        while high > low * (1 + 1e-6):
+            middle = math.sqrt(low) * math.sqrt(high)
+            if sum(curve.at(middle).loss for curve in self.curves) > loss:
+                high = middle
+            else:
+                low = middle
+        return (sum(curve.at(low).bits for curve in self.curves) + sum(self.fixed)) // 8
+
+
+def share(model: nn.Module, requests: Sequence[Request], statistics: Statistics) -> Shares:
+    """Give requests the metric of the loss, and see what each table is worth.
+
+    Args:
+        model: The model.
+        requests: What is to become of which table.
+        statistics: Of the model.
+
+    Raises:
+        ValueError: If the statistics are of another model or vocabulary.
+    """
+    known = [replace(request, metric=metric_of(model, request.table, statistics)) for request in requests]
+    curves, fixed = [], []
+    with progress_bar("Sharing the budget", total=float(len(known))) as advance:
+        for request in known:
+            vocab_size, dim = request.table.shape
+            blocks = min(_GROUPS, vocab_size)
+            widths = () if request.method_name in _FLOATS else TransformCodingOptions().widths
+            budget, always = bit_budget(vocab_size, dim, request.table.weight.element_size(), 0, blocks, widths)
+            assert request.metric is not None
+            curves.append(rate_curve(request.table.weight.detach(), request.metric, budget, blocks))
+            fixed.append(8 * always + blocks * budget.block + budget.index(blocks))
+            advance(1.0)
+    return Shares(known, curves, fixed)
+
+
+def uses_loss(method: str, options: dict[str, Any]) -> bool:
+    """Whether a method takes the metric of the loss, with these options."""
+    factorization = get_method(method).factorization
+    return factorization.uses_metric and method != "low_rank" and options.get("variant") != "paper"
+
+
+def requests_in_loss(
+    model: nn.Module,
+    statistics: Statistics,
+    method: str,
+    ratio: float | None = None,
+    size: str | int | None = None,
+    tables: str | Sequence[str] = "auto",
+    tie: Tie = "keep",
+    **options: Any,
+) -> list[Request]:
+    """Decide what becomes of which table where it is known what errors cost: one budget for all tables.
+
+    Args:
+        model: The model.
+        statistics: Of the model.
+        method: Name in `METHODS`, or `auto`.
+        ratio: Dense bytes over stored bytes of all tables together.
+        size: Bytes of all tables together, instead of a ratio.
+        tables: See `plan_requests`.
+        tie: `auto` unties what embedding and softmax share if that is predicted to lose less at equal bytes.
+        **options: Options of the method.
+
+    Raises:
+        ValueError: If the request cannot be met, or the statistics are of another model.
+    """
+    if method == "group_reduce":
+        options = {**options, "variant": "loss"}
+    fixes_size = get_method(method).options(**options).fixes_size
+    ways: tuple[Tie, ...] = ("keep", "untie") if tie == "auto" else (tie,)
+    best: tuple[float, list[Request]] | None = None
+    for way in ways:
+        requests = plan_requests(model, method, ratio, size, tables, way, **options)
+        if best is not None and len(requests) == len(best[1]):
+            # Nothing was tied.
+            break
+        if fixes_size or (len(requests) == 1 and len(ways) == 1):
+            return [replace(r, metric=metric_of(model, r.table, statistics)) for r in requests]
+        total = sum(request.max_bytes for request in requests)
+        shares = share(model, requests, statistics)
+        found = (shares.loss_at(total), shares.within(total))
+        if best is None or found[0] < best[0]:
+            best = found
+    assert best is not None
+    return best[1]
+
+
+def smallest_within(
+    limit: float,
+    shares: Shares,
+    measure: Callable[[list[Request]], float],
+) -> tuple[list[Request], float]:
+    """The smallest size of all tables at which the measured loss grows by no more than a limit.
+
+    The first size is the one that is predicted; what is measured there corrects the prediction, and brackets the next.
+
+    Args:
+        limit: Growth of the loss, in nats.
+        shares: Of the tables.
+        measure: Called with requests, solves them and gives the growth of the loss that is measured.
+
+    Returns:
+        The requests, and the growth of the loss that was measured for them.
+
+    Raises:
+        ValueError: If even the largest size loses more; the least that was measured is named.
+    """
+    least = sum(_smallest(request) for request in shares.requests)
+    most = sum(request.table.weight.nbytes for request in shares.requests) - 1
+    goal, factor = (1 + _CLOSE) / 2 * limit, 1.0
+    too_small = float(least)
+    best: tuple[float, list[Request], float] = (math.inf, [], math.nan)
+    size = float(shares.bytes_at(goal))
+    lowest = math.inf
+    for _ in range(_TRIES):
+        size = min(max(size, least), most)
+        requests = shares.within(int(size))
+        measured = measure(requests)
+        lowest = min(lowest, measured)
+        if measured <= limit:
+            if size < best[0]:
+                best = (size, requests, measured)
+            if measured >= _CLOSE * limit or size <= least:
+                break
+        else:
+            if size >= most:
+                break
+            too_small = max(too_small, size)
+        factor = max(measured, 0.02 * limit) / max(shares.loss_at(size), 1e-12)
+        size = float(shares.bytes_at(goal / factor))
+        high = best[0] if best[1] else float(most)
+        if not too_small < size < high:
+            # Where the prediction says nothing new: halfway, of the logarithm.
+            size = math.sqrt(too_small * high)
+        if high / too_small < 1.002:
+            break
+    if not best[1]:
+        raise ValueError(
+            f"max_loss: the perplexity grows by {math.expm1(lowest):.2%} at least with this method and options, above "
+            f"the limit of {math.expm1(limit):.2%}: allow more, or use method={AUTOMATIC!r} or 'transform_coding'"
+        )
+    return best[1], best[2]
+
+
+def _smallest(request: Request) -> int:
+    method = get_method(request.method_name)
+    options = method.options(**({} if request.method_name == AUTOMATIC else request.options))
+    itemsize = request.table.weight.element_size()
+    return method.factorization.smallest_bytes(*request.table.shape, itemsize, options)
