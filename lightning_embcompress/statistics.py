@@ -55,10 +55,10 @@ class Statistics:
         gradients: Path of an embedding to `E[g gᵀ]`, `[d, d]` float64: the sum of `g gᵀ` over all positions, divided by
             the number of targets. `g` is the gradient of the summed loss with respect to the row that was read at a
             position: at the embedding's output, times the scale of embeddings that have one.
-        gradient_energies: Path of an embedding to `[vocab_size]` float64: the part of the trace of `E[g gᵀ]` that comes
-            from the positions of each token.
         num_targets: Over how many targets the means are.
         skipped_batches: Batches that were left out because of a NaN or infinite loss, gradient or hidden state.
+        gradient_energies: Path of an embedding to `[vocab_size]` float64: the part of the trace of `E[g gᵀ]` that comes
+            from the positions of each token.
     """
 
     token_counts: Tensor
@@ -66,9 +66,9 @@ class Statistics:
     hidden_mean: dict[str, Tensor] = field(default_factory=dict)
     probabilities: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    gradient_energies: dict[str, Tensor] = field(default_factory=dict)
     num_targets: int = 0
     skipped_batches: int = 0
+    gradient_energies: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:

@@ -138,7 +138,7 @@ def test_an_option_that_fixes_the_size_takes_the_place_of_a_ratio(method: str, t
 def test_an_option_that_fixes_the_size_excludes_a_ratio(method: str) -> None:
     (name,) = METHODS[method].options().size_options
     for budget in ({"ratio": 2}, {"size": "10kB"}):
-        with pytest.raises(ValueError, match=rf"give exactly one of ratio, size and {name}: ratio is "):
+        with pytest.raises(ValueError, match=rf"give exactly one of ratio, size, max_loss and {name}: ratio is "):
             compress(_Model(), method, token_counts=_counts(), **_SIZES[method], **budget)
     with pytest.raises(ValueError, match=rf"{name} is None"):
         compress(_Model(), method, token_counts=_counts())

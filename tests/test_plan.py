@@ -144,13 +144,13 @@ def test_size_covers_all_tables() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, r"give exactly one of ratio and size: ratio is None, size is None"),
-        ({"ratio": 2, "size": "1kB"}, r"give exactly one of ratio and size: ratio is 2, size is '1kB'"),
+        ({}, r"give exactly one of ratio, size and max_loss: ratio is None, size is None"),
+        ({"ratio": 2, "size": "1kB"}, r"give exactly one of ratio, size and max_loss: ratio is 2, size is '1kB'"),
         ({"ratio": 1}, r"ratio must be above 1 .*it is 1"),
         ({"ratio": -4.0}, r"ratio must be above 1 .*it is -4.0"),
         ({"ratio": float("nan")}, r"ratio must be above 1 .*it is nan"),
         ({"ratio": 2, "method": "group_reduc"}, r"unknown method 'group_reduc' \(did you mean 'group_reduce'"),
-        ({"ratio": 2, "group": 4}, r"unknown option 'group' \(did you mean 'groups'\?\)"),
+        ({"ratio": 2, "group": 4}, r"unknown option 'group' \(did you mean 'groups' or 'grouping'\?\)"),
         ({"ratio": 2, "groups": 501}, r"groups must be at most the 500 rows of the table, it is 501"),
         ({"ratio": 2, "tables": ["decodr"]}, r"no module 'decodr' \(did you mean 'decoder'"),
         ({"ratio": 2, "token_counts": None}, r"table 'encoder' by frequency: give token_counts, .*'low_rank'"),
@@ -315,7 +315,7 @@ def test_plan_of_a_module_that_is_registered_twice() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, r"version 3, this package reads versions up to 2: upgrade lightning-embcompress"),
+        ({"version": 4}, r"version 4, this package reads versions up to 3: upgrade lightning-embcompress"),
         ({"version": None}, r"version None"),
         ({"version": "1"}, r"version '1'"),
         ({"tables": None}, r"not a compression plan"),
@@ -385,14 +385,17 @@ def test_options_reach_the_solver() -> None:
     assert [table.options for table in plan.tables] == [{"groups": 3, "refine_rounds": 0}] * 2
 
 
-def test_plans_of_version_1_are_read() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_plans_of_older_versions_are_read(version: int) -> None:
     model, fresh = _Model(tied=True), _Model(tied=True)
     plan = compress(model, "low_rank", ratio=2)
     record = json.loads(json.dumps(plan.to_dict()))
-    assert record["version"] == 2
+    assert record["version"] == 3
     for table in record["tables"]:
-        assert table.pop("untied") is None
-    record["version"] = 1
+        assert table.pop("predicted_loss") is None
+        if version == 1:
+            assert table.pop("untied") is None
+    record["version"] = version
     read = Plan.from_dict(record)
     assert read.tables == plan.tables
     apply_plan(fresh, read)
