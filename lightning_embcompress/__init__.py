@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_embcompress.reference import open_reference
     from lightning_embcompress.saved import load_compressed, save_compressed
     from lightning_embcompress.sharding import compress_or_restore, shard_tables
+    from lightning_embcompress.statistics import Statistics, collect_statistics
 
 __version__ = "0.1.0"
 
@@ -21,8 +22,10 @@ __all__ = [
     "EmbeddingCompression",
     "GroupReduce",
     "Plan",
+    "Statistics",
     "TensorTrain",
     "apply_plan",
+    "collect_statistics",
     "compress",
     "compress_or_restore",
     "densify",
@@ -43,6 +46,7 @@ _HOMES = {
     "reference": ("open_reference",),
     "saved": ("load_compressed", "save_compressed"),
     "sharding": ("compress_or_restore", "shard_tables"),
+    "statistics": ("Statistics", "collect_statistics"),
 }
 
 # Makes `from_pretrained` of transformers load compressed models; imports nothing.

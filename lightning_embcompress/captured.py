@@ -45,7 +45,7 @@ class HeadCall:
         hidden: `[N, d]`, without its gradient.
         reached: `[*, d]`, with it.
         is_target: `[N]`, which positions are of targets: all, unless logits are seen.
-        probabilities: `[vocab_size]`, the sum over all positions; None unless logits are seen.
+        probabilities: `[2, vocab_size]`, the sum over all positions, and that of squares; None unless logits are seen.
     """
 
     def __init__(self, path: str, layer: nn.Module, hidden: Tensor) -> None:
@@ -78,7 +78,7 @@ class HeadCall:
         self.is_target = is_target
 
     def probabilities_of_targets(self, count: int) -> Tensor | None:
-        """`[vocab_size]`, the sum over the targets."""
+        """`[2, vocab_size]`, the sum over the targets, and that of squares."""
         total = self.probabilities
         if total is None or count == len(self.hidden):
             return total
@@ -91,7 +91,7 @@ class HeadCall:
         assert self.probabilities is not None
         total = torch.zeros_like(self.probabilities)
         device, dtype, enabled = self.autocast
-        chunk = max(1, _chunk_elements(self.hidden) // len(total))
+        chunk = max(1, _chunk_elements(self.hidden) // total.shape[1])
         with torch.no_grad(), torch.autocast(device, dtype, enabled):
             for hidden in torch.split(self.hidden[which], chunk):
                 # Not the layer itself, which has our hooks.
@@ -113,9 +113,11 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def _sum_of_probabilities(logits: Tensor) -> Tensor:
-    """`[N, vocab_size]` logits to the `[vocab_size]` sum of their softmax, in float64."""
+    """`[N, vocab_size]` logits to the `[2, vocab_size]` sums of their softmax and of its square, in float64."""
     device = torch.device("cpu") if logits.device.type == "mps" else logits.device
-    total = torch.zeros(logits.shape[-1], dtype=torch.float64, device=device)
+    total = torch.zeros(2, logits.shape[-1], dtype=torch.float64, device=device)
     for chunk in torch.split(logits, _rows(logits)):
-        total += torch.softmax(chunk, -1, dtype=compute_dtype(chunk.dtype)).sum(0).to(device)
+        probabilities = torch.softmax(chunk, -1, dtype=compute_dtype(chunk.dtype))
+        total[0] += probabilities.sum(0).to(device)
+        total[1] += probabilities.square_().sum(0).to(device)
     return total

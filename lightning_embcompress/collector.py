@@ -127,6 +127,7 @@ class Collector:
             self._make_sum("hidden", path, head.in_features, head.in_features)
             self._make_sum("hidden_mean", path, head.in_features)
             self._make_sum("probabilities", path, self.vocab_size)
+            self._make_sum("squared_probabilities", path, self.vocab_size)
         self.counted = torch.zeros(self.vocab_size, dtype=torch.long)
         # Positions of a head, those with probabilities, and calls of embeddings.
         self.positions = dict.fromkeys(self.heads, 0)
@@ -279,7 +280,8 @@ class Collector:
                     hidden = hidden.where(head.is_target.unsqueeze(1), 0)
                 parts += [("hidden", head.path, hidden.T @ hidden), ("hidden_mean", head.path, hidden.sum(0))]
                 if (probabilities := head.probabilities_of_targets(count)) is not None:
-                    parts.append(("probabilities", head.path, probabilities))
+                    parts.append(("probabilities", head.path, probabilities[0]))
+                    parts.append(("squared_probabilities", head.path, probabilities[1]))
         if not all(bool(torch.isfinite(part).all()) for _, _, part in parts):
             return False
         for kind, path, part in parts:
@@ -328,7 +330,7 @@ def summed(collector: Collector) -> dict[str, Any]:
         )
     counts = sum_over_processes(collector.counted) if collector.given_counts is None else collector.given_counts
     over = {"gradients": dict.fromkeys(calls, num_targets), "probabilities": scored}
-    over["gradient_energies"] = over["gradients"]
+    over |= {"gradient_energies": over["gradients"], "squared_probabilities": scored}
     over |= {"hidden": positions, "hidden_mean": positions}
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in over}
     for (kind, path), total in collector.sums.items():

@@ -23,8 +23,9 @@ def metric_of(model: nn.Module, table: Table, statistics: Statistics) -> Metric:
     """What an error in a table costs, for all the ways in which it is read.
 
     An embedding adds `E[g gᵀ]`, a head `E[h hᵀ]`; a tied table has both. Of a head with a bias it is the covariance:
-    `correct_bias` makes up for the rest. Rows count by their smoothed frequency; those of a table that is only an
-    embedding also by how large the gradients of tokens of their frequency are, which differ by a factor of several.
+    `bias_corrections` make up for the rest. Rows count by their smoothed frequency. Those of a table that is only a
+    head count less the surer the model is of them: the Fisher information of a logit is `p (1 − p)`, not `p`. Those of
+    one that is only an embedding count by how large the gradients of tokens of their frequency are, too.
 
     Args:
         model: The model.
@@ -46,6 +47,8 @@ def metric_of(model: nn.Module, table: Table, statistics: Statistics) -> Metric:
     embeddings = [path for path in table.modules if path in statistics.gradients]
     for path in embeddings:
         total += statistics.gradients[path]
+    if not embeddings and len(heads) == 1 and heads[0] in statistics.squared_probabilities:
+        weights = weights * _doubts(statistics, heads[0])
     if not heads and len(embeddings) == 1 and embeddings[0] in statistics.gradient_energies:
         weights = weights * _relative_energies(statistics, embeddings[0])
     metric = Metric(total, weights)
@@ -61,6 +64,12 @@ def bias_of(model: nn.Module, path: str) -> Tensor | None:
     """Bias of a head, dense or compressed; None if it has none or is no head."""
     module = model.get_submodule(path)
     return module.bias if isinstance(module, nn.Linear | CompressedLinear) else None
+
+
+def _doubts(statistics: Statistics, path: str) -> Tensor:
+    """`E[p (1 − p)] / E[p]` of every token: 1 for one that is never likely."""
+    mean, square = statistics.probabilities[path], statistics.squared_probabilities[path]
+    return ((mean - square) / mean.clamp(min=1e-300)).clamp(0.05, 1.0)
 
 
 def _relative_energies(statistics: Statistics, path: str) -> Tensor:

@@ -222,7 +222,7 @@ def compress(
         [('0', True), ('1', True)]
     """
     check_whole(model, "compressed")
-    _check_loss(method, max_loss, statistics, evaluate, options)
+    _check_loss(method, ratio, size, max_loss, statistics, evaluate, options)
     if statistics is None or not uses_loss(method, options):
         requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
         return _replace(model, _solve(requests, counts), None)
@@ -246,25 +246,28 @@ def compress(
     return _replace(model, _solve(requests, counts), statistics)
 
 
-def _check_loss(method: str, max_loss: Any, statistics: Any, evaluate: Any, options: dict[str, Any]) -> None:
+def _check_loss(
+    method: str, ratio: Any, size: Any, max_loss: Any, statistics: Any, evaluate: Any, options: dict[str, Any]
+) -> None:
     if statistics is None and (method == AUTOMATIC or options.get("variant") == "loss"):
+        asked = "method='auto'" if method == AUTOMATIC else "variant='loss'"
         raise ValueError(
-            f"{'method' if method == AUTOMATIC else 'variant'}={'auto' if method == AUTOMATIC else 'loss'!r} minimises "
-            "what the loss grows by, and has to know what errors cost: give statistics=collect_statistics(model, "
-            "batches), or use variant='paper'"
+            f"{asked} minimises what the loss grows by, and has to know what errors cost: give "
+            "statistics=collect_statistics(model, batches), or use variant='paper'"
         )
-    if max_loss is not None:
-        check_budget(None, None, get_method(method).options(**options), max_loss)
-        if statistics is None or evaluate is None:
-            raise ValueError(
-                "max_loss needs statistics, as collect_statistics(model, batches) gives them, to predict sizes, and "
-                "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
-            )
-        if not uses_loss(method, options):
-            raise ValueError(
-                f"max_loss cannot be predicted for method {method!r} with these options: use 'transform_coding', "
-                "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
-            )
+    if max_loss is None:
+        return
+    check_budget(ratio, size, get_method(method).options(**options), max_loss)
+    if statistics is None or evaluate is None:
+        raise ValueError(
+            "max_loss needs statistics, as collect_statistics(model, batches) gives them, to predict sizes, and "
+            "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
+        )
+    if not uses_loss(method, options):
+        raise ValueError(
+            f"max_loss cannot be predicted for method {method!r} with these options: use 'transform_coding', "
+            "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
+        )
 
 
 Solution: TypeAlias = list[tuple[Request, Factorization[Any]]]

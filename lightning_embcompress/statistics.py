@@ -35,7 +35,9 @@ LossFunction: TypeAlias = Callable[[Any, Any], Any]
 
 _FORMAT = "lightning-embcompress statistics"
 _VERSION = 1
-_KINDS = ("hidden", "hidden_mean", "probabilities", "gradients", "gradient_energies")
+_KINDS = ("hidden", "hidden_mean", "probabilities", "squared_probabilities", "gradients", "gradient_energies")
+# `[vocab_size]`, and not square.
+_OF_TOKENS = ("probabilities", "squared_probabilities", "gradient_energies")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,8 @@ class Statistics:
         skipped_batches: Batches that were left out because of a NaN or infinite loss, gradient or hidden state.
         gradient_energies: Path of an embedding to `[vocab_size]` float64: the part of the trace of `E[g gᵀ]` that comes
             from the positions of each token.
+        squared_probabilities: Path of a head to the mean square of the predicted probability of every token,
+            `[vocab_size]` float64; missing as `probabilities` is.
     """
 
     token_counts: Tensor
@@ -69,6 +73,7 @@ class Statistics:
     num_targets: int = 0
     skipped_batches: int = 0
     gradient_energies: dict[str, Tensor] = field(default_factory=dict)
+    squared_probabilities: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -272,7 +277,7 @@ def _from_tensors(tensors: dict[str, Tensor], record: dict[str, Any]) -> Statist
         kind, slash, path = key.partition("/")
         if not slash or kind not in found:
             raise ValueError(f"{key!r} is unknown")
-        if kind in ("probabilities", "gradient_energies"):
+        if kind in _OF_TOKENS:
             fits = tensor.shape == counts.shape
         elif kind == "hidden_mean":
             fits = tensor.shape == tensors[f"hidden/{path}"].shape[:1]
