@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -13,29 +13,30 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Options,
-    integer,
-    integers,
-    is_exporting,
-    positive_integers,
-    stored_bytes,
-)
+from lightning_embcompress.factorizations.base import Options, integer, integers, is_exporting, positive_integers
 from lightning_embcompress.factorizations.blocks import RowBlocks
-from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
-from lightning_embcompress.solvers.division import deal
-from lightning_embcompress.solvers.gram import row_units, run_of
+from lightning_embcompress.factorizations.packing import packed_bytes
+from lightning_embcompress.factorizations.shared_basis_layout import (
+    KIND,
+    bit_budget,
+    byte_codes,
+    packed_codes,
+    segments_of,
+    structure,
+    unpacked_codes,
+)
+from lightning_embcompress.solvers.division import agree, deal
+from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units, run_of
 from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
-from lightning_embcompress.solvers.rate_allocation import Overheads
 from lightning_embcompress.solvers.scalar_quantizer import nearest_level
-from lightning_embcompress.solvers.shared_basis import BitBudget, SharedBasis, shared_basis
+from lightning_embcompress.solvers.shared_basis import SharedBasis, shared_basis
 
 # Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 # Scales are powers of two of a sixteenth: within 2 % of what they should be, codes being chosen by what they are.
 _SCALE_STEPS = 16
 # Refinement changes the structure if that leaves less than this part of the loss.
-_CLEARLY = 0.9
+_CLEARLY = 0.85
 # Coefficients that are looked up at a time on the way to the logits: 1 MiB of float32.
 _PIECE = 2**18
 
@@ -97,6 +98,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         rank: Rows of the basis.
         sizes: Rows of every block; they add up to `vocab_size`.
         segments: For every block, runs `[bits, components]` of the components that it keeps; bits 0 for floats.
+        is_coded: Whether coefficients are codes.
         dtype: Dtype of the factors.
         device: Device of the factors.
 
@@ -110,7 +112,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         (torch.Size([2, 64]), torch.Size([2, 2000]))
     """
 
-    kind = "shared_basis_blocks"
+    kind = KIND
     options_class = TransformCodingOptions
     divides = True
     uses_metric = True
@@ -127,6 +129,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         rank: int,
         sizes: Sequence[int],
         segments: Sequence[Sequence[Sequence[int]]],
+        is_coded: bool,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
@@ -135,18 +138,15 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         self.rank = rank
         self.segments = [[(int(bits), int(count)) for bits, count in runs] for runs in segments]
         self.ranks = [sum(count for _, count in runs) for runs in self.segments]
+        self.is_coded = is_coded
         used = {bits for runs in self.segments for bits, _ in runs}
         if len(self.segments) != len(self.sizes) or not 0 <= rank <= dim or max(self.ranks) != rank:
             raise ValueError(
-                f"there must be segments for each of {len(self.sizes)} blocks, the most of {rank} components"
+                f"there must be segments for each of {len(self.sizes)} blocks, the most of {rank} components, and at "
+                f"most {dim}"
             )
-        if (
-            not used <= set(range(9))
-            or (0 in used and len(used) > 1)
-            or any(n < 1 for r in self.segments for _, n in r)
-        ):
-            raise ValueError("the segments of a block must be [bits, components], bits 1 to 8, or 0 for floats in all")
-        self.is_coded = 0 not in used and bool(used)
+        if not used <= (set(range(1, 9)) if is_coded else {0}) or any(n < 1 for r in self.segments for _, n in r):
+            raise ValueError("the segments of a block must be [bits, components], bits 1 to 8 of codes, 0 of floats")
         self.widths = sorted(used - {0})
         blocks = len(self.sizes)
 
@@ -165,7 +165,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             self.means = parameter(blocks, dim)
             return
         self.levels = parameter(sum(2**bits for bits in self.widths))
-        self.scale_unit = parameter(1)
+        self.scale_unit = parameter(1 if rank else 0)
         self.basis_scales = parameter(rank)
         self.mean_scales = parameter(blocks)
         buffer("packed_codes", sum(packed_bytes(size * n, bits) for size, bits, n in self._runs()))
@@ -189,30 +189,29 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             start += size * rank
         return codes
 
-    def _pack(self, codes: Sequence[Tensor]) -> None:
-        """Set the codes of all blocks."""
+    def _pack(self) -> None:
+        """Pack the codes of all blocks."""
         packed = []
-        for block, runs in zip(codes, self.segments, strict=True):
+        for block, runs in zip(self._block_codes(), self.segments, strict=True):
             start = 0
             for bits, count in runs:
-                packed.append(_packed(block[:, start : start + count], bits))
+                packed.append(packed_codes(block[:, start : start + count], bits))
                 start += count
-        device = self.packed_codes.device
-        self.packed_codes = torch.cat([self.packed_codes.new_empty(0), *packed]).to(device)
-        self.codes = torch.cat([self.codes.new_empty(0), *(block.flatten() for block in codes)]).to(device)
+        self.packed_codes = torch.cat([self.packed_codes.new_empty(0), *packed])
 
     def _unpack(self) -> None:
         """Read the codes of all blocks from what is packed."""
-        start = 0
-        blocks = []
-        for size, runs in zip(self.sizes, self.segments, strict=True):
-            parts = [self.codes.new_empty(size, 0)]
+        # The packed codes may have come to another device than that which is left.
+        self.codes = torch.empty_like(self.codes, device=self.packed_codes.device)
+        begin = 0
+        for block, runs in zip(self._block_codes(), self.segments, strict=True):
+            start = 0
             for bits, count in runs:
-                length = packed_bytes(size * count, bits)
-                parts.append(_unpacked(self.packed_codes[start : start + length], bits, size, count))
-                start += length
-            blocks.append(torch.cat(parts, dim=1).flatten())
-        self.codes = torch.cat(blocks)
+                number = block.shape[0] * count
+                length = packed_bytes(number, bits)
+                codes = unpacked_codes(self.packed_codes[begin : begin + length], bits, number)
+                block[:, start : start + count] = codes.view(-1, count)
+                start, begin = start + count, begin + length
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -230,7 +229,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
 
     def _offsets(self) -> list[Tensor]:
         """Where the levels of every component of a block begin, int32."""
-        starts = dict(zip(self.widths, accumulate([0, *(2**bits for bits in self.widths[:-1])]), strict=True))
+        starts = dict(zip(self.widths, accumulate((2**bits for bits in self.widths), initial=0), strict=False))
         device = self.codes.device
         return [
             torch.tensor([starts[bits] for bits, count in runs for _ in range(count)], dtype=torch.int32, device=device)
@@ -290,8 +289,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
 
     def spec(self) -> dict[str, Any]:
         """Shape, sizes of blocks, and the widths of their components."""
-        segments = [[list(run) for run in runs] for runs in self.segments]
-        return _spec(self.vocab_size, self.dim, self.rank, self.sizes, segments)
+        return structure(self.vocab_size, self.dim, self.rank, self.sizes, self.segments, self.is_coded)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
@@ -307,7 +305,9 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             for run in runs:
                 if len(integers({"segments": run}, "segments")) != 2:
                     raise ValueError("the structure's 'segments' must be lists of [bits, components]")
-        return cls(vocab_size, dim, integer(spec, "rank"), sizes, segments, dtype, device)
+        if not isinstance(spec.get("is_coded"), bool):
+            raise ValueError("the structure's 'is_coded' must be true or false")
+        return cls(vocab_size, dim, integer(spec, "rank"), sizes, segments, spec["is_coded"], dtype, device)
 
     @classmethod
     def smallest_bytes(
@@ -327,7 +327,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         count = groups if isinstance(groups, int) else 1
         if count > vocab_size:
             raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {count}")
-        budget, fixed = _budget(vocab_size, dim, itemsize, 0, count, widths)
+        budget, fixed = bit_budget(vocab_size, dim, itemsize, 0, count, widths)
         return fixed - (-(count * budget.block + budget.index(count)) // 8)
 
     @classmethod
@@ -371,13 +371,23 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         widths = options.widths if isinstance(options, TransformCodingOptions) else ()
         now = self.block_of_row.to(target.device)
         arguments = (target, max_bytes, metric, options.groups, options.refine_rounds, widths)
-        kept, *others = [
-            self.solve(*arguments, start, keep, lambda part: advance(part / 3))
-            for start, keep in ((now, self._bits()), (now, None), (None, None))
-        ]
-        best = min(others, key=lambda one: _known(one.predicted_loss))
-        if _known(best.predicted_loss) < _CLEARLY * _known(kept.predicted_loss):
-            return best
+        starts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
+        if max_bytes >= self.least_bytes(self.vocab_size, self.dim, target.element_size(), len(self.sizes), widths):
+            starts.append((now, None))
+        # What there is stays only if the options and the budget still allow it.
+        bits = self._bits()
+        offered = {0, *(widths or (8 * target.dtype.itemsize,))}
+        if self.is_coded == bool(widths) and set(bits.flatten().tolist()) <= offered:
+            starts.append((now, bits))
+        solved = [self.solve(*arguments, *pair, lambda part: advance(part / len(starts))) for pair in starts]
+        losses = torch.tensor([one.loss_in(metric, target) for one in solved], dtype=torch.float64)
+        # Which one is taken must be the same in all processes.
+        agree(losses)
+        fits = torch.tensor([one.stored_bytes() <= max_bytes for one in solved])
+        best = int(losses.masked_fill(~fits, torch.inf).argmin())
+        kept = solved[-1]
+        if kept.spec() != self.spec() or not fits[-1] or losses[best] < _CLEARLY * losses[-1]:
+            return solved[best]
         if not self.is_coded:
             # The signs of components are free: with those there were, the optimizer's state keeps its meaning.
             signs = torch.where((kept.basis * self.basis.to(kept.basis)).sum(dim=1) < 0, -1.0, 1.0).to(kept.basis)
@@ -427,14 +437,20 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         """
         vocab_size, dim = weight.shape
         count = groups if isinstance(groups, int) else None
-        most = max(count or 32, 1 if start is None else int(start.max()) + 1)
-        budget, _ = _budget(vocab_size, dim, weight.element_size(), max_bytes, most, widths)
+        least = cls.least_bytes(vocab_size, dim, weight.element_size(), groups, widths)
+        if max_bytes < least and keep is None:
+            raise ValueError(
+                f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} in {count or 1} blocks of a mean each, "
+                f"which takes {least}; allow more bytes or use fewer groups"
+            )
+        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, count or 32, widths)
         solution = shared_basis(
             weight, metric, budget, count, refine_rounds, start, keep, lambda part: advance(0.8 * part)
         )
-        segments = [_segments(row, bool(widths)) for row in solution.bits.tolist()]
+        is_coded = bool(widths)
+        segments = [segments_of(row, is_coded) for row in solution.bits.tolist()]
         sizes = torch.bincount(solution.block_of_row, minlength=len(segments)).tolist()
-        solved = cls(vocab_size, dim, solution.bits.shape[1], sizes, segments, weight.dtype, weight.device)
+        solved = cls(vocab_size, dim, solution.bits.shape[1], sizes, segments, is_coded, weight.dtype, weight.device)
         solved._index(solution.block_of_row)
         solved._fill(weight, solution, metric)
         solved.predicted_loss = solution.loss
@@ -446,134 +462,74 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         """Coefficients of all rows, in the basis and around the means as they are stored."""
         device = weight.device
         if self.is_coded:
-            self.scale_unit.fill_(float(solution.scales.max()))
-            steps = torch.log2(solution.scales.clamp(min=1e-300) / max(float(self.scale_unit), 1e-300))
-            codes = (-_SCALE_STEPS * steps).round().clamp(0, 255).to(torch.uint8)
-            used = [codes[block, :rank] for block, rank in enumerate(self.ranks)]
-            self.scale_codes.copy_(torch.cat(used))
-            self.levels.copy_(torch.cat([solution.levels[bits] for bits in self.widths]))
+            self.scale_unit.fill_(max([0.0, *solution.scales.flatten().tolist()]))
+            steps = torch.log2(solution.scales.clamp(min=1e-300) / self.scale_unit.double().cpu().clamp(min=1e-300))
+            steps = (-_SCALE_STEPS * steps).round().clamp(0, 255).to(torch.uint8)
+            self.scale_codes.copy_(torch.cat([steps[block, :rank] for block, rank in enumerate(self.ranks)]))
+            self.levels.copy_(torch.cat([self.levels[:0].cpu(), *(solution.levels[bits] for bits in self.widths)]))
             for name, values in (("basis", solution.basis), ("mean", solution.means)):
-                scales = getattr(self, f"{name}_scales")
-                scales.copy_(values.abs().amax(dim=1) / 127)
-                levels = values / scales.double().cpu().clamp(min=1e-300).unsqueeze(1)
-                getattr(self, f"{name}_codes").copy_((levels.round().clamp(-127, 127) + 128).to(torch.uint8))
+                rounded, units = byte_codes(values)
+                getattr(self, f"{name}_codes").copy_(rounded)
+                getattr(self, f"{name}_scales").copy_(units)
+            # Rounded logarithms may differ between processors.
+            agree(self.scale_codes)
         else:
             self.basis.copy_(solution.basis)
             self.means.copy_(solution.means)
         basis, means, scales = self._read()
-        projector = _projector(basis, metric).to(device)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        levels = (
-            dict(zip(self.widths, torch.split(self.levels, [2**n for n in self.widths]), strict=True))
-            if self.is_coded
-            else {}
-        )
-        found = [
-            torch.empty(size, rank, dtype=torch.uint8 if self.is_coded else weight.dtype, device=device)
-            for size, rank in zip(self.sizes, self.ranks, strict=True)
-        ]
-        units = [
+        projectors = [one.to(device) for one in _projectors(basis, metric, self.ranks)]
+        dtype = compute_dtype(weight.dtype)
+        levels = {}
+        if self.widths:
+            tables = torch.split(self.levels.to(dtype), [2**bits for bits in self.widths])
+            levels = dict(zip(self.widths, tables, strict=True))
+        # In place: the coefficients of all rows are as large as the result.
+        found = self._block_codes() if self.is_coded else [one.detach() for one in self.coefficients]
+        parts = [
             (block, run_of(chunks), rows)
             for block, rows in enumerate(torch.split(self.order, self.sizes))
             for chunks in row_units(rows.numel(), self.dim)
         ]
 
         def compute(unit: int) -> None:
-            block, run, rows = units[unit]
-            values = weight[rows[run]].to(dtype) - means[block].to(dtype)
-            values = values @ projector[:, : self.ranks[block]].to(dtype)
-            if not self.is_coded:
-                found[block][run] = values.to(weight.dtype)
-                return
-            values /= scales[block].to(dtype).clamp(min=1e-30)
-            start = 0
-            for bits, count in self.segments[block]:
-                part = values[:, start : start + count].contiguous()
-                found[block][run, start : start + count] = nearest_level(part, levels[bits].to(dtype)).to(torch.uint8)
-                start += count
+            block, run, rows = parts[unit]
+            projector = projectors[block].to(dtype)
+            shift = means[block].to(dtype) @ projector
+            for chunk in row_chunks(run.stop - run.start, self.dim):
+                place = slice(run.start + chunk.start, run.start + chunk.stop)
+                values = weight[rows[place]].to(dtype) @ projector - shift
+                if self.is_coded:
+                    values /= scales[block].to(dtype).clamp(min=1e-30)
+                    values = self._codes_of(values, self.segments[block], levels)
+                found[block][place] = values.to(found[block].dtype)
 
-        results = [[found[block][run]] for block, run, _ in units]
-        deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in units], compute)
+        results = [[found[block][run]] for block, run, _ in parts]
+        deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in parts], compute)
         if self.is_coded:
-            self._pack(found)
-            return
-        for coefficients, values in zip(self.coefficients, found, strict=True):
-            coefficients.copy_(values)
+            self._pack()
+
+    @staticmethod
+    def _codes_of(values: Tensor, runs: Sequence[tuple[int, int]], levels: Mapping[int, Tensor]) -> Tensor:
+        parts = torch.split(values, [count for _, count in runs], dim=1) if runs else []
+        codes = [nearest_level(part.contiguous(), levels[bits]) for part, (bits, _) in zip(parts, runs, strict=True)]
+        return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
 
 
-def _projector(basis: Tensor, metric: Metric) -> Tensor:
-    """`[dim, rank]`: coefficients of least loss in a basis that storing it has changed, `M Bᵀ (B M Bᵀ)⁻¹`."""
-    seen: Tensor = torch.linalg.pinv(basis.double().cpu() @ metric.root)
-    return metric.root @ seen
+def _projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Tensor]:
+    """`[dim, rank]` for each rank: coefficients of least loss in the first rows of a basis that storing it has changed.
+
+    They are `M Bᵀ (B M Bᵀ)⁻¹`; of the Cholesky factor the first rows and columns are that of the first rows of `B`.
+    """
+    seen = basis.double().cpu() @ metric.root
+    lengths = seen.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    seen /= lengths
+    # Rows that rounding has made the same leave nothing to choose between them.
+    moment = seen @ seen.T + 1e-12 * torch.eye(len(seen), dtype=torch.float64)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(moment))
+    turned = metric.root @ (seen.T @ inverse.T)
+    return [turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T) for rank in ranks]
 
 
 def _plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:
     counts = torch.zeros(weight.shape[0]) if token_counts is None else token_counts
     return Metric(torch.eye(weight.shape[1], dtype=torch.float64), smoothed_frequencies(counts.cpu()))
-
-
-def _known(loss: float | None) -> float:
-    return torch.inf if loss is None else loss
-
-
-def _segments(bits: list[int], is_coded: bool) -> list[list[int]]:
-    """Runs of equal widths, without the dropped components at the end."""
-    runs: list[list[int]] = []
-    for width in bits:
-        if not width:
-            break
-        name = width if is_coded else 0
-        if runs and runs[-1][0] == name:
-            runs[-1][1] += 1
-        else:
-            runs.append([name, 1])
-    return runs
-
-
-def _spec(vocab_size: int, dim: int, rank: int, sizes: list[int], segments: list[list[list[int]]]) -> dict[str, Any]:
-    return {
-        "kind": SharedBasisBlocks.kind,
-        "vocab_size": vocab_size,
-        "dim": dim,
-        "rank": rank,
-        "sizes": list(sizes),
-        "segments": segments,
-    }
-
-
-def _budget(
-    vocab_size: int, dim: int, itemsize: int, max_bytes: int, blocks: int, widths: tuple[int, ...]
-) -> tuple[BitBudget, int]:
-    """What a solution may take, and the bytes that are there whatever it is."""
-    spec = _spec(vocab_size, dim, dim, [], [])
-    # What a block adds to the structure, as text, and to the last bytes of its segments.
-    said = len(str(vocab_size)) + 4 + len(f"[{8},{dim}],") * max(1, len(widths))
-    if widths:
-        fixed = stored_bytes(sum(2**bits for bits in widths) * itemsize + itemsize, 9, spec)
-        row = 8 * (dim + itemsize)
-        block = row + 8 * said + 7 * len(widths)
-        overheads = Overheads(8, row)
-    else:
-        # A tensor of its own in the file for the coefficients of each block.
-        fixed = stored_bytes(0, 3, spec)
-        block = 8 * (dim * itemsize + said + (stored_bytes(0, 1, {}) - stored_bytes(0, 0, {})))
-        overheads = Overheads(0, 8 * dim * itemsize)
-    budget = BitBudget(
-        8 * (max_bytes - fixed),
-        widths or (8 * itemsize,),
-        not widths,
-        overheads,
-        block,
-        lambda count: 8 * packed_bytes(vocab_size, bit_width(count)),
-    )
-    return budget, fixed
-
-
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    return codes.flatten() if bits == 8 else pack_bits(codes.flatten().int(), bits)
-
-
-def _unpacked(packed: Tensor, bits: int, size: int, count: int) -> Tensor:
-    if bits != 8:
-        packed = unpack_bits(packed, bits, size * count).to(torch.uint8)
-    return packed.view(size, count)

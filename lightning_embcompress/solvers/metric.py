@@ -7,6 +7,7 @@ information); at a softmax `M = E[h hᵀ]`, `h` the hidden state that feeds it. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,24 +71,25 @@ class Metric:
         """The metric of some of the columns, others unchanged."""
         return Metric(self.matrix[columns, columns], self.weights)
 
-    def loss(self, weight: Tensor, approximation: Tensor) -> float:
+    def loss(self, weight: Tensor, approximation: Tensor | Callable[[slice], Tensor]) -> float:
         """Predicted growth of the mean loss, `½ Σ_i q_i δ_iᵀ M δ_i`, in nats.
 
         Processes share the rows, see `solvers.division`.
 
         Args:
             weight: `[vocab_size, dim]` table.
-            approximation: `[vocab_size, dim]` what takes its place.
+            approximation: `[vocab_size, dim]` what takes its place; or what gives some of its rows.
         """
         dtype = compute_dtype(weight.dtype)
         root = self.root.to(weight.device, dtype)
         weights = self.weights.to(weight.device)
+        read = approximation if callable(approximation) else approximation.__getitem__
         units = row_units(*weight.shape)
         sums = [torch.zeros(len(chunks), dtype=torch.float64) for chunks in units]
 
         def compute(unit: int) -> None:
             for index, chunk in enumerate(units[unit]):
-                change = (weight[chunk].to(dtype) - approximation[chunk].to(weight.device, dtype)) @ root
+                change = (weight[chunk].to(dtype) - read(chunk).to(weight.device, dtype)) @ root
                 sums[unit][index] = (change.square().sum(dim=1).double() * weights[chunk]).sum()
 
         deal([[part] for part in sums], [float(len(part)) for part in sums], compute)

@@ -88,9 +88,12 @@ class RateCurve:
         sizes: Rows of every block.
         widths: Ways to store a coefficient.
         overheads: What else takes bits.
+        rest: What is lost whatever is kept: energy of components that are not offered, in nats.
     """
 
-    def __init__(self, energies: Tensor, sizes: Sequence[int], widths: Widths, overheads: Overheads) -> None:
+    def __init__(
+        self, energies: Tensor, sizes: Sequence[int], widths: Widths, overheads: Overheads, rest: float = 0.0
+    ) -> None:
         """Prepare what is the same at all prices."""
         self._energies = energies.double().cpu()
         falls = [falling(row) for row in self._energies.tolist()]
@@ -100,24 +103,59 @@ class RateCurve:
         # [blocks, widths]
         self._costs = torch.tensor(list(sizes), dtype=torch.float64).unsqueeze(1) * bits
         self._costs += (bits > 0) * float(overheads.column)
-        self._products = self._falls.unsqueeze(2) * self._lost
         self._basis = overheads.basis
-        self._total = float(self._energies.sum())
+        self._total = float(self._energies.sum()) + rest
         largest = float(self._falls.max()) if falls and falls[0] else 0.0
         self.prices = (largest * 1e-24, max(largest, 1e-300) * max(2, len(sizes)))
         """A price at which everything that has any energy is kept, and one at which nothing is."""
 
     def at(self, price: float) -> Rates:
         """The allocation that minimises the loss plus the price of its bits, in nats a bit."""
-        chosen_cost, chosen = (self._products + price * self._costs.unsqueeze(1)).min(dim=2)
+        least = self._falls
+        chosen = torch.zeros(least.shape, dtype=torch.long)
+        for width in range(1, len(self._lost)):
+            cost = self._falls * self._lost[width] + price * self._costs[:, width : width + 1]
+            better = cost < least
+            chosen.masked_fill_(better, width)
+            least = torch.where(better, cost, least)
         # A component is kept if what all blocks gain by it pays for its row of the basis.
-        gains = (self._falls - chosen_cost).sum(dim=0)
+        gains = (self._falls - least).sum(dim=0)
         rank = int((gains > price * self._basis).int().cumprod(0).sum())
         rank = int((chosen[:, :rank] > 0).any(dim=0).int().cumprod(0).sum())
-        chosen = chosen[:, :rank]
+        return self._rates(chosen[:, :rank], price)
+
+    def _rates(self, chosen: Tensor, price: float) -> Rates:
+        rank = chosen.shape[1]
         loss = self._total - float((self._energies[:, :rank] * (1 - self._lost[chosen])).sum())
         taken = float(self._costs.gather(1, chosen).sum()) + rank * self._basis
         return Rates(chosen, price, max(loss, 0.0), math.ceil(taken))
+
+    def between(self, low: Rates, high: Rates, max_bits: float) -> Rates:
+        """As much of the step from one allocation to a larger one as fits.
+
+        At the price where they meet, all parts of the step are worth it alike: components of equal or pooled energies
+        come at one price, and a whole step of them may be much.
+
+        Args:
+            low: An allocation.
+            high: The next larger one.
+            max_bits: Most bits that the result may take.
+        """
+        chosen = torch.nn.functional.pad(low.widths, (0, high.widths.shape[1] - low.widths.shape[1]))
+        rank, left = low.widths.shape[1], max_bits - low.bits
+        stopped: set[int] = set()
+        for component, block in (high.widths > chosen).T.nonzero().tolist():
+            old, new = int(chosen[block, component]), int(high.widths[block, component])
+            cost = float(self._costs[block, new] - self._costs[block, old])
+            cost += self._basis * (component >= rank)
+            if block in stopped or component > rank or cost > left:
+                # Widths must not rise within a block: nothing behind a component that stays as it was.
+                stopped.add(block)
+                continue
+            chosen[block, component] = new
+            left -= cost
+            rank = max(rank, component + 1)
+        return self._rates(chosen[:, :rank], low.price)
 
 
 def allocate(curves: Sequence[RateCurve], max_bits: float) -> list[Rates]:
@@ -128,7 +166,7 @@ def allocate(curves: Sequence[RateCurve], max_bits: float) -> list[Rates]:
         max_bits: Most bits that all of them may take together.
 
     Returns:
-        An allocation for each, all at one price; without any component where not even one fits.
+        An allocation for each, all at one price, the last step in part; without any component where not even one fits.
 
     Example:
         >>> energies = torch.tensor([[8.0, 2.0, 0.1], [1.0, 0.5, 0.0]])
@@ -142,9 +180,10 @@ def allocate(curves: Sequence[RateCurve], max_bits: float) -> list[Rates]:
         return [curve.at(price) for curve in curves]
 
     low, high = min(curve.prices[0] for curve in curves), max(curve.prices[1] for curve in curves)
-    best = at(max(low, 1e-300))
-    if sum(rates.bits for rates in best) <= max_bits:
-        return best
+    low = max(low, 1e-300)
+    over = at(low)
+    if sum(rates.bits for rates in over) <= max_bits:
+        return over
     best = at(high)
     while high > low * (1 + 1e-6):
         middle = math.sqrt(low) * math.sqrt(high)
@@ -152,5 +191,8 @@ def allocate(curves: Sequence[RateCurve], max_bits: float) -> list[Rates]:
         if sum(rates.bits for rates in found) <= max_bits:
             best, high = found, middle
         else:
-            low = middle
+            over, low = found, middle
+    for index, (curve, larger) in enumerate(zip(curves, over, strict=True)):
+        others = sum(rates.bits for rates in best) - best[index].bits
+        best[index] = curve.between(best[index], larger, max_bits - others)
     return best

@@ -18,18 +18,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_embcompress.solvers.division import deal
-from lightning_embcompress.solvers.gram import compute_dtype, gram_matrix, row_units, run_of
+from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.metric import Metric
+from lightning_embcompress.solvers.projected_table import BlockSums, ProjectedTable
 from lightning_embcompress.solvers.rate_allocation import Overheads, RateCurve, Rates, Widths, allocate
+from lightning_embcompress.solvers.sampling import at_equal_steps, chances
 from lightning_embcompress.solvers.scalar_quantizer import distortion, fit_levels
 
 # Numbers of blocks to choose from where none is given: each is made of neighbours of the next.
 _AUTOMATIC_GROUPS = (1, 2, 4, 8, 16, 32)
 # Refinement has converged when a round lowers the loss by less than this part.
 _TOLERANCE = 2e-3
-# Coefficients that are looked at to see what quantizers lose.
-_SAMPLED = 2**18
+# Coefficients to which levels are fitted.
+_POOLED = 2**18
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class BitBudget:
         overheads: Bits beside those of coefficients.
         block: Bits of a block: its mean.
         index: Called with the number of blocks, bits of the index that says which row is in which.
+        stored_means: Called with means of blocks, `[blocks, dim]` float64, what they become when they are stored.
     """
 
     max_bits: int
@@ -51,6 +53,7 @@ class BitBudget:
     overheads: Overheads
     block: int
     index: Callable[[int], int]
+    stored_means: Callable[[Tensor], Tensor] = lambda means: means
 
     def left(self, blocks: int) -> float:
         """Bits that are left for coefficients and basis with so many blocks."""
@@ -64,10 +67,10 @@ class SharedBasis:
     Attributes:
         block_of_row: `[vocab_size]` int64; no block is empty.
         bits: `[blocks, rank]` int64 bits of a coefficient, 0 where the component is dropped; rows do not rise.
-        means: `[blocks, dim]` float64 weighted means of the rows.
+        means: `[blocks, dim]` float64 weighted means of the rows, as they are stored.
         projector: `[dim, rank]` float64: coefficients are `(w − mean) projector`.
         basis: `[rank, dim]` float64: rows are `mean + coefficients basis`.
-        scales: `[blocks, rank]` float64 weighted root mean squares of the coefficients.
+        scales: `[blocks, rank]` float64 weighted root mean squares of the coefficients around these means.
         levels: For every width that is used, `[2^bits]` float64 levels of coefficients over their scale; none where
             coefficients are kept as floats.
         losses: Predicted growth of the loss in nats, before refinement and after each round.
@@ -86,33 +89,6 @@ class SharedBasis:
     def loss(self) -> float:
         """Predicted growth of the loss, in nats."""
         return min(self.losses)
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Weighted sums over the rows of every block, of coefficients around the mean of the table."""
-
-    sizes: Tensor
-    mass: Tensor
-    first: Tensor
-    second: Tensor
-
-    @property
-    def means(self) -> Tensor:
-        return self.first / self.mass.clamp(min=1e-300).unsqueeze(1)
-
-    @property
-    def energies(self) -> Tensor:
-        """`[blocks, dim]`: half the weighted variance of a component times the mass, what dropping it costs."""
-        return 0.5 * (self.second - self.first * self.means).clamp(min=0)
-
-    def merged(self, count: int) -> _Sums:
-        """As if runs of `count` neighbouring blocks were one."""
-        return _Sums(*(_merge(tensor, count) for tensor in (self.sizes, self.mass, self.first, self.second)))
-
-
-def _merge(tensor: Tensor, count: int) -> Tensor:
-    return torch.stack([part.sum(dim=0) for part in torch.split(tensor, count)])
 
 
 def shared_basis(
@@ -143,52 +119,46 @@ def shared_basis(
         The solution of least predicted loss of all rounds.
 
     Raises:
-        ValueError: If the budget does not cover the index and the means of the blocks.
+        ValueError: If there are more groups than rows, the metric is of another table, or the budget does not cover the
+            index and the means of the blocks.
     """
-    table = _Coefficients(weight, metric)
+    table = ProjectedTable(weight, metric, budget.stored_means)
     step = 1.0 / (refine_rounds + 4)
-    candidates: Sequence[int] = [groups] if groups else [c for c in _AUTOMATIC_GROUPS if c <= weight.shape[0]]
-    candidates = [count for count in candidates if budget.left(count) >= 0]
     if start is not None:
-        candidates = [int(start.max()) + 1]
-    if not candidates or budget.left(candidates[-1]) < 0:
+        candidates: Sequence[int] = [int(start.max()) + 1]
+    else:
+        candidates = [groups] if groups else [count for count in _AUTOMATIC_GROUPS if count <= weight.shape[0]]
+    fitting = [count for count in candidates if keep is not None or budget.left(count) >= 0]
+    if not fitting:
+        least = candidates[0]
         raise ValueError(
-            f"{budget.max_bits // 8} bytes do not hold the block index and the means of {groups or 1} blocks of a "
-            f"table of {weight.shape[0]} x {weight.shape[1]}; allow more bytes or use fewer groups"
+            f"the index and the means of {least} blocks of a table of {weight.shape[0]} x {weight.shape[1]} take "
+            f"{(budget.max_bits - budget.left(least)) / 8:.0f} bytes, and {max(0, budget.max_bits) // 8} are left for "
+            "them; allow more bytes or use fewer groups"
         )
-    finest = candidates[-1]
+    finest = fitting[-1]
     blocks = table.equal_groups(finest) if start is None else start.clone()
     table.choose_basis(blocks, finest)
     advance(2 * step)
     sums = table.sum_blocks(blocks, finest)
-    widths = table.quantizers(blocks, sums, budget)
+    widths = _quantizers(table, blocks, sums, budget)
     advance(step)
-
-    def rates_of(sums: _Sums) -> Rates:
-        present = sums.sizes > 0
-        curve = RateCurve(sums.energies[present], sums.sizes[present].tolist(), widths, budget.overheads)
-        [found] = allocate([curve], budget.left(int(present.sum())))
-        chosen = torch.zeros(len(present), found.widths.shape[1], dtype=torch.long)
-        chosen[present] = found.widths
-        return replace(found, widths=chosen)
-
     if keep is not None:
-        found = [widths.bits.index(bits) for bits in keep.flatten().tolist()]
-        index = torch.tensor(found, dtype=torch.long).view(keep.shape)
-        lost = torch.tensor(widths.distortions, dtype=torch.float64)[index]
-        loss = float(sums.energies.sum() - (sums.energies[:, : keep.shape[1]] * (1 - lost)).sum())
-        kept = Rates(index, 0.0, max(loss, 0.0), 0)
+        kept = _kept(keep, sums, widths)
         advance(step * (refine_rounds + 1))
-        return table.finish(kept, sums, blocks, widths, [kept.loss], budget)
-    options = [(count, sums.merged(finest // count)) for count in candidates]
-    allocated = [(rates_of(some), some, count) for count, some in options]
+        return _solution(table, kept, sums, blocks, widths, [kept.loss], budget)
+    options = [(count, table.merged(sums, finest // count)) for count in fitting]
+    allocated = [(_allocated(some, widths, budget), some, count) for count, some in options]
     rates, sums, count = min(allocated, key=lambda option: option[0].loss)
     blocks = blocks // (finest // count)
     losses = [rates.loss]
     best = (rates, sums, blocks)
+    looked_at = 0
     for done in range(refine_rounds):
-        blocks, sums = table.move(sums, rates, widths)
-        rates = rates_of(sums)
+        # Components that no block keeps, nor is going to, need not be computed.
+        looked_at = max(looked_at, rates.widths.shape[1] + rates.widths.shape[1] // 4 + 16)
+        blocks, sums = table.move(sums, rates, widths, min(looked_at, weight.shape[1]))
+        rates = _allocated(sums, widths, budget)
         losses.append(rates.loss)
         advance(step)
         if rates.loss < best[0].loss:
@@ -198,9 +168,32 @@ def shared_basis(
                 continue
         advance(step * (refine_rounds - done - 1))
         break
-    solution = table.finish(*best, widths, losses, budget)
+    solution = _solution(table, *best, widths, losses, budget)
     advance(step)
     return solution
+
+
+def _allocated(sums: BlockSums, widths: Widths, budget: BitBudget) -> Rates:
+    """Widths of all components within the budget; none in empty blocks."""
+    present = sums.sizes > 0
+    curve = RateCurve(sums.energies[present], sums.sizes[present].tolist(), widths, budget.overheads, sums.rest)
+    [found] = allocate([curve], budget.left(int(present.sum())))
+    chosen = torch.zeros(sums.energies.shape, dtype=torch.long)
+    chosen[present, : found.widths.shape[1]] = found.widths
+    numbers = torch.tensor([found.widths.shape[1], found.price, found.loss, found.bits], dtype=torch.float64)
+    # What follows from it must be the same in all processes, and rounding may differ between processors.
+    agree(chosen, numbers)
+    rank, price, loss, bits = numbers.tolist()
+    return Rates(chosen[:, : int(rank)], price, loss, int(bits))
+
+
+def _kept(keep: Tensor, sums: BlockSums, widths: Widths) -> Rates:
+    """Bits that are what they are."""
+    found = [widths.bits.index(bits) for bits in keep.flatten().tolist()]
+    index = torch.tensor(found, dtype=torch.long).view(keep.shape)
+    lost = torch.tensor(widths.distortions, dtype=torch.float64)[index]
+    loss = float(sums.energies.sum() - (sums.energies[:, : keep.shape[1]] * (1 - lost)).sum())
+    return Rates(index, 0.0, max(loss, 0.0), 0)
 
 
 def rate_curve(weight: Tensor, metric: Metric, budget: BitBudget, groups: int) -> RateCurve:
@@ -212,188 +205,92 @@ def rate_curve(weight: Tensor, metric: Metric, budget: BitBudget, groups: int) -
         budget: As for `shared_basis`; how much it is has no say.
         groups: Number of equal groups of words by weight.
     """
-    table = _Coefficients(weight, metric)
+    table = ProjectedTable(weight, metric, budget.stored_means)
     blocks = table.equal_groups(groups)
     table.choose_basis(blocks, groups)
     sums = table.sum_blocks(blocks, groups)
-    return RateCurve(sums.energies, sums.sizes.tolist(), table.quantizers(blocks, sums, budget), budget.overheads)
+    return RateCurve(sums.energies, sums.sizes.tolist(), _quantizers(table, blocks, sums, budget), budget.overheads)
 
 
-class _Coefficients:
-    """A table seen through its metric and, once that is chosen, its basis."""
+def _quantizers(table: ProjectedTable, blocks: Tensor, sums: BlockSums, budget: BitBudget) -> Widths:
+    """What is lost of a coefficient at each width, seen on a sample."""
+    if budget.is_exact:
+        return Widths((0, *budget.widths), (1.0, *(0.0 for _ in budget.widths)))
+    values, weights, inside = table.sample(blocks, sums.means, sums.scales)
+    values, weights = _pooled(values, weights, (sums.scales > 0)[inside])
+    lost = torch.zeros(len(budget.widths), dtype=torch.float64)
 
-    def __init__(self, weight: Tensor, metric: Metric) -> None:
-        self.weight = weight
-        self.metric = metric
-        self.dtype = compute_dtype(weight.dtype)
-        self.q = metric.weights.to(weight.device, torch.float64)
-        self.units = row_units(*weight.shape)
-        self.center = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-        self.vectors = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-        self.projector = torch.zeros_like(self.vectors, dtype=self.dtype)
+    def compute(unit: int) -> None:
+        lost[unit] = distortion(values, weights, fit_levels(values, weights, budget.widths[unit]))
 
-    def equal_groups(self, groups: int) -> Tensor:
-        """Groups of equal numbers of words, those of the highest weight first; of equal weight, the longest first."""
-        norms = torch.empty(self.weight.shape[0], dtype=self.dtype, device=self.weight.device)
+    deal([[one] for one in lost], [1.0] * len(lost), compute)
+    return Widths((0, *budget.widths), (1.0, *lost.tolist()))
 
-        def compute(unit: int) -> None:
-            for chunk in self.units[unit]:
-                norms[chunk] = self.weight[chunk].to(self.dtype).square().sum(dim=1)
 
-        runs = [run_of(chunks) for chunks in self.units]
-        deal([[norms[run]] for run in runs], [run.stop - run.start for run in runs], compute)
-        order = torch.argsort(norms, descending=True, stable=True)
-        order = order[torch.argsort(self.q[order], descending=True, stable=True)]
-        blocks = torch.empty_like(order)
-        blocks[order] = torch.arange(order.numel(), device=order.device) * groups // order.numel()
-        return blocks
+def _levels(table: ProjectedTable, solution: SharedBasis, means: Tensor, scales: Tensor) -> dict[int, Tensor]:
+    """Levels of every width that is used, for the coefficients that have it."""
+    used = sorted(set(solution.bits.flatten().tolist()) - {0})
+    found = {bits: torch.zeros(2**bits, dtype=torch.float64) for bits in used}
+    values, weights, inside = table.sample(solution.block_of_row, means, scales)
 
-    def choose_basis(self, blocks: Tensor, groups: int) -> None:
-        """Eigenvectors of the weighted moment around the means of blocks, seen through the metric."""
-        gram = gram_matrix(self.weight, self.q)
-        sums = [torch.zeros(groups, self.weight.shape[1] + 1, dtype=torch.float64) for _ in self.units]
+    def compute(unit: int) -> None:
+        bits = used[unit]
+        found[bits].copy_(fit_levels(*_pooled(values, weights, ((solution.bits == bits) & (scales > 0))[inside]), bits))
 
-        def compute(unit: int) -> None:
-            for chunk in self.units[unit]:
-                selected = self._selector(blocks[chunk], self.q[chunk], groups)
-                rows = self.weight[chunk].to(self.dtype)
-                sums[unit][:, 1:] += (selected @ rows).double().cpu()
-                sums[unit][:, 0] += selected.sum(dim=1).double().cpu()
+    deal([[found[bits]] for bits in used], [1.0] * len(used), compute)
+    return found
 
-        deal([[part] for part in sums], [float(len(chunks)) for chunks in self.units], compute)
-        total = torch.stack(sums).sum(dim=0).to(self.weight.device)
-        mass, first = total[:, 0].clamp(min=1e-300), total[:, 1:]
-        gram -= first.T @ (first / mass.unsqueeze(1))
-        root = self.metric.root.to(gram)
 
-        def decompose(_: int) -> None:
-            seen = root @ gram @ root
-            vectors = torch.linalg.eigh((seen + seen.T) / 2).eigenvectors.flip(1)
-            # The sign is free: a table that has changed a little gets a basis that has changed a little.
-            largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-            self.vectors.copy_(vectors * largest.sign())
+def _pooled(values: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Some of the chosen coefficients of all components together, and their weights.
 
-        # One process decomposes it: rounding may differ between processors.
-        deal([[self.vectors]], [1.0], decompose)
-        self.center = first.sum(dim=0) / mass.sum()
-        self.projector = (root @ self.vectors).to(self.dtype)
+    Args:
+        values: `[rows, rank]`.
+        weights: `[rows]`.
+        chosen: `[rows, rank]` which.
+    """
+    row, component = chosen.nonzero(as_tuple=True)
+    if not row.numel():
+        # Of a width that no row of the sample has: those of a normal distribution.
+        normal = torch.special.ndtri((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
+        return normal, torch.ones_like(normal)
+    # As with rows: a few values that weigh much would have levels of their own.
+    chance = chances(weights, chosen.sum(dim=1), _POOLED)
+    drawn = at_equal_steps(chance[row])
+    row, component = row[drawn], component[drawn]
+    return values[row, component], weights[row] / chance[row]
 
-    def _selector(self, blocks: Tensor, q: Tensor, groups: int) -> Tensor:
-        """`[groups, rows]`: weights of the rows of each group, 0 elsewhere; sums over groups are products with it."""
-        selected = torch.zeros(groups, blocks.numel(), dtype=self.dtype, device=self.weight.device)
-        return selected.scatter_(0, blocks.unsqueeze(0), q.to(self.dtype).unsqueeze(0))
 
-    def coefficients(self, rows: slice | Tensor) -> Tensor:
-        """All coefficients of some rows, around the mean of the table."""
-        return (self.weight[rows].to(self.dtype) - self.center.to(self.dtype)) @ self.projector
-
-    def sum_blocks(self, blocks: Tensor, groups: int) -> _Sums:
-        """Sums over the rows of blocks as they are."""
-        return self._pass(groups, lambda _, __, chunk: blocks[chunk])[1]
-
-    def move(self, sums: _Sums, rates: Rates, widths: Widths) -> tuple[Tensor, _Sums]:
-        """Every row to the block where its part of the loss plus the price of its bits is least, and the new sums.
-
-        In a block whose scales follow its rows, a component loses the same part of each row's energy.
-        """
-        groups, dim = sums.first.shape
-        lost = torch.ones(groups, dim, dtype=torch.float64)
-        lost[:, : rates.widths.shape[1]] = torch.tensor(widths.distortions, dtype=torch.float64)[rates.widths]
-        taken = torch.tensor(widths.bits, dtype=torch.float64)[rates.widths].sum(dim=1)
-        means = sums.means
-        price = rates.price * taken
-        price[sums.sizes == 0] = torch.inf
-        square = lost.T.to(self.projector)
-        linear = (-2 * means * lost).T.to(self.projector)
-        constant = (means.square() * lost).sum(dim=1).to(self.projector)
-        cost = price.to(self.projector)
-
-        def choose(coefficients: Tensor, q: Tensor, _: slice) -> Tensor:
-            error = (coefficients.square() @ square).add_(coefficients @ linear).add_(constant)
-            return error.mul_(0.5 * q.to(self.dtype).unsqueeze(1)).add_(cost).argmin(dim=1)
-
-        return self._pass(groups, choose)
-
-    def _pass(self, groups: int, choose: Callable[[Tensor, Tensor, slice], Tensor]) -> tuple[Tensor, _Sums]:
-        """Project all rows, choose their blocks, and sum over them."""
-        dim = self.weight.shape[1]
-        blocks = torch.empty(self.weight.shape[0], dtype=torch.long, device=self.weight.device)
-        parts = [torch.zeros(groups, 2 * dim + 2, dtype=torch.float64) for _ in self.units]
-
-        def compute(unit: int) -> None:
-            for chunk in self.units[unit]:
-                coefficients = self.coefficients(chunk)
-                blocks[chunk] = choose(coefficients, self.q[chunk], chunk)
-                selected = self._selector(blocks[chunk], self.q[chunk], groups)
-                sums = [
-                    (selected > 0).sum(dim=1, keepdim=True),
-                    selected.sum(dim=1, keepdim=True),
-                    selected @ coefficients,
-                    selected @ coefficients.square(),
-                ]
-                parts[unit] += torch.cat([part.double() for part in sums], dim=1).cpu()
-
-        runs = [run_of(chunks) for chunks in self.units]
-        results = [[blocks[run], part] for run, part in zip(runs, parts, strict=True)]
-        deal(results, [run.stop - run.start for run in runs], compute)
-        sizes, mass, first, second = torch.split(torch.stack(parts).sum(dim=0), [1, 1, dim, dim], dim=1)
-        return blocks, _Sums(sizes.squeeze(1).long(), mass.squeeze(1), first, second)
-
-    def quantizers(self, blocks: Tensor, sums: _Sums, budget: BitBudget) -> Widths:
-        """What is lost of a coefficient at each width, seen on a sample."""
-        if budget.is_exact:
-            return Widths((0, *budget.widths), (1.0, *(0.0 for _ in budget.widths)))
-        values, weights = self._sample(blocks, sums.means, (2 * sums.energies / sums.mass.unsqueeze(1)).sqrt(), None)
-        lost = [distortion(values, weights, fit_levels(values, weights, bits)) for bits in budget.widths]
-        return Widths((0, *budget.widths), (1.0, *lost))
-
-    def levels(self, solution: SharedBasis) -> dict[int, Tensor]:
-        """Levels of every width that is used, for the coefficients that have it."""
-        center = self.center.cpu()
-        means = (solution.means - center) @ solution.projector
-        found = {}
-        for bits in sorted(set(solution.bits.flatten().tolist())):
-            if bits:
-                values, weights = self._sample(solution.block_of_row, means, solution.scales, solution.bits == bits)
-                found[bits] = fit_levels(values, weights, bits)
-        return found
-
-    def _sample(self, blocks: Tensor, means: Tensor, scales: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Coefficients over their scales, of rows from all over the table, and their weights within a block."""
-        rank = means.shape[1]
-        order = torch.argsort(self.q, descending=True, stable=True)
-        count = min(order.numel(), max(1, _SAMPLED // max(1, rank)))
-        rows = order[torch.linspace(0, order.numel() - 1, count, device=order.device).round().long()]
-        device = torch.device("cpu")
-        inside = blocks[rows].to(device)
-        values = self.coefficients(rows)[:, :rank].to(device, torch.float64) - means[inside]
-        used = (scales > 0)[inside] if chosen is None else (chosen & (scales > 0))[inside]
-        values = values / scales[inside].clamp(min=1e-300)
-        q = self.q[rows].to(device)
-        mass = torch.zeros(len(means), dtype=torch.float64).index_add_(0, inside, q)
-        number = torch.bincount(inside, minlength=len(means))
-        weights = (q * number[inside] / mass[inside]).unsqueeze(1).expand_as(values)
-        if not bool(used.any()):
-            # A width that no sampled row has: that of a normal distribution.
-            normal = torch.special.ndtri((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
-            return normal, torch.ones_like(normal)
-        return values[used], weights[used]
-
-    def finish(
-        self, rates: Rates, sums: _Sums, blocks: Tensor, widths: Widths, losses: list[float], budget: BitBudget
-    ) -> SharedBasis:
-        """What was found, without empty blocks."""
-        present = (sums.sizes > 0).nonzero().squeeze(1)
-        number = torch.full((len(sums.sizes),), -1, dtype=torch.long)
-        number[present] = torch.arange(len(present))
-        rank = rates.widths.shape[1]
-        vectors = self.vectors.cpu()
-        projector = (self.metric.root @ vectors)[:, :rank]
-        inverse = vectors.T @ self.metric.inverse_root
-        # The mean of a block, back from its coefficients.
-        means = self.center.cpu() + sums.means[present] @ inverse
-        scales = (2 * sums.energies[present, :rank] / sums.mass[present].clamp(min=1e-300).unsqueeze(1)).sqrt()
-        bits = torch.tensor(widths.bits)[rates.widths[present]]
-        index = number.to(blocks.device)[blocks]
-        solution = SharedBasis(index, bits, means, projector, inverse[:rank], scales, {}, losses)
-        return solution if budget.is_exact else replace(solution, levels=self.levels(solution))
+def _solution(
+    table: ProjectedTable,
+    rates: Rates,
+    sums: BlockSums,
+    blocks: Tensor,
+    widths: Widths,
+    losses: list[float],
+    budget: BitBudget,
+) -> SharedBasis:
+    """What was found, without empty blocks."""
+    present = (sums.sizes > 0).nonzero().squeeze(1)
+    number = torch.full((len(sums.sizes),), -1, dtype=torch.long)
+    number[present] = torch.arange(len(present))
+    rank = rates.widths.shape[1]
+    bits = torch.tensor(widths.bits)[rates.widths[present]]
+    scales = sums.scales[present, :rank]
+    # Rows of the basis of length 1: coefficients are then as large as the table's values, whatever the metric's
+    # unit, and have a place in every dtype.
+    lengths = table.inverse[:rank].norm(dim=1)
+    solution = SharedBasis(
+        number.to(blocks.device)[blocks],
+        bits,
+        sums.stored[present],
+        table.projector[:, :rank] * lengths,
+        table.inverse[:rank] / lengths.unsqueeze(1),
+        scales * lengths,
+        {},
+        losses,
+    )
+    agree(solution.means, solution.projector, solution.basis, solution.scales)
+    if budget.is_exact:
+        return solution
+    return replace(solution, levels=_levels(table, solution, sums.means[present, :rank], scales))

@@ -1,0 +1,69 @@
+"""A part that stands for the whole: systematic sampling in proportion to weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Draw items with a chance in proportion to their weight (Madow 1949), the heaviest for certain.
+
+    Nothing is left to chance: items are taken at equal steps of the sum of their chances, in the order of weights.
+
+    Args:
+        weights: `[items]` positive weights.
+        count: How many to draw.
+
+    Returns:
+        `[count]` ids, all items if there are no more, and the weights with which they stand for all: weight over
+        chance.
+
+    Example:
+        >>> draw(torch.tensor([1.0, 8.0, 1.0, 1.0, 1.0]), 3)
+        (tensor([1, 0, 3]), tensor([8., 2., 2.]))
+    """
+    order = weights.argsort(descending=True, stable=True)
+    chance = chances(weights, torch.ones_like(weights), count)[order]
+    drawn = at_equal_steps(chance)
+    return order[drawn], weights[order][drawn] / chance[drawn]
+
+
+def chances(weights: Tensor, copies: Tensor, count: int) -> Tensor:
+    """Chance of every item to be drawn, in proportion to its weight and at most 1.
+
+    Args:
+        weights: `[items]` positive weights.
+        copies: `[items]` how many times each is there.
+        count: How many are to be drawn.
+
+    Returns:
+        `[items]`; times `copies` they add up to `count`, or are all 1.
+
+    Example:
+        >>> chances(torch.tensor([1.0, 8.0]), torch.tensor([4.0, 1.0]), 3)
+        tensor([0.5000, 1.0000])
+    """
+    if count >= float(copies.sum()):
+        return torch.ones_like(weights)
+    weights, order = weights.sort(descending=True, stable=True)
+    copies = copies[order].to(weights)
+    rest = (weights * copies).flip(0).cumsum(0).flip(0)
+    left = count - (copies.cumsum(0) - copies)
+    # Items are certain while they weigh at least what one of those that are left to draw stands for.
+    certain = int((weights * left >= rest).int().cumprod(0).sum())
+    found = torch.ones_like(weights)
+    if certain < weights.numel():
+        found[certain:] = weights[certain:] * (left[certain] / rest[certain])
+    return torch.empty_like(found).scatter_(0, order, found)
+
+
+def at_equal_steps(chance: Tensor) -> Tensor:
+    """Ids of the items at which the sum of the chances so far passes a whole number.
+
+    Args:
+        chance: `[items]` from 0 to 1.
+    """
+    # Half a step off, so that rounding of the sums decides nothing.
+    steps = (chance.cumsum(0, dtype=torch.float64) + 0.5).floor()
+    return (torch.diff(steps, prepend=steps.new_zeros(1)) > 0).nonzero().squeeze(1)
