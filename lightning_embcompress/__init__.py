@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_embcompress.registration import register
 
 if TYPE_CHECKING:
-    from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain
+    from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain, TransformCoding
     from lightning_embcompress.checkpoint import keep_structure, load_from_checkpoint, structure_from_checkpoint
     from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
     from lightning_embcompress.reference import open_reference
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "Statistics",
     "TensorTrain",
+    "TransformCoding",
     "apply_plan",
     "collect_statistics",
     "compress",
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "callbacks": ("EmbeddingCompression", "GroupReduce", "TensorTrain"),
+    "callbacks": ("EmbeddingCompression", "GroupReduce", "TensorTrain", "TransformCoding"),
     "checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
     "plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
     "reference": ("open_reference",),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as ScreenTable
 from torch import nn
 
-from lightning_embcompress.budget import Request
+from lightning_embcompress.budget import Request, parse_loss
 from lightning_embcompress.files import explaining_failure, replacing
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, model_bytes, plan_of
@@ -39,6 +39,7 @@ def table_report(model: nn.Module) -> list[dict[str, Any]]:
             "ratio": table.ratio,
             "parameter_ratio": table.spec["vocab_size"] * table.spec["dim"] / parameters[table.name],
             "weighted_error": table.weighted_error,
+            "predicted_loss": table.predicted_loss,
             "structure": _structure(table),
         }
         for table in plan_of(model).tables
@@ -73,8 +74,16 @@ def _finite(value: Any) -> Any:
 
 
 @rank_zero_only
-def show_requests(requests: Sequence[Request]) -> None:
-    """Print what the tables are now and how small they will be."""
+def show_requests(
+    requests: Sequence[Request], shares_budget: bool = False, max_loss: str | float | None = None
+) -> None:
+    """Print what the tables are now and how small they will be.
+
+    Args:
+        requests: What is to become of which table.
+        shares_budget: Whether only all tables together have a size.
+        max_loss: Relative increase of the perplexity that decides the size, if it does.
+    """
     screen = ScreenTable("table", "method", "shape", "MB now", "MB at most", "ratio", title="Tables to compress")
     for request in requests:
         now = request.table.weight.nbytes
@@ -83,9 +92,17 @@ def show_requests(requests: Sequence[Request]) -> None:
             request.method_name,
             _shape(request.table.shape),
             f"{now / 1e6:.3f}",
-            f"{request.max_bytes / 1e6:.3f}",
-            f"{now / request.max_bytes:.2f}x",
+            *([""] * 2 if shares_budget else [f"{request.max_bytes / 1e6:.3f}", f"{now / request.max_bytes:.2f}x"]),
         )
+    if shares_budget:
+        now, most = (
+            sum(sizes) for sizes in zip(*((r.table.weight.nbytes, r.max_bytes) for r in requests), strict=True)
+        )
+        asked = [f"{most / 1e6:.3f}", f"{now / most:.2f}x"]
+        if max_loss is not None:
+            asked = [f"perplexity {math.expm1(parse_loss(max_loss)):+.2%}", ""]
+        screen.add_section()
+        screen.add_row("all together", "", "", f"{now / 1e6:.3f}", *asked)
     _print(screen)
 
 
@@ -95,6 +112,9 @@ def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
     screen = ScreenTable(
         "table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "weighted error", title=title
     )
+    shows_loss = any(table.predicted_loss is not None for table in plan.tables)
+    if shows_loss:
+        screen.add_column("predicted loss")
     for table in plan.tables:
         screen.add_row(
             " = ".join(table.modules),
@@ -103,9 +123,11 @@ def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
             _structure(table),
             *_sizes({"dense_bytes": table.dense_bytes, "stored_bytes": table.stored_bytes, "ratio": table.ratio}),
             "" if table.weighted_error is None else f"{table.weighted_error:.4f}",
+            *(["" if table.predicted_loss is None else f"{table.predicted_loss:.4f}"] if shows_loss else []),
         )
     screen.add_section()
-    screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "")
+    total = [] if plan.predicted_loss is None else [f"{plan.predicted_loss:.4f}"]
+    screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "", *total)
     _print(screen)
 
 
@@ -156,6 +178,11 @@ def _shape(shape: Sequence[int]) -> str:
 def _structure(table: TablePlan) -> str:
     """Groups and ranks in a few words, for any factorization: whatever its structure says beside the shape."""
     spec = table.spec
+    if isinstance(spec.get("segments"), list):
+        ranks = [sum(count for _, count in runs) for runs in spec["segments"]]
+        bits = sorted({width for runs in spec["segments"] for width, _ in runs if width})
+        widths = f" in {bits[0]} to {bits[-1]} bits" if bits else ""
+        return f"{len(spec['sizes'])} groups, ranks {_listed(ranks, ', ')}{widths}"
     if isinstance(spec.get("sizes"), list):
         return f"{len(spec['sizes'])} groups, ranks {_listed(spec['ranks'], ', ')}"
     modes = [_listed(spec[name], " x ") for name in ("vocab_shape", "dim_shape", "shape") if name in spec]

@@ -3,5 +3,6 @@
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
 from lightning_embcompress.callbacks.group_reduce import GroupReduce
 from lightning_embcompress.callbacks.tensor_train import TensorTrain
+from lightning_embcompress.callbacks.transform_coding import TransformCoding
 
-__all__ = ["EmbeddingCompression", "GroupReduce", "TensorTrain"]
+__all__ = ["EmbeddingCompression", "GroupReduce", "TensorTrain", "TransformCoding"]

@@ -10,39 +10,60 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_embcompress.budget import Request, Tie, check_budget, check_counts, plan_requests
+from lightning_embcompress.budget import Request, Tie, check_budget, check_counts
+from lightning_embcompress.callbacks.asked import Asked
 from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
-from lightning_embcompress.callbacks.continuation import Continuation, begin_epoch
 from lightning_embcompress.callbacks.counting import counts_for, known_counts
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
-from lightning_embcompress.callbacks.reporting import check_folder, log, run_folder, show_and_log, write_run_report
+from lightning_embcompress.callbacks.reporting import (
+    check_folder,
+    log,
+    run_folder,
+    show_and_log,
+    show_loss,
+    write_run_report,
+)
+from lightning_embcompress.callbacks.scheduled import ScheduledCallback
+from lightning_embcompress.callbacks.searching import search_smallest
 from lightning_embcompress.callbacks.several import Turn, check_order, make_dense, merged_perplexity
-from lightning_embcompress.callbacks.solving import Files, check_residuals, solve_again, solve_requests
+from lightning_embcompress.callbacks.solving import (
+    Files,
+    check_residuals,
+    corrections_of,
+    solve_again,
+    solve_requests,
+)
 from lightning_embcompress.checkpoint import keep_structure
 from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.distribution import failing_together
-from lightning_embcompress.factorizations import get_method
-from lightning_embcompress.factorizations.base import plain
+from lightning_embcompress.factorizations import Factorization, get_method
 from lightning_embcompress.files import remove_abandoned
+from lightning_embcompress.loss_metric import add_to_biases
 from lightning_embcompress.plan import plan_of
 from lightning_embcompress.reference import reference_file
 from lightning_embcompress.report import show_requests
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.tables import put_back
 
 
-class EmbeddingCompression(Callback):
+class EmbeddingCompression(ScheduledCallback):
     """Compress the embedding and softmax tables of a model at the start of an epoch, and refine them at later ones.
 
     Tables are replaced in place, the optimizer goes on with the factors, and checkpoints record the structure, so
     that `ckpt_path` works from before and after the compression. Perplexity on the validation data is measured before
     and after every step, shown, logged to every logger, and written to `report.json` in the run's folder.
+
+    Methods that can (`group_reduce`, `transform_coding`, `product_quantization`, `weighted_low_rank` and `auto`) weigh
+    errors by what the loss grows by: statistics of the model are collected from some batches of the training data right
+    before the tables are solved, all tables share one budget, and biases of heads make up for the mean error of their
+    logits. Where that cannot be done rows are weighted by the frequency of their tokens alone; the log says so.
 
     Under DDP the processes share the work of solving, and hold the same factors afterwards. Several callbacks may
     compress different tables, or the same ones one after the other, each time from the table as it is then. Checkpoints
@@ -54,10 +75,13 @@ class EmbeddingCompression(Callback):
     is the first, everything happens there.
 
     Args:
-        method: Name of a method, such as `group_reduce`.
-        ratio: Dense bytes over stored bytes, for every table. Some methods have an option that takes its place, such as
-            `max_rank` of `tensor_train`.
+        method: Name of a method, such as `group_reduce`; `auto` for the one of the least predicted loss, for every
+            table.
+        ratio: Dense bytes over stored bytes, for every table; of all tables together where errors are weighed by what
+            the loss grows by. Some methods have an option that takes its place, such as `max_rank` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
+        max_loss: Instead of a size, the most that the perplexity on the validation data may grow by when the tables are
+            compressed, `1%` or `0.01`: the smallest tables within it are searched for.
         at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
         refine_at_epochs: Later epochs at whose start they are solved again, for the table as training has moved it
             plus what the last solution left out of it. That residual is kept in the run's folder, as large as the
@@ -72,6 +96,11 @@ class EmbeddingCompression(Callback):
             cross-entropy over the vocabulary that `validation_step` computes is used.
         token_counts: `[vocab_size]` how often every token occurs in the training data. By default they are the data
             module's `token_counts`, or counted by one pass over the training data; needed where that never ends.
+        statistics: Of the model, or the file that `Statistics.save` has written; with token counts of their own. By
+            default they are collected.
+        statistics_batches: Batches of training data, in each process, from which they are collected; 0 for none: then
+            rows are weighted by frequency alone.
+        refresh_statistics: Whether they are collected anew before every refinement.
         **options: Options of the method (in YAML under `dict_kwargs`).
 
     Raises:
@@ -88,17 +117,30 @@ class EmbeddingCompression(Callback):
         *,
         ratio: float | None = None,
         size: str | int | None = None,
+        max_loss: str | float | None = None,
         at_epoch: int = 0,
         refine_at_epochs: Sequence[int] = (),
         tables: str | list[str] = "auto",
         tie: Tie = "keep",
         monitor: str | None = None,
         token_counts: list[int] | Tensor | None = None,
+        statistics: Statistics | str | Path | None = None,
+        statistics_batches: int = 200,
+        refresh_statistics: bool = False,
         keep_reference: str | Path | None = None,
         **options: Any,
     ) -> None:
         """Check what can be checked without a model."""
-        check_budget(ratio, size, get_method(method).options(**options))
+        super().__init__()
+        check_budget(ratio, size, get_method(method).options(**options), max_loss)
+        if statistics is not None and token_counts is not None:
+            raise ValueError(
+                "give statistics or token_counts, not both: statistics have token counts of their own, those of "
+                "collect_statistics(..., token_counts=...)"
+            )
+        self._asked = Asked(
+            method, options, ratio, size, max_loss, tables, tie, statistics, statistics_batches, refresh_statistics
+        )
         if at_epoch < 0:
             raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
         if early := [epoch for epoch in refine_at_epochs if epoch <= at_epoch]:
@@ -106,25 +148,19 @@ class EmbeddingCompression(Callback):
                 f"refine_at_epochs {list(refine_at_epochs)} must all come after at_epoch={at_epoch}; {early[0]} does "
                 "not: there is nothing to refine before the tables are compressed"
             )
-        self.method = method
-        self.ratio = ratio
-        self.size = size
         self.at_epoch = at_epoch
         self.refine_at_epochs = sorted(set(refine_at_epochs))
-        self.tables = tables
-        self.tie = tie
         self.monitor = monitor
         self.token_counts = token_counts
         self.keep_reference = None if keep_reference is None else Path(keep_reference)
-        self.options = options
-        self._continuation = Continuation()
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._compressed: list[dict[str, Any]] = []
         self._refined: list[int] = []
         self._counts: Tensor | None = None
-        self._resumed_from: str | None = None
+        self._statistics: Statistics | None = None
+        self._resumed_from = None
         # What was changed last and not measured yet: an interruption may come in between.
         self._unmeasured: str | None = None
         self._settings: dict[str, Any] | None = None
@@ -139,7 +175,7 @@ class EmbeddingCompression(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(method=self.method, at_epoch=self.at_epoch, tables=self.tables)
+        return self._generate_state_key(method=self._asked.method, at_epoch=self.at_epoch, tables=self._asked.tables)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -147,6 +183,8 @@ class EmbeddingCompression(Callback):
             "compressed": self._compressed,
             "refined": self._refined,
             "token_counts": self._counts,
+            # Plain tensors: checkpoints are read with weights_only.
+            "statistics": None if self._statistics is None else dict(vars(self._statistics)),
             "perplexity": self._perplexity,
             "unmeasured": self._unmeasured,
             "settings": self._settings,
@@ -161,28 +199,17 @@ class EmbeddingCompression(Callback):
         self._counts = state_dict["token_counts"]
         self._perplexity = state_dict["perplexity"]
         # Of older checkpoints these are missing.
+        statistics = state_dict.get("statistics")
+        self._statistics = None if statistics is None else Statistics(**statistics)
         self._unmeasured = state_dict.get("unmeasured")
         self._settings = state_dict.get("settings")
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep what Lightning leaves out: the random state of all processes, above all."""
-        if self._leads(trainer):
-            self._continuation.on_save_checkpoint(trainer, checkpoint)
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note where training goes on from."""
-        if self._leads(trainer):
-            self._continuation.on_load_checkpoint(checkpoint)
-        self._resumed_from = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
-
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
+        super().setup(trainer, pl_module, stage)
         keep_structure(pl_module)
         use_atomic_checkpoints(trainer)
-        self._continuation = Continuation()
         if stage == "fit":
             check_trainer(trainer, type(self).__name__, self.at_epoch, self.refine_at_epochs)
 
@@ -208,21 +235,21 @@ class EmbeddingCompression(Callback):
         elif not (there and by_others):
             with failing_together():
                 self._check_request(trainer, pl_module)
-        if self._leads(trainer):
-            self._continuation.on_fit_start(trainer)
+        super().on_fit_start(trainer, pl_module)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         there = plan_of(module).tables
-        if there and self.tables == "auto":
+        if there and self._asked.tables == "auto":
             raise ValueError(
                 f"the tables {', '.join(repr(table.name) for table in there)} are compressed already, and not by this "
                 f"{type(self).__name__}: resume with the method, at_epoch and tables of the run that did it, remove "
                 "the callback, restore them with densify(model), or name other modules as tables"
             )
-        requests = self._requests(module)
+        requests = self._asked.requests(module)
+        self._asked.check(trainer, module, requests)
         if len(_compressing(trainer)) > 1:
             check_order([callback._turn(module) for callback in _compressing(trainer) if not callback._compressed])
-        given = known_counts(trainer, requests, self.token_counts)
+        given = known_counts(trainer, requests, self._asked.counts_in_statistics(module, self.token_counts))
         if given is not None:
             check_counts(given, requests)
         for request in requests:
@@ -232,62 +259,18 @@ class EmbeddingCompression(Callback):
                     f"keep_reference: {str(kept)!r} is there already, from another run, and would be lost: name "
                     "another folder, or remove it"
                 )
-        show_requests(requests)
+        show_requests(requests, self._asked.by_loss(module), self._asked.max_loss)
 
     def _warn_of_other_settings(self) -> None:
-        if self._settings is not None and self._settings != self._own_settings():
+        if self._settings is not None and self._settings != self._asked.settings:
             rank_zero_warn(
-                f"the tables were compressed with {self._settings}, and stay as they are: {self._own_settings()} comes "
+                f"the tables were compressed with {self._settings}, and stay as they are: {self._asked.settings} comes "
                 "too late. Resume from before the compression, or add a callback that compresses them again"
             )
 
-    def _own_settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = plain({"ratio": self.ratio, "size": self.size, **self.options})
-        return settings
-
-    def _leads(self, trainer: Trainer) -> bool:
-        """Whether this is the callback that does for all of them what is to be done once."""
-        return next(c for c in trainer.callbacks if isinstance(c, EmbeddingCompression)) is self  # type: ignore[attr-defined]
-
     def _turn(self, module: LightningModule) -> Turn:
-        paths = frozenset(path for request in self._requests(module) for path in request.table.modules)
+        paths = frozenset(path for request in self._asked.requests(module) for path in request.table.modules)
         return Turn(self.at_epoch, self.refine_at_epochs, paths, self.keep_reference)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make up for what came after the checkpoint was written."""
-        if self._leads(trainer):
-            self._continuation.on_train_start(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make up for what is left out at the end of an epoch that was resumed."""
-        if self._leads(trainer):
-            self._continuation.on_train_epoch_end(trainer)
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is due at this epoch."""
-        if self._leads(trainer) and any(callback._is_due(trainer) for callback in _compressing(trainer)):
-            begin_epoch(trainer)
-            self._do_all_due(trainer, pl_module)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Do what is due, after a checkpoint that was saved between the last step of an epoch and its end.
-
-        Lightning leaves `on_train_epoch_start` of the next epoch out when it resumes from there.
-        """
-        self._continuation.on_train_batch_start()
-        if batch_idx == 0 and self._leads(trainer):
-            self._do_all_due(trainer, pl_module)
-
-    @staticmethod
-    def _do_all_due(trainer: Trainer, module: LightningModule) -> None:
-        # In the order of their epochs, however they are listed: all may be due at once, in a trial run for one.
-        for callback in _compressing(trainer):
-            if callback._is_due(trainer):
-                callback._do_due(trainer, module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
@@ -351,17 +334,20 @@ class EmbeddingCompression(Callback):
         if shown := ", ".join(f"{name} {value:.2f}" for name, value in steps if value is not None):
             rank_zero_info(f"Validation perplexity: {shown}")
 
-    def _requests(self, module: nn.Module) -> list[Request]:
-        return plan_requests(module, self.method, self.ratio, self.size, self.tables, self.tie, **self.options)
-
     def _compress(self, trainer: Trainer, module: LightningModule, files: Files) -> None:
         # Layers that another callback has compressed before.
-        before = make_dense(module, self.tables)
+        before = make_dense(module, self._asked.tables)
         try:
-            requests = self._requests(module)
-            counts = counts_for(trainer, module, requests, self.token_counts)
+            requests = self._asked.requests(module)
+            counts = counts_for(trainer, module, requests, self._asked.counts_in_statistics(module, self.token_counts))
             self._perplexity["dense"] = self._measure(trainer, module, "dense", requests)
-            solved = solve_requests(requests, counts, trainer.current_epoch, files)
+            statistics: Statistics | None = None
+            found: list[Factorization[Any]] = []
+            if self._asked.by_loss(module):
+                statistics = self._asked.find_statistics(trainer, module, requests, counts)
+                requests, found = self._in_loss(trainer, module, statistics, counts)
+            solved = solve_requests(requests, counts, trainer.current_epoch, files, found)
+            corrections = corrections_of(module, solved, statistics)
         except BaseException:
             put_back(module, before)
             raise
@@ -370,15 +356,37 @@ class EmbeddingCompression(Callback):
             put_back(module, {path: layer for path, layer in before.items() if path not in chosen})
             known = {path: layer for path, layer in before.items() if path in chosen}
             replace_in_training(trainer, module, [(table.entry["modules"], table.factors) for table in solved], known)
+            add_to_biases(module, corrections)
             self._compressed = [table.entry for table in solved]
             # Only a refinement reads them again.
-            self._counts = counts if files.keeps_residual else None
+            self._counts, self._statistics = (counts, statistics) if files.keeps_residual else (None, None)
             self._unmeasured = "compressed"
-            self._settings = self._own_settings()
+            self._settings = self._asked.settings
         self._measure_change(trainer, module)
 
+    def _in_loss(
+        self, trainer: Trainer, module: LightningModule, statistics: Statistics, counts: Tensor | None
+    ) -> tuple[list[Request], list[Factorization[Any]]]:
+        """Requests with the metric of the loss and one budget, and what was found for them if they were tried."""
+        requests = self._asked.requests_in_loss(module, statistics)
+        if self._asked.max_loss is None:
+            return requests, []
+        sizes = [request.table.shape[0] for request in requests]
+
+        def perplexity() -> float | None:
+            return validation_perplexity(trainer, module, sizes, self.monitor, "Perplexity, compressed")
+
+        dense = self._perplexity["dense"]
+        return search_smallest(module, requests, counts, statistics, self._asked.max_loss, dense, perplexity)
+
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
-        solved = solve_again(module, self._compressed, self.method, self.options, self._counts, epoch, files)
+        statistics = self._statistics
+        if statistics is not None and self._asked.refresh_statistics:
+            paths = [path for entry in self._compressed for path in entry["modules"]]
+            statistics = self._asked.collect(trainer, module, paths, self._counts)
+        method, options = self._asked.method, self._asked.options_for(statistics is not None)
+        solved = solve_again(module, self._compressed, method, options, self._counts, epoch, files, statistics)
+        corrections = corrections_of(module, solved, statistics)
         with uninterrupted():
             for table in solved:
                 if table.in_place_of is None:
@@ -387,6 +395,8 @@ class EmbeddingCompression(Callback):
                 # The optimizer goes on with the parameters it knows.
                 table.in_place_of.load_state_dict(table.factors.state_dict())
                 table.in_place_of.provenance = table.factors.provenance
+            add_to_biases(module, corrections)
+            self._statistics = statistics if files.keeps_residual else None
             self._compressed = [table.entry for table in solved]
             self._refined.append(epoch)
             self._unmeasured = "refined"
@@ -398,6 +408,8 @@ class EmbeddingCompression(Callback):
         value = self._measure(trainer, module, name)
         if name == "compressed":
             self._perplexity["compressed"] = value
+            names = [entry["modules"][0] for entry in self._compressed]
+            show_loss(trainer, module, names, self._perplexity["dense"], value)
         else:
             self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
         self._unmeasured = None

@@ -51,11 +51,16 @@ def rewrap(trainer: Trainer) -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and signals that Python handles wait, so that what they save is never of half a change."""
+def uninterrupted(also_by_ctrl_c: bool = True) -> Iterator[None]:
+    """Let Ctrl-C and signals that Python handles wait, so that what they save is never of half a change.
+
+    Args:
+        also_by_ctrl_c: False where the block takes long, and puts everything back when an exception leaves it: Ctrl-C
+            raises one, while the handlers of other signals may save at once.
+    """
     # Handlers run in the main thread only.
     is_main = threading.current_thread() is threading.main_thread()
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if is_main else ()
+    names = ("SIGINT",) * also_by_ctrl_c + ("SIGTERM", "SIGUSR1", "SIGUSR2") if is_main else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
     # One that is not of Python (None) cannot be set again, and one of the system ends the process: only Ctrl-C waits.

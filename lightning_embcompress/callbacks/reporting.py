@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_embcompress.callbacks.checks import is_fast_dev_run
 from lightning_embcompress.plan import model_bytes, plan_of
@@ -78,4 +79,30 @@ def show_and_log(trainer: Trainer, module: LightningModule, title: str) -> None:
         values[f"{table.name}/ratio"] = table.ratio
         if table.weighted_error is not None:
             values[f"{table.name}/weighted_error"] = table.weighted_error
+        if table.predicted_loss is not None:
+            values[f"{table.name}/predicted_loss"] = table.predicted_loss
+    log(trainer, values)
+
+
+def show_loss(
+    trainer: Trainer, module: LightningModule, names: Sequence[str], dense: float | None, compressed: float | None
+) -> None:
+    """Say and log what the loss was predicted to grow by, in nats, beside what it has grown by.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module, with the tables compressed.
+        names: Of the tables that were compressed.
+        dense: Perplexity before; None if it is not known.
+        compressed: Perplexity after; None if it is not known.
+    """
+    losses = [table.predicted_loss for table in plan_of(module).tables if table.name in names]
+    known = [loss for loss in losses if loss is not None]
+    if not known or len(known) < len(losses):
+        return
+    values, measured = {"predicted_loss": sum(known)}, "not measured"
+    if dense is not None and compressed is not None and math.isfinite(dense) and math.isfinite(compressed):
+        values["measured_loss"] = math.log(compressed / dense)
+        measured = f"measured {values['measured_loss']:+.4f} (perplexity {compressed / dense - 1:+.2%})"
+    rank_zero_info(f"The loss was predicted to grow by {sum(known):.4f} nats: {measured}.")
     log(trainer, values)

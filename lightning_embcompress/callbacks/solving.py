@@ -20,8 +20,10 @@ from lightning_embcompress.callbacks.residual import find_table, open_table, pla
 from lightning_embcompress.distribution import Job, failing_together, solve_together
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.loss_metric import bias_corrections, metric_of
 from lightning_embcompress.random_state import gather_over_processes
 from lightning_embcompress.reference import write_reference
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.tables import Table, check_finite
 
 
@@ -59,7 +61,13 @@ class Solved:
     in_place_of: Factorization[Any] | None = None
 
 
-def solve_requests(requests: Sequence[Request], counts: Tensor | None, epoch: int, files: Files) -> list[Solved]:
+def solve_requests(
+    requests: Sequence[Request],
+    counts: Tensor | None,
+    epoch: int,
+    files: Files,
+    found: Sequence[Factorization[Any]] = (),
+) -> list[Solved]:
     """Compress tables, and keep on the disk what will be needed of them; the model is not changed.
 
     Args:
@@ -67,10 +75,11 @@ def solve_requests(requests: Sequence[Request], counts: Tensor | None, epoch: in
         counts: `[vocab_size]` token counts.
         epoch: Of the compression.
         files: Where residuals and references go.
+        found: The factors, if the tables have been solved already.
     """
     for request in requests:
         check_finite(request.table)
-    found = solve_together([Job(request, request.table.weight, counts) for request in requests])
+    found = found or solve_together([Job(request, request.table.weight, counts) for request in requests])
     solved = []
     for request, factors in zip(requests, found, strict=True):
         table = request.table
@@ -93,6 +102,7 @@ def solve_again(
     counts: Tensor | None,
     epoch: int,
     files: Files,
+    statistics: Statistics | None = None,
 ) -> list[Solved]:
     """Refine tables for what they are now with their residuals put back; the model is not changed.
 
@@ -104,6 +114,7 @@ def solve_again(
         counts: `[vocab_size]` token counts.
         epoch: Of the refinement.
         files: Where residuals are and go.
+        statistics: Of the module, where errors are weighed by what the loss grows by.
     """
     owned = [factorization_of(module, entry) for entry in entries]
     with ExitStack() as stack:
@@ -123,7 +134,8 @@ def solve_again(
             # Mapped by all: a killed process leaves nothing, where the system lets it go under their hands.
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-            request = Request(table, method, options, entry["max_bytes"], entry["untied"])
+            metric = None if statistics is None else metric_of(module, table, statistics)
+            request = Request(table, method, options, entry["max_bytes"], entry["untied"], metric)
             # A copy: the model changes when all tables are solved and their residuals are on the disk.
             jobs.append(Job(request, table.weight.to(own.device), counts, start=deepcopy(own)))
         solved = []
@@ -134,6 +146,22 @@ def solve_again(
                 kept = _keep_residual(job.request.table, factors, epoch, files)
             solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
         return solved
+
+
+def corrections_of(module: nn.Module, solved: Sequence[Solved], statistics: Statistics | None) -> dict[str, Tensor]:
+    """What to add to the biases of heads when factors take the place of what is read now, see `bias_corrections`.
+
+    Args:
+        module: The module, as it is before.
+        solved: The factors.
+        statistics: Of the module; None for no corrections.
+    """
+    corrections: dict[str, Tensor] = {}
+    if statistics is None:
+        return corrections
+    for table in solved:
+        corrections |= bias_corrections(module, table.entry["modules"], table.factors, statistics)
+    return corrections
 
 
 def check_residuals(module: nn.Module, entries: Sequence[dict[str, Any]], resumed_from: str | None) -> None:

@@ -1,0 +1,82 @@
+"""The smallest tables within a limit of the perplexity, measured on the validation data of a running fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_embcompress.budget import Request, parse_loss
+from lightning_embcompress.callbacks.replacing import uninterrupted
+from lightning_embcompress.distribution import Job, solve_together
+from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.loss_budget import share, smallest_within
+from lightning_embcompress.plan import tried
+from lightning_embcompress.solvers.division import divided
+from lightning_embcompress.statistics import Statistics
+
+
+def search_smallest(
+    module: LightningModule,
+    requests: Sequence[Request],
+    counts: Tensor | None,
+    statistics: Statistics,
+    max_loss: str | float,
+    dense: float | None,
+    perplexity: Callable[[], float | None],
+) -> tuple[list[Request], list[Factorization[Any]]]:
+    """Solve tables in several sizes, and find the smallest within a limit; the module is afterwards as it was.
+
+    Of several processes all have to call it, and all find the same.
+
+    Args:
+        module: The module that is training, with the tables in place.
+        requests: What is to become of which table, of any size.
+        counts: `[vocab_size]` token counts.
+        statistics: Of the module.
+        max_loss: Relative increase of the perplexity, `1%` or `0.01`.
+        dense: Perplexity of the module as it is.
+        perplexity: Measures the module.
+
+    Returns:
+        The requests with their sizes, and what was found for them.
+
+    Raises:
+        ValueError: If the perplexity is not known, or no size is within the limit.
+    """
+    if dense is None or not math.isfinite(dense):
+        raise ValueError(
+            f"max_loss={max_loss!r} needs the perplexity on the validation data, and that of the model as it is is "
+            f"{'not known' if dense is None else dense}: name a logged loss in nats per token as monitor, or give a "
+            "ratio or a size instead"
+        )
+    kept: tuple[float, list[Request], list[Factorization[Any]]] = (math.inf, [], [])
+    limit = parse_loss(max_loss)
+
+    def measure(sized: list[Request]) -> float:
+        nonlocal kept
+        # The same numbers for the same request, whatever was tried before.
+        with isolate_rng():
+            factors = solve_together([Job(request, request.table.weight, counts) for request in sized])
+        with uninterrupted(also_by_ctrl_c=False), tried(module, list(zip(sized, factors, strict=True)), statistics):
+            value = perplexity()
+        value = math.inf if value is None or math.isnan(value) else value
+        loss = math.log(value / dense)
+        size = sum(request.max_bytes for request in sized)
+        rank_zero_info(f"Tables in {size / 1e6:.3f} MB: perplexity {value:.2f} ({value / dense - 1:+.2%}).")
+        if loss <= limit and size < kept[0]:
+            kept = size, sized, factors
+        return loss
+
+    with divided():
+        shares = share(module, requests, statistics)
+    found, _ = smallest_within(limit, shares, measure)
+    if found is kept[1]:
+        return found, kept[2]
+    with isolate_rng():
+        return found, solve_together([Job(request, request.table.weight, counts) for request in found])
