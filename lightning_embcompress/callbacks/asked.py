@@ -5,14 +5,18 @@ By what the loss grows by, where statistics of the model can be had, else by the
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_embcompress.budget import Request, Tie, plan_requests
@@ -212,4 +216,10 @@ class Asked:
         self, trainer: Trainer, module: LightningModule, paths: Sequence[str], counts: Tensor | None
     ) -> Statistics:
         """Statistics of the training data, see `collect_in_training`."""
-        return collect_in_training(trainer, module, list(paths), counts, self.statistics_batches)
+        with isolate_rng():
+            # Of batches that do not depend on what has been drawn: where a run is resumed at the start of this epoch,
+            # Lightning has drawn for it already, and otherwise it has not.
+            torch.manual_seed(trainer.current_epoch)
+            np.random.seed(trainer.current_epoch)
+            random.seed(trainer.current_epoch)
+            return collect_in_training(trainer, module, list(paths), counts, self.statistics_batches)
