@@ -73,7 +73,9 @@ class SharedBasis:
         scales: `[blocks, rank]` float64 weighted root mean squares of the coefficients around these means.
         levels: For every width that is used, `[2^bits]` float64 levels of coefficients over their scale; none where
             coefficients are kept as floats.
-        losses: Predicted growth of the loss in nats, before refinement and after each round.
+        losses: Predicted growth of the loss in nats, before refinement and after each round; of codes, with what
+            quantizers lose in the blocks to begin with.
+        loss: Predicted growth of the loss in nats; of codes, with what the levels lose.
     """
 
     block_of_row: Tensor
@@ -84,11 +86,7 @@ class SharedBasis:
     scales: Tensor
     levels: dict[int, Tensor]
     losses: list[float]
-
-    @property
-    def loss(self) -> float:
-        """Predicted growth of the loss, in nats."""
-        return min(self.losses)
+    loss: float
 
 
 def shared_basis(
@@ -152,6 +150,7 @@ def shared_basis(
     rates, sums, count = min(allocated, key=lambda option: option[0].loss)
     blocks = blocks // (finest // count)
     losses = [rates.loss]
+    start_blocks = blocks
     best = (rates, sums, blocks)
     looked_at = 0
     for done in range(refine_rounds):
@@ -168,7 +167,12 @@ def shared_basis(
                 continue
         advance(step * (refine_rounds - done - 1))
         break
-    solution = _solution(table, *best, widths, losses, budget)
+    rates, sums, blocks = best
+    if not budget.is_exact and blocks is not start_blocks:
+        # Rows of a block are more alike than they were, and lose less.
+        widths = _quantizers(table, blocks, sums, budget)
+        rates = _allocated(sums, widths, budget)
+    solution = _solution(table, rates, sums, blocks, widths, losses, budget)
     advance(step)
     return solution
 
@@ -216,7 +220,7 @@ def _quantizers(table: ProjectedTable, blocks: Tensor, sums: BlockSums, budget: 
     """What is lost of a coefficient at each width, seen on a sample."""
     if budget.is_exact:
         return Widths((0, *budget.widths), (1.0, *(0.0 for _ in budget.widths)))
-    values, weights, inside = table.sample(blocks, sums.means, sums.scales)
+    values, weights, inside = table.sample(blocks, sums.means[:, : sums.second.shape[1]], sums.scales)
     values, weights = _pooled(values, weights, (sums.scales > 0)[inside])
     lost = torch.zeros(len(budget.widths), dtype=torch.float64)
 
@@ -227,18 +231,23 @@ def _quantizers(table: ProjectedTable, blocks: Tensor, sums: BlockSums, budget: 
     return Widths((0, *budget.widths), (1.0, *lost.tolist()))
 
 
-def _levels(table: ProjectedTable, solution: SharedBasis, means: Tensor, scales: Tensor) -> dict[int, Tensor]:
-    """Levels of every width that is used, for the coefficients that have it."""
+def _levels(
+    table: ProjectedTable, solution: SharedBasis, means: Tensor, scales: Tensor
+) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """Levels of every width that is used, for the coefficients that have it, and what is lost at them."""
     used = sorted(set(solution.bits.flatten().tolist()) - {0})
     found = {bits: torch.zeros(2**bits, dtype=torch.float64) for bits in used}
+    lost = torch.zeros(len(used), dtype=torch.float64)
     values, weights, inside = table.sample(solution.block_of_row, means, scales)
 
     def compute(unit: int) -> None:
         bits = used[unit]
-        found[bits].copy_(fit_levels(*_pooled(values, weights, ((solution.bits == bits) & (scales > 0))[inside]), bits))
+        pooled = _pooled(values, weights, ((solution.bits == bits) & (scales > 0))[inside])
+        found[bits].copy_(fit_levels(*pooled, bits))
+        lost[unit] = distortion(*pooled, found[bits])
 
-    deal([[found[bits]] for bits in used], [1.0] * len(used), compute)
-    return found
+    deal([[found[bits], one] for bits, one in zip(used, lost, strict=True)], [1.0] * len(used), compute)
+    return found, dict(zip(used, lost.tolist(), strict=True))
 
 
 def _pooled(values: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,8 +298,15 @@ def _solution(
         scales * lengths,
         {},
         losses,
+        rates.loss,
     )
     agree(solution.means, solution.projector, solution.basis, solution.scales)
     if budget.is_exact:
         return solution
-    return replace(solution, levels=_levels(table, solution, sums.means[present, :rank], scales))
+    levels, lost = _levels(table, solution, sums.means[present, :rank], scales)
+    left = torch.ones_like(scales)
+    for width, part in lost.items():
+        left[bits == width] = part
+    energies = sums.energies[present]
+    loss = sums.rest + float(energies[:, rank:].sum()) + float((energies[:, :rank] * left).sum())
+    return replace(solution, levels=levels, loss=loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning_embcompress.budget import Request, plan_requests
 from lightning_embcompress.distribution import Job, solve_together
 from lightning_embcompress.factorizations import Factorization, tensor_train
 from lightning_embcompress.solvers import gram
+from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
 
 VOCAB_SIZE, DIM = 900, 160
 # The processes that solve the cases; None for all there are.
@@ -68,6 +70,17 @@ def solve(
     return [before, second]
 
 
+def solve_in_loss(method: str, ratio: float, **options: Any) -> list[Factorization[Any]]:
+    """Solve a table in a metric of the loss, then one that has changed."""
+    weight = table()
+    moment = table(seed=9).T @ table(seed=9) / VOCAB_SIZE
+    (request,) = requests(weight, method=method, ratio=ratio, refine_rounds=3, **options)
+    request = replace(request, metric=Metric(moment.double(), smoothed_frequencies(counts())))
+    (first,) = solve_together([Job(request, request.table.weight, counts())], GROUP)
+    (second,) = solve_together([Job(request, table(seed=5), counts(), first)], GROUP)
+    return [first, second]
+
+
 def solve_tables(method: str, ratio: float) -> list[Factorization[Any]]:
     """Three tables at once: more than two processes, of different sizes, one of them refined."""
     weights = [table(vocab_size, 24, seed) for seed, vocab_size in enumerate((60, 200, 110))]
@@ -81,6 +94,8 @@ def solve_tables(method: str, ratio: float) -> list[Factorization[Any]]:
 CASES: dict[str, Callable[[], list[Factorization[Any]]]] = {
     "group_reduce": lambda: solve("group_reduce", 4, groups=4, refine_rounds=3, move_fraction=0.5),
     "group_reduce in place": lambda: solve("group_reduce", 6, groups=5, refine_rounds=0),
+    "transform_coding": lambda: solve("transform_coding", 8, refine_rounds=3),
+    "loss": lambda: solve_in_loss("group_reduce", 5, variant="loss"),
     "weighted_low_rank": lambda: solve("weighted_low_rank", rank=20),
     "tensor_train": lambda: solve("tensor_train", max_rank=3, shape=[4, 4, 5, 2]),
     "product_quantization": lambda: solve(
