@@ -14,6 +14,7 @@ from rich.table import Table as ScreenTable
 from torch import nn
 
 from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.trials import DEFAULT_METHODS as DEFAULT_METHODS
 from lightning_embcompress.trials import Candidate as Candidate
 from lightning_embcompress.trials import Result as Result
@@ -31,6 +32,7 @@ def compare(
     bits: Sequence[int] = (8, 4),
     tables: str | Sequence[str] = "auto",
     token_counts: Any = None,
+    statistics: Callable[[], Statistics] | None = None,
     on_result: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Compress copies of a model by every method and measure them, without training.
@@ -46,6 +48,8 @@ def compare(
         bits: Widths of plain quantization, 2 to 8; none for a comparison without it.
         tables: See `lightning_embcompress.tables.find_tables`.
         token_counts: `[vocab_size]` how often every token occurs in the training data.
+        statistics: Called before the first method is solved that weighs errors by what the loss grows by; gives the
+            statistics of the model. Without them methods that can do otherwise weight rows by their counts alone.
         on_result: Called with every line as soon as it is known: the whole may take long.
 
     Returns:
@@ -56,10 +60,13 @@ def compare(
     """
     trials = plan_trials(model, methods, ratios, bits, tables=tables, token_counts=token_counts, at_sizes_of_bits=True)
     results: list[Result] = []
+    known: Statistics | None = None
     with progress_bar("Comparing methods", total=sum(not trial.note for trial in trials)) as advance:
         # What cannot be reached is known before anything is solved, and said first.
         for trial in sorted(trials, key=lambda trial: not trial.note):
-            solved = carry_out(trial, model, tables=tables, token_counts=token_counts)
+            if known is None and statistics is not None and trial.uses_loss:
+                known = statistics()
+            solved = carry_out(trial, model, tables=tables, token_counts=token_counts, statistics=known)
             perplexity = None if solved.model is None else evaluate(solved.model)
             sizes = solved.ratio, solved.stored_bytes, solved.model_ratio
             results.append(Result(trial.name, trial.ratio, *sizes, perplexity, solved.seconds, solved.note))

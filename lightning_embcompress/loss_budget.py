@@ -102,7 +102,9 @@ def share(model: nn.Module, requests: Sequence[Request], statistics: Statistics)
 def uses_loss(method: str, options: dict[str, Any]) -> bool:
     """Whether a method takes the metric of the loss, with these options."""
     factorization = get_method(method).factorization
-    return factorization.uses_metric and method != "low_rank" and options.get("variant") != "paper"
+    # Initial groups by k-means are of the published algorithm.
+    variant = options.get("variant") or ("paper" if options.get("grouping") == "kmeans" else "loss")
+    return factorization.uses_metric and method != "low_rank" and variant != "paper"
 
 
 def requests_in_loss(

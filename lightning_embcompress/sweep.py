@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.sweep_record import SweepRecord, locked_folder
 from lightning_embcompress.tables import find_tables
 from lightning_embcompress.trials import DEFAULT_METHODS, Result, Solved, Trial, carry_out, plan_trials
@@ -67,7 +68,7 @@ def sweep(
     tables: str | Sequence[str] = "auto",
     token_counts: Any = None,
     data: Mapping[str, Any] | None = None,
-    extra: Callable[[], Mapping[str, Any]] = dict,
+    statistics: Callable[[], Statistics] | None = None,
     on_point: Callable[[Point], None] = lambda _: None,
 ) -> list[Point]:
     """Compress copies of a model by many methods to many sizes, and measure them, without training.
@@ -86,8 +87,8 @@ def sweep(
         token_counts: `[vocab_size]` how often every token occurs in the training data.
         data: What `evaluate` measures on, as JSON, by the names that an error may use (`{"text": checksum}`): points of
             other data are not added to.
-        extra: Called once before the first method is solved; gives further keyword arguments of `compress`. They have
-            to follow from the model and the data.
+        statistics: Called before the first method is solved that weighs errors by what the loss grows by; gives the
+            statistics of the model. They have to follow from the model and the data.
         on_point: Called with every new point as soon as it is known.
 
     Returns:
@@ -127,12 +128,12 @@ def sweep(
                 f"{record.file}: {len(measured_already)} points are there already, {solvable} of what is asked for "
                 "now are to be measured"
             )
-        further: Mapping[str, Any] | None = None
+        known: Statistics | None = None
         with progress_bar("Sweeping", total=solvable) as advance:
             for trial in waiting:
-                if trial.candidate is not None and not trial.note and further is None:
-                    further = extra()
-                solved = carry_out(trial, model, tables=tables, token_counts=token_counts, extra=further)
+                if known is None and statistics is not None and trial.uses_loss:
+                    known = statistics()
+                solved = carry_out(trial, model, tables=tables, token_counts=token_counts, statistics=known)
                 measured = None if solved.model is None else evaluate(solved.model)
                 points[trial.key] = _point(trial, solved, measured, points.get("dense"))
                 points = marked(points)

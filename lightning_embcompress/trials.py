@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +14,32 @@ from torch import Tensor, nn
 
 from lightning_embcompress.budget import check_counts, plan_requests
 from lightning_embcompress.factorizations import get_method
-from lightning_embcompress.plan import Plan, compress, model_bytes
+from lightning_embcompress.loss_budget import uses_loss
+from lightning_embcompress.plan import compress, model_bytes
 from lightning_embcompress.solvers.round_to_nearest import round_to_nearest, rounded_bytes
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.tables import check_finite, find_tables
 
 DEFAULT_METHODS = (
     "low_rank",
     "weighted_low_rank",
-    *(f"group_reduce:groups={groups},refine_rounds={rounds}" for groups in (5, 10, 20) for rounds in (0, 5)),
+    "transform_coding",
+    "group_reduce:variant=loss",
+    *(
+        f"group_reduce:variant=paper,groups={groups},refine_rounds={rounds}"
+        for groups in (5, 10, 20)
+        for rounds in (0, 5)
+    ),
+    "group_reduce:variant=paper,grouping=kmeans",
     "tensor_train",
     *(f"tensor_train:max_rank={rank}" for rank in (1, 4)),
     *(f"tensor_train_matrix:num_cores={count}" for count in (2, 3)),
     "product_quantization",
     "tucker",
 )
-"""GroupReduce in all the settings that its paper leaves open, of which the best is what others have to beat; TensorGPT
-at its published ranks too. `cp`, which takes very long at low ratios, only where it is asked for."""
+"""GroupReduce in all the settings that its paper leaves open, of which the best is what others have to beat, and from
+groups by k-means as in later work; TensorGPT at its published ranks too. `cp`, which takes very long at low ratios,
+only where it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,11 @@ class Trial:
     candidate: Candidate | None = None
     bits: int | None = None
     note: str = ""
+
+    @property
+    def uses_loss(self) -> bool:
+        """Whether it is solved in the metric of the loss, where statistics are known."""
+        return self.candidate is not None and not self.note and uses_loss(self.candidate.method, self.candidate.options)
 
     @property
     def key(self) -> str:
@@ -225,7 +240,7 @@ def carry_out(
     *,
     tables: str | Sequence[str] = "auto",
     token_counts: Any = None,
-    extra: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
 ) -> Solved:
     """Store the tables of a copy of a model in one of the ways.
 
@@ -234,7 +249,7 @@ def carry_out(
         model: The trained model; it is not changed.
         tables: See `lightning_embcompress.tables.find_tables`.
         token_counts: `[vocab_size]` how often every token occurs in the training data.
-        extra: Further keyword arguments of `compress`.
+        statistics: Of the model, for methods that weigh errors by what the loss grows by.
 
     Returns:
         The copy with its sizes. If the method finds no factors, the reason in their place: what a method cannot do is a
@@ -257,21 +272,13 @@ def carry_out(
         model_ratio = whole["dense_bytes"] / (whole["stored_bytes"] - dense + size)
         return Solved(copy, dense / size, size, model_ratio, None, seconds)
     assert trial.candidate is not None
-    options = {"tables": tables, **trial.candidate.options}
+    options = {"tables": tables, "token_counts": token_counts, **trial.candidate.options}
     try:
-        plan = compress(
-            copy, trial.candidate.method, ratio=trial.ratio, token_counts=token_counts, **(extra or {}), **options
-        )
+        plan = compress(copy, trial.candidate.method, ratio=trial.ratio, statistics=statistics, **options)
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         return Solved(note=str(error))
     seconds = time.perf_counter() - start
-    return Solved(copy, plan.ratio, plan.stored_bytes, model_bytes(copy)["ratio"], _predicted_loss(plan), seconds)
-
-
-def _predicted_loss(plan: Plan) -> float | None:
-    losses = [getattr(table, "predicted_loss", None) for table in plan.tables]
-    known = [float(loss) for loss in losses if loss is not None]
-    return sum(known) if len(known) == len(losses) else None
+    return Solved(copy, plan.ratio, plan.stored_bytes, model_bytes(copy)["ratio"], plan.predicted_loss, seconds)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_embcompress import compress
+from lightning_embcompress.statistics import Statistics, collect_statistics
 from lightning_embcompress.sweep import Measured, Point, pareto_front, sweep
 from lightning_embcompress.sweep_report import draw_sweep, show_sweep, write_sweep
 
@@ -244,33 +245,35 @@ def test_perplexities_that_are_not_finite(tmp_path: Path) -> None:
         run(tmp_path / "other", lambda _: Measured(math.nan), methods=["low_rank"], ratios=[2.0])
 
 
-def test_further_arguments_are_asked_for_once_and_handed_on(tmp_path: Path) -> None:
+def test_statistics_are_asked_for_once_where_they_are_used(tmp_path: Path) -> None:
+    model = make_model()
     calls = []
 
-    def extra() -> dict[str, Any]:
+    def loss_fn(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+
+    def statistics() -> Statistics:
         calls.append(1)
-        return {"tie": "untie"}
+        ids = torch.arange(VOCAB_SIZE).reshape(10, -1)
+        return collect_statistics(model, [ids], loss_fn, token_counts=COUNTS)
 
-    run(tmp_path, extra=extra, methods=[], bits=(8,))
+    run(tmp_path, statistics=statistics, methods=["low_rank", "group_reduce:variant=paper"], ratios=[2.0], bits=(8,))
     assert calls == []
-    points = run(tmp_path, extra=extra, methods=["low_rank"], bits=(8,))
+    methods = ["weighted_low_rank", "transform_coding"]
+    points = run(tmp_path, statistics=statistics, methods=methods, ratios=[2.0], bits=(8,))
     assert calls == [1]
-    model = make_model()
-    plan = compress(model, "low_rank", ratio=2, tie="untie")
-    assert plan.stored_bytes in [point.stored_bytes for point in points]
+    by_method = {point.method: point for point in points}
+    plan = compress(model, "transform_coding", ratio=2, statistics=statistics())
+    found = by_method["transform_coding"]
+    assert (found.stored_bytes, found.predicted_loss) == (plan.stored_bytes, plan.predicted_loss)
+    assert by_method["weighted_low_rank"].predicted_loss is not None
+    assert by_method["low_rank"].predicted_loss is None
 
 
-def test_predicted_losses_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Entry:
-        predicted_loss = 0.25
-
-    class Plan:
-        tables = (Entry(), Entry())
-        ratio, stored_bytes = 2.0, 1000
-
-    monkeypatch.setattr("lightning_embcompress.trials.compress", lambda *_, **__: Plan())
-    points = run(tmp_path, methods=["low_rank"], ratios=[2.0], bits=())
-    assert [point.predicted_loss for point in points] == [0.0, 0.5]
+def test_what_needs_statistics_says_so(tmp_path: Path) -> None:
+    points = run(tmp_path, methods=["group_reduce:variant=loss"], ratios=[2.0], bits=())
+    assert points[-1].stored_bytes is None
+    assert "give statistics=collect_statistics" in points[-1].note
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from([1.0, 1.5, 2.0, 7.0])), max_size=12))

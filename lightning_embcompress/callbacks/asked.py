@@ -93,7 +93,7 @@ class Asked:
 
     def _hindrance(self, module: LightningModule) -> str:
         """Why errors are weighed by frequency though the method could do otherwise; nothing if they are not."""
-        if self.options.get("grouping") == "kmeans" and not self._needs_loss:
+        if not uses_loss(self.method, self.options):
             return "grouping='kmeans' is of the published algorithm"
         if self.statistics is None and not self.statistics_batches:
             return "statistics_batches=0 leaves out to collect statistics"
@@ -161,12 +161,11 @@ class Asked:
             ValueError: If statistics are damaged, or of another model or vocabulary, or cannot be had, or the
                 perplexity cannot be measured.
         """
-        if not uses_loss(self.method, self.options):
-            return
         has_variants = self.method == "group_reduce" and self.options.get("variant") is None
         if not self.by_loss(module):
-            chosen = "variant='paper'" if has_variants else "errors are weighed by the frequency of tokens alone"
-            rank_zero_info(f"{self.method}: {chosen}, because {self._hindrance(module)}.")
+            if has_variants or uses_loss(self.method, self.options):
+                chosen = "variant='paper'" if has_variants else "errors are weighed by the frequency of tokens alone"
+                rank_zero_info(f"{self.method}: {chosen}, because {self._hindrance(module)}.")
             return
         if self.max_loss is not None and not trainer.enable_validation:
             raise ValueError(

@@ -40,6 +40,7 @@ Options of the methods (`embcompress list` shows them) are given as --option NAM
   embcompress compress gpt2 gpt2-small --method tensor_train --max_rank 4 --text novels/*.txt
   embcompress compress last.ckpt small.ckpt --ratio 6.6 --groups 20 --tables encoder decoder
   embcompress compress my_model my_model-4x --method low_rank --size 80MB --tie untie
+  embcompress compress my_model my_model-1% --method auto --max_loss 1% --text novels/*.txt
 """
 _INSPECT = """\
 Show the tables of a model in files: how they are stored, their bytes, and their share of the model's bytes. For a model
@@ -185,8 +186,19 @@ def _compress_parser() -> argparse.ArgumentParser:
     add("source", metavar="SOURCE", help=_SOURCE_HELP)
     add("target", metavar="TARGET", help=_TARGET_HELP)
     add("--method", default="group_reduce", help="a method that `embcompress list` shows (default: %(default)s)")
-    add("--ratio", type=float, help="dense bytes over stored bytes, of every table")
+    add(
+        "--ratio",
+        type=float,
+        help="dense bytes over stored bytes: of all tables together where --text or "
+        "--statistics say what errors cost, else of every table",
+    )
     add("--size", help="in place of a ratio, bytes of all tables together, such as 80MB (MB = 1,000,000)")
+    add(
+        "--max_loss",
+        metavar="INCREASE",
+        help="in place of a size, the most that the perplexity on --text may grow by, such as 1%%: the smallest tables "
+        "within it are searched for",
+    )
     add("--tables", nargs="+", metavar="PATH", help="modules to compress; by default the embedding and the softmax")
     add(
         "--tie",
@@ -200,6 +212,12 @@ def _compress_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="plain text in UTF-8, files or glob patterns: its first nine tenths are counted for methods that weight "
         "by frequency, its last tenth is for the perplexity before and after. Tokenized once, into a cache",
+    )
+    add(
+        "--statistics",
+        metavar="FILE",
+        help="what errors in the tables cost, as Statistics.save has written it; if there is no such file, it is "
+        "written from --text. By default it follows from --text for methods that use it, and is not kept",
     )
     add("--tokenizer", metavar="DIR", help="directory or hub name; by default the files in SOURCE")
     add(

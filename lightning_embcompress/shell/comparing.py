@@ -8,6 +8,7 @@ from lightning_embcompress.compare import DEFAULT_METHODS, Result, compare, show
 from lightning_embcompress.report import say
 from lightning_embcompress.shell.arguments import Arguments
 from lightning_embcompress.shell.measuring import open_measurable
+from lightning_embcompress.shell.statistics import collect_from_text
 from lightning_embcompress.shell.targets import staged
 
 
@@ -32,6 +33,9 @@ def run_compare(arguments: Arguments) -> int:
         bits=given.bits,
         tables=opened.tables,
         token_counts=opened.token_counts,
+        statistics=lambda: collect_from_text(
+            opened.model, opened.counted_text, opened.block_size, opened.token_counts, opened.tables
+        ),
         on_result=say_result,
     )
     show_comparison(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from lightning_embcompress.plan import compress, densify, model_bytes, plan_of
 from lightning_embcompress.report import say, show_plan, show_requests, write_report
 from lightning_embcompress.shell.arguments import Arguments, UsageError
 from lightning_embcompress.shell.models import CheckpointModel, OpenedModel, in_shell_terms, open_model
+from lightning_embcompress.shell.statistics import WantedStatistics
 from lightning_embcompress.shell.targets import report_path, staged
 from lightning_embcompress.shell.text import (
     TokenizedText,
@@ -24,6 +26,9 @@ from lightning_embcompress.shell.text import (
     tokenizer_of,
     zipf_counts,
 )
+
+# Whatever a search for the size finds, no table of use cannot be made smaller by so much.
+_ANY_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class _Text:
             return None
         return self.tokens.perplexity(model, self.block_size, f"Perplexity, {name}")
 
+    def evaluate(self, model: Any) -> float:
+        """Perplexity of one of the models that are tried."""
+        assert self.block_size is not None
+        return self.tokens.perplexity(model, self.block_size, "Perplexity")
+
     def record(self) -> dict[str, Any]:
         measured = 0 if self.block_size is None else self.tokens.num_measured
         return {"counted": self.tokens.num_counted, "measured": measured, "block_size": self.block_size}
@@ -53,31 +63,48 @@ def run_compress(arguments: Arguments) -> int:
         ValueError: If the request cannot be met. Nothing has been written then.
     """
     given = arguments.given
-    _check_method(given.method, given.ratio, given.size, arguments.options)
+    _check_method(given.method, given.ratio, given.size, given.max_loss, arguments.options)
     tokenizer = _check_text(arguments)
+    wanted = WantedStatistics.of(arguments)
     opened = open_model(arguments.source, given.dtype, given.trust_source, is_directory(given.tokenizer))
     as_cast = "" if given.dtype is None else f" in {given.dtype}"
     megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
     say(f"{arguments.source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
     try:
         tables = _start(opened, given.tables)
-        request: dict[str, Any] = {"ratio": given.ratio, "size": given.size, "tables": tables, "tie": given.tie}
-        requests = plan_requests(opened.model, given.method, **request, **arguments.options)
+        request: dict[str, Any] = {"tables": tables, "tie": given.tie, **arguments.options}
+        if given.method == "group_reduce" and wanted is not None:
+            request["variant"] = "loss"
+        # A limit of the perplexity leaves the size open.
+        ratio = _ANY_RATIO if given.max_loss is not None else given.ratio
+        requests = plan_requests(opened.model, given.method, ratio, given.size, **request)
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
     text = _read_text(opened, tokenizer, requests, given.text, given.counts_only)
-    counts, token_counts = _counts(text, requests)
-    show_requests(requests)
+    counts: Tensor | None = None
+    token_counts: str | None = "statistics"
+    if wanted is None or not wanted.is_there:
+        counts, token_counts = _counts(text, requests)
+    statistics = None
+    if wanted is not None:
+        statistics = wanted.find(opened.model, None if text is None else text.tokens, counts, tables)
+        statistics.check([request.table for request in requests])
+    show_requests(requests, statistics is not None, given.max_loss)
     perplexity: dict[str, Any] = dict.fromkeys(("dense", "compressed"))
     perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
     if text is not None:
         perplexity["dense"] = text.perplexity(opened.model, "dense")
-    plan = compress(opened.model, given.method, **request, token_counts=counts, **arguments.options)
+    sizes = {"ratio": given.ratio, "size": given.size, "max_loss": given.max_loss}
+    evaluate = None if text is None else text.evaluate
+    plan = compress(
+        opened.model, given.method, **sizes, token_counts=counts, statistics=statistics, evaluate=evaluate, **request
+    )
     show_plan(plan, opened.model, "Compressed")
     if text is not None:
         perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
-        _say_perplexity(perplexity, text)
+        _say_perplexity(perplexity, text, plan.predicted_loss)
     extra = {"source": arguments.source.name, "token_counts": token_counts, "text": text and text.record()}
+    extra["statistics"] = None if statistics is None else {"targets": statistics.num_targets, "file": given.statistics}
     _write(arguments, opened, perplexity, extra)
     return 0
 
@@ -89,7 +116,9 @@ def type_name(opened: OpenedModel) -> str:
     return "a Lightning checkpoint" if opened.source.kind == "checkpoint" else "saved by save_compressed"
 
 
-def _check_method(name: str, ratio: float | None, size: str | None, options: dict[str, Any]) -> None:
+def _check_method(
+    name: str, ratio: float | None, size: str | None, max_loss: str | None, options: dict[str, Any]
+) -> None:
     """Refuse what is wrong whatever the model is."""
     try:
         method = get_method(name)
@@ -101,7 +130,7 @@ def _check_method(name: str, ratio: float | None, size: str | None, options: dic
                     f"there is no option --{option}, neither of the command (embcompress compress --help) nor of the "
                     f"method {name!r}, which has {listed}"
                 )
-        check_budget(ratio, size, method.options(**options))
+        check_budget(ratio, size, method.options(**options), max_loss)
     except TypeError as error:
         values = ", ".join(f"{option}={value!r}" for option, value in options.items())
         raise UsageError(f"an option of the method {name!r} is of the wrong type ({values}): {error}") from error
@@ -174,13 +203,15 @@ def _counts(text: _Text | None, requests: Sequence[Request]) -> tuple[Tensor | N
     return zipf_counts(vocab_size), "zipf by id"
 
 
-def _say_perplexity(perplexity: dict[str, Any], text: _Text) -> None:
+def _say_perplexity(perplexity: dict[str, Any], text: _Text, predicted_loss: float | None) -> None:
     dense, after = perplexity["dense"], perplexity["compressed"]
     if dense is not None and after is not None:
         say(
             f"Perplexity on the last tenth of the text, {text.tokens.num_measured:,} tokens: {dense:.2f} before, "
             f"{after:.2f} compressed ({after / dense - 1:+.1%})"
         )
+        if predicted_loss is not None and math.isfinite(after):
+            say(f"The loss was predicted to grow by {predicted_loss:.4f} nats: measured {math.log(after / dense):+.4f}")
 
 
 def _write(arguments: Arguments, opened: OpenedModel, perplexity: dict[str, Any], extra: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ class MeasurableModel:
         model: A causal language model of transformers.
         tables: See `lightning_embcompress.tables.find_tables`.
         text: Whose last part is measured.
+        counted_text: Whose first part is counted: `text` too, or one of its own, all of which is.
         token_counts: `[vocab_size]` int64.
         block_size: Tokens that the model reads at once.
     """
@@ -31,6 +32,7 @@ class MeasurableModel:
     model: Any
     tables: str | Sequence[str]
     text: TokenizedText
+    counted_text: TokenizedText
     token_counts: Tensor
     block_size: int
 
@@ -58,12 +60,12 @@ def open_measurable(arguments: Arguments, advice: str) -> MeasurableModel:
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
     measured = read_text(given.text, tokenizer, measure_all=given.counts_text is not None)
-    counted = None if given.counts_text is None else read_text(given.counts_text, tokenizer)
-    for text in (measured, counted or measured):
+    counted = measured if given.counts_text is None else read_text(given.counts_text, tokenizer).all_counted()
+    for text in (measured, counted):
         text.check_ids(vocab_size, tokenizer)
-    counts = measured.counts(vocab_size) if counted is None else counted.all_counts(vocab_size)
+    counts = counted.counts(vocab_size)
     say(
         f"{arguments.source.name}: {type(opened.model).__name__}; perplexity on {measured.limited(given.max_tokens):,} "
         f"tokens, counts from {int(counts.sum()):,}"
     )
-    return MeasurableModel(opened.model, tables, measured, counts, block_size_of(opened.model))
+    return MeasurableModel(opened.model, tables, measured, counted, counts, block_size_of(opened.model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -10,6 +12,8 @@ from lightning_embcompress.report import say
 from lightning_embcompress.shell.arguments import Arguments
 from lightning_embcompress.shell.comparing import say_result
 from lightning_embcompress.shell.measuring import MeasurableModel, open_measurable
+from lightning_embcompress.shell.statistics import collect_from_text
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.sweep import Measured, checksum, sweep
 from lightning_embcompress.sweep_record import SWEEP_FILE
 from lightning_embcompress.sweep_report import show_sweep, write_sweep
@@ -51,6 +55,7 @@ def run_sweep(arguments: Arguments) -> int:
             tables=opened.tables,
             token_counts=opened.token_counts,
             data=data,
+            statistics=lambda: _statistics(opened, folder),
             on_point=say_result,
         )
         show_sweep(points, targets)
@@ -61,6 +66,18 @@ def run_sweep(arguments: Arguments) -> int:
         say("No plot: it needs matplotlib (pip install matplotlib)")
     say(f"Written: {', '.join(map(str, [folder / SWEEP_FILE, *written]))}")
     return 0
+
+
+def _statistics(opened: MeasurableModel, folder: Path) -> Statistics:
+    """What the counted text says of the tables: collected once, and kept beside the points."""
+    file = folder / "statistics.safetensors"
+    if file.is_file():
+        return Statistics.load(file)
+    statistics = collect_from_text(
+        opened.model, opened.counted_text, opened.block_size, opened.token_counts, opened.tables
+    )
+    statistics.save(file)
+    return statistics
 
 
 def _targets(opened: MeasurableModel, metric: PerplexityByFrequency, max_tokens: int | None) -> dict[str, int]:

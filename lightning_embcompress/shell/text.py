@@ -63,11 +63,11 @@ class TokenizedText:
             )
         return torch.from_numpy(counts)
 
-    def all_counts(self, vocab_size: int) -> Tensor:
-        """How often each id occurs in the whole text, `[vocab_size]`."""
+    def all_counted(self) -> TokenizedText:
+        """The same text, of which everything is to be counted and nothing to be measured."""
         whole = TokenizedText(self.ids)
-        whole.num_counted = len(self.ids)
-        return whole.counts(vocab_size)
+        whole.num_counted, whole.num_measured = len(self.ids), 0
+        return whole
 
     def check_ids(self, vocab_size: int, tokenizer: str) -> None:
         """Check that a table has a row for every id.
@@ -85,6 +85,24 @@ class TokenizedText:
     def limited(self, max_tokens: int | None) -> int:
         """Tokens that are measured if no more than some are."""
         return self.num_measured if max_tokens is None else min(max_tokens, self.num_measured)
+
+    def counted_batches(self, block_size: int, vocab_size: int, max_tokens: int) -> list[dict[str, Tensor]]:
+        """Blocks of the part to count, spread over all of it, in batches whose logits and gradients fit the memory.
+
+        Args:
+            block_size: Tokens of a block.
+            vocab_size: Logits of a token.
+            max_tokens: Of all blocks together.
+
+        Returns:
+            `input_ids` and `labels` as a model of transformers takes them.
+        """
+        blocks = TokenBlocks(self.ids[: self.num_counted], block_size)
+        number = min(len(blocks), max(1, max_tokens // blocks.block_size))
+        chosen = [index * len(blocks) // number for index in range(number)]
+        batch_size = max(1, _LOGIT_ELEMENTS // 4 // (blocks.block_size * vocab_size))
+        batches = [[blocks[index] for index in chosen[at : at + batch_size]] for at in range(0, number, batch_size)]
+        return [{key: torch.stack([block[key] for block in batch]) for key in batch[0]} for batch in batches]
 
     def measured_ids(self, max_tokens: int | None = None) -> NDArray[np.integer[Any]]:
         """The part to measure, after the one token from which its first one is predicted."""
