@@ -21,7 +21,7 @@ from lightning_embcompress.factorizations.base import (
 from lightning_embcompress.factorizations.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.factorizations.low_rank import aligned_bases
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
-from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks
+from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks, plain_metric
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
 from lightning_embcompress.solvers.group_reduce import BlockSolution, equal_frequency_groups, group_reduce
@@ -61,6 +61,10 @@ class GroupReduceOptions(Options):
             raise ValueError(f"variant must be 'paper' or 'loss', it is {self.variant!r}")
         if self.grouping not in ("equal", "kmeans"):
             raise ValueError(f"grouping must be 'equal' or 'kmeans', it is {self.grouping!r}")
+        if self.variant == "loss" and self.grouping != "equal":
+            raise ValueError(
+                f"grouping={self.grouping!r} is for variant='paper'; with 'loss' leave it out, blocks follow from prices"
+            )
         check_blocks(self.groups, self.refine_rounds)
         if not 0 < self.move_fraction <= 1:
             raise ValueError(f"move_fraction must be above 0 and at most 1, it is {self.move_fraction}")
@@ -225,13 +229,16 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Factorization[Any]:
-        """GroupReduce within a budget, see `Factorization.decompose` and `solvers.group_reduce`.
+        """GroupReduce within a budget, see `Factorization.decompose`, `solvers.group_reduce` and `solvers.shared_basis`.
+
+        With `variant="loss"` and no metric all directions count the same, and rows by their counts.
 
         Raises:
             ValueError: If there are more groups than rows, or the bytes do not cover rank 1 in every block.
         """
         options = options or GroupReduceOptions()
-        if metric is not None and options.variant != "paper":
+        if options.variant == "loss" or (options.variant is None and metric is not None):
+            metric = metric or plain_metric(weight, token_counts)
             return SharedBasisBlocks.solve(
                 weight, max_bytes, metric, options.groups, options.refine_rounds, (), advance=advance
             )

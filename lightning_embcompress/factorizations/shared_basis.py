@@ -247,7 +247,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
                 continue
             if self.is_coded:
                 index = F.embedding(place, codes[block]).int() + offsets[block]
-                values = F.embedding(index, self.levels.unsqueeze(1)).squeeze(-1) * scales[block]
+                values = _looked_up(self.levels, index) * scales[block]
             else:
                 values = F.embedding(place, self.coefficients[block])
             rows.append(values @ basis[: self.ranks[block]] + means[block])
@@ -273,8 +273,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         """Products with the coefficients of a block, a piece at a time; their values are never there as a whole."""
 
         def product(states: Tensor, piece: Tensor, levels: Tensor) -> Tensor:
-            values = F.embedding(piece.int() + offsets, levels.unsqueeze(1)).squeeze(-1)
-            return F.linear(states, values)
+            return F.linear(states, _looked_up(levels, piece.int() + offsets))
 
         keeps = torch.is_grad_enabled() and not is_exporting()
         step = max(1, _PIECE // max(1, codes.shape[1]))
@@ -349,7 +348,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             ValueError: If the bytes do not cover the means of the blocks.
         """
         options = options or TransformCodingOptions()
-        metric = metric or _plain_metric(weight, token_counts)
+        metric = metric or plain_metric(weight, token_counts)
         return cls.solve(
             weight, max_bytes, metric, options.groups, options.refine_rounds, options.widths, advance=advance
         )
@@ -366,7 +365,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
     ) -> Self:
         """Solve again from the blocks as they are, and afresh, and take the better, see `Factorization.refined`."""
         options = options or TransformCodingOptions()
-        metric = metric or _plain_metric(target, token_counts)
+        metric = metric or plain_metric(target, token_counts)
         # GroupReduce, which has floats, comes here too.
         widths = options.widths if isinstance(options, TransformCodingOptions) else ()
         now = self.block_of_row.to(target.device)
@@ -515,6 +514,11 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
 
 
+def _looked_up(levels: Tensor, index: Tensor) -> Tensor:
+    """Single numbers by their places; of rows of one number `F.embedding` takes four times as long."""
+    return levels.index_select(0, index.reshape(-1)).view(index.shape)
+
+
 def _projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Tensor]:
     """`[dim, rank]` for each rank: coefficients of least loss in the first rows of a basis that storing it has changed.
 
@@ -530,6 +534,12 @@ def _projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Ten
     return [turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T) for rank in ranks]
 
 
-def _plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:
+def plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:
+    """The metric where nothing is known of the loss: all directions count the same, and rows by their counts.
+
+    Args:
+        weight: `[vocab_size, dim]` table.
+        token_counts: `[vocab_size]` how often every token occurs; None for equally often.
+    """
     counts = torch.zeros(weight.shape[0]) if token_counts is None else token_counts
     return Metric(torch.eye(weight.shape[1], dtype=torch.float64), smoothed_frequencies(counts.cpu()))

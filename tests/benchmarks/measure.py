@@ -23,10 +23,17 @@ def _once(run: Callable[[], Any]) -> float:
 
 
 class PeakMemory:
-    """Most resident bytes beyond those at the start of the block, sampled each 2 ms (Linux)."""
+    """Most resident bytes beyond those at the start of the block, sampled each 2 ms (Linux).
+
+    Args:
+        mapped: Whether pages of mapped files count, which the system may drop when memory is short.
+    """
+
+    def __init__(self, mapped: bool = True) -> None:
+        self._mapped = mapped
 
     def __enter__(self) -> PeakMemory:
-        self._start = self._peak = _resident()
+        self._start = self._peak = self._resident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -34,7 +41,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.002):
-            self._peak = max(self._peak, _resident())
+            self._peak = max(self._peak, self._resident())
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -44,6 +51,6 @@ class PeakMemory:
     def bytes(self) -> int:
         return self._peak - self._start
 
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    def _resident(self) -> int:
+        _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
+        return (resident if self._mapped else resident - shared) * os.sysconf("SC_PAGE_SIZE")

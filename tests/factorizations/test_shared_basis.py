@@ -160,6 +160,9 @@ def test_variant_of_group_reduce() -> None:
     # Every way to ask for the best number of groups is the same.
     automatic = [solve(metric, **options) for options in ({}, {"groups": "auto"}, {"variant": "loss"})]
     assert all(torch.equal(one.dense(), automatic[0].dense()) for one in automatic)
+    # Asked for without a metric, directions count the same.
+    plain = solve(Metric(torch.eye(_DIM), smoothed_frequencies(counts)))
+    assert torch.equal(solve(None, variant="loss").dense(), plain.dense())
     # At equal bytes it loses far less than the published algorithm.
     losses = [solve(None, groups=g, refine_rounds=r).loss_in(metric, table) for g in (5, 10, 20) for r in (0, 5)]
     assert automatic[0].loss_in(metric, table) < 0.6 * min(losses)
@@ -175,6 +178,8 @@ def test_grouping_by_kmeans() -> None:
         found.sizes
         != BlockLowRank.decompose(table, table.nbytes // 4, counts, GroupReduceOptions(groups=5, refine_rounds=0)).sizes
     )
+    with pytest.raises(ValueError, match="grouping='kmeans' is for variant='paper'; with 'loss' leave it out"):
+        GroupReduceOptions(variant="loss", grouping="kmeans")
     with pytest.raises(ValueError, match="grouping must be 'equal' or 'kmeans', it is 'random'"):
         GroupReduceOptions(grouping="random")  # type: ignore[arg-type]
 

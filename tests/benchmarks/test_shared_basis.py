@@ -1,0 +1,121 @@
+"""Blocks of one basis at scale: `pytest tests/benchmarks/test_shared_basis.py -s --benchmark-only`, `-m full` for all.
+
+Ratios of both sides of one run; the full size needs 5 GB of memory and of disk.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_embcompress.factorizations import SharedBasisBlocks
+from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measure import PeakMemory, seconds  # noqa: E402
+
+pytestmark = pytest.mark.timeout(3600)
+
+_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+_SIZES = [pytest.param(100_000, id="100k"), pytest.param(793_471, id="793k", marks=pytest.mark.full)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # Of both sides: a second core is not always free, and many small products suffer more from that than a large one.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _fill(table: Tensor) -> Tensor:
+    """A falling spectrum that differs between frequent and rare words, as trained tables have."""
+    vocab_size, dim = table.shape
+    generator = torch.Generator().manual_seed(0)
+    for rows in table.split(-(-vocab_size // 20)):
+        # Components trade places with their neighbours.
+        order = (torch.arange(dim) + 48 * torch.rand(dim, generator=generator)).argsort()
+        rows.normal_(generator=generator).mul_(torch.logspace(0, -1.5, dim)[order])
+    return table
+
+
+def _metric(vocab_size: int, dim: int) -> Metric:
+    states = torch.randn(4 * dim, dim, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -1, dim)
+    counts = (1e9 / torch.arange(1, vocab_size + 1)).long()
+    return Metric((states.T @ states / len(states)).double(), smoothed_frequencies(counts))
+
+
+def _report(text: str) -> None:
+    sys.stdout.write(f"\n{text} (one thread)\n")
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["in memory", "mapped file"])
+@pytest.mark.parametrize("vocab_size", _SIZES)
+def test_20_groups_and_5_refinements_cost_at_most_10_gram_products(
+    benchmark, vocab_size: int, mapped: bool, tmp_path: Path
+) -> None:
+    dim = 1024
+    if mapped:
+        # Written through a mapping of its own, which is given back.
+        _fill(torch.from_file(str(tmp_path / "table"), True, vocab_size * dim).view(vocab_size, dim))
+        table = torch.from_file(str(tmp_path / "table"), False, vocab_size * dim).view(vocab_size, dim)
+    else:
+        table = _fill(torch.empty(vocab_size, dim))
+    metric = _metric(vocab_size, dim)
+    gram = seconds(lambda: table.T @ table, rounds=1)
+
+    def solve() -> SharedBasisBlocks:
+        return SharedBasisBlocks.solve(table, int(table.nbytes / 6.6), metric, 20, 5, ())
+
+    with PeakMemory(mapped=False) as memory:
+        start = time.perf_counter()
+        found = benchmark.pedantic(solve, rounds=1)
+        taken = time.perf_counter() - start
+    ratio, share, beside = taken / gram, memory.bytes / table.nbytes, memory.bytes - found.stored_bytes()
+    benchmark.extra_info.update(gram_seconds=gram, gram_products=ratio, peak_memory_share=share, beside=beside)
+    _report(
+        f"{vocab_size} x {dim}, 20 groups, 5 refinements: {taken:.1f} s = {ratio:.1f} Gram products of {gram:.2f} s; "
+        f"peak memory {share:.1%} of the table, {beside / 1e9:.2f} GB beside the result"
+    )
+    assert found.stored_bytes() <= table.nbytes / 6.6
+    assert ratio <= 10
+    assert share < 0.40
+    assert beside < 2e9
+
+
+def test_codes_of_the_best_groups_take_seconds(benchmark) -> None:
+    table, metric = _fill(torch.empty(33_278, 256)), _metric(33_278, 256)
+
+    def solve() -> SharedBasisBlocks:
+        return SharedBasisBlocks.solve(table, table.nbytes // 20, metric, None, 5, _WIDTHS)
+
+    start = time.perf_counter()
+    benchmark.pedantic(solve, rounds=1)
+    taken = time.perf_counter() - start
+    _report(f"codes of 33278 x 256 at 20x, the best of 1 to 32 groups, 5 refinements: {taken:.1f} s")
+    assert taken < 10
+
+
+@torch.no_grad()
+def test_logits_of_one_state_from_codes(benchmark) -> None:
+    vocab_size, dim = 50_257, 768
+    table = _fill(torch.empty(vocab_size, dim))
+    found = SharedBasisBlocks.solve(table, table.nbytes // 16, _metric(vocab_size, dim), None, 1, _WIDTHS)
+    hidden = torch.randn(1, dim)
+    pairs = [
+        (seconds(lambda: torch.nn.functional.linear(hidden, table), 10), seconds(lambda: found.logits(hidden), 10))
+        for _ in range(3)
+    ]
+    benchmark.pedantic(lambda: found.logits(hidden), rounds=5)
+    dense, coded = sorted(pairs, key=lambda pair: pair[1] / pair[0])[1]
+    _report(
+        f"logits of one state, {vocab_size} x {dim} in codes at 16x: dense {dense * 1e3:.1f} ms, "
+        f"codes {coded * 1e3:.1f} ms, {coded / dense:.1f} times as long"
+    )
+    assert coded / dense < 20
