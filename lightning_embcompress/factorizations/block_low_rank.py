@@ -62,9 +62,7 @@ class GroupReduceOptions(Options):
         if self.grouping not in ("equal", "kmeans"):
             raise ValueError(f"grouping must be 'equal' or 'kmeans', it is {self.grouping!r}")
         if self.variant == "loss" and self.grouping != "equal":
-            raise ValueError(
-                f"grouping={self.grouping!r} is for variant='paper'; with 'loss' leave it out, blocks follow from prices"
-            )
+            raise ValueError(f"grouping={self.grouping!r} is for variant='paper'; with 'loss' leave it out")
         check_blocks(self.groups, self.refine_rounds)
         if not 0 < self.move_fraction <= 1:
             raise ValueError(f"move_fraction must be above 0 and at most 1, it is {self.move_fraction}")
@@ -229,7 +227,7 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Factorization[Any]:
-        """GroupReduce within a budget, see `Factorization.decompose`, `solvers.group_reduce` and `solvers.shared_basis`.
+        """GroupReduce within a budget, see `Factorization.decompose` and `solvers.group_reduce`.
 
         With `variant="loss"` and no metric all directions count the same, and rows by their counts.
 
