@@ -85,7 +85,8 @@ class Plain(LightningModule):
 
 
 def _callback(**changes: Any) -> GroupReduce:
-    return GroupReduce(**{"ratio": 1.3, "groups": 2, "at_epoch": 1, "token_counts": COUNTS, **changes})
+    fixed: dict[str, Any] = {"ratio": 1.3, "groups": 2, "variant": "paper", "at_epoch": 1, "token_counts": COUNTS}
+    return GroupReduce(**fixed | changes)
 
 
 def _compress(model: nn.Module) -> None:

@@ -1,0 +1,320 @@
+"""Callbacks that weigh errors by what the loss grows by: statistics, one budget, and limits of the perplexity."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_embcompress import EmbeddingCompression, GroupReduce, TransformCoding, compress
+from lightning_embcompress.callbacks import asked
+from lightning_embcompress.loss_metric import metric_of
+from lightning_embcompress.plan import plan_of
+from lightning_embcompress.statistics import Statistics, collect_statistics
+from lightning_embcompress.tables import Table
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Keep(Callback):
+    """Keeps copies of the module at the start of every epoch."""
+
+    def __init__(self) -> None:
+        self.models: list[Any] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        attached, pl_module.trainer = pl_module.trainer, None
+        self.models.append(deepcopy(pl_module))
+        pl_module.trainer = attached
+
+
+def _loss_fn(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
+
+
+def _statistics(foreign: SimpleNamespace, model: Any, **changes: Any) -> Statistics:
+    return collect_statistics(model, foreign.loaders(shuffle=False, **changes)["train_dataloaders"], _loss_fn)
+
+
+def _by_hand(module: type) -> type:
+    """The same module, optimized by hand."""
+
+    class ByHand(module):  # type: ignore[misc,valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self._loss(batch))
+            optimizer.step()
+
+    return ByHand
+
+
+@pytest.mark.parametrize("method", ["group_reduce", "transform_coding", "weighted_low_rank", "auto"])
+def test_given_statistics_do_what_compress_does(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, method: str
+) -> None:
+    model, after = foreign.model(), Keep()
+    statistics = _statistics(foreign, model)
+    statistics.save(tmp_path / "statistics.safetensors")
+    expected = foreign.model()
+    plan = compress(expected, method, ratio=2, statistics=statistics)
+    callback = EmbeddingCompression(method, ratio=2, statistics=tmp_path / "statistics.safetensors")
+    make_trainer(callback, after, max_epochs=1, limit_train_batches=1).fit(model, **foreign.loaders())
+    torch.testing.assert_close(dict(after.models[0].state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+    assert plan_of(after.models[0]) == plan
+    # Both tables together, and more for the one that is worth more; low rank of 16 columns has not many sizes.
+    assert plan.ratio >= 2
+    assert method == "weighted_low_rank" or plan.tables[0].stored_bytes != plan.tables[1].stored_bytes
+
+
+def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    model, before, after = foreign.model(), Keep(), Keep()
+    callback = GroupReduce(ratio=3, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
+    logger = CSVLogger(tmp_path / "logs")
+    with caplog.at_level("INFO"):
+        make_trainer(before, callback, after, max_epochs=4, logger=logger).fit(model, **foreign.loaders())
+    assert "group_reduce: variant='loss', by statistics of 20 batches of the training data." in caplog.text
+    assert "The loss was predicted to grow by" in caplog.text
+    shown = capsys.readouterr().out
+    assert "all together" in shown
+    assert "predicted loss" in shown
+    report = json.loads((Path(logger.log_dir) / "report.json").read_text())
+    assert all(table["predicted_loss"] > 0 for table in report["tables"])
+    assert {table.options["variant"] for table in plan_of(model).tables} == {"loss"}
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["step"] == "24"]
+    logged = {name: float(value) for row in rows for name, value in row.items() if value}
+    tables = [logged[f"embcompress/{name}/predicted_loss"] for name in ("encoder", "decoder")]
+    assert logged["embcompress/predicted_loss"] == pytest.approx(sum(tables))
+    grown = report["perplexity"]["compressed"] / report["perplexity"]["dense"]
+    assert logged["embcompress/measured_loss"] == pytest.approx(math.log(grown))
+    # Nothing is kept that no refinement will read.
+    assert callback.state_dict()["statistics"] is None
+    # Biases make up for the mean error of the logits, whenever the table is solved.
+    mean = _statistics(foreign, before.models[2]).hidden_mean["decoder"].float()
+    for epoch in (2, 3):
+        logits = [kept.models[epoch].decoder(mean).detach() for kept in (before, after)]
+        biases = [kept.models[epoch].decoder.bias.detach() for kept in (before, after)]
+        shift = (logits[1] - logits[0]).norm()
+        assert (biases[1] - biases[0]).norm() > 0
+        assert shift < 0.05 * (logits[1] - biases[1] - logits[0] + biases[0]).norm()
+
+
+def test_refinement_is_in_the_metric_of_the_loss_too(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model, before, after = foreign.model(), Keep(), Keep()
+    statistics = _statistics(foreign, model)
+    callback = GroupReduce(ratio=3, at_epoch=1, refine_at_epochs=[2], statistics=statistics)
+    make_trainer(before, callback, after).fit(model, **foreign.loaders())
+    sizes = {entry["modules"][0]: entry["max_bytes"] for entry in callback.state_dict()["compressed"]}
+    for table in plan_of(model).tables:
+        path = table.name
+        assert table.stored_bytes <= sizes[path]
+        dense = before.models[1].get_submodule(path).weight.detach()
+        first, moved, solved = (
+            kept.get_submodule(path).factorization.dense()
+            for kept in (after.models[1], before.models[2], after.models[2])
+        )
+        # The table as training has moved it, plus what was left out of it.
+        target = moved + dense - first
+        metric = metric_of(model, Table((path,), target), statistics)
+        assert not torch.equal(moved, solved)
+        assert metric.loss(target, solved) == pytest.approx(table.predicted_loss, rel=1e-3)
+
+
+class Stop(Exception):
+    """Raised where nothing is to be collected any more."""
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_resuming_equals_the_uninterrupted_run(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: bool
+) -> None:
+    def fit(folder: Path, **changes: Any) -> tuple[Any, ...]:
+        model = foreign.model()
+        callback = TransformCoding(
+            max_loss="10%", at_epoch=1, refine_at_epochs=[3], statistics_batches=5, refresh_statistics=refresh
+        )
+        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer = make_trainer(callback, keep, max_epochs=5, enable_checkpointing=True, default_root_dir=folder)
+        # Shuffled: statistics are of a part of the batches.
+        trainer.fit(model, **foreign.loaders(), **changes)
+        report = json.loads((folder / "report.json").read_text())
+        return dict(model.state_dict()), trainer.optimizers[0].state_dict(), plan_of(model), report
+
+    whole = fit(tmp_path / "whole")
+    for epoch in (0, 1, 3):
+        ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
+        state = next(iter(torch.load(ckpt, weights_only=True)["callbacks"].values()))
+        # From compression until the last refinement is done.
+        assert (state["statistics"] is not None) == (epoch == 1)
+        if epoch > (2 if refresh else 0):
+            monkeypatch.setattr(asked, "collect_in_training", lambda *_: (_ for _ in ()).throw(Stop))
+        resumed = fit(tmp_path / str(epoch), ckpt_path=ckpt)
+        torch.testing.assert_close(resumed[:2], whole[:2], rtol=0, atol=0)
+        assert resumed[2:] == whole[2:]
+
+
+def test_the_smallest_tables_within_a_limit(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = foreign.model()
+    callback = GroupReduce(max_loss="5%", at_epoch=2)
+    with caplog.at_level("INFO"):
+        make_trainer(callback).fit(model, **foreign.loaders())
+    perplexity = json.loads((tmp_path / "report.json").read_text())["perplexity"]
+    assert 0.02 < perplexity["compressed"] / perplexity["dense"] - 1 <= 0.05
+    # What was tried is said, and what was found is one of them.
+    assert f"perplexity {perplexity['compressed']:.2f} (+" in caplog.text
+    assert plan_of(model).ratio > 1.5
+    assert callback.state_dict()["settings"]["max_loss"] == "5%"
+
+
+def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer
+) -> None:
+    model, before = foreign.model(), Keep()
+    callback = TransformCoding(max_loss=1e-7, at_epoch=1, bits=1)
+    trainer = make_trainer(before, callback)
+    with pytest.raises(ValueError, match=r"max_loss: the perplexity grows by .*% at least .* allow more"):
+        trainer.fit(model, **foreign.loaders())
+    torch.testing.assert_close(dict(model.state_dict()), dict(before.models[1].state_dict()), rtol=0, atol=0)
+    assert [id(parameter) for parameter in model.parameters()] == [
+        id(parameter) for parameter in trainer.optimizers[0].param_groups[0]["params"]
+    ]
+
+
+def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    class Unknown(foreign.Foreign):  # type: ignore[misc,name-defined]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self(batch[0]).square().mean())
+
+    trainer = make_trainer(TransformCoding(max_loss="1%"))
+    with pytest.raises(ValueError, match=r"max_loss='1%' needs the perplexity .* is not known: name a logged loss"):
+        trainer.fit(Unknown(), **foreign.loaders())
+    loaders = foreign.loaders()
+    del loaders["val_dataloaders"]
+    with pytest.raises(ValueError, match=r"max_loss='1%' measures the perplexity on validation data, and there is no"):
+        make_trainer(TransformCoding(max_loss="1%")).fit(foreign.model(), **loaders)
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "arguments", "reason"),
+    [
+        (True, {}, "variant='paper', because ByHand optimizes by hand"),
+        (False, {"statistics_batches": 0}, "variant='paper', because statistics_batches=0 leaves out"),
+        (False, {"grouping": "kmeans"}, "variant='paper', because grouping='kmeans' is of the published algorithm"),
+    ],
+)
+def test_without_statistics_it_is_the_published_algorithm(
+    foreign: SimpleNamespace,
+    make_trainer: MakeTrainer,
+    caplog: pytest.LogCaptureFixture,
+    by_hand: bool,
+    arguments: dict[str, Any],
+    reason: str,
+) -> None:
+    model = _by_hand(foreign.Foreign)() if by_hand else foreign.model()
+    expected, after = deepcopy(model), Keep()
+    counts = _statistics(foreign, expected).token_counts
+    options = {name: value for name, value in arguments.items() if name == "grouping"}
+    compress(expected, "group_reduce", ratio=2, groups=3, variant="paper", token_counts=counts, **options)
+    callback = GroupReduce(ratio=2, groups=3, token_counts=counts, **arguments)
+    with caplog.at_level("INFO"):
+        make_trainer(callback, after, max_epochs=1).fit(model, **foreign.loaders())
+    assert reason in caplog.text
+    torch.testing.assert_close(dict(after.models[0].state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+    assert {table.options["variant"] for table in plan_of(model).tables} == {"paper"}
+
+
+def test_optimized_by_hand_with_given_statistics(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model = _by_hand(foreign.Foreign)()
+    callback = GroupReduce(ratio=2, at_epoch=0, refine_at_epochs=[1], statistics=_statistics(foreign, model))
+    make_trainer(callback).fit(model, **foreign.loaders())
+    assert {table.options["variant"] for table in plan_of(model).tables} == {"loss"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "loss"}, r"variant='loss' has to know what errors cost: ByHand optimizes by hand .* give statist"),
+        ({"method": "auto"}, r"method='auto' has to know what errors cost: ByHand optimizes by hand"),
+        ({"ratio": None, "max_loss": 0.1}, r"max_loss=0.1 has to know what errors cost: ByHand optimizes by hand"),
+        ({"refresh_statistics": True}, r"refresh_statistics=True cannot be done: ByHand optimizes by hand"),
+    ],
+)
+def test_optimized_by_hand_what_needs_statistics_is_refused(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, arguments: dict[str, Any], message: str
+) -> None:
+    trainer = make_trainer(EmbeddingCompression(**{"method": "group_reduce", "ratio": 2, **arguments}))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(_by_hand(foreign.Foreign)(), **foreign.loaders())
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give exactly one of ratio, size and max_loss"),
+        ({"ratio": 2, "max_loss": "1%"}, "give exactly one of ratio, size and max_loss"),
+        ({"max_loss": "one"}, "max_loss must be an increase of the perplexity such as '1%' or 0.01, it is 'one'"),
+        ({"max_loss": "1%", "variant": "paper"}, "max_loss cannot be predicted for method 'group_reduce'"),
+        ({"max_loss": "1%", "method": "low_rank"}, "max_loss cannot be predicted for method 'low_rank'"),
+        ({"ratio": 2, "statistics_batches": -1}, "statistics_batches must be 0 or more, it is -1"),
+        ({"max_loss": 0.1, "statistics_batches": 0}, "max_loss=0.1 has to know .* statistics_batches=0 leaves no way"),
+        ({"ratio": 2, "variant": "loss", "statistics_batches": 0}, "variant='loss' has to know what errors cost"),
+        ({"ratio": 2, "method": "auto", "statistics_batches": 0}, "method='auto' has to know what errors cost"),
+        ({"ratio": 2, "refresh_statistics": True, "statistics_batches": 0}, "nothing to collect them from"),
+        ({"ratio": 2, "statistics": "file", "token_counts": [1, 2]}, "give statistics or token_counts, not both"),
+        ({"ratio": 2, "variant": "best"}, "variant must be 'paper' or 'loss', it is 'best'"),
+    ],
+)
+def test_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddingCompression(**{"method": "group_reduce", **arguments})
+
+
+def test_statistics_of_another_model_are_refused_before_the_first_step(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    other = nn.Sequential(nn.Embedding(150, 16), nn.Linear(16, 150))
+    ids = torch.arange(150).reshape(5, 30)
+    strange = collect_statistics(
+        other, [ids], lambda model, ids: F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+    )
+    (tmp_path / "damaged").write_bytes(b"nothing")
+    for statistics, message in (
+        (strange, "the statistics have no moments of table 'encoder' .* only of '0', '1'"),
+        (tmp_path / "damaged", "cannot be read as statistics"),
+        (str(tmp_path / "missing"), "there is no file .* with statistics"),
+    ):
+        trainer = make_trainer(GroupReduce(ratio=2, at_epoch=1, statistics=statistics))  # type: ignore[arg-type]
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            trainer.fit(foreign.model(), **foreign.loaders())
+        assert trainer.global_step == 0
+
+
+def test_a_trial_run_searches_too(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+    model = foreign.model()
+    callback = TransformCoding(max_loss="50%", at_epoch=3, refine_at_epochs=[4])
+    make_trainer(callback, fast_dev_run=True).fit(model, **foreign.loaders())
+    assert len(plan_of(model).tables) == 2
+    assert math.isfinite(callback.state_dict()["perplexity"]["compressed"])
