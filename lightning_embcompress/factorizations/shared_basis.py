@@ -31,6 +31,8 @@ from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
 from lightning_embcompress.solvers.scalar_quantizer import nearest_level
 from lightning_embcompress.solvers.shared_basis import SharedBasis, shared_basis
 
+__all__ = ["SharedBasisBlocks", "TransformCodingOptions", "bit_budget", "check_blocks", "plain_metric"]
+
 # Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 # Scales are powers of two of a sixteenth: within 2 % of what they should be, codes being chosen by what they are.
