@@ -13,6 +13,7 @@ WORKER = Path(__file__).parent / "workers" / "ddp.py"
 GROUP_REDUCE = {"method": "group_reduce", "ratio": 2, "at_epoch": 1, "refine_at_epochs": [2, 3], "groups": 3}
 CASES = {
     "refined": {"callbacks": [GROUP_REDUCE], "optimizer": "sgd", "resume_from": [0, 2]},
+    "searched": {"callbacks": [{"method": "group_reduce", "max_loss": "2%", "at_epoch": 2}]},
     "tied, twice": {
         "tied": True,
         "callbacks": [
@@ -24,6 +25,8 @@ CASES = {
     },
 }
 MORE: dict[str, Any] = {
+    "paper": {"callbacks": [{**GROUP_REDUCE, "variant": "paper"}], "resume_from": [0, 1, 2, 3]},
+    "statistics anew": {"callbacks": [{**GROUP_REDUCE, "refresh_statistics": True}], "resume_from": [0, 1, 2, 3]},
     "refined": {**CASES["refined"], "resume_from": [0, 1, 2, 3], "strategy": {"gradient_as_bucket_view": True}},
     "each its own": {
         "callbacks": [

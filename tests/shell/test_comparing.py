@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_embcompress.data.blocks import TokenBlocks
 from lightning_embcompress.plan import compress
+from lightning_embcompress.statistics import collect_statistics
 
 
 def test_every_line_is_a_measured_perplexity(shell: Any, gpt2: Path, text: Path) -> None:
-    methods = ["low_rank", "group_reduce:groups=3", "tensor_train"]
+    methods = ["low_rank", "group_reduce:variant=paper,groups=3", "tensor_train", "transform_coding"]
     assert shell("compare", gpt2, "out", "--text", text, "--methods", *methods, "--ratios", 1.5, "--bits", 4) == 0
     printed = shell.printed()
     assert "At equal stored bytes" in printed
@@ -32,10 +36,16 @@ def test_every_line_is_a_measured_perplexity(shell: Any, gpt2: Path, text: Path)
     counted = len(ids) * 9 // 10
     counts = torch.bincount(torch.tensor(ids[:counted]), minlength=300)
     assert found["dense", None]["perplexity"] == pytest.approx(_perplexity(model, ids[counted - 1 :]), rel=1e-4)
-    compress(model, "group_reduce", ratio=1.5, groups=3, token_counts=counts)
-    line = found["group_reduce:groups=3", 1.5]
-    assert line["perplexity"] == pytest.approx(_perplexity(model, ids[counted - 1 :]), rel=1e-4)
-    assert line["ratio"] >= 1.5
+    blocks = TokenBlocks(np.array(ids[:counted]), 64)
+    batches = [{name: value[None] for name, value in blocks[index].items()} for index in range(len(blocks))]
+    statistics = collect_statistics(model, batches, token_counts=counts)
+    copy = deepcopy(model)
+    compress(model, "group_reduce", ratio=1.5, groups=3, variant="paper", token_counts=counts)
+    compress(copy, "transform_coding", ratio=1.5, statistics=statistics)
+    for method, expected in (("group_reduce:variant=paper,groups=3", model), ("transform_coding", copy)):
+        line = found[method, 1.5]
+        assert line["perplexity"] == pytest.approx(_perplexity(expected, ids[counted - 1 :]), rel=1e-4)
+        assert line["ratio"] >= 1.5
 
 
 def _perplexity(model: Any, ids: list[int]) -> float:

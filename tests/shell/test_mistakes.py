@@ -38,10 +38,10 @@ from lightning_embcompress.shell.targets import staged
         ),
         ("SOURCE out --ratio 2 --groups", "--groups needs a value"),
         ("SOURCE out --ratio 2 --groups --overwrite", "--groups needs a value"),
-        ("SOURCE out --ratio 2 --groups 0", "groups must be 1 or more, it is 0"),
+        ("SOURCE out --ratio 2 --groups 0", "groups must be 1 or more, or 'auto', it is 0"),
         (
-            "SOURCE out --ratio 2 --groups few",
-            "an option of the method 'group_reduce' is of the wrong type (groups='few')",
+            "SOURCE out --ratio 2 --refine_rounds few",
+            "an option of the method 'group_reduce' is of the wrong type (refine_rounds='few')",
         ),
         ("SOURCE out --ratio 2 --groups [1", "groups='[1': must be a value in YAML or JSON"),
         ("SOURCE out --ratio 2 --option groups", "--option 'groups': must be NAME=VALUE"),
