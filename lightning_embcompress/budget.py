@@ -217,6 +217,9 @@ def plan_requests(
         dense = table.weight.nbytes // len(parts)
         smallest = chosen.factorization.smallest_bytes(*table.shape, table.weight.element_size(), all_options)
         max_bytes = smallest if ratio is None else int(dense / ratio)
+        if size is not None:
+            # In whole numbers: a quotient of quotients may be a byte too low.
+            max_bytes = dense * parse_size(size) // total
         if smallest > max_bytes:
             raise ValueError(
                 f"table {table.name!r} {table.shape} cannot be stored in {max_bytes} bytes ({ratio:.4g}x) by "

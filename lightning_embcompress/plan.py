@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,13 +21,12 @@ from lightning_embcompress.factorizations import AUTOMATIC, Factorization, facto
 from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.loss_budget import requests_in_loss, share, smallest_within, uses_loss
-from lightning_embcompress.loss_metric import add_to_biases, bias_corrections, bias_of
 from lightning_embcompress.records import check_tables, dtype_of, shown
+from lightning_embcompress.solution import Solution, put_in_place, solve_all, tried
 from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.storage import check_whole, place_of
 from lightning_embcompress.tables import (
     all_modules,
-    put_back,
     replace_table,
     restore_dense,
 )
@@ -225,12 +223,12 @@ def compress(
     _check_loss(method, ratio, size, max_loss, statistics, evaluate, options)
     if statistics is None or not uses_loss(method, options):
         requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
-        return _replace(model, _solve(requests, counts), None)
+        return _replace(model, solve_all(requests, counts), None)
     counts = statistics.token_counts
     if max_loss is None:
         requests = requests_in_loss(model, statistics, method, ratio, size, tables, tie, **options)
         check_tables_and_counts(requests, counts)
-        return _replace(model, _solve(requests, counts), statistics)
+        return _replace(model, solve_all(requests, counts), statistics)
     assert evaluate is not None
     # The ratio is only a beginning.
     requests = requests_in_loss(model, statistics, method, 1.5, None, tables, tie, **options)
@@ -239,11 +237,11 @@ def compress(
     dense = math.log(evaluate(model))
 
     def measure(requests: list[Request]) -> float:
-        with tried(model, _solve(requests, counts), statistics):
+        with tried(model, solve_all(requests, counts), statistics):
             return math.log(evaluate(model)) - dense
 
     requests, _ = smallest_within(parse_loss(max_loss), shares, measure)
-    return _replace(model, _solve(requests, counts), statistics)
+    return _replace(model, solve_all(requests, counts), statistics)
 
 
 def _check_loss(
@@ -270,48 +268,9 @@ def _check_loss(
         )
 
 
-Solution: TypeAlias = list[tuple[Request, Factorization[Any]]]
-
-
-def _solve(requests: Sequence[Request], counts: Tensor | None) -> Solution:
-    solved = [(request, request.solve(request.table.weight, counts)) for request in requests]
-    for request, factors in solved:
-        request.record(factors, request.table.weight, counts)
-    return solved
-
-
 def _replace(model: nn.Module, solved: Solution, statistics: Statistics | None) -> Plan:
-    corrections: dict[str, Tensor] = {}
-    if statistics is not None:
-        for request, factors in solved:
-            corrections |= bias_corrections(model, request.table.modules, factors, statistics)
-    for request, factors in solved:
-        replace_table(model, request.table.modules, factors)
-    add_to_biases(model, corrections)
+    put_in_place(model, solved, statistics)
     return plan_of(model)
-
-
-@contextmanager
-def tried(model: nn.Module, solved: Solution, statistics: Statistics) -> Iterator[None]:
-    """Put factors in the place of tables for a while: afterwards the model is as it was.
-
-    Args:
-        model: The model.
-        solved: Requests and what was found for them.
-        statistics: Of the model.
-    """
-    paths = [path for request, _ in solved for path in request.table.modules]
-    before = {path: model.get_submodule(path) for path in paths}
-    biases = {path: bias.clone() for path in paths if (bias := bias_of(model, path)) is not None}
-    try:
-        _replace(model, solved, statistics)
-        yield
-    finally:
-        put_back(model, before)
-        for path, values in biases.items():
-            bias = bias_of(model, path)
-            assert bias is not None
-            bias.data.copy_(values)
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -16,7 +16,7 @@ from lightning_embcompress.callbacks.replacing import uninterrupted
 from lightning_embcompress.distribution import Job, solve_together
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.loss_budget import share, smallest_within
-from lightning_embcompress.plan import tried
+from lightning_embcompress.solution import tried
 from lightning_embcompress.solvers.division import divided
 from lightning_embcompress.statistics import Statistics
 

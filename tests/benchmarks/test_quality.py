@@ -1,7 +1,7 @@
 """Perplexity of a trained model at equal stored bytes, without retraining.
 
-`pytest tests/benchmarks/test_quality.py -s --benchmark-only`: about half an hour on two cores, most of it for the k-means
-of product quantization and for measuring; `-k "quantized or within"` takes a few minutes.
+`pytest tests/benchmarks/test_quality.py -s --benchmark-only`: about half an hour on two cores, most of it for the
+k-means of product quantization and for measuring; `-k "quantized or within"` takes a few minutes.
 """
 
 from __future__ import annotations
