@@ -17,15 +17,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lightning_embcompress.budget import Request, Tie, checked_requests
+from lightning_embcompress.budget import Request, Tie, check_tables_and_counts, checked_requests
 from lightning_embcompress.checkpoint import keep_structure, structure_from_checkpoint
 from lightning_embcompress.distribution import Job, count_processes, failing_together, solve_together
+from lightning_embcompress.factorizations import AUTOMATIC
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.loss_budget import requests_in_loss, uses_loss
+from lightning_embcompress.loss_metric import add_to_biases, bias_corrections
 from lightning_embcompress.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.random_state import gather_over_processes
 from lightning_embcompress.report import show_plan
+from lightning_embcompress.solvers.division import divided
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.storage import is_sharded
-from lightning_embcompress.tables import Table, replace_table
+from lightning_embcompress.tables import Table, find_tables, replace_table
 
 __all__ = ["compress_or_restore", "is_sharded", "shard_tables"]
 
@@ -42,6 +47,7 @@ def compress_or_restore(
     tables: str | Sequence[str] = "auto",
     tie: Tie = "keep",
     token_counts: Any = None,
+    statistics: Statistics | None = None,
     **options: Any,
 ) -> Plan:
     """Compress the tables of a module before it is sharded, or give them the structure of a checkpoint.
@@ -66,6 +72,8 @@ def compress_or_restore(
         tables: See `compress`.
         tie: See `compress`.
         token_counts: See `compress`. They have to be the same in all processes.
+        statistics: See `compress`, such as `Statistics.load` of a file that was collected before; nothing is collected
+            here. They have to be the same in all processes.
         **options: Options of the method.
 
     Returns:
@@ -109,9 +117,19 @@ def compress_or_restore(
                 "before fully_shard, on a module that is new"
             )
         if ckpt_path is None:
-            with failing_together():
-                requests, counts = checked_requests(module, token_counts, method, ratio, size, tables, tie, **options)
-            _compress(module, requests, counts)
+            known = statistics if uses_loss(method, options) else None
+            if known is None:
+                with failing_together():
+                    _check_options(method, options)
+                    requests, counts = checked_requests(
+                        module, token_counts, method, ratio, size, tables, tie, **options
+                    )
+            else:
+                _check_alike(find_tables(module, tables))
+                with divided():
+                    requests = requests_in_loss(module, known, method, ratio, size, tables, tie, **options)
+                    counts = check_tables_and_counts(requests, known.token_counts)
+            _compress(module, requests, counts, known)
             title = "Compressed before sharding"
         else:
             with failing_together():
@@ -164,14 +182,30 @@ def shard_tables(module: nn.Module, **options: Any) -> None:
             register_fsdp_forward_method(factorization, method)
 
 
-def _compress(module: nn.Module, requests: Sequence[Request], counts: Tensor | None) -> None:
+def _check_options(method: str, options: dict[str, Any]) -> None:
+    if method == AUTOMATIC or options.get("variant") == "loss":
+        asked = f"method={AUTOMATIC!r}" if method == AUTOMATIC else "variant='loss'"
+        raise ValueError(
+            f"{asked} minimises what the loss grows by, and has to know what errors cost: give statistics, as "
+            "collect_statistics(model, batches) gives them, or use variant='paper'"
+        )
+
+
+def _compress(
+    module: nn.Module, requests: Sequence[Request], counts: Tensor | None, statistics: Statistics | None
+) -> None:
     """As `compress`, by all processes together."""
     _check_alike([request.table for request in requests])
     # Layers that are made afterwards start from the same random numbers in all processes, whichever has solved what.
     with isolate_rng():
         solved = solve_together([Job(request, request.table.weight, counts) for request in requests])
+    corrections: dict[str, Tensor] = {}
+    for request, factors in zip(requests, solved, strict=True):
+        if statistics is not None:
+            corrections |= bias_corrections(module, request.table.modules, factors, statistics)
     for request, factors in zip(requests, solved, strict=True):
         replace_table(module, request.table.modules, factors)
+    add_to_biases(module, corrections)
 
 
 def _check_alike(tables: Sequence[Table]) -> None:

@@ -18,7 +18,7 @@ from lightning_embcompress.sharding import compress_or_restore
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
-from sharded_model import CASES, DIM, MORE_CASES, VOCAB_SIZE, ShardedModel, data, result, trainer  # noqa: E402
+from sharded_model import CASES, DIM, MORE_CASES, VOCAB_SIZE, ShardedModel, data, result, statistics, trainer  # noqa: E402
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -117,6 +117,20 @@ def test_one_process_compresses_as_compress_does() -> None:
     plan = compress_or_restore(one, "group_reduce", ratio=2, token_counts=counts)
     assert plan == compress(other, "group_reduce", ratio=2, token_counts=counts) == plan_of(one)
     _compare(dict(one.state_dict()), dict(other.state_dict()), 0.0)
+
+
+def test_one_process_compresses_by_the_loss_as_compress_does() -> None:
+    one, other = ShardedModel(CASES["layers"]), ShardedModel(CASES["layers"])
+    known = statistics(torch.arange(VOCAB_SIZE))
+    plan = compress_or_restore(one, "group_reduce", ratio=2, statistics=known)
+    assert plan == compress(other, "group_reduce", ratio=2, statistics=known)
+    assert plan.predicted_loss is not None
+    _compare(dict(one.state_dict()), dict(other.state_dict()), 0.0)
+    for options in ({"method": "auto"}, {"method": "group_reduce", "variant": "loss"}):
+        with pytest.raises(ValueError, match="has to know what errors cost: give statistics"):
+            compress_or_restore(
+                ShardedModel(CASES["layers"]), ratio=2, token_counts=torch.arange(VOCAB_SIZE), **options
+            )
 
 
 def test_what_is_compressed_stays_as_it_is() -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from typing_extensions import override
 
 from lightning_embcompress.sharding import compress_or_restore, shard_tables
+from lightning_embcompress.statistics import Statistics
 
 VOCAB_SIZE, DIM = 103, 16
 # Samples of all processes together.
@@ -24,7 +25,14 @@ BATCH_SIZE = 8
 PQ = {"method": "product_quantization", "ratio": 2}
 CASES: dict[str, dict[str, Any]] = {
     "group_reduce": {"method": "group_reduce", "ratio": 2, "tied": True, "units": "tables", "directory": True},
-    "layers": {"method": "group_reduce", "ratio": 2, "tied": False, "units": "layers", "directory": False},
+    "layers": {
+        "method": "group_reduce",
+        "ratio": 2,
+        "tied": False,
+        "units": "layers",
+        "directory": False,
+        "loss": True,
+    },
     "tensor_train": {"method": "tensor_train", "max_rank": 1, "tied": True, "units": "root", "directory": False},
     "product_quantization": {**PQ, "tied": True, "units": "group", "directory": True},
     "rare": {**PQ, "rare_bits": 2, "rare_fraction": 0.5, "tied": True, "units": "tables", "directory": False},
@@ -61,9 +69,11 @@ class ShardedModel(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        options = {name: value for name, value in self.case.items() if name not in ("tied", "units", "directory")}
+        others = ("tied", "units", "directory", "loss")
+        options = {name: value for name, value in self.case.items() if name not in others}
         counts = torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(2))
-        compress_or_restore(self, ckpt_path=self.ckpt_path, token_counts=counts, **options)
+        options |= {"statistics": statistics(counts)} if self.case.get("loss") else {"token_counts": counts}
+        compress_or_restore(self, ckpt_path=self.ckpt_path, **options)
         if self.device_mesh is None or isinstance(self, FSDPModule):
             return
         mesh, units = self.device_mesh["data_parallel"], self.case["units"]
@@ -101,6 +111,19 @@ class ShardedModel(LightningModule):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def statistics(counts: Tensor) -> Statistics:
+    """Moments of an embedding and a head as no data have them."""
+    roots = torch.randn(2, DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    moments = {path: root @ root.T for path, root in zip(("embedding", "head"), roots, strict=True)}
+    return Statistics(
+        counts,
+        hidden={"head": moments["head"]},
+        hidden_mean={"head": roots[1, 0]},
+        gradients={"embedding": moments["embedding"]},
+        num_targets=1000,
+    )
 
 
 def data(rank: int = 0, processes: int = 1) -> DataLoader[tuple[Tensor, ...]]:
