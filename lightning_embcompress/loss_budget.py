@@ -197,7 +197,10 @@ def smallest_within(
         factor = max(measured, 0.02 * limit) / max(shares.loss_at(size), 1e-12)
         size = float(shares.bytes_at(goal / factor))
         high = best[0] if best[1] else float(most)
-        if not too_small < size < high:
+        if size <= least and best[1] and too_small == least:
+            # Even the smallest may do.
+            size = float(least)
+        elif not too_small < size < high:
             # Where the prediction says nothing new: halfway, of the logarithm.
             size = math.sqrt(too_small * high)
         if high / too_small < 1.002:

@@ -138,9 +138,12 @@ class Statistics:
             ...     Statistics.load(f"{folder}/statistics.safetensors").token_counts
             tensor([3, 0])
         """
-        tensors = {"token_counts": self.token_counts.contiguous()}
+        counts = self.token_counts.double() if self.token_counts.is_floating_point() else self.token_counts.long()
+        tensors = {"token_counts": counts}
         for kind in _KINDS:
-            tensors |= {f"{kind}/{name}": tensor.contiguous() for name, tensor in getattr(self, kind).items()}
+            tensors |= {f"{kind}/{name}": tensor for name, tensor in getattr(self, kind).items()}
+        # Copies: the format knows no memory that is shared.
+        tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
         record = {"version": _VERSION, "num_targets": self.num_targets, "skipped_batches": self.skipped_batches}
         with explaining_failure(path), replacing(path) as temporary:
             save_file(tensors, temporary, {_FORMAT: json.dumps(record)})

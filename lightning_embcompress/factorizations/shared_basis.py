@@ -91,7 +91,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
     Components are the leading ones of one basis for all blocks, so a table needs one small product with it whatever the
     number of blocks. Coefficients are floats, or codes of `bits` bits of a level, times a scale for each block and
     component; then basis and means are stored in 8 bits. What is trained are the coefficients, the basis and the means,
-    or, of codes, the levels and scales. A block without components is its mean, not zero: a softmax word that never
+    or, of codes, the levels. A block without components is its mean, not zero: a softmax word that never
     occurs has strongly negative logits, and zero would flood the distribution.
 
     Args:
@@ -123,6 +123,9 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
     scale_codes: Tensor
     basis_codes: Tensor
     mean_codes: Tensor
+    scale_unit: Tensor
+    basis_scales: Tensor
+    mean_scales: Tensor
 
     def __init__(
         self,
@@ -167,9 +170,9 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             self.means = parameter(blocks, dim)
             return
         self.levels = parameter(sum(2**bits for bits in self.widths))
-        self.scale_unit = parameter(1 if rank else 0)
-        self.basis_scales = parameter(rank)
-        self.mean_scales = parameter(blocks)
+        # Not trained: a step that suits levels, which are about 1, would be many times the size of these.
+        for name, count in (("scale_unit", 1 if rank else 0), ("basis_scales", rank), ("mean_scales", blocks)):
+            self.register_buffer(name, torch.zeros(count, dtype=dtype, device=device))
         buffer("packed_codes", sum(packed_bytes(size * n, bits) for size, bits, n in self._runs()))
         buffer("scale_codes", sum(self.ranks))
         buffer("basis_codes", rank, dim)
@@ -378,17 +381,23 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         # What there is stays only if the options and the budget still allow it.
         bits = self._bits()
         offered = {0, *(widths or (8 * target.dtype.itemsize,))}
-        if self.is_coded == bool(widths) and set(bits.flatten().tolist()) <= offered:
+        stays = self.is_coded == bool(widths) and set(bits.flatten().tolist()) <= offered
+        if stays:
             starts.append((now, bits))
         solved = [self.solve(*arguments, *pair, lambda part: advance(part / len(starts))) for pair in starts]
-        losses = torch.tensor([one.loss_in(metric, target) for one in solved], dtype=torch.float64)
+        losses = torch.tensor([one.loss_in(metric, target) for one in (*solved, self)], dtype=torch.float64)
         # Which one is taken must be the same in all processes.
         agree(losses)
-        fits = torch.tensor([one.stored_bytes() <= max_bytes for one in solved])
-        best = int(losses.masked_fill(~fits, torch.inf).argmin())
-        kept = solved[-1]
-        if kept.spec() != self.spec() or not fits[-1] or losses[best] < _CLEARLY * losses[-1]:
+        losses[torch.tensor([one.stored_bytes() > max_bytes for one in (*solved, self)])] = torch.inf
+        losses[-1] = losses[-1] if stays else torch.inf
+        best, kept = int(losses[:-1].argmin()), solved[-1]
+        # Training may have done better than solving afresh does.
+        if losses[-1] <= losses[:-1].min() and bool(losses[-1].isfinite()):
+            return self
+        if kept.spec() != self.spec() or not losses[-2].isfinite() or losses[best] < _CLEARLY * losses[-2:].min():
             return solved[best]
+        if losses[-1] < losses[-2]:
+            return self
         if not self.is_coded:
             # The signs of components are free: with those there were, the optimizer's state keeps its meaning.
             signs = torch.where((kept.basis * self.basis.to(kept.basis)).sum(dim=1) < 0, -1.0, 1.0).to(kept.basis)

@@ -77,7 +77,7 @@ def test_factors_that_training_has_moved_come_back(method: str) -> None:
     solved = factors.dense()
     for seed, parameter in enumerate(factors.parameters()):
         parameter.data += 0.1 * _random(*parameter.shape, seed=seed)
-    assert (factors.dense() - solved).norm() > 0.1 * solved.norm()
+    assert (factors.dense() - solved).norm() > 0.05 * solved.norm()
     moved = _error(method, factors, table)
     refined = _refined(method, factors, table, refine_rounds=0)
     if method in _ITERATIVE:
@@ -105,10 +105,8 @@ def test_a_small_change_of_the_table_changes_the_factors_a_little(method: str) -
     factors = _fresh(method, _table(), refine_rounds=0)
     # Signs and rotations which a solver may choose at will are what alignment takes out.
     flipped = _flip_signs(factors)
-    assert flipped or method == "product_quantization"
-    if method == "transform_coding":
-        # Levels are solved as they are, ascending; there is nothing to align.
-        factors = _fresh(method, _table(), refine_rounds=0)
+    # Of codes only levels are trained, which are solved as they are.
+    assert flipped or method in ("product_quantization", "transform_coding")
     before = {name: parameter.detach().clone() for name, parameter in factors.named_parameters()}
     target = _table() * (1 + 1e-3 * _random(_VOCAB_SIZE, _DIM, seed=2))
     refined = _refined(method, factors, target, refine_rounds=0)
