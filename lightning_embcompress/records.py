@@ -117,8 +117,8 @@ def check_factors(tables: Sequence[TablePlan], state: Mapping[str, Any], where: 
 
 
 def _check_layout(expected: Factorization[Any], found: Mapping[str, Any], prefix: str, where: str) -> None:
-    parameters = dict(expected.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
+    numbers = {name for name, tensor in expected.state_dict().items() if tensor.is_floating_point()}
     for name in sorted(shapes.keys() | found.keys()):
         tensor = found.get(name)
         if name not in shapes:
@@ -133,9 +133,9 @@ def _check_layout(expected: Factorization[Any], found: Mapping[str, Any], prefix
                 f"{shapes[name]}"
             )
         # Factors may be cast to the dtype of the model, packed integers may not.
-        allowed = tensor.is_floating_point() if name in parameters else tensor.dtype == torch.uint8
+        allowed = tensor.is_floating_point() if name in numbers else tensor.dtype == torch.uint8
         if not allowed:
-            wanted = "floating-point numbers" if name in parameters else "packed bytes (uint8)"
+            wanted = "floating-point numbers" if name in numbers else "packed bytes (uint8)"
             raise ValueError(f"{where} is damaged: {prefix + name!r} holds {tensor.dtype} instead of {wanted}")
 
 
