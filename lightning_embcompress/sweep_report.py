@@ -130,18 +130,21 @@ def draw_sweep(points: Sequence[Point]) -> Any:
 
 
 def _finish(axes: Any, height: str) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
-    class Plain(LogFormatter):
+    def plain(chosen: Any) -> Any:
         """Leaves out what would be too many labels, and writes 90, not 9 x 10^1."""
-
-        def __call__(self, x: float, pos: Any = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
+        return FuncFormatter(lambda x, pos: f"{x:g}" if chosen(x, pos) else "")
 
     axes.set(xlabel="stored bytes of the tables, MB", ylabel=height, xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(Plain())
-        axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+        for chosen, set_formatter in (
+            (LogFormatter(), axis.set_major_formatter),
+            (LogFormatter(minor_thresholds=(2, 0.5)), axis.set_minor_formatter),
+        ):
+            # It looks at the axis to see how many labels there would be.
+            chosen.set_axis(axis)
+            set_formatter(plain(chosen))
     axes.legend(fontsize=7)
 
 
