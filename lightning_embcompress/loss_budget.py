@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,8 @@ from lightning_embcompress.statistics import Statistics
 _GROUPS = 16
 # The smallest part of the limit that a search is content with.
 _CLOSE = 0.8
+ANY_RATIO = 1.5
+"""A ratio for tables whose size is searched for: none that is of use cannot be made smaller by so much."""
 _TRIES = 10
 # Methods whose coefficients are floats: what they lose at a size is that of ranks, not of bits.
 _FLOATS = ("group_reduce", "weighted_low_rank")
@@ -33,7 +35,7 @@ class Shares:
 
     Attributes:
         requests: What is to become of which table, with its metric.
-        curves: What each loses at which price; none where the method does not share a budget.
+        curves: What each loses at which price.
         fixed: Bits of each that are there whatever is kept.
     """
 
@@ -43,8 +45,8 @@ class Shares:
 
     def within(self, max_bytes: int) -> list[Request]:
         """The requests with the bytes of all tables shared so that the next byte is worth the same everywhere."""
-        if len(self.curves) < 2:
-            return [replace(request, max_bytes=max_bytes) for request in self.requests[:1]]
+        if len(self.requests) == 1:
+            return [replace(self.requests[0], max_bytes=max_bytes)]
         found = allocate(self.curves, 8 * max_bytes - sum(self.fixed))
         taken = [rates.bits + fixed for rates, fixed in zip(found, self.fixed, strict=True)]
         smallest = [_smallest(request) for request in self.requests]
@@ -107,6 +109,49 @@ def uses_loss(method: str, options: dict[str, Any]) -> bool:
     return factorization.uses_metric and method != "low_rank" and variant != "paper"
 
 
+def asks_for_loss(method: str, options: Mapping[str, Any]) -> str:
+    """The argument that can only be followed where it is known what errors cost; nothing if there is none."""
+    if method == AUTOMATIC:
+        return f"method={AUTOMATIC!r}"
+    return "variant='loss'" if options.get("variant") == "loss" else ""
+
+
+def check_known(method: str, options: Mapping[str, Any], statistics: Statistics | None) -> None:
+    """Refuse what needs statistics where there are none.
+
+    Args:
+        method: Name in `METHODS`, or `auto`.
+        options: Of the method.
+        statistics: Of the model, or None.
+
+    Raises:
+        ValueError: Naming the argument and the remedy.
+    """
+    asked = asks_for_loss(method, options)
+    if asked and statistics is None:
+        raise ValueError(
+            f"{asked} minimises what the loss grows by, and has to know what errors cost: give "
+            "statistics=collect_statistics(model, batches), or use variant='paper'"
+        )
+
+
+def check_predictable(method: str, options: dict[str, Any]) -> None:
+    """Refuse `max_loss` for what does not predict what the loss grows by.
+
+    Args:
+        method: Name in `METHODS`, or `auto`.
+        options: Of the method.
+
+    Raises:
+        ValueError: Naming methods that do.
+    """
+    if not uses_loss(method, options):
+        raise ValueError(
+            f"max_loss cannot be predicted for method {method!r} with these options: use 'transform_coding', "
+            "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
+        )
+
+
 def requests_in_loss(
     model: nn.Module,
     statistics: Statistics,
@@ -132,32 +177,65 @@ def requests_in_loss(
     Raises:
         ValueError: If the request cannot be met, or the statistics are of another model.
     """
-    if method == "group_reduce":
-        options = {**options, "variant": "loss"}
-    fixes_size = get_method(method).options(**options).fixes_size
-    ways: tuple[Tie, ...] = ("keep", "untie") if tie == "auto" else (tie,)
-    best: tuple[float, list[Request]] | None = None
-    for way in ways:
-        requests = plan_requests(model, method, ratio, size, tables, way, **options)
-        if best is not None and len(requests) == len(best[1]):
+    options = _in_loss(method, options)
+    requests = plan_requests(model, method, ratio, size, tables, _ways(tie)[0], **options)
+    # Nothing is shared where options say how large each is, or one table has it all.
+    if get_method(method).options(**options).fixes_size or (len(requests) == 1 and tie != "auto"):
+        return [replace(request, metric=metric_of(model, request.table, statistics)) for request in requests]
+    shares, total = shares_in_loss(model, statistics, method, ratio, size, tables, tie, **options)
+    return shares.within(total)
+
+
+def shares_in_loss(
+    model: nn.Module,
+    statistics: Statistics,
+    method: str,
+    ratio: float | None = None,
+    size: str | int | None = None,
+    tables: str | Sequence[str] = "auto",
+    tie: Tie = "keep",
+    **options: Any,
+) -> tuple[Shares, int]:
+    """See what each table is worth; arguments as `requests_in_loss`.
+
+    Returns:
+        The tables, and the bytes that all of them together are asked to take.
+
+    Raises:
+        ValueError: If the request cannot be met, or the statistics are of another model.
+    """
+    best: tuple[float, Shares, int] | None = None
+    for way in _ways(tie):
+        requests = plan_requests(model, method, ratio, size, tables, way, **_in_loss(method, options))
+        if best is not None and len(requests) == len(best[1].requests):
             # Nothing was tied.
             break
-        if fixes_size or (len(requests) == 1 and len(ways) == 1):
-            return [replace(r, metric=metric_of(model, r.table, statistics)) for r in requests]
         total = sum(request.max_bytes for request in requests)
         shares = share(model, requests, statistics)
-        found = (shares.loss_at(total), shares.within(total))
+        found = (shares.loss_at(total), shares, total)
         if best is None or found[0] < best[0]:
             best = found
     assert best is not None
-    return best[1]
+    return best[1], best[2]
+
+
+def _ways(tie: Tie) -> tuple[Tie, ...]:
+    return ("keep", "untie") if tie == "auto" else (tie,)
+
+
+def _in_loss(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "variant": "loss"} if method == "group_reduce" else options
+
+
+Found = TypeVar("Found")
+"""What a search has found for requests."""
 
 
 def smallest_within(
     limit: float,
     shares: Shares,
-    measure: Callable[[list[Request]], float],
-) -> tuple[list[Request], float]:
+    measure: Callable[[list[Request]], tuple[float, Found]],
+) -> tuple[Found, float]:
     """The smallest size of all tables at which the measured loss grows by no more than a limit.
 
     The first size is the one that is predicted; what is measured there corrects the prediction, and brackets the next.
@@ -165,29 +243,28 @@ def smallest_within(
     Args:
         limit: Growth of the loss, in nats.
         shares: Of the tables.
-        measure: Called with requests, solves them and gives the growth of the loss that is measured.
+        measure: Called with requests, solves them; gives the growth of the loss that is measured, and what it found.
 
     Returns:
-        The requests, and the growth of the loss that was measured for them.
+        What was found for the smallest size, and the growth of the loss that was measured for it.
 
     Raises:
         ValueError: If even the largest size loses more; the least that was measured is named.
     """
     least = sum(_smallest(request) for request in shares.requests)
     most = sum(request.table.weight.nbytes for request in shares.requests) - 1
-    goal, factor = (1 + _CLOSE) / 2 * limit, 1.0
+    goal = (1 + _CLOSE) / 2 * limit
     too_small = float(least)
-    best: tuple[float, list[Request], float] = (math.inf, [], math.nan)
+    best: tuple[float, Found, float] | None = None
     size = float(shares.bytes_at(goal))
     lowest = math.inf
     for _ in range(_TRIES):
         size = min(max(size, least), most)
-        requests = shares.within(int(size))
-        measured = measure(requests)
+        measured, found = measure(shares.within(int(size)))
         lowest = min(lowest, measured)
         if measured <= limit:
-            if size < best[0]:
-                best = (size, requests, measured)
+            if best is None or size < best[0]:
+                best = (size, found, measured)
             if measured >= _CLOSE * limit or size <= least:
                 break
         else:
@@ -196,8 +273,8 @@ def smallest_within(
             too_small = max(too_small, size)
         factor = max(measured, 0.02 * limit) / max(shares.loss_at(size), 1e-12)
         size = float(shares.bytes_at(goal / factor))
-        high = best[0] if best[1] else float(most)
-        if size <= least and best[1] and too_small == least:
+        high = float(most) if best is None else best[0]
+        if size <= least and best is not None and too_small == least:
             # Even the smallest may do.
             size = float(least)
         elif not too_small < size < high:
@@ -205,7 +282,7 @@ def smallest_within(
             size = math.sqrt(too_small * high)
         if high / too_small < 1.002:
             break
-    if not best[1]:
+    if best is None:
         raise ValueError(
             f"max_loss: the perplexity grows by {math.expm1(lowest):.2%} at least with this method and options, above "
             f"the limit of {math.expm1(limit):.2%}: allow more, or use method={AUTOMATIC!r} or 'transform_coding'"

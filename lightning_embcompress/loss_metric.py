@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,26 @@ def bias_corrections(
         with torch.autocast(bias.device.type, enabled=False):
             found[path] = (model.get_submodule(path)(hidden) - bias - factors.logits(hidden)).to(bias.dtype)
     return found
+
+
+def corrections_of(
+    model: nn.Module, tables: Iterable[tuple[Sequence[str], Factorization[Any]]], statistics: Statistics | None
+) -> dict[str, Tensor]:
+    """What to add to the biases of all heads when factors take the place of what is read now.
+
+    Args:
+        model: The model, as it is before.
+        tables: Paths of the modules that read a table, and what they will read.
+        statistics: Of the model; None for no corrections.
+
+    Returns:
+        As `bias_corrections`.
+    """
+    corrections: dict[str, Tensor] = {}
+    if statistics is not None:
+        for modules, factors in tables:
+            corrections |= bias_corrections(model, modules, factors, statistics)
+    return corrections
 
 
 @torch.no_grad()

@@ -17,10 +17,18 @@ from lightning_embcompress.budget import (
     checked_requests,
     parse_loss,
 )
-from lightning_embcompress.factorizations import AUTOMATIC, Factorization, factorization_from_spec, get_method
+from lightning_embcompress.factorizations import Factorization, factorization_from_spec, get_method
 from lightning_embcompress.factorizations.base import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.loss_budget import requests_in_loss, share, smallest_within, uses_loss
+from lightning_embcompress.loss_budget import (
+    ANY_RATIO,
+    check_known,
+    check_predictable,
+    requests_in_loss,
+    shares_in_loss,
+    smallest_within,
+    uses_loss,
+)
 from lightning_embcompress.records import check_tables, dtype_of, shown
 from lightning_embcompress.solution import Solution, put_in_place, solve_all, tried
 from lightning_embcompress.statistics import Statistics
@@ -230,29 +238,23 @@ def compress(
         check_tables_and_counts(requests, counts)
         return _replace(model, solve_all(requests, counts), statistics)
     assert evaluate is not None
-    # The ratio is only a beginning.
-    requests = requests_in_loss(model, statistics, method, 1.5, None, tables, tie, **options)
-    check_tables_and_counts(requests, counts)
-    shares = share(model, requests, statistics)
+    shares, _ = shares_in_loss(model, statistics, method, ANY_RATIO, None, tables, tie, **options)
+    check_tables_and_counts(shares.requests, counts)
     dense = math.log(evaluate(model))
 
-    def measure(requests: list[Request]) -> float:
-        with tried(model, solve_all(requests, counts), statistics):
-            return math.log(evaluate(model)) - dense
+    def measure(requests: list[Request]) -> tuple[float, Solution]:
+        solved = solve_all(requests, counts)
+        with tried(model, solved, statistics):
+            return math.log(evaluate(model)) - dense, solved
 
-    requests, _ = smallest_within(parse_loss(max_loss), shares, measure)
-    return _replace(model, solve_all(requests, counts), statistics)
+    solved, _ = smallest_within(parse_loss(max_loss), shares, measure)
+    return _replace(model, solved, statistics)
 
 
 def _check_loss(
     method: str, ratio: Any, size: Any, max_loss: Any, statistics: Any, evaluate: Any, options: dict[str, Any]
 ) -> None:
-    if statistics is None and (method == AUTOMATIC or options.get("variant") == "loss"):
-        asked = "method='auto'" if method == AUTOMATIC else "variant='loss'"
-        raise ValueError(
-            f"{asked} minimises what the loss grows by, and has to know what errors cost: give "
-            "statistics=collect_statistics(model, batches), or use variant='paper'"
-        )
+    check_known(method, options, statistics)
     if max_loss is None:
         return
     check_budget(ratio, size, get_method(method).options(**options), max_loss)
@@ -261,11 +263,7 @@ def _check_loss(
             "max_loss needs statistics, as collect_statistics(model, batches) gives them, to predict sizes, and "
             "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
         )
-    if not uses_loss(method, options):
-        raise ValueError(
-            f"max_loss cannot be predicted for method {method!r} with these options: use 'transform_coding', "
-            "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
-        )
+    check_predictable(method, options)
 
 
 def _replace(model: nn.Module, solved: Solution, statistics: Statistics | None) -> Plan:

@@ -20,17 +20,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from lightning_embcompress.budget import Request, Tie, check_tables_and_counts, checked_requests
 from lightning_embcompress.checkpoint import keep_structure, structure_from_checkpoint
 from lightning_embcompress.distribution import Job, count_processes, failing_together, solve_together
-from lightning_embcompress.factorizations import AUTOMATIC
 from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.loss_budget import requests_in_loss, uses_loss
-from lightning_embcompress.loss_metric import add_to_biases, bias_corrections
+from lightning_embcompress.loss_budget import check_known, requests_in_loss, uses_loss
 from lightning_embcompress.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.random_state import gather_over_processes
 from lightning_embcompress.report import show_plan
+from lightning_embcompress.solution import put_in_place
 from lightning_embcompress.solvers.division import divided
 from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.storage import is_sharded
-from lightning_embcompress.tables import Table, find_tables, replace_table
+from lightning_embcompress.tables import Table, find_tables
 
 __all__ = ["compress_or_restore", "is_sharded", "shard_tables"]
 
@@ -120,7 +119,7 @@ def compress_or_restore(
             known = statistics if uses_loss(method, options) else None
             if known is None:
                 with failing_together():
-                    _check_options(method, options)
+                    check_known(method, options, None)
                     requests, counts = checked_requests(
                         module, token_counts, method, ratio, size, tables, tie, **options
                     )
@@ -182,15 +181,6 @@ def shard_tables(module: nn.Module, **options: Any) -> None:
             register_fsdp_forward_method(factorization, method)
 
 
-def _check_options(method: str, options: dict[str, Any]) -> None:
-    if method == AUTOMATIC or options.get("variant") == "loss":
-        asked = f"method={AUTOMATIC!r}" if method == AUTOMATIC else "variant='loss'"
-        raise ValueError(
-            f"{asked} minimises what the loss grows by, and has to know what errors cost: give statistics, as "
-            "collect_statistics(model, batches) gives them, or use variant='paper'"
-        )
-
-
 def _compress(
     module: nn.Module, requests: Sequence[Request], counts: Tensor | None, statistics: Statistics | None
 ) -> None:
@@ -199,13 +189,7 @@ def _compress(
     # Layers that are made afterwards start from the same random numbers in all processes, whichever has solved what.
     with isolate_rng():
         solved = solve_together([Job(request, request.table.weight, counts) for request in requests])
-    corrections: dict[str, Tensor] = {}
-    for request, factors in zip(requests, solved, strict=True):
-        if statistics is not None:
-            corrections |= bias_corrections(module, request.table.modules, factors, statistics)
-    for request, factors in zip(requests, solved, strict=True):
-        replace_table(module, request.table.modules, factors)
-    add_to_biases(module, corrections)
+    put_in_place(module, list(zip(requests, solved, strict=True)), statistics)
 
 
 def _check_alike(tables: Sequence[Table]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress.budget import Request
 from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.loss_metric import add_to_biases, bias_corrections, bias_of
+from lightning_embcompress.loss_metric import add_to_biases, bias_of, corrections_of
 from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.tables import put_back, replace_table
 
@@ -39,12 +39,10 @@ def put_in_place(model: nn.Module, solved: Solution, statistics: Statistics | No
         solved: Requests and what was found for them.
         statistics: Of the model, or None.
     """
-    corrections: dict[str, Tensor] = {}
-    if statistics is not None:
-        for request, factors in solved:
-            corrections |= bias_corrections(model, request.table.modules, factors, statistics)
-    for request, factors in solved:
-        replace_table(model, request.table.modules, factors)
+    tables = [(request.table.modules, factors) for request, factors in solved]
+    corrections = corrections_of(model, tables, statistics)
+    for modules, factors in tables:
+        replace_table(model, modules, factors)
     add_to_biases(model, corrections)
 
 

@@ -222,9 +222,9 @@ def test_the_search_is_quick(trained: dict[str, Any]) -> None:
     for factor, power in ((1.0, 1.0), (3.0, 1.0), (0.2, 1.3)):
         calls: list[int] = []
 
-        def measure(requests: list[Any], calls: list[int] = calls, law: Any = (factor, power)) -> float:
+        def measure(requests: list[Any], calls: list[int] = calls, law: Any = (factor, power)) -> tuple[float, Any]:
             calls.append(sum(request.max_bytes for request in requests))
-            return float(law[0] * shares.loss_at(calls[-1]) ** law[1])
+            return float(law[0] * shares.loss_at(calls[-1]) ** law[1]), requests
 
         found, measured = smallest_within(0.01, shares, measure)
         assert 0.008 <= measured <= 0.01

@@ -21,14 +21,18 @@ from torch import Tensor
 
 from lightning_embcompress.budget import Request, Tie, plan_requests
 from lightning_embcompress.callbacks.collecting import collect_in_training
-from lightning_embcompress.factorizations import AUTOMATIC
 from lightning_embcompress.factorizations.base import plain
-from lightning_embcompress.loss_budget import requests_in_loss, uses_loss
+from lightning_embcompress.loss_budget import (
+    ANY_RATIO,
+    Shares,
+    asks_for_loss,
+    check_predictable,
+    requests_in_loss,
+    shares_in_loss,
+    uses_loss,
+)
 from lightning_embcompress.solvers.division import divided
 from lightning_embcompress.statistics import Statistics
-
-# Where a limit of the perplexity decides the size: no table of use cannot be made smaller by so much.
-_ANY_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,8 @@ class Asked:
         """Check what can be checked without a model."""
         if self.statistics_batches < 0:
             raise ValueError(f"statistics_batches must be 0 or more, it is {self.statistics_batches}")
-        if self.max_loss is not None and not uses_loss(self.method, self.options):
-            raise ValueError(
-                f"max_loss cannot be predicted for method {self.method!r} with these options: use 'transform_coding', "
-                "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
-            )
+        if self.max_loss is not None:
+            check_predictable(self.method, self.options)
         if self._needs_loss and self.statistics is None and not self.statistics_batches:
             raise ValueError(
                 f"{self._needs_loss} has to know what errors cost, and statistics_batches=0 leaves no way to: give "
@@ -87,9 +88,7 @@ class Asked:
         """The argument that can only be followed where it is known what errors cost; nothing if there is none."""
         if self.max_loss is not None:
             return f"max_loss={self.max_loss!r}"
-        if self.method == AUTOMATIC:
-            return f"method={AUTOMATIC!r}"
-        return "variant='loss'" if self.options.get("variant") == "loss" else ""
+        return asks_for_loss(self.method, self.options)
 
     def _hindrance(self, module: LightningModule) -> str:
         """Why errors are weighed by frequency though the method could do otherwise; nothing if they are not."""
@@ -183,19 +182,25 @@ class Asked:
     def requests(self, module: LightningModule) -> list[Request]:
         """What is to become of which table, all at the same ratio, see `plan_requests`."""
         options = self.options_for(self.by_loss(module))
-        return plan_requests(module, self.method, self._ratio, self.size, self.tables, self.tie, **options)
+        return plan_requests(module, *self._arguments, **options)
 
     def requests_in_loss(self, module: LightningModule, statistics: Statistics) -> list[Request]:
         """The same with the metric of the loss and one budget; all processes have to call it."""
-        options = self.options_for(by_loss=True)
         with divided():
-            return requests_in_loss(
-                module, statistics, self.method, self._ratio, self.size, self.tables, self.tie, **options
-            )
+            return requests_in_loss(module, statistics, *self._arguments, **self.options)
+
+    def shares_in_loss(self, module: LightningModule, statistics: Statistics) -> Shares:
+        """What each table is worth, to search for their sizes; all processes have to call it."""
+        with divided():
+            return shares_in_loss(module, statistics, *self._arguments, **self.options)[0]
+
+    @property
+    def _arguments(self) -> tuple[str, float | None, str | int | None, str | Sequence[str], Tie]:
+        return self.method, self._ratio, self.size, self.tables, self.tie
 
     @property
     def _ratio(self) -> float | None:
-        return self.ratio if self.max_loss is None else _ANY_RATIO
+        return self.ratio if self.max_loss is None else ANY_RATIO
 
     def find_statistics(
         self, trainer: Trainer, module: LightningModule, requests: Sequence[Request], counts: Tensor | None

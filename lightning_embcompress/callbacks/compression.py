@@ -36,7 +36,6 @@ from lightning_embcompress.callbacks.several import Turn, check_order, make_dens
 from lightning_embcompress.callbacks.solving import (
     Files,
     check_residuals,
-    corrections_of,
     solve_again,
     solve_requests,
 )
@@ -45,7 +44,7 @@ from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.distribution import failing_together
 from lightning_embcompress.factorizations import Factorization, get_method
 from lightning_embcompress.files import remove_abandoned
-from lightning_embcompress.loss_metric import add_to_biases
+from lightning_embcompress.loss_metric import add_to_biases, corrections_of
 from lightning_embcompress.plan import plan_of
 from lightning_embcompress.reference import reference_file
 from lightning_embcompress.report import show_requests
@@ -347,7 +346,8 @@ class EmbeddingCompression(ScheduledCallback):
                 statistics = self._asked.find_statistics(trainer, module, requests, counts)
                 requests, found = self._in_loss(trainer, module, statistics, counts)
             solved = solve_requests(requests, counts, trainer.current_epoch, files, found)
-            corrections = corrections_of(module, solved, statistics)
+            tables = [(table.entry["modules"], table.factors) for table in solved]
+            corrections = corrections_of(module, tables, statistics)
         except BaseException:
             put_back(module, before)
             raise
@@ -355,7 +355,7 @@ class EmbeddingCompression(ScheduledCallback):
         with uninterrupted():
             put_back(module, {path: layer for path, layer in before.items() if path not in chosen})
             known = {path: layer for path, layer in before.items() if path in chosen}
-            replace_in_training(trainer, module, [(table.entry["modules"], table.factors) for table in solved], known)
+            replace_in_training(trainer, module, tables, known)
             add_to_biases(module, corrections)
             self._compressed = [table.entry for table in solved]
             # Only a refinement reads them again.
@@ -368,16 +368,16 @@ class EmbeddingCompression(ScheduledCallback):
         self, trainer: Trainer, module: LightningModule, statistics: Statistics, counts: Tensor | None
     ) -> tuple[list[Request], list[Factorization[Any]]]:
         """Requests with the metric of the loss and one budget, and what was found for them if they were tried."""
-        requests = self._asked.requests_in_loss(module, statistics)
         if self._asked.max_loss is None:
-            return requests, []
-        sizes = [request.table.shape[0] for request in requests]
+            return self._asked.requests_in_loss(module, statistics), []
+        shares = self._asked.shares_in_loss(module, statistics)
+        sizes = [request.table.shape[0] for request in shares.requests]
 
         def perplexity() -> float | None:
             return validation_perplexity(trainer, module, sizes, self.monitor, "Perplexity, compressed")
 
         dense = self._perplexity["dense"]
-        return search_smallest(module, requests, counts, statistics, self._asked.max_loss, dense, perplexity)
+        return search_smallest(module, shares, counts, statistics, self._asked.max_loss, dense, perplexity)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
         statistics = self._statistics
@@ -386,7 +386,8 @@ class EmbeddingCompression(ScheduledCallback):
             statistics = self._asked.collect(trainer, module, paths, self._counts)
         method, options = self._asked.method, self._asked.options_for(statistics is not None)
         solved = solve_again(module, self._compressed, method, options, self._counts, epoch, files, statistics)
-        corrections = corrections_of(module, solved, statistics)
+        tables = [(table.entry["modules"], table.factors) for table in solved]
+        corrections = corrections_of(module, tables, statistics)
         with uninterrupted():
             for table in solved:
                 if table.in_place_of is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -15,15 +15,14 @@ from lightning_embcompress.budget import Request, parse_loss
 from lightning_embcompress.callbacks.replacing import uninterrupted
 from lightning_embcompress.distribution import Job, solve_together
 from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.loss_budget import share, smallest_within
+from lightning_embcompress.loss_budget import Shares, smallest_within
 from lightning_embcompress.solution import tried
-from lightning_embcompress.solvers.division import divided
 from lightning_embcompress.statistics import Statistics
 
 
 def search_smallest(
     module: LightningModule,
-    requests: Sequence[Request],
+    shares: Shares,
     counts: Tensor | None,
     statistics: Statistics,
     max_loss: str | float,
@@ -36,7 +35,7 @@ def search_smallest(
 
     Args:
         module: The module that is training, with the tables in place.
-        requests: What is to become of which table, of any size.
+        shares: What each table is worth.
         counts: `[vocab_size]` token counts.
         statistics: Of the module.
         max_loss: Relative increase of the perplexity, `1%` or `0.01`.
@@ -55,28 +54,16 @@ def search_smallest(
             f"{'not known' if dense is None else dense}: name a logged loss in nats per token as monitor, or give a "
             "ratio or a size instead"
         )
-    kept: tuple[float, list[Request], list[Factorization[Any]]] = (math.inf, [], [])
-    limit = parse_loss(max_loss)
 
-    def measure(sized: list[Request]) -> float:
-        nonlocal kept
+    def measure(sized: list[Request]) -> tuple[float, tuple[list[Request], list[Factorization[Any]]]]:
         # The same numbers for the same request, whatever was tried before.
         with isolate_rng():
             factors = solve_together([Job(request, request.table.weight, counts) for request in sized])
         with uninterrupted(also_by_ctrl_c=False), tried(module, list(zip(sized, factors, strict=True)), statistics):
             value = perplexity()
         value = math.inf if value is None or math.isnan(value) else value
-        loss = math.log(value / dense)
         size = sum(request.max_bytes for request in sized)
         rank_zero_info(f"Tables in {size / 1e6:.3f} MB: perplexity {value:.2f} ({value / dense - 1:+.2%}).")
-        if loss <= limit and size < kept[0]:
-            kept = size, sized, factors
-        return loss
+        return math.log(value / dense), (sized, factors)
 
-    with divided():
-        shares = share(module, requests, statistics)
-    found, _ = smallest_within(limit, shares, measure)
-    if found is kept[1]:
-        return found, kept[2]
-    with isolate_rng():
-        return found, solve_together([Job(request, request.table.weight, counts) for request in found])
+    return smallest_within(parse_loss(max_loss), shares, measure)[0]

@@ -20,7 +20,7 @@ from lightning_embcompress.callbacks.residual import find_table, open_table, pla
 from lightning_embcompress.distribution import Job, failing_together, solve_together
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.loss_metric import bias_corrections, metric_of
+from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.random_state import gather_over_processes
 from lightning_embcompress.reference import write_reference
 from lightning_embcompress.statistics import Statistics
@@ -146,22 +146,6 @@ def solve_again(
                 kept = _keep_residual(job.request.table, factors, epoch, files)
             solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
         return solved
-
-
-def corrections_of(module: nn.Module, solved: Sequence[Solved], statistics: Statistics | None) -> dict[str, Tensor]:
-    """What to add to the biases of heads when factors take the place of what is read now, see `bias_corrections`.
-
-    Args:
-        module: The module, as it is before.
-        solved: The factors.
-        statistics: Of the module; None for no corrections.
-    """
-    corrections: dict[str, Tensor] = {}
-    if statistics is None:
-        return corrections
-    for table in solved:
-        corrections |= bias_corrections(module, table.entry["modules"], table.factors, statistics)
-    return corrections
 
 
 def check_residuals(module: nn.Module, entries: Sequence[dict[str, Any]], resumed_from: str | None) -> None:
