@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_embcompress.budget import Request, Tie, plan_requests
 from lightning_embcompress.factorizations import AUTOMATIC, get_method
-from lightning_embcompress.factorizations.shared_basis import TransformCodingOptions, bit_budget
+from lightning_embcompress.factorizations.shared_basis import TransformCodingOptions
+from lightning_embcompress.factorizations.shared_basis_layout import bit_budget
 from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.rate_allocation import RateCurve, allocate
@@ -93,7 +94,7 @@ def share(model: nn.Module, requests: Sequence[Request], statistics: Statistics)
             vocab_size, dim = request.table.shape
             blocks = min(_GROUPS, vocab_size)
             widths = () if request.method_name in _FLOATS else TransformCodingOptions().widths
-            budget, always = bit_budget(vocab_size, dim, request.table.weight.element_size(), 0, blocks, widths)
+            budget, always = bit_budget(vocab_size, dim, request.table.weight.element_size(), 0, widths)
             assert request.metric is not None
             curves.append(rate_curve(request.table.weight.detach(), request.metric, budget, blocks))
             fixed.append(8 * always + blocks * budget.block + budget.index(blocks))

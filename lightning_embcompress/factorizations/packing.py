@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Values at a time, a multiple of 8 so that pieces end with a byte: digits on the way take many times the memory.
+_PIECE = 2**18
+
 
 def bit_width(num_values: int) -> int:
     """Bits that tell `num_values` values apart: `⌈log₂ num_values⌉`."""
@@ -30,24 +33,38 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         >>> unpack_bits(pack_bits(torch.tensor([5, 0, 7]), 3), 3, 3)
         tensor([5, 0, 7])
     """
+    if bits == 8:
+        return values.to(torch.uint8)
     shifts = torch.arange(bits, device=values.device)
-    digits = ((values.unsqueeze(1) >> shifts) & 1).flatten().to(torch.uint8)
-    digits = torch.nn.functional.pad(digits, (0, -digits.numel() % 8)).view(-1, 8)
     places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=values.device)
-    return (digits * places).sum(dim=1, dtype=torch.uint8)
+    packed = [torch.empty(0, dtype=torch.uint8, device=values.device)]
+    for piece in torch.split(values, _PIECE):
+        digits = ((piece.long().unsqueeze(1) >> shifts) & 1).flatten().to(torch.uint8)
+        digits = torch.nn.functional.pad(digits, (0, -digits.numel() % 8)).view(-1, 8)
+        packed.append((digits * places).sum(dim=1, dtype=torch.uint8))
+    return torch.cat(packed)
 
 
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.long) -> Tensor:
     """Read back what `pack_bits` packed.
 
     Args:
         packed: `[⌈count · bits / 8⌉]` uint8.
         bits: Bits a value.
         count: How many values.
+        dtype: Of the values, wide enough for them.
 
     Returns:
-        `[count]` int64.
+        `[count]`.
     """
+    if bits == 8:
+        return packed[:count].to(dtype)
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    digits = ((packed.unsqueeze(1) >> places) & 1).flatten()[: count * bits].view(count, bits)
-    return (digits.long() << torch.arange(bits, device=packed.device)).sum(dim=1)
+    shifts = torch.arange(bits, device=packed.device)
+    values = torch.empty(count, dtype=dtype, device=packed.device)
+    for start in range(0, count, _PIECE):
+        stop = min(start + _PIECE, count)
+        piece = packed[start * bits // 8 : packed_bytes(stop, bits)]
+        digits = ((piece.unsqueeze(1) >> places) & 1).flatten()[: (stop - start) * bits].view(stop - start, bits)
+        values[start:stop] = (digits.long() << shifts).sum(dim=1)
+    return values

@@ -26,8 +26,7 @@ from lightning_embcompress.solvers.product_quantization import Groups, product_q
 
 # Bits of a code where none are given.
 _BITS = 8
-# Codes packed, and codes looked up for logits, at a time; the former a multiple of 8, so that pieces end with a byte.
-_PACKED_CODES = 2**20
+# Codes looked up for logits at a time.
 _CODES = 2**18
 # Hidden states, times subspaces over columns, up to which adding up products of centroids is faster than making rows.
 _FEW_STATES = 16
@@ -177,25 +176,25 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
             # Only its shape is wanted.
             return torch.empty(packed_bytes(self.vocab_size, 1), dtype=torch.uint8, device="meta")
         ids = torch.arange(self.vocab_size, device=self.device)
-        return _packed(ids >= self.vocab_size - self.rare_tokens, 1)
+        return pack_bits(ids >= self.vocab_size - self.rare_tokens, 1)
 
     def _keep(self, codes: Tensor, rare: Tensor, device: torch.device | None = None) -> None:
         """Set the codes, and which tokens are rare; on the device of the codebook where none is given."""
         device = device or self.device
         self.codes = codes.to(device, _code_dtype(self.centroids))
         if not self.rare_tokens:
-            self.packed_codes = _packed(codes, bit_width(self.centroids)).to(device)
+            self.packed_codes = pack_bits(codes.flatten(), bit_width(self.centroids)).to(device)
             return
-        self.packed_codes = _packed(codes[~rare], bit_width(self.centroids)).to(device)
-        self.packed_rare_codes = _packed(codes[rare], bit_width(self.rare_centroids)).to(device)
-        self.packed_rare = _packed(rare, 1).to(device)
+        self.packed_codes = pack_bits(codes[~rare].flatten(), bit_width(self.centroids)).to(device)
+        self.packed_rare_codes = pack_bits(codes[rare].flatten(), bit_width(self.rare_centroids)).to(device)
+        self.packed_rare = pack_bits(rare, 1).to(device)
 
     @property
     def is_rare(self) -> Tensor:
         """`[vocab_size]` bool: which tokens use only the first centroids."""
         if not self.rare_tokens:
             return torch.zeros(self.vocab_size, dtype=torch.bool, device=self.packed_codes.device)
-        return _unpacked(self.packed_rare, 1, (self.vocab_size, 1)).flatten().bool()
+        return unpack_bits(self.packed_rare, 1, self.vocab_size, torch.bool)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -215,11 +214,12 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         if self.rare_tokens:
             parts.append(("packed_rare_codes", rare, self.rare_centroids))
         for name, rows, centroids in parts:
-            found = _unpacked(getattr(self, name), bit_width(centroids), (int(rows.sum()), self.subspaces))
+            count = int(rows.sum()) * self.subspaces
+            found = unpack_bits(getattr(self, name), bit_width(centroids), count, torch.int16)
             if bool((found >= centroids).any()):
                 error_msgs.append(f"the codes {prefix}{name} are damaged: there are {centroids} centroids by the plan")
                 return
-            codes[rows] = found
+            codes[rows] = found.view(-1, self.subspaces)
         # The codebook may not be loaded yet, and still be on the meta device.
         self._keep(codes, rare, codes.device)
 
@@ -427,22 +427,3 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
 
 def _code_dtype(centroids: int) -> torch.dtype:
     return torch.uint8 if centroids <= 256 else torch.int16
-
-
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return codes.to(torch.uint8).flatten()
-    pieces = torch.split(codes.flatten(), _PACKED_CODES)
-    return torch.cat([pack_bits(piece.int(), bits) for piece in pieces])
-
-
-def _unpacked(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-    """Codes of a shape, int16."""
-    if bits == 8:
-        return packed.reshape(shape).to(torch.int16)
-    count = shape[0] * shape[1]
-    pieces = [
-        unpack_bits(packed[start * bits // 8 :], bits, min(_PACKED_CODES, count - start)).to(torch.int16)
-        for start in range(0, count, _PACKED_CODES)
-    ]
-    return torch.cat([packed.new_empty(0, dtype=torch.int16), *pieces]).reshape(shape)

@@ -15,23 +15,19 @@ from typing_extensions import Self
 
 from lightning_embcompress.factorizations.base import Options, integer, integers, is_exporting, positive_integers
 from lightning_embcompress.factorizations.blocks import RowBlocks
-from lightning_embcompress.factorizations.packing import packed_bytes
+from lightning_embcompress.factorizations.packing import pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.factorizations.shared_basis_layout import (
     KIND,
     bit_budget,
     byte_codes,
-    packed_codes,
     segments_of,
     structure,
-    unpacked_codes,
 )
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units, run_of
 from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
 from lightning_embcompress.solvers.scalar_quantizer import nearest_level
 from lightning_embcompress.solvers.shared_basis import SharedBasis, shared_basis
-
-__all__ = ["SharedBasisBlocks", "TransformCodingOptions", "bit_budget", "check_blocks", "plain_metric"]
 
 # Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8)
@@ -200,7 +196,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         for block, runs in zip(self._block_codes(), self.segments, strict=True):
             start = 0
             for bits, count in runs:
-                packed.append(packed_codes(block[:, start : start + count], bits))
+                packed.append(pack_bits(block[:, start : start + count].flatten(), bits))
                 start += count
         self.packed_codes = torch.cat([self.packed_codes.new_empty(0), *packed])
 
@@ -214,7 +210,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             for bits, count in runs:
                 number = block.shape[0] * count
                 length = packed_bytes(number, bits)
-                codes = unpacked_codes(self.packed_codes[begin : begin + length], bits, number)
+                codes = unpack_bits(self.packed_codes[begin : begin + length], bits, number, torch.uint8)
                 block[:, start : start + count] = codes.view(-1, count)
                 start, begin = start + count, begin + length
 
@@ -331,7 +327,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         count = groups if isinstance(groups, int) else 1
         if count > vocab_size:
             raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {count}")
-        budget, fixed = bit_budget(vocab_size, dim, itemsize, 0, count, widths)
+        budget, fixed = bit_budget(vocab_size, dim, itemsize, 0, widths)
         return fixed - (-(count * budget.block + budget.index(count)) // 8)
 
     @classmethod
@@ -453,7 +449,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
                 f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} in {count or 1} blocks of a mean each, "
                 f"which takes {least}; allow more bytes or use fewer groups"
             )
-        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, count or 32, widths)
+        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths)
         solution = shared_basis(
             weight, metric, budget, count, refine_rounds, start, keep, lambda part: advance(0.8 * part)
         )

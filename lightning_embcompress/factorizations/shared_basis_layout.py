@@ -1,4 +1,4 @@
-"""How blocks that share a basis are laid out: their structure, what it takes, and codes without gaps."""
+"""How blocks that share a basis are laid out: their structure, and what it takes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.factorizations.base import stored_bytes
-from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
 from lightning_embcompress.solvers.rate_allocation import Overheads
 from lightning_embcompress.solvers.shared_basis import BitBudget
 
 KIND = "shared_basis_blocks"
-# Codes that are packed at a time, a multiple of 8 to end with a byte: what they need on the way stays small.
-_PACKED = 2**18
 
 
 def structure(
@@ -39,7 +37,7 @@ def structure(
 
 
 def bit_budget(
-    vocab_size: int, dim: int, itemsize: int, max_bytes: int, blocks: int, widths: tuple[int, ...]
+    vocab_size: int, dim: int, itemsize: int, max_bytes: int, widths: tuple[int, ...]
 ) -> tuple[BitBudget, int]:
     """What a solution may take, and the bytes that are there whatever it is.
 
@@ -48,7 +46,6 @@ def bit_budget(
         dim: Columns of the table.
         itemsize: Bytes of a number of the table.
         max_bytes: Most bytes that may be stored.
-        blocks: Most blocks there may be.
         widths: Bits of a coefficient to choose from; none for floats.
 
     Returns:
@@ -119,28 +116,3 @@ def segments_of(bits: list[int], is_coded: bool) -> list[list[int]]:
         else:
             runs.append([name, 1])
     return runs
-
-
-def packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes without gaps, see `pack_bits`.
-
-    Args:
-        codes: `[*]` uint8.
-        bits: Bits of a code.
-    """
-    codes = codes.flatten()
-    if bits == 8:
-        return codes
-    return torch.cat([codes[:0], *(pack_bits(piece.int(), bits) for piece in torch.split(codes, _PACKED))])
-
-
-def unpacked_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """`[count]` uint8 codes that `packed_codes` has packed."""
-    if bits == 8:
-        return packed
-    codes = packed.new_empty(count)
-    for start in range(0, count, _PACKED):
-        stop = min(start + _PACKED, count)
-        piece = packed[start * bits // 8 : packed_bytes(stop, bits)]
-        codes[start:stop] = unpack_bits(piece, bits, stop - start)
-    return codes

@@ -124,15 +124,6 @@ def test_codes_take_their_bits_on_disk(bits: int) -> None:
     assert factors.stored_bytes() == centroids * 6 * 4 + (700 * 3 * bits + 7) // 8 + header
 
 
-@pytest.mark.parametrize("bits", [1, 5, 8, 11])
-def test_packing_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = torch.randint(2**bits, (37, 5), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
-    whole = product_quantization._packed(codes, bits)
-    monkeypatch.setattr(product_quantization, "_PACKED_CODES", 16)
-    assert torch.equal(product_quantization._packed(codes, bits), whole)
-    assert torch.equal(product_quantization._unpacked(whole, bits, (37, 5)), codes)
-
-
 def test_as_many_subspaces_as_fit() -> None:
     table = _table(2000, 24)
     for ratio in (6, 9, 20):

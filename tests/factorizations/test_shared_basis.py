@@ -17,7 +17,6 @@ from lightning_embcompress.factorizations import (
     TransformCodingOptions,
     factorization_from_spec,
 )
-from lightning_embcompress.factorizations.shared_basis_layout import packed_codes, unpacked_codes
 from lightning_embcompress.solvers.grouping import kmeans_groups
 from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
 
@@ -229,12 +228,3 @@ def test_structures_that_are_not_possible(change: dict[str, Any], message: str) 
     assert factorization_from_spec(spec, torch.float32).spec() == spec
     with pytest.raises(ValueError, match=message):
         factorization_from_spec({**spec, **change}, torch.float32)
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("count", [0, 1, 7, 2**18, 2**18 + 3])
-def test_codes_are_packed_without_gaps(bits: int, count: int) -> None:
-    codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    packed = packed_codes(codes, bits)
-    assert packed.numel() == (count * bits + 7) // 8
-    assert torch.equal(unpacked_codes(packed, bits, count), codes)
