@@ -108,9 +108,10 @@ def _dispatch(arguments: list[str]) -> int:
     # The current folder, as for a script of one's own: `class_path: my_module.MyModel` is found beside the recipe.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    from lightning_embcompress.lightning_cli import EmbcompressCLI
+    from lightning_embcompress.lightning_cli import EmbcompressCLI, leave_process_group
 
     EmbcompressCLI(arguments)
+    leave_process_group()
     return 0
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning import __version__
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -215,6 +216,16 @@ class EmbcompressCLI(LightningCLI):
             return vocab_size
 
         return vocab_size_of
+
+
+def leave_process_group() -> None:
+    """Destroy the process group that a run of several processes has opened; after the last command of a process.
+
+    Lightning leaves it open, and threads of gloo that are still there while the interpreter ends now and then abort it
+    (SIGABRT, "terminate called without an active exception"): the run would be reported as failed after it went well.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _own_error(error: BaseException) -> BaseException | None:

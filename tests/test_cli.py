@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_embcompress import cli, recipes_index
+from lightning_embcompress import cli, lightning_cli, recipes_index
 from lightning_embcompress.factorizations import Method
 
 TOYS = '''
@@ -401,6 +401,13 @@ def test_torchrun_starts_two_processes(toys: ModuleType) -> None:
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr + done.stdout
     assert Path("out/config.yaml").is_file()
+
+
+def test_the_process_group_is_left_once(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    for _ in range(2):
+        lightning_cli.leave_process_group()
+        assert not torch.distributed.is_initialized()
 
 
 def test_python_m_reports_the_exit_code(tmp_path: Path) -> None:
