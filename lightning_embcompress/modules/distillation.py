@@ -1,0 +1,254 @@
+r"""Distillation over large vocabularies: what a teacher says of few tokens, and the loss of a student, chunk by chunk.
+
+At temperature `T` teacher and student have the distributions :math:`p = \mathrm{softmax}(t / T)` and
+:math:`q = \mathrm{softmax}(z / T)`. Of the teacher only its `k` likeliest tokens are kept, and the mass
+:math:`P = \sum_{v \notin K} p_v` of all others together, so that it takes `k` numbers a target and not `V`. The loss is
+the divergence of these `k + 1` events, times :math:`T^2`, so that its gradient is of the same size at every temperature
+(Hinton et al. 2015):
+
+.. math:: L = T^2 \Big( \sum_{v \in K} p_v \log \frac{p_v}{q_v} + P \log \frac{P}{Q} \Big),
+    \qquad Q = \sum_{v \notin K} q_v .
+
+It is never more than the divergence over all tokens, and the same where `q` divides `Q` as the teacher divides `P`. Its
+gradient needs nothing but the student's logits, like that of the cross-entropy, and both are computed together while a
+chunk of them is in the cache:
+
+.. math:: \frac{\partial L}{\partial z_v} = T (q_v - p_v) \text{ for } v \in K,
+    \qquad T \, q_v (1 - P / Q) \text{ for the others.}
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+
+# 2^20 float32 logits = 4 MiB; the loss needs three such buffers, which stay in the cache.
+_CHUNK_ELEMENTS = 2**20
+
+
+class TeacherScores(NamedTuple):
+    """What a teacher says of `N` positions.
+
+    Attributes:
+        scores: Log-probabilities at the temperature of the likeliest tokens, ``[N, k]``, float32 at least; where all
+            tokens are kept, the teacher's logits, ``[N, vocab_size]``, as they are.
+        ids: Of the likeliest tokens, ``[N, k]``, int64; None where all are kept.
+        log_rest: Logarithm of the mass of all other tokens, ``[N]``; None where all are kept.
+    """
+
+    scores: Tensor
+    ids: Tensor | None = None
+    log_rest: Tensor | None = None
+
+
+class DistilledLoss(NamedTuple):
+    """A loss and its parts, means over targets in nats.
+
+    Attributes:
+        loss: The weighted sum, with its gradient.
+        cross_entropy: Without gradient and weight.
+        distillation: Without gradient and weight.
+        count: Number of targets, int64.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    distillation: Tensor
+    count: Tensor
+
+
+@torch.no_grad()
+def teacher_scores(logits: Tensor, top_k: int | None = None, temperature: float = 1.0) -> TeacherScores:
+    """Reduce a teacher's logits to what is kept of them.
+
+    Args:
+        logits: ``[*, vocab_size]``.
+        top_k: How many of the likeliest tokens of each position are kept; None, or as many as there are, for all, which
+            keeps the logits themselves.
+        temperature: What logits are divided by; above 0.
+
+    Returns:
+        The scores of all positions, one after the other.
+
+    Raises:
+        ValueError: If `top_k` or `temperature` is out of its range.
+
+    Example:
+        >>> scores = teacher_scores(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), top_k=1)
+        >>> scores.scores.exp(), scores.log_rest.exp()
+        (tensor([[0.2500]]), tensor([0.7500]))
+    """
+    check_distillation(top_k, temperature)
+    flat = logits.flatten(0, -2)
+    if top_k is None or top_k >= flat.shape[-1]:
+        return TeacherScores(flat)
+    dtype = _accumulator(flat)
+    scores = torch.empty(len(flat), top_k, dtype=dtype, device=flat.device)
+    ids = torch.empty(len(flat), top_k, dtype=torch.long, device=flat.device)
+    log_rest = torch.empty(len(flat), dtype=dtype, device=flat.device)
+    rows = _rows(flat)
+    for start in range(0, len(flat), rows):
+        part = slice(start, start + rows)
+        values = _log_softmax(flat[part].to(dtype), temperature)
+        torch.topk(values, top_k, out=(scores[part], ids[part]))
+        log_rest[part] = values.scatter_(-1, ids[part], -math.inf).logsumexp(-1)
+    return TeacherScores(scores, ids, log_rest)
+
+
+def check_distillation(top_k: int | None, temperature: float) -> None:
+    """Refuse what is out of range.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"teacher_top_k={top_k} must be at least 1; None keeps all of the teacher's logits.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be above 0 and finite; 1 leaves the logits as they are.")
+
+
+def distilled_loss(
+    logits: Tensor,
+    targets: Tensor,
+    teacher: TeacherScores,
+    temperature: float = 1.0,
+    cross_entropy_weight: float = 1.0,
+    distillation_weight: float = 1.0,
+    *,
+    overwrite: bool = False,
+) -> DistilledLoss:
+    """Return the weighted sum of cross-entropy and distillation, in nats per token (formula at the top of this module).
+
+    Works in float32 (float64 for float64 logits), a chunk of positions at a time. With no target at all everything is
+    0, with gradients of zero.
+
+    Args:
+        logits: The student's, ``[*, vocab_size]``.
+        targets: Ids of the true tokens, int64, ``[*]``; where they are -100 nothing is learnt from the teacher either.
+        teacher: What the teacher says of the same positions, at the same temperature.
+        temperature: What logits are divided by.
+        cross_entropy_weight: Of the cross-entropy.
+        distillation_weight: Of the divergence from the teacher.
+        overwrite: Whether the gradient may be kept in the memory of the logits, which then hold it instead: for logits
+            that nobody reads any more.
+
+    Raises:
+        ValueError: If the teacher has scored another number of positions or tokens.
+
+    Example:
+        >>> student, targets = torch.zeros(1, 3, 8, requires_grad=True), torch.tensor([[1, 2, -100]])
+        >>> result = distilled_loss(student, targets, teacher_scores(torch.zeros(1, 3, 8), top_k=4))
+        >>> round(result.cross_entropy.item(), 4), abs(round(result.distillation.item(), 4)), result.count.item()
+        (2.0794, 0.0, 2)
+    """
+    flat_logits, flat_targets = logits.flatten(0, -2), targets.flatten()
+    positions = (len(teacher.scores), teacher.scores.shape[-1] if teacher.ids is None else flat_logits.shape[-1])
+    if positions != tuple(flat_logits.shape) or len(flat_targets) != len(flat_logits):
+        raise ValueError(
+            f"The teacher has scored {positions[0]} positions over {positions[1]} tokens, but the model"
+            f" {len(flat_logits)} over {flat_logits.shape[-1]}, with {len(flat_targets)} targets: they must be of the"
+            " same batch and the same vocabulary."
+        )
+    function: Any = _DistilledLoss
+    weights = (temperature, cross_entropy_weight, distillation_weight)
+    total, cross_entropy, divergence = function.apply(flat_logits, flat_targets, teacher, weights, overwrite)
+    count = flat_targets.ne(IGNORE_INDEX).sum()
+    number = count.clamp(min=1)
+    return DistilledLoss(total / number, cross_entropy / number, divergence / number, count)
+
+
+class _DistilledLoss(torch.autograd.Function):
+    """Sums over all targets; the gradient is computed in `forward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        teacher: TeacherScores,
+        weights: tuple[float, float, float],
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        temperature, cross_entropy_weight, distillation_weight = weights
+        # Not scaled yet, small probabilities would be zero in float16.
+        kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        overwrite = overwrite and kept == logits.dtype
+        # The same memory, with the same count of changes: autograd raises where an overwritten tensor is needed.
+        gradient = logits.detach() if overwrite else torch.empty_like(logits, dtype=kept)
+        scored = targets.ne(IGNORE_INDEX)
+        ids = torch.where(scored, targets, 0).unsqueeze(-1)
+        dtype = _accumulator(logits)
+        losses = torch.zeros(2, len(logits), dtype=dtype, device=logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            rows = _rows(logits)
+            for start in range(0, len(logits), rows):
+                part = slice(start, start + rows)
+                scores = logits.detach()[part].to(dtype)
+                values = torch.log_softmax(scores, -1)
+                losses[0, part] = values.gather(-1, ids[part]).squeeze(-1).neg_()
+                tempered = values.clone() if temperature == 1 else _log_softmax(scores, temperature)
+                loss, pull = _divergence(
+                    tempered, TeacherScores(*(_part(tensor, part) for tensor in teacher)), temperature
+                )
+                losses[1, part] = loss * temperature**2
+                values.exp_().scatter_add_(-1, ids[part], values.new_full((1, 1), -1.0).expand(len(values), 1))
+                values.mul_(cross_entropy_weight).add_(pull, alpha=distillation_weight * temperature)
+                # Not a product: an infinite logit in an ignored row must not become NaN.
+                gradient[part] = values.masked_fill_(~scored[part].unsqueeze(-1), 0.0)
+        ctx.save_for_backward(gradient)
+        ctx.overwrite, ctx.dtype = overwrite, logits.dtype
+        cross_entropy, divergence = losses.masked_fill_(~scored, 0.0).sum(-1)
+        total = cross_entropy_weight * cross_entropy + distillation_weight * divergence
+        cross_entropy, divergence = cross_entropy.clone(), divergence.clone()
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return total, cross_entropy, divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scaled = gradient.mul_(scale) if ctx.overwrite else (gradient * scale).to(ctx.dtype)
+        return scaled, None, None, None, None
+
+
+def _divergence(student: Tensor, teacher: TeacherScores, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of log-probabilities at the temperature, which are overwritten: the divergence, and `q − p` of its gradient."""
+    if teacher.ids is None or teacher.log_rest is None:
+        scores = _log_softmax(teacher.scores.to(student.dtype), temperature)
+        chances = scores.exp()
+        loss = torch.where(chances > 0, chances * (scores - student), 0.0).sum(-1)
+        return loss, student.exp_().sub_(chances)
+    scores, log_rest = teacher.scores.to(student.dtype), teacher.log_rest.to(student.dtype)
+    chances, rest = scores.exp(), log_rest.exp()
+    own = student.gather(-1, teacher.ids)
+    # The likeliest are taken out, so that the rest is summed and not what is left of 1, which would be rounding.
+    student.scatter_(-1, teacher.ids, -math.inf)
+    own_rest = student.logsumexp(-1)
+    loss = torch.where(chances > 0, chances * (scores - own), 0.0).sum(-1)
+    loss += torch.where(rest > 0, rest * (log_rest - own_rest), 0.0)
+    # q_v (1 - P / Q) for the others: of the logarithms, P / Q alone may be infinite.
+    share = torch.where(own_rest == -math.inf, -math.inf, log_rest - own_rest).unsqueeze(-1)
+    pull = student.exp().sub_(student.add_(share).exp_())
+    return loss, pull.scatter_(-1, teacher.ids, own.exp_() - chances)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+
+
+def _part(tensor: Tensor | None, part: slice) -> Any:
+    return None if tensor is None else tensor[part]
+
+
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // max(1, logits.shape[-1]))
