@@ -181,10 +181,14 @@ class LanguageModel(LightningModule):
         # `self.trainer` raises where there is none, as in `load_from_checkpoint`.
         return getattr(self._trainer, "datamodule", None)
 
+    def parameter_groups(self) -> Any:
+        """What the optimizer is made from: all parameters, or groups of them."""
+        return self.parameters()
+
     @override
     def configure_optimizers(self) -> Any:
         """Make the optimizer over all parameters, and the scheduler."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.parameter_groups())
         if self.lr_scheduler is None:
             return optimizer
         scheduler = {
