@@ -152,16 +152,23 @@ class _SaveHook(_Hook):
     ) -> Any:
         # Here and not at the top: replacing tables, which plans are built on, is what this module serves.
         from lightning_embcompress.plan import plan_of
+        from lightning_embcompress.quantization import converted
 
         # A part of the model may have been changed by itself.
         follow(self.model)
-        state = self.model.state_dict() if state_dict is None else state_dict
-        twice = tuple(f"{path}.factorization." for path in aliases(self.model))
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(twice)}
-        # Only while it is written: a configuration is shared by models, and made into new ones, that are dense.
-        record = {"quant_method": QUANT_METHOD, **plan_of(self.model).to_dict()}
-        with _quantization_config(self.model.config, record):
-            return self.original(save_directory, is_main_process, state, *args, **kwargs)
+        if state_dict is not None and any(one.is_prepared for one in _factorizations(self.model).values()):
+            raise ValueError(
+                "the tables are prepared for quantization, and a state_dict of numbers has no integers: call "
+                "save_pretrained without a state_dict, or convert(model) before"
+            )
+        with converted(self.model):
+            state = self.model.state_dict() if state_dict is None else state_dict
+            twice = tuple(f"{path}.factorization." for path in aliases(self.model))
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(twice)}
+            # Only while it is written: a configuration is shared by models, and made into new ones, that are dense.
+            record = {"quant_method": QUANT_METHOD, **plan_of(self.model).to_dict()}
+            with _quantization_config(self.model.config, record):
+                return self.original(save_directory, is_main_process, state, *args, **kwargs)
 
 
 @contextmanager

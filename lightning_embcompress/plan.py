@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lightning_embcompress.budget import (
     Request,
@@ -362,9 +363,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     named = all_modules(model)
     factorizations = []
     for table in plan.tables:
-        old = _table_parameters(named[table.modules[0]])
-        factorizations.append(factorization_from_spec(table.spec, old[0].dtype, old[0].device))
-        factorizations[-1].requires_grad_(any(parameter.requires_grad for parameter in old))
+        dtype, device, trains = _table_place(named[table.modules[0]])
+        factorizations.append(factorization_from_spec(table.spec, dtype, device))
+        factorizations[-1].requires_grad_(trains)
         factorizations[-1].provenance = table.provenance
     restore_dense(model, fill=False)
     for table, factorization in zip(plan.tables, factorizations, strict=True):
@@ -401,8 +402,10 @@ def _table_shape(module: nn.Module) -> tuple[int, int]:
     return module.weight.shape[0], module.weight.shape[1]
 
 
-def _table_parameters(module: nn.Module) -> list[Tensor]:
+def _table_place(module: nn.Module) -> tuple[torch.dtype, torch.device, bool]:
+    """Dtype and device of a table, and whether it trains; packed integers do not, but what takes their place may."""
     if isinstance(module, CompressedLayer):
-        return list(module.factorization.parameters())
+        trains = [parameter.requires_grad for parameter in module.factorization.parameters()]
+        return module.factorization.dtype, module.factorization.device, any(trains) or not trains
     assert isinstance(module, nn.Embedding | nn.Linear)
-    return [module.weight]
+    return module.weight.dtype, module.weight.device, module.weight.requires_grad

@@ -24,7 +24,7 @@ from lightning_embcompress.tables import all_modules
 def table_report(model: nn.Module) -> list[dict[str, Any]]:
     """One mapping for every compressed table of a model, as in `report.json`."""
     parameters = {
-        path: sum(parameter.numel() for parameter in module.factorization.parameters())
+        path: module.factorization.num_values
         for path, module in all_modules(model).items()
         if isinstance(module, CompressedLayer)
     }
@@ -176,8 +176,16 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _structure(table: TablePlan) -> str:
-    """Groups and ranks in a few words, for any factorization: whatever its structure says beside the shape."""
-    spec = table.spec
+    """Groups, ranks and bits in a few words, for any factorization."""
+    quantization = table.spec.get("quantization")
+    if quantization is None:
+        return _factors(table.spec)
+    state = "packed in" if quantization["state"] == "packed" else "training for"
+    return f"{_factors(table.spec) or 'all numbers'}, {state} {quantization['bits']} bits"
+
+
+def _factors(spec: Mapping[str, Any]) -> str:
+    """Whatever a structure says beside the shape."""
     if isinstance(spec.get("segments"), list):
         ranks = [sum(count for _, count in runs) for runs in spec["segments"]]
         bits = sorted({width for runs in spec["segments"] for width, _ in runs if width})

@@ -19,6 +19,7 @@ from lightning_embcompress.factorizations import factorization_from_spec
 from lightning_embcompress.files import explaining_failure, read_json, replacing, synchronize
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
+from lightning_embcompress.quantization import converted
 from lightning_embcompress.records import check_factors, dtype_of, shown
 from lightning_embcompress.storage import check_whole, identity_of
 from lightning_embcompress.tables import all_modules
@@ -33,7 +34,8 @@ _CHUNK_BYTES = 2**22
 def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model with its compressed tables: safetensors and JSON, nothing that is unpickled.
 
-    Tensors that several layers share are stored once. Both files are written under temporary names and renamed, so
+    Factors that are prepared for quantization are stored as the integers that they train for; the model itself stays as
+    it is, and can go on training. Tensors that several layers share are stored once. Both files are written under temporary names and renamed, so
     that an interruption leaves what was there before. `config.json` has the checksum of the weights it belongs to: if
     the process is killed between the two, loading says so.
 
@@ -47,7 +49,11 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: If a file cannot be written; what was there before is as it was.
     """
     check_whole(model, "saved by save_compressed")
-    directory = Path(path)
+    with converted(model):
+        _save(model, Path(path))
+
+
+def _save(model: nn.Module, directory: Path) -> None:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[tuple[Any, ...], str] = {}

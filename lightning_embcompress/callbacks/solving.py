@@ -176,6 +176,10 @@ def factorization_of(module: nn.Module, entry: Mapping[str, Any]) -> Factorizati
             f"table {name!r} was compressed, but is a {type(layer).__name__} now: it was replaced by other code and "
             "cannot be refined"
         )
+    if layer.factorization.is_prepared or layer.factorization.quantization is not None:
+        raise ValueError(
+            f"table {name!r} was quantized after it was compressed, and cannot be refined any more: refine before"
+        )
     return layer.factorization
 
 

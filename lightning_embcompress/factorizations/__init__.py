@@ -13,8 +13,11 @@ import torch
 from lightning_embcompress.factorizations.base import Factorization, dense_bytes, plain
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.cp import CP, CPOptions
+from lightning_embcompress.factorizations.full_table import FullTable, FullTableOptions
+from lightning_embcompress.factorizations.latent_codes import LatentCodes
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
 from lightning_embcompress.factorizations.product_quantization import ProductQuantization, ProductQuantizationOptions
+from lightning_embcompress.factorizations.quantized import Quantization
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, TransformCodingOptions
 from lightning_embcompress.factorizations.tensor_train import TensorTrain, TensorTrainOptions
 from lightning_embcompress.factorizations.tensor_train_matrix import TensorTrainMatrix, TensorTrainMatrixOptions
@@ -28,12 +31,16 @@ __all__ = [
     "BlockLowRank",
     "CPOptions",
     "Factorization",
+    "FullTable",
+    "FullTableOptions",
     "GroupReduceOptions",
+    "LatentCodes",
     "LowRank",
     "LowRankOptions",
     "Method",
     "ProductQuantization",
     "ProductQuantizationOptions",
+    "Quantization",
     "SharedBasisBlocks",
     "TensorTrain",
     "TensorTrainMatrix",
@@ -103,10 +110,14 @@ METHODS: dict[str, Method] = {
     "product_quantization": Method(
         ProductQuantization, "Rows put together from the centroids of their parts (PQ, MGQE)", True
     ),
+    "round_to_nearest": Method(FullTable, "Plain integers of all numbers, a scale for each group: a baseline"),
     "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
     "tensor_train_matrix": Method(TensorTrainMatrix, "One tensor train for the whole table (TT embedding)"),
     "transform_coding": Method(
-        SharedBasisBlocks, "Frequency groups in one basis of the loss, each component at a width of its own", True
+        SharedBasisBlocks,
+        "Frequency groups in one basis of the loss, each component at a width of its own",
+        True,
+        others=(LatentCodes,),
     ),
     "tucker": Method(Tucker, "The folded table as a core and a factor a mode (Tucker), a baseline"),
     "weighted_low_rank": Method(LowRank, "Truncated SVD, rows weighted by frequency", True, fixed={"weighted": True}),
@@ -140,7 +151,16 @@ def factorization_from_spec(
         ValueError: If the class is unknown or the structure is not possible.
     """
     check_spec(spec)
-    return _kinds()[spec["kind"]].from_spec(dict(spec), dtype, device)
+    return _empty(spec, dtype, device)
+
+
+def _empty(spec: Mapping[str, Any], dtype: torch.dtype, device: torch.device | None) -> Factorization[Any]:
+    structure = dict(spec)
+    quantization = structure.pop("quantization", None)
+    empty = _kinds()[spec["kind"]].from_spec(structure, dtype, device)
+    if quantization is not None:
+        empty.hold(*Quantization.from_record(quantization))
+    return empty
 
 
 def check_spec(spec: Mapping[str, Any]) -> None:
@@ -155,7 +175,7 @@ def check_spec(spec: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown kind of factorization {reprlib.repr(kind)}; known are {', '.join(kinds)}")
     try:
         # In the widest dtype, beside which packed integers count least: a model may have been cast after compression.
-        empty = kinds[kind].from_spec(dict(spec), torch.float64, torch.device("meta"))
+        empty = _empty(spec, torch.float64, torch.device("meta"))
     except (RuntimeError, OverflowError, TypeError) as error:
         # Sizes beyond what torch counts, for which it has all of these.
         raise ValueError(f"the structure of a {kind} is not possible: {str(error)[:200]}") from error
@@ -170,7 +190,9 @@ def check_spec(spec: Mapping[str, Any]) -> None:
             f"{reprlib.repr(sorted(map(str, names)))}"
         )
     needed = sum(tensor.nbytes for tensor in empty.state_dict().values())
-    if needed > dense_bytes(empty.vocab_size, empty.dim, torch.float64.itemsize):
+    # What trains for fewer bits may have a number for every one of the table, and a little beside them.
+    most = dense_bytes(empty.vocab_size, empty.dim, torch.float64.itemsize) * (2 if empty.is_prepared else 1)
+    if needed > most:
         raise ValueError(
             f"the structure of a {kind} for a table of {empty.vocab_size} x {empty.dim} would take more memory than "
             "the table itself: the file is damaged or was made to exhaust memory"
@@ -178,7 +200,7 @@ def check_spec(spec: Mapping[str, Any]) -> None:
 
 
 def _kinds() -> dict[str, type[Factorization[Any]]]:
-    return {method.factorization.kind: method.factorization for method in METHODS.values()}
+    return {one.kind: one for method in METHODS.values() for one in (method.factorization, *method.others)}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

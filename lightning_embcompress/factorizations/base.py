@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import reprlib
 from abc import ABC, abstractmethod
@@ -16,6 +17,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from lightning_embcompress.factorizations.quantized import (
+    Factor,
+    FakeQuantizedFactor,
+    PackedFactor,
+    Quantization,
+    State,
+    in_place_of,
+    pieces,
+    whole,
+)
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units
 from lightning_embcompress.solvers.metric import Metric
@@ -96,6 +107,10 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         """What the mean loss is predicted to grow by for the errors, in nats; None if that is not known."""
         self.provenance: dict[str, Any] = {}
         """How the factors were found (method, options, error), as JSON; kept in plans."""
+        self.quantization: Quantization | None = None
+        """How the factors are quantized; None for those that are as they were found."""
+        self.state: State = "fake"
+        """Whether they train, or are packed; of factors that are quantized."""
 
     @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
@@ -120,8 +135,14 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         """
 
     @abstractmethod
+    def structure(self) -> dict[str, Any]:
+        """The structure of the factors without their values, as JSON: enough for `from_spec` to build it empty."""
+
     def spec(self) -> dict[str, Any]:
-        """The structure without the values, as JSON: enough for `from_spec` to build it empty."""
+        """The structure, and how the factors are quantized if they are, as JSON."""
+        if self.quantization is None:
+            return self.structure()
+        return {**self.structure(), "quantization": self.quantization.record(self.state)}
 
     @classmethod
     @abstractmethod
@@ -129,7 +150,7 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         """Build an empty structure that is ready to be loaded into.
 
         Args:
-            spec: What `spec()` returned.
+            spec: What `structure()` returned.
             dtype: Dtype of the factors.
             device: Device of the factors.
 
@@ -196,13 +217,101 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the factors."""
-        return next(self.parameters()).dtype
+        """Dtype of the factors, and of the rows that they give."""
+        return self._example.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the factors."""
-        return next(self.parameters()).device
+        return self._example.device
+
+    @property
+    def _example(self) -> Tensor:
+        for parameter in self.parameters():
+            return parameter
+        return next(module.unit for module in self.modules() if isinstance(module, PackedFactor))
+
+    def whole_factors(self) -> list[Tensor]:
+        """All factors, in the order of `parameters()` of those that are not quantized."""
+        own = [parameter for parameter in self._parameters.values() if parameter is not None]
+        return [*own, *(whole(part) for child in self.children() for part in _parts(child))]
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that the table is made of, packed or not."""
+        packed = sum(module.shape.numel() for module in self.modules() if isinstance(module, PackedFactor))
+        return packed + sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it trains what will be stored in fewer bits: `converted` gives that."""
+        return self.quantization is not None and self.state != "packed"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its factors are packed integers, which do not train."""
+        return self.quantization is not None and self.state == "packed"
+
+    def prepared(self, quantization: Quantization) -> Factorization[Any]:
+        """Let it train as it will be once its factors are stored in fewer bits.
+
+        The parameters stay the same objects, in the same order, so that optimizers go on with them.
+
+        Args:
+            quantization: How they will be stored.
+
+        Returns:
+            `self`; of some classes another factorization, with other parameters.
+
+        Raises:
+            ValueError: If it is prepared, or packed already.
+        """
+        if self.quantization is not None:
+            raise ValueError(f"its factors are {'packed' if self.is_packed else 'prepared for quantization'} already")
+        self.hold(quantization, "fake")
+        return self
+
+    def hold(self, quantization: Quantization, state: State) -> None:
+        """Put what is quantized in the place of the parameters.
+
+        Args:
+            quantization: How they are quantized.
+            state: Whether they train. With `"packed"` they are empty, ready to be loaded into.
+        """
+        self._replace_factors(lambda parameter: in_place_of(parameter, quantization, state))
+        self.quantization, self.state = quantization, state
+
+    def _replace_factors(self, make: Callable[[Any], nn.Module]) -> None:
+        modules: dict[str, nn.Module | None] = {name: make(own) for name, own in self._parameters.items()}
+        for name, child in self._modules.items():
+            parts = [make(part) for part in _parts(child)]
+            modules[name] = nn.ModuleList(parts) if isinstance(child, _LISTS) else parts[0]
+        self._parameters, self._modules = {}, modules
+
+    @torch.no_grad()
+    def converted(self) -> Factorization[Any]:
+        """What it is once it is not trained any more: packed integers; this one stays as it is.
+
+        Raises:
+            ValueError: If it is not prepared.
+        """
+        if not self.is_prepared:
+            raise ValueError("there is nothing to convert: it is not prepared for quantization")
+        packed = copy.copy(self)
+        # A copy of its own of what torch keeps in dictionaries.
+        for name in ("_parameters", "_buffers", "_modules"):
+            packed.__dict__[name] = dict(self.__dict__[name])
+        packed._replace_factors(lambda factor: factor.packed())
+        packed.state = "packed"
+        packed.provenance = dict(self.provenance)
+        return packed
+
+    def freeze_ranges(self) -> None:
+        """Keep the scales of all groups as they are from now on; of a factorization that is prepared."""
+        for module in self.modules():
+            if isinstance(module, FakeQuantizedFactor):
+                module.freeze()
+        self.state = "frozen"
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -217,7 +326,7 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         hidden: Tensor,
         rows: Callable[..., Tensor],
         *factors: Tensor,
-        by_row: Tensor | None = None,
+        by_row: Factor | None = None,
         step: int | None = None,
     ) -> Tensor:
         """`h Wᵀ` for methods whose rows cost less to compute than to multiply with: a piece of the table at a time.
@@ -240,20 +349,24 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         step = step or min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
 
         def piece(states: Tensor, start: int, *read: Tensor) -> Tensor:
-            return F.linear(states, rows(start, min(start + step, self.vocab_size), *read))
+            stop = min(start + step, self.vocab_size)
+            if isinstance(by_row, PackedFactor):
+                # Unpacked here, and again in the backward pass: it is never there as a whole.
+                read = (by_row.rows(torch.arange(start, stop, device=self.device)), *read)
+            return F.linear(states, rows(start, stop, *read))
 
         starts = list(range(0, self.vocab_size, step))
         own: list[tuple[Tensor, ...]] = [()] * len(starts)
-        if by_row is not None:
-            own = [(part,) for part in torch.split(by_row, step)]
+        if by_row is not None and not isinstance(by_row, PackedFactor):
+            own = [(part,) for part in pieces(by_row, step)]
         if torch.is_grad_enabled() and not is_exporting():
-            pieces = [
+            outputs = [
                 checkpoint(piece, hidden, start, *part, *factors, use_reentrant=False)
                 for start, part in zip(starts, own, strict=True)
             ]
         else:
-            pieces = [piece(hidden, start, *part, *factors) for start, part in zip(starts, own, strict=True)]
-        return torch.cat(pieces, dim=-1)
+            outputs = [piece(hidden, start, *part, *factors) for start, part in zip(starts, own, strict=True)]
+        return torch.cat(outputs, dim=-1)
 
     def stored_bytes(self) -> int:
         """Bytes on disk: every tensor of the state dict, its entry in the file's header, and the structure."""
@@ -311,6 +424,14 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     def extra_repr(self) -> str:
         """Shape for `print(module)`."""
         return f"vocab_size={self.vocab_size}, dim={self.dim}"
+
+
+_LISTS = nn.ParameterList | nn.ModuleList
+
+
+def _parts(child: Any) -> list[Any]:
+    """Factors of a list of them, or the one that it is."""
+    return list(child) if isinstance(child, _LISTS) else [child]
 
 
 def stored_bytes(tensor_bytes: int, num_tensors: int, spec: dict[str, Any]) -> int:

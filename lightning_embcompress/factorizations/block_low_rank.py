@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import Self
 
 from lightning_embcompress.factorizations.base import (
@@ -21,6 +20,7 @@ from lightning_embcompress.factorizations.base import (
 from lightning_embcompress.factorizations.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.factorizations.low_rank import aligned_bases
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
+from lightning_embcompress.factorizations.quantized import multiply, read_rows, whole
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks, plain_metric
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
@@ -148,7 +148,7 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
             places, self.coefficients, self.bases(), self.dense_blocks, strict=True
         ):
             if place is not None:
-                block = F.embedding(place, coefficients)
+                block = read_rows(coefficients, place)
                 rows.append(block if dense else block @ basis)
         return rows
 
@@ -158,10 +158,10 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
 
     def block_logits(self, hidden: Tensor) -> Tensor:
         """Logits in block order: column `position[i]` is token `i`, column `k` is token `order[k]`."""
-        reduced = torch.split(F.linear(hidden, self.basis), self.basis_ranks, dim=-1)
+        reduced = torch.split(multiply(hidden, self.basis), self.basis_ranks, dim=-1)
         return torch.cat(
             [
-                F.linear(hidden if dense else part, coefficients)
+                multiply(hidden if dense else part, coefficients)
                 for part, coefficients, dense in zip(reduced, self.coefficients, self.dense_blocks, strict=True)
             ],
             dim=-1,
@@ -169,9 +169,9 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
 
     def bases(self) -> tuple[Tensor, ...]:
         """`[rank, dim]` basis of every block; of no rows for a block that is kept as its rows."""
-        return torch.split(self.basis, self.basis_ranks)
+        return torch.split(whole(self.basis), self.basis_ranks)
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape, and size and rank of every block."""
         return {
             "kind": self.kind,

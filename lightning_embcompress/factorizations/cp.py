@@ -104,7 +104,7 @@ class CP(FoldedTable[CPOptions]):
         rows, columns, heads = (math.prod(s) for s in (self.vocab_shape, self.dim_shape, self.vocab_shape[:-1]))
         return self.vocab_size * columns * self.rank, (columns + heads + rows) * self.rank, heads * self.rank + rows
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape, modes and rank."""
         return {**self._shapes(), "rank": self.rank}
 

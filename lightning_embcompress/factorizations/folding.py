@@ -119,7 +119,7 @@ class FoldedTable(Factorization[FoldingOptionsT]):
         Raises:
             IndexError: If an id is out of range.
         """
-        factors = list(self.parameters())
+        factors = self.whole_factors()
         if is_exporting():
             rows = self._rows_of(ids.flatten().long(), False, *factors)
             return rows[:, : self.dim].reshape(*ids.shape, self.dim)
@@ -133,7 +133,7 @@ class FoldedTable(Factorization[FoldingOptionsT]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`: by contraction, or by rows where their cost is shared by many states."""
-        factors = list(self.parameters())
+        factors = self.whole_factors()
         states = hidden.reshape(-1, self.dim)
         count = states.shape[0]
         rows_cost, contraction_cost, elements = self._costs()

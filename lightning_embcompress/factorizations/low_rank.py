@@ -19,6 +19,7 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
+from lightning_embcompress.factorizations.quantized import multiply, read_rows, whole
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import low_rank_in_metric, weighted_low_rank
@@ -92,15 +93,15 @@ class LowRank(Factorization[LowRankOptions]):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
-            return F.embedding(ids, self.coefficients) @ self.basis
+            return read_rows(self.coefficients, ids) @ whole(self.basis)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, F.embedding(distinct, self.coefficients) @ self.basis)
+        return F.embedding(inverse, read_rows(self.coefficients, distinct) @ whole(self.basis))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ = (h Bᵀ) Uᵀ`, see `Factorization.logits`."""
-        return F.linear(F.linear(hidden, self.basis), self.coefficients)
+        return multiply(multiply(hidden, self.basis), self.coefficients)
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape and rank."""
         return self._spec(self.vocab_size, self.dim, self.rank)
 

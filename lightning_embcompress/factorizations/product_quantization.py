@@ -19,6 +19,7 @@ from lightning_embcompress.factorizations.base import (
     stored_bytes,
 )
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.factorizations.quantized import whole
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.product_descent import descend
@@ -247,19 +248,20 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
-            return self._rows_of(self.codes.index_select(0, ids.flatten()), self.codebook).reshape(*ids.shape, self.dim)
+            rows = self._rows_of(self.codes.index_select(0, ids.flatten()), whole(self.codebook))
+            return rows.reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, self._rows_of(self.codes.index_select(0, distinct), self.codebook))
+        return F.embedding(inverse, self._rows_of(self.codes.index_select(0, distinct), whole(self.codebook)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""
-        states = hidden.reshape(-1, self.dim)
+        states, codebook = hidden.reshape(-1, self.dim), whole(self.codebook)
         if not is_exporting() and states.shape[0] * self.subspaces > _FEW_STATES * self.dim:
-            return self.logits_of_rows(hidden, self._rows_between, self.codebook)
+            return self.logits_of_rows(hidden, self._rows_between, codebook)
         # Products with all centroids, `[subspaces, centroids, states]`.
         products = []
         columns = 0
-        for _, table in self._tables(self.codebook):
+        for _, table in self._tables(codebook):
             _, count, size = table.shape
             parts = states[:, columns : columns + count * size].reshape(-1, count, size)
             products.append(torch.bmm(table.transpose(0, 1), parts.permute(1, 2, 0)))
@@ -284,7 +286,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
     def _rows_between(self, start: int, stop: int, codebook: Tensor) -> Tensor:
         return self._rows_of(self.codes[start:stop], codebook)
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape, subspaces and centroids."""
         rare = {"rare_centroids": self.rare_centroids, "rare_tokens": self.rare_tokens} if self.rare_tokens else {}
         return self._spec(self.vocab_size, self.dim, self.subspaces, {"centroids": self.centroids, **rare})

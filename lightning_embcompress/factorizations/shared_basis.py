@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -13,26 +13,36 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Options, integer, integers, is_exporting, positive_integers
+from lightning_embcompress.factorizations.base import (
+    Factorization,
+    Options,
+    integer,
+    integers,
+    is_exporting,
+    positive_integers,
+)
 from lightning_embcompress.factorizations.blocks import RowBlocks
 from lightning_embcompress.factorizations.packing import pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.factorizations.quantized import Quantization, State, multiply, read_rows, whole
 from lightning_embcompress.factorizations.shared_basis_layout import (
     KIND,
+    SCALE_STEPS,
     bit_budget,
     byte_codes,
+    checked_segments,
+    level_tables,
+    nearest_codes,
+    projectors,
     segments_of,
     structure,
 )
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units, run_of
 from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
-from lightning_embcompress.solvers.scalar_quantizer import nearest_level
 from lightning_embcompress.solvers.shared_basis import SharedBasis, shared_basis
 
 # Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-# Scales are powers of two of a sixteenth: within 2 % of what they should be, codes being chosen by what they are.
-_SCALE_STEPS = 16
 # Refinement changes the structure if that leaves less than this part of the loss.
 _CLEARLY = 0.85
 # Coefficients that are looked up at a time on the way to the logits: 1 MiB of float32.
@@ -137,18 +147,8 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         """Build it empty."""
         super().__init__(vocab_size, dim, sizes, device)
         self.rank = rank
-        self.segments = [[(int(bits), int(count)) for bits, count in runs] for runs in segments]
-        self.ranks = [sum(count for _, count in runs) for runs in self.segments]
+        self.segments, self.ranks, self.widths = checked_segments(dim, rank, len(self.sizes), segments, is_coded)
         self.is_coded = is_coded
-        used = {bits for runs in self.segments for bits, _ in runs}
-        if len(self.segments) != len(self.sizes) or not 0 <= rank <= dim or max(self.ranks) != rank:
-            raise ValueError(
-                f"there must be segments for each of {len(self.sizes)} blocks, the most of {rank} components, and at "
-                f"most {dim}"
-            )
-        if not used <= (set(range(1, 9)) if is_coded else {0}) or any(n < 1 for r in self.segments for _, n in r):
-            raise ValueError("the segments of a block must be [bits, components], bits 1 to 8 of codes, 0 of floats")
-        self.widths = sorted(used - {0})
         blocks = len(self.sizes)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -222,10 +222,10 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
     def _read(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Basis, means, and scales of every block, of codes."""
         if not self.is_coded:
-            return self.basis, self.means, [self.basis.new_empty(0)] * len(self.sizes)
+            return whole(self.basis), whole(self.means), [self.position.new_empty(0)] * len(self.sizes)
         basis = (self.basis_codes.to(self.dtype) - 128) * self.basis_scales.unsqueeze(1)
         means = (self.mean_codes.to(self.dtype) - 128) * self.mean_scales.unsqueeze(1)
-        scales = torch.exp2(self.scale_codes.float() / -_SCALE_STEPS).to(self.dtype) * self.scale_unit
+        scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
         return basis, means, list(torch.split(scales, self.ranks))
 
     def _offsets(self) -> list[Tensor]:
@@ -250,7 +250,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
                 index = F.embedding(place, codes[block]).int() + offsets[block]
                 values = _looked_up(self.levels, index) * scales[block]
             else:
-                values = F.embedding(place, self.coefficients[block])
+                values = read_rows(self.coefficients[block], place)
             rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows
 
@@ -266,7 +266,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             if self.is_coded:
                 found = self._code_products(states * scales[block], codes[block], offsets[block])
             else:
-                found = [F.linear(states, self.coefficients[block])]
+                found = [multiply(states, self.coefficients[block])]
             pieces += [part + constant[..., block : block + 1] for part in found]
         return self.in_vocabulary_order(torch.cat(pieces, dim=-1))
 
@@ -287,7 +287,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             for piece in pieces
         ]
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape, sizes of blocks, and the widths of their components."""
         return structure(self.vocab_size, self.dim, self.rank, self.sizes, self.segments, self.is_coded)
 
@@ -295,6 +295,18 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Build it empty, see `Factorization.from_spec`."""
         vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
+        if not isinstance(spec.get("is_coded"), bool):
+            raise ValueError("the structure's 'is_coded' must be true or false")
+        blocks = cls.checked_blocks(spec, dim)
+        return cls(vocab_size, dim, integer(spec, "rank"), *blocks, spec["is_coded"], dtype, device)
+
+    @classmethod
+    def checked_blocks(cls, spec: dict[str, Any], dim: int) -> tuple[list[int], list[Any]]:
+        """Sizes and segments of a structure that came from a file.
+
+        Raises:
+            ValueError: If they are no lists of integers, or too many.
+        """
         sizes = cls.checked_sizes(spec)
         segments = spec.get("segments")
         if not isinstance(segments, list) or len(segments) > len(sizes):
@@ -305,9 +317,35 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
             for run in runs:
                 if len(integers({"segments": run}, "segments")) != 2:
                     raise ValueError("the structure's 'segments' must be lists of [bits, components]")
-        if not isinstance(spec.get("is_coded"), bool):
-            raise ValueError("the structure's 'is_coded' must be true or false")
-        return cls(vocab_size, dim, integer(spec, "rank"), sizes, segments, spec["is_coded"], dtype, device)
+        return sizes, segments
+
+    @property
+    def num_values(self) -> int:
+        """Coefficients, codes or not, and what they stand on, see `Factorization.num_values`."""
+        frame = (self.rank + len(self.sizes)) * self.dim
+        coefficients = sum(size * rank for size, rank in zip(self.sizes, self.ranks, strict=True))
+        return frame + coefficients + (self.levels.numel() if self.is_coded else 0)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its coefficients are codes, or were packed, see `Factorization.is_packed`."""
+        return self.is_coded or super().is_packed
+
+    def prepared(self, quantization: Quantization) -> Factorization[Any]:
+        """See `Factorization.prepared`; codes keep the widths that they have, and are trained as `LatentCodes`."""
+        from lightning_embcompress.factorizations.latent_codes import LatentCodes
+
+        return LatentCodes.of(self) if self.is_coded else super().prepared(quantization)
+
+    def hold(self, quantization: Quantization, state: State) -> None:
+        """See `Factorization.hold`.
+
+        Raises:
+            ValueError: If the coefficients are codes.
+        """
+        if self.is_coded:
+            raise ValueError("codes have widths of their own, and no other quantization")
+        super().hold(quantization, state)
 
     @classmethod
     def smallest_bytes(
@@ -463,32 +501,48 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         advance(0.2)
         return solved
 
+    def _store_frame(self, basis: Tensor, means: Tensor, scales: Tensor) -> None:
+        """Round what codes stand on: basis and means to 8 bits, and `[Σ rank]` scales to steps of their logarithms."""
+        self.scale_unit.fill_(max([0.0, *scales.tolist()]))
+        steps = torch.log2(scales.double().cpu().clamp(min=1e-300) / self.scale_unit.double().cpu().clamp(min=1e-300))
+        self.scale_codes.copy_((-SCALE_STEPS * steps).round().clamp(0, 255).to(torch.uint8))
+        for name, values in (("basis", basis), ("mean", means)):
+            rounded, units = byte_codes(values)
+            getattr(self, f"{name}_codes").copy_(rounded)
+            getattr(self, f"{name}_scales").copy_(units)
+
+    @torch.no_grad()
+    def store(self, codes: Sequence[Tensor], basis: Tensor, means: Tensor, scales: Tensor) -> None:
+        """Keep other codes, and what they stand on.
+
+        Args:
+            codes: `[size, rank]` of every block.
+            basis: `[rank, dim]`.
+            means: `[blocks, dim]`.
+            scales: `[Σ rank]`, those of the components of every block.
+        """
+        self._store_frame(basis, means, scales)
+        for place, values in zip(self._block_codes(), codes, strict=True):
+            place.copy_(values)
+        self._pack()
+
     @torch.no_grad()
     def _fill(self, weight: Tensor, solution: SharedBasis, metric: Metric) -> None:
         """Coefficients of all rows, in the basis and around the means as they are stored."""
         device = weight.device
         if self.is_coded:
-            self.scale_unit.fill_(max([0.0, *solution.scales.flatten().tolist()]))
-            steps = torch.log2(solution.scales.clamp(min=1e-300) / self.scale_unit.double().cpu().clamp(min=1e-300))
-            steps = (-_SCALE_STEPS * steps).round().clamp(0, 255).to(torch.uint8)
-            self.scale_codes.copy_(torch.cat([steps[block, :rank] for block, rank in enumerate(self.ranks)]))
+            scales = torch.cat([row[:rank] for row, rank in zip(solution.scales, self.ranks, strict=True)])
             self.levels.copy_(torch.cat([self.levels[:0].cpu(), *(solution.levels[bits] for bits in self.widths)]))
-            for name, values in (("basis", solution.basis), ("mean", solution.means)):
-                rounded, units = byte_codes(values)
-                getattr(self, f"{name}_codes").copy_(rounded)
-                getattr(self, f"{name}_scales").copy_(units)
+            self._store_frame(solution.basis, solution.means, scales)
             # Rounded logarithms may differ between processors.
             agree(self.scale_codes)
         else:
             self.basis.copy_(solution.basis)
             self.means.copy_(solution.means)
-        basis, means, scales = self._read()
-        projectors = [one.to(device) for one in _projectors(basis, metric, self.ranks)]
+        basis, means, stored = self._read()
+        turns = [one.to(device) for one in projectors(basis, metric, self.ranks)]
         dtype = compute_dtype(weight.dtype)
-        levels = {}
-        if self.widths:
-            tables = torch.split(self.levels.to(dtype), [2**bits for bits in self.widths])
-            levels = dict(zip(self.widths, tables, strict=True))
+        levels = level_tables(self.levels.to(dtype), self.widths) if self.is_coded else {}
         # In place: the coefficients of all rows are as large as the result.
         found = self._block_codes() if self.is_coded else [one.detach() for one in self.coefficients]
         parts = [
@@ -499,14 +553,14 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
 
         def compute(unit: int) -> None:
             block, run, rows = parts[unit]
-            projector = projectors[block].to(dtype)
+            projector = turns[block].to(dtype)
             shift = means[block].to(dtype) @ projector
             for chunk in row_chunks(run.stop - run.start, self.dim):
                 place = slice(run.start + chunk.start, run.start + chunk.stop)
                 values = weight[rows[place]].to(dtype) @ projector - shift
                 if self.is_coded:
-                    values /= scales[block].to(dtype).clamp(min=1e-30)
-                    values = self._codes_of(values, self.segments[block], levels)
+                    values /= stored[block].to(dtype).clamp(min=1e-30)
+                    values = nearest_codes(values, self.segments[block], levels)
                 found[block][place] = values.to(found[block].dtype)
 
         results = [[found[block][run]] for block, run, _ in parts]
@@ -514,31 +568,10 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         if self.is_coded:
             self._pack()
 
-    @staticmethod
-    def _codes_of(values: Tensor, runs: Sequence[tuple[int, int]], levels: Mapping[int, Tensor]) -> Tensor:
-        parts = torch.split(values, [count for _, count in runs], dim=1) if runs else []
-        codes = [nearest_level(part.contiguous(), levels[bits]) for part, (bits, _) in zip(parts, runs, strict=True)]
-        return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
-
 
 def _looked_up(levels: Tensor, index: Tensor) -> Tensor:
     """Single numbers by their places; of rows of one number `F.embedding` takes four times as long."""
     return levels.index_select(0, index.reshape(-1)).view(index.shape)
-
-
-def _projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Tensor]:
-    """`[dim, rank]` for each rank: coefficients of least loss in the first rows of a basis that storing it has changed.
-
-    They are `M Bᵀ (B M Bᵀ)⁻¹`; of the Cholesky factor the first rows and columns are that of the first rows of `B`.
-    """
-    seen = basis.double().cpu() @ metric.root
-    lengths = seen.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    seen /= lengths
-    # Rows that rounding has made the same leave nothing to choose between them.
-    moment = seen @ seen.T + 1e-12 * torch.eye(len(seen), dtype=torch.float64)
-    inverse = torch.linalg.inv(torch.linalg.cholesky(moment))
-    turned = metric.root @ (seen.T @ inverse.T)
-    return [turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T) for rank in ranks]
 
 
 def plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,14 @@ from torch import Tensor
 
 from lightning_embcompress.factorizations.base import stored_bytes
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
+from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.rate_allocation import Overheads
+from lightning_embcompress.solvers.scalar_quantizer import nearest_level
 from lightning_embcompress.solvers.shared_basis import BitBudget
 
 KIND = "shared_basis_blocks"
+# Scales are powers of two of a sixteenth: within 2 % of what they should be, codes being chosen by what they are.
+SCALE_STEPS = 16
 
 
 def structure(
@@ -71,7 +75,7 @@ def bit_budget(
         overheads,
         block,
         lambda count: 8 * packed_bytes(vocab_size, bit_width(count)),
-        _as_stored if widths else lambda means: means,
+        as_stored if widths else lambda means: means,
     )
     return budget, fixed
 
@@ -90,9 +94,78 @@ def byte_codes(values: Tensor) -> tuple[Tensor, Tensor]:
     return (levels.round().clamp(-127, 127) + 128).to(torch.uint8), scales
 
 
-def _as_stored(values: Tensor) -> Tensor:
+def as_stored(values: Tensor) -> Tensor:
+    """What rows are once they were rounded to 8 bits."""
     codes, scales = byte_codes(values)
     return (codes.to(values) - 128) * scales.unsqueeze(1)
+
+
+def checked_segments(
+    dim: int, rank: int, blocks: int, segments: Sequence[Sequence[Sequence[int]]], is_coded: bool
+) -> tuple[list[list[tuple[int, int]]], list[int], list[int]]:
+    """Check which components the blocks keep, and in how many bits.
+
+    Args:
+        dim: Columns of the table.
+        rank: Rows of the basis.
+        blocks: Number of blocks.
+        segments: For every block, runs `[bits, components]` of the components that it keeps.
+        is_coded: Whether they are codes.
+
+    Returns:
+        The segments, the components of every block, and the widths that there are.
+
+    Raises:
+        ValueError: If they are not possible.
+    """
+    runs_of_blocks = [[(int(bits), int(count)) for bits, count in runs] for runs in segments]
+    ranks = [sum(count for _, count in runs) for runs in runs_of_blocks]
+    used = {bits for runs in runs_of_blocks for bits, _ in runs}
+    if len(runs_of_blocks) != blocks or not 0 <= rank <= dim or max(ranks) != rank:
+        raise ValueError(
+            f"there must be segments for each of {blocks} blocks, the most of {rank} components, and at most {dim}"
+        )
+    if not used <= (set(range(1, 9)) if is_coded else {0}) or any(n < 1 for r in runs_of_blocks for _, n in r):
+        raise ValueError("the segments of a block must be [bits, components], bits 1 to 8 of codes, 0 of floats")
+    return runs_of_blocks, ranks, sorted(used - {0})
+
+
+def level_tables(levels: Tensor, widths: Sequence[int]) -> dict[int, Tensor]:
+    """Levels of every width, of those that stand one after the other."""
+    return dict(zip(widths, torch.split(levels, [2**bits for bits in widths]), strict=True)) if widths else {}
+
+
+def nearest_codes(values: Tensor, runs: Sequence[tuple[int, int]], tables: Mapping[int, Tensor]) -> Tensor:
+    """Codes of the nearest levels, `[rows, components]` int64.
+
+    Args:
+        values: `[rows, components]` coefficients of a block in units of their scales.
+        runs: The segments of the block.
+        tables: Levels of every width.
+    """
+    parts = torch.split(values, [count for _, count in runs], dim=1) if runs else []
+    codes = [nearest_level(part.contiguous(), tables[bits]) for part, (bits, _) in zip(parts, runs, strict=True)]
+    return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
+
+
+def projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Tensor]:
+    """`[dim, rank]` for each rank: coefficients of least loss in the first rows of a basis that storing it has changed.
+
+    They are `M Bᵀ (B M Bᵀ)⁻¹`; of the Cholesky factor the first rows and columns are that of the first rows of `B`.
+
+    Args:
+        basis: `[rank, dim]`.
+        metric: What an error costs.
+        ranks: Of every block.
+    """
+    seen = basis.double().cpu() @ metric.root
+    lengths = seen.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    seen /= lengths
+    # Rows that rounding has made the same leave nothing to choose between them.
+    moment = seen @ seen.T + 1e-12 * torch.eye(len(seen), dtype=torch.float64)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(moment))
+    turned = metric.root @ (seen.T @ inverse.T)
+    return [turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T) for rank in ranks]
 
 
 def segments_of(bits: list[int], is_coded: bool) -> list[list[int]]:

@@ -20,6 +20,7 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
+from lightning_embcompress.factorizations.quantized import pieces, read_rows, whole
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.tensor_train import (
     core_sizes,
@@ -132,27 +133,27 @@ class TensorTrain(Factorization[TensorTrainOptions]):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
-            rows = train_rows(F.embedding(ids.flatten(), self.cores), self.shape, self.ranks, self.dim)
+            rows = train_rows(read_rows(self.cores, ids.flatten()), self.shape, self.ranks, self.dim)
             return rows.reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, train_rows(F.embedding(distinct, self.cores), self.shape, self.ranks, self.dim))
+        return F.embedding(inverse, train_rows(read_rows(self.cores, distinct), self.shape, self.ranks, self.dim))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""
         states = hidden.reshape(-1, self.dim)
         if is_exporting():
-            logits = train_logits(self.cores, states, self.shape, self.ranks)
+            logits = train_logits(whole(self.cores), states, self.shape, self.ranks)
         elif states.shape[0] > _FEW_STATES:
             return self.logits_of_rows(hidden, self._read, by_row=self.cores)
         else:
-            pieces = torch.split(self.cores, _CHUNK_TOKENS)
-            logits = torch.cat([train_logits(cores, states, self.shape, self.ranks) for cores in pieces], dim=-1)
+            parts = pieces(self.cores, _CHUNK_TOKENS)
+            logits = torch.cat([train_logits(cores, states, self.shape, self.ranks) for cores in parts], dim=-1)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def _read(self, start: int, stop: int, cores: Tensor) -> Tensor:
         return train_rows(cores, self.shape, self.ranks, self.dim)
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape, modes and ranks."""
         return {
             "kind": self.kind,

@@ -163,7 +163,7 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
         Raises:
             IndexError: If an id is out of range.
         """
-        cores = list(self.cores)
+        cores = self.whole_factors()
         if is_exporting():
             return rows_of_ids(cores, ids.flatten())[:, : self.dim].reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
@@ -176,7 +176,7 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""
-        cores = list(self.cores)
+        cores = self.whole_factors()
         states = hidden.reshape(-1, self.dim)
         if not is_exporting() and states.shape[0] * contraction_cost(cores) > table_cost(cores):
             step = math.prod(self.vocab_shape[1:])
@@ -189,7 +189,7 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
         step = math.prod(self.vocab_shape[1:])
         return rows_of_range(cores, start // step, -(-stop // step))[: stop - start, : self.dim]
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape, modes and ranks."""
         return {
             "kind": self.kind,

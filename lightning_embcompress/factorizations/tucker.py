@@ -123,7 +123,7 @@ class Tucker(FoldedTable[TuckerOptions]):
         state = self.dim * reduced + vocab_ranks * reduced + heads * vocab_ranks + rows * last
         return table, state, heads * last + rows
 
-    def spec(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, Any]:
         """Shape, modes and ranks."""
         return {**self._shapes(), "ranks": self.ranks}
 

@@ -417,6 +417,6 @@ def test_damaged_block_index_is_refused() -> None:
 
 
 def test_base_class_asks_for_every_part() -> None:
-    assert {"rows", "logits", "spec", "from_spec", "smallest_bytes", "decompose", "refined"} == set(
+    assert {"rows", "logits", "structure", "from_spec", "smallest_bytes", "decompose", "refined"} == set(
         Base.__abstractmethods__
     )

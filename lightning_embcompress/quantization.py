@@ -1,0 +1,176 @@
+"""Factors of a whole model in few bits: while it trains, once it is trained, or without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from lightning_embcompress.factorizations import Factorization, FullTable, Quantization
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.plan import Plan, plan_of
+from lightning_embcompress.storage import check_whole
+from lightning_embcompress.tables import all_modules, check_finite, find_tables, put_back, replace_table
+
+Change: TypeAlias = tuple[tuple[str, ...], Factorization[Any]]
+"""Paths of the modules of a table, and what they read from now on."""
+
+
+def prepare(model: nn.Module, quantization: Quantization | None = None, tables: str | Sequence[str] = "auto") -> Plan:
+    """Let tables train as they will be once they are stored in fewer bits (quantization-aware training), in place.
+
+    The factors stay numbers, and are read as the integers they will become; of an embedding only the rows that a step
+    reads. Parameters stay the same objects. Codes of `transform_coding` keep their own widths, and are trained from now
+    on. Checkpoints are of the numbers; `convert`, `save_compressed` and `save_pretrained` store the integers.
+
+    Args:
+        model: A model with compressed tables, or dense ones that are named in `tables`.
+        quantization: How factors will be stored; None for 4 bits in groups of 64.
+        tables: `"auto"` for all compressed tables, or paths of modules; dense tables among them are quantized as they
+            are.
+
+    Returns:
+        The plan of the model.
+
+    Raises:
+        ValueError: If there is nothing to prepare, or a table is prepared or packed already. The model is as it was.
+
+    Example:
+        >>> from lightning_embcompress import compress
+        >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
+        >>> _ = compress(model, "low_rank", ratio=4)
+        >>> _ = prepare(model, Quantization(bits=4))
+        >>> plan = convert(model)
+        >>> plan.ratio > 25
+        True
+    """
+    check_whole(model, "prepared for quantization")
+    return _carry_out(model, prepared_tables(model, quantization or Quantization(), tables))
+
+
+def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Change]:
+    """What `prepare` puts in the place of tables; all are checked before the first is prepared.
+
+    Raises:
+        ValueError: As `prepare`.
+    """
+    compressed = compressed_tables(model)
+    names = [tables] if isinstance(tables, str) else list(tables)
+    chosen = compressed if names == ["auto"] else [one for one in compressed if set(one[0]) & set(names)]
+    known = {path for modules, _ in compressed for path in modules}
+    dense = [] if names == ["auto"] else [name for name in names if name not in known]
+    if not chosen and not dense:
+        raise ValueError(
+            "the model has no compressed tables to quantize: compress them first, or name dense ones, as in "
+            f"tables={[table.name for table in find_tables(model)]}"
+        )
+    for modules, factors in chosen:
+        _check_trainable(modules[0], factors)
+    found = find_tables(model, dense) if dense else []
+    for table in found:
+        check_finite(table)
+    changes = [(modules, factors.prepared(quantization)) for modules, factors in chosen]
+    for table in found:
+        assert isinstance(table.weight, nn.Parameter)
+        changes.append((table.modules, FullTable.of(table.weight).prepared(quantization)))
+    return changes
+
+
+def _check_trainable(name: str, factors: Factorization[Any]) -> None:
+    if factors.is_prepared:
+        raise ValueError(f"table {name!r} is prepared for quantization already: convert it, or go on training")
+    if factors.quantization is not None:
+        raise ValueError(
+            f"table {name!r} is packed in {factors.quantization.bits} bits, and has no numbers left to train: start "
+            "from a checkpoint of before it was converted, or make the table dense with densify(model)"
+        )
+
+
+def convert(model: nn.Module) -> Plan:
+    """Pack what was prepared, in place: afterwards the tables are integers, and do not train.
+
+    Returns:
+        The plan of the model.
+
+    Raises:
+        ValueError: If nothing is prepared: it was converted already, or never prepared.
+    """
+    check_whole(model, "converted")
+    changes = _conversions(model)
+    if not changes:
+        packed = [modules[0] for modules, factors in compressed_tables(model) if factors.is_packed]
+        state = f"{', '.join(map(repr, packed))} packed already" if packed else "nothing is prepared"
+        raise ValueError(f"there is nothing to convert: {state}; call prepare(model) before training")
+    return _carry_out(model, changes)
+
+
+@contextmanager
+def converted(model: nn.Module) -> Iterator[None]:
+    """Pack what is prepared for a while: afterwards the model is as it was, and goes on training.
+
+    For whatever writes a model in its final form; a model that is not prepared stays as it is.
+    """
+    changes = _conversions(model)
+    before = {path: model.get_submodule(path) for modules, _ in changes for path in modules}
+    try:
+        _carry_out(model, changes)
+        yield
+    finally:
+        put_back(model, before)
+
+
+def quantize(model: nn.Module, quantization: Quantization | None = None, tables: str | Sequence[str] = "auto") -> Plan:
+    """Quantize without training: every factor to its nearest integers, in place.
+
+    Args:
+        model: As for `prepare`.
+        quantization: As for `prepare`.
+        tables: As for `prepare`; tables of codes stay what they are.
+
+    Returns:
+        The plan of the model.
+
+    Raises:
+        ValueError: As `prepare`.
+
+    Example:
+        >>> from lightning_embcompress import compress
+        >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
+        >>> _ = compress(model, "low_rank", ratio=4)
+        >>> quantize(model, Quantization(bits=8)).ratio > 14
+        True
+    """
+    check_whole(model, "quantized")
+    if tables == "auto":
+        tables = [modules[0] for modules, factors in compressed_tables(model) if not factors.is_packed] or tables
+    changes = prepared_tables(model, quantization or Quantization(), tables)
+    return _carry_out(model, [(modules, factors.converted()) for modules, factors in changes])
+
+
+def converted_plan(model: nn.Module) -> Plan:
+    """The plan of a model as it will be once it is converted: what is stored then, and how small it is."""
+    with converted(model):
+        return plan_of(model)
+
+
+def compressed_tables(model: nn.Module) -> list[Change]:
+    """Compressed tables of a model: paths of the modules that read one, and what they read."""
+    modules: dict[int, list[str]] = {}
+    factorizations: dict[int, Factorization[Any]] = {}
+    for path, module in all_modules(model).items():
+        if isinstance(module, CompressedLayer):
+            modules.setdefault(id(module.factorization), []).append(path)
+            factorizations[id(module.factorization)] = module.factorization
+    return [(tuple(paths), factorizations[key]) for key, paths in modules.items()]
+
+
+def _conversions(model: nn.Module) -> list[Change]:
+    return [(modules, factors.converted()) for modules, factors in compressed_tables(model) if factors.is_prepared]
+
+
+def _carry_out(model: nn.Module, changes: Sequence[Change]) -> Plan:
+    for modules, factors in changes:
+        replace_table(model, modules, factors)
+    return plan_of(model)
