@@ -54,13 +54,13 @@ class DistilledLoss(NamedTuple):
         loss: The weighted sum, with its gradient.
         cross_entropy: Without gradient and weight.
         distillation: Without gradient and weight.
-        count: Number of targets, int64.
+        num_targets: Int64.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     distillation: Tensor
-    count: Tensor
+    num_targets: Tensor
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def distilled_loss(
     Example:
         >>> student, targets = torch.zeros(1, 3, 8, requires_grad=True), torch.tensor([[1, 2, -100]])
         >>> result = distilled_loss(student, targets, teacher_scores(torch.zeros(1, 3, 8), top_k=4))
-        >>> round(result.cross_entropy.item(), 4), abs(round(result.distillation.item(), 4)), result.count.item()
+        >>> round(result.cross_entropy.item(), 4), abs(round(result.distillation.item(), 4)), result.num_targets.item()
         (2.0794, 0.0, 2)
     """
     flat_logits, flat_targets = logits.flatten(0, -2), targets.flatten()

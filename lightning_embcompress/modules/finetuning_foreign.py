@@ -1,0 +1,146 @@
+"""What a module that holds another LightningModule does for it: hooks, checkpoints, and the measure of its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_embcompress.callbacks.passes import step_arguments
+from lightning_embcompress.checkpoint import RECORD_KEY
+from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
+from lightning_embcompress.metrics.perplexity import Perplexity
+from lightning_embcompress.modules.base import LanguageModel
+from lightning_embcompress.modules.finetuning_parts import Parts, Watch
+from lightning_embcompress.modules.finetuning_sources import load_checkpoint_into
+from lightning_embcompress.modules.full_softmax import full_softmax_loss
+
+PREFIX = "model."
+"""Of the names of a model's tensors and layers in the module that holds it."""
+
+FORWARDED = (
+    "prepare_data",
+    "train_dataloader",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "configure_callbacks",
+    "on_fit_end",
+    "on_train_start",
+    "on_train_end",
+    "on_train_epoch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_end",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_test_start",
+    "on_test_end",
+    "on_test_batch_start",
+    "on_test_batch_end",
+    "on_predict_start",
+    "on_predict_end",
+    "on_predict_epoch_end",
+    "on_predict_batch_start",
+    "on_predict_batch_end",
+    "backward",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+    "on_before_optimizer_step",
+    "optimizer_zero_grad",
+    "optimizer_step",
+    "lr_scheduler_step",
+)
+"""Hooks that only the model has: all but those that its holder has too, and those of sharded models."""
+
+
+def step_output(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:
+    """Call a step of a module, which may leave the index of the batch out."""
+    return step(*step_arguments(step, batch, batch_idx))
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss of what a training step returns; None if it skips the step."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def evaluate_foreign(
+    model: LightningModule,
+    parts: Parts,
+    step: Callable[..., Any],
+    batch: Any,
+    batch_idx: int,
+    perplexity: Perplexity,
+    bands: PerplexityByFrequency | None,
+) -> Any:
+    """Run a step of evaluation of any module, and measure the cross-entropy over the vocabulary that it computes.
+
+    Args:
+        model: The module.
+        parts: Where its tables are.
+        step: `validation_step` or `test_step` of it.
+        batch: Goes to the step.
+        batch_idx: Goes to the step.
+        perplexity: Is updated.
+        bands: Is updated, if there is one.
+
+    Returns:
+        What the step returns.
+    """
+    with Watch(model, parts, head=True) as watch:
+        output = step_output(step, batch, batch_idx)
+    for logits, targets in watch.scored:
+        loss, count = full_softmax_loss(logits, targets)
+        perplexity.update(nll_sum=loss * count, count=count)
+        if bands is not None:
+            bands.update(logits, targets)
+    if not watch.scored and batch_idx == 0:
+        rank_zero_warn(
+            f"The {getattr(step, '__name__', 'step')} of {type(model).__name__} computes no cross-entropy over"
+            f" {parts.vocab_size} classes, so its perplexity is not known, and what it logs itself is all there is."
+        )
+    return output
+
+
+@dataclass
+class NestedCheckpoint:
+    """A checkpoint of a module that holds a model, as one of that model.
+
+    Attributes:
+        checkpoint: Of the module that holds it.
+    """
+
+    checkpoint: dict[str, Any]
+
+    def load_into(self, model: LightningModule) -> None:
+        """Let the model take its structure, and what else it keeps, before weights are loaded.
+
+        Raises:
+            ValueError: If it does not fit the model; nothing is changed then.
+        """
+        own = dict(self.checkpoint)
+        state, record = own.get("state_dict"), own.get(RECORD_KEY)
+        if isinstance(state, Mapping):
+            own["state_dict"] = {name.removeprefix(PREFIX): value for name, value in state.items()}
+        if isinstance(record, Mapping) and isinstance(record.get("tables"), list):
+            own[RECORD_KEY] = {**record, "tables": [_without_prefix(table) for table in record["tables"]]}
+        load_checkpoint_into(model, own)
+        if isinstance(state, Mapping) and not isinstance(model, LanguageModel):
+            # Its hook may have changed what is loaded.
+            named = {PREFIX + name: value for name, value in own["state_dict"].items()}
+            self.checkpoint["state_dict"] = named
+
+
+def _without_prefix(table: Any) -> Any:
+    if not isinstance(table, Mapping) or not isinstance(table.get("modules"), list):
+        return table
+    return {**table, "modules": [str(path).removeprefix(PREFIX) for path in table["modules"]]}

@@ -1,0 +1,196 @@
+"""What a fine-tuning holds of the dense original: opened when training starts, and left alone by everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_embcompress.modules.base import LanguageModel
+from lightning_embcompress.modules.finetuning_parts import Parts
+from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction, of_the_model
+from lightning_embcompress.modules.finetuning_sources import open_model
+from lightning_embcompress.modules.finetuning_teacher import Teacher, over_shared_body, shares_parameters
+from lightning_embcompress.statistics import Statistics
+
+
+class Original:
+    """The teacher of a fine-tuning, and the tables that its factors stand for.
+
+    It is no module, so that nothing of it is trained, moved or kept in checkpoints; copies of what holds it share it.
+
+    Args:
+        model: The model that is fine-tuned.
+        parts: Where its tables are.
+        teacher: The dense model, a module or a path; None for none.
+        shares_body: Whether only its tables are kept, over the body of the model.
+        statistics: Of the model, or their file; None for none.
+
+    Raises:
+        ValueError: If a teacher that is given as a module does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: LightningModule,
+        parts: Parts,
+        teacher: nn.Module | str | None,
+        shares_body: bool,
+        statistics: Statistics | str | None,
+    ) -> None:
+        """Check a teacher that is there already; files are read when training starts."""
+        self.parts = parts
+        self.given = teacher
+        self.shares_body = shares_body
+        self.statistics = statistics
+        self.teacher: Teacher | None = None
+        self._opened: LightningModule | None = None
+        self._tables: list[Reconstruction] = []
+        self._distils = self._reconstructs = False
+        self._carried: dict[str, Any] = {}
+        if teacher is not None and not isinstance(teacher, str):
+            self._opened = self._checked(model, open_model(teacher, None, "teacher"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Not copied."""
+        return self
+
+    def open(self, model: LightningModule, weights: Mapping[str, float], trainer: Trainer) -> None:
+        """Read and check what is needed, before anything is changed.
+
+        Args:
+            model: The model that is fine-tuned.
+            weights: Of the terms of its loss.
+            trainer: That is about to fit it.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If the teacher or the statistics do not fit the model.
+        """
+        self._distils, self._reconstructs = bool(weights["distillation"]), bool(weights["reconstruction"])
+        terms = [name for name in ("distillation", "reconstruction") if weights[name]]
+        if not terms:
+            return
+        if self.given is None:
+            raise ValueError(
+                f"{terms[0]}_weight={weights[terms[0]]:g} needs the dense original, but there is no teacher: give its"
+                f" path or a module as teacher, or set {terms[0]}_weight=0. One that was given as a module is not kept"
+                " in checkpoints: pass it again, as in load_from_checkpoint(path, teacher=model)."
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"{terms[0]} works on one device and under DDP, not under {type(trainer.strategy).__name__}, which"
+                " shards the tables that are to be compared: use strategy='ddp'."
+            )
+        if self.teacher is not None or self._tables:
+            # Of an earlier fit.
+            return
+        if self._opened is None:
+            assert isinstance(self.given, str)
+            self._opened = self._checked(model, open_model(self.given, None, "teacher"))
+        if self._reconstructs:
+            statistics = self.statistics
+            if isinstance(statistics, str):
+                statistics = Statistics.load(statistics)
+            if statistics is not None:
+                statistics = of_the_model(statistics, "model.", self.parts.paths)
+            self._tables = [
+                Reconstruction(model, paths, self._table(self._opened, paths), statistics)
+                for paths in self.parts.tables
+            ]
+
+    def _checked(self, model: LightningModule, opened: LightningModule) -> LightningModule:
+        theirs = Parts(opened, self.parts.paths if self.shares_body else "auto")
+        sizes = [theirs.vocab_size, self.parts.vocab_size]
+        prints = [getattr(one, "_vocabulary_fingerprint", None) for one in (opened, model)]
+        if sizes[0] != sizes[1] or (None not in prints and prints[0] != prints[1]):
+            said = [
+                f"{size} tokens" + (f" (fingerprint {one})" if one else "")
+                for size, one in zip(sizes, prints, strict=True)
+            ]
+            raise ValueError(
+                f"The teacher has another vocabulary: {said[0]}, the model {said[1]}. Give the dense model that was"
+                " compressed, or one that was trained with the same vocabulary."
+            )
+        if opened is model or shares_parameters(model, opened):
+            raise ValueError(
+                "The teacher has parameters that are the model's own, and would be trained with them: give another"
+                " module, as copy.deepcopy(model) before it is compressed, or a path."
+            )
+        return opened
+
+    def _table(self, original: LightningModule, paths: Sequence[str]) -> nn.Module:
+        try:
+            return original.get_submodule(paths[0])
+        except AttributeError:
+            raise ValueError(
+                f"The teacher, a {type(original).__name__}, has no layer {paths[0]!r} whose table could be"
+                " reconstructed: give the dense model that was compressed, or set reconstruction_weight=0."
+            ) from None
+
+    def start(self, model: LightningModule, device: torch.device) -> None:
+        """Make the teacher ready, once the model has the weights that training starts from.
+
+        Args:
+            model: The model that is fine-tuned.
+            device: Where it is.
+
+        Raises:
+            ValueError: If the teacher's body is not that of the model, where it is to be shared.
+        """
+        opened, self._opened = self._opened, None
+        if opened is not None and self._distils:
+            parts = Parts(opened, self.parts.paths if self.shares_body else "auto")
+            if self.shares_body:
+                opened = over_shared_body(model, opened, parts)
+            self.teacher = Teacher(opened, parts)
+        for table in self._tables:
+            table.to(device)
+        if self.teacher is not None:
+            self.teacher.to(device)
+            self.teacher.model.trainer = model.trainer
+            self.teacher.take_up(self._carried)
+        self._carried = {}
+
+    def carried(self) -> dict[str, Any]:
+        """What a checkpoint must keep for the teacher to go on with the text; all processes have to call it."""
+        return {} if self.teacher is None else self.teacher.carried()
+
+    def carry(self, carried: dict[str, Any]) -> None:
+        """Let the teacher go on with the text from where a checkpoint was written, when training starts."""
+        self._carried = carried
+
+    def reconstruction(self, model: nn.Module, ids: Sequence[Tensor], rows: int | None, seed: int) -> Tensor:
+        """How far all tables are from the original's, in sum.
+
+        Args:
+            model: The model that is fine-tuned.
+            ids: `[*]` tokens that embeddings were called with in this step.
+            rows: Rows to draw of each table instead; None to take the tokens.
+            seed: By which they are drawn.
+
+        Raises:
+            ValueError: If no embedding was called and no rows are drawn.
+        """
+        if rows is not None:
+            generator = torch.Generator().manual_seed(seed)
+            parts = [table.of_sample(model, rows, generator) for table in self._tables]
+        elif ids:
+            tokens = torch.cat([part.flatten() for part in ids])
+            parts = [table.of_tokens(model, tokens) for table in self._tables]
+        else:
+            raise ValueError(
+                f"The step of {type(model).__name__} calls no embedding among {self.parts.paths}, so that the tokens"
+                " of the batch are not known: set reconstruction_rows, as in reconstruction_rows=1024."
+            )
+        return torch.stack(parts).sum()
+
+    def texts(self) -> list[LanguageModel]:
+        """The teacher, if it follows the text as language models of this package do."""
+        model = None if self.teacher is None else self.teacher.model
+        return [model] if isinstance(model, LanguageModel) else []

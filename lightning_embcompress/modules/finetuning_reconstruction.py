@@ -1,0 +1,155 @@
+r"""How far factors are from the table that they stand for, as a loss.
+
+In the metric of the loss this is what the mean loss is predicted to grow by, in nats,
+:math:`\frac12 \sum_i q_i \, \delta_i^\top M \delta_i`, with `q_i` how much token `i` counts and `M` the second moment
+of what the table meets (:mod:`lightning_embcompress.statistics`). Only some rows are read at every step. The tokens of
+a batch are drawn by their frequency :math:`f_i`, so the mean of
+:math:`\frac12 (q_i / f_i) \, \delta_i^\top M \delta_i` over them is expected to be that sum; over rows that are drawn
+with the chances :math:`q_i / \sum_j q_j`, it is :math:`\sum_j q_j` times the mean of
+:math:`\frac12 \delta_i^\top M \delta_i`.
+
+Without statistics it is the relative squared error of the rows, :math:`\sum \|\delta_i\|^2 / \sum \|w_i\|^2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.loss_metric import metric_of
+from lightning_embcompress.modules.finetuning_parts import rows_of, table_rows
+from lightning_embcompress.solvers.metric import smoothed_frequencies
+from lightning_embcompress.statistics import Statistics
+from lightning_embcompress.tables import Table
+
+
+class Reconstruction:
+    """The loss of one table.
+
+    It is no module: the table that is stood for is nothing that is trained or kept in checkpoints.
+
+    Args:
+        model: The model that is fine-tuned.
+        paths: Of the layers in it that read the table.
+        original: The layer that reads the table which they should be; only read.
+        statistics: Of the model; None for the plain error.
+
+    Raises:
+        ValueError: If the original is of another shape, or the statistics are of another model.
+    """
+
+    def __init__(
+        self, model: nn.Module, paths: Sequence[str], original: nn.Module, statistics: Statistics | None = None
+    ) -> None:
+        """Keep the table, and the metric if there is one."""
+        self.path = paths[0]
+        self.original = original
+        shape, own = (
+            (rows_of(original), _dim(original)),
+            (rows_of(layer := model.get_submodule(self.path)), _dim(layer)),
+        )
+        if shape != own:
+            raise ValueError(
+                f"Table {self.path!r} of the teacher is {shape[0]} x {shape[1]}, that of the model {own[0]} x {own[1]}:"
+                " give the dense model that was compressed, or set reconstruction_weight=0."
+            )
+        self.device = torch.device("cpu")
+        self.root: Tensor | None = None
+        if statistics is not None:
+            # Only the shape is asked for.
+            table = Table(tuple(paths), torch.empty(own, device="meta"))
+            metric = metric_of(model, table, statistics)
+            self.root = metric.root.float()
+            self.chances = metric.weights.float()
+            self.total = float(metric.weights.sum())
+            self.relative = (metric.weights / smoothed_frequencies(statistics.token_counts)).float()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Not copied."""
+        return self
+
+    def to(self, device: torch.device) -> None:
+        """Move what is read."""
+        self.device = device
+        self.original.to(device)
+        if self.root is not None:
+            self.root, self.relative = self.root.to(device), self.relative.to(device)
+
+    def of_tokens(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """The loss, estimated from tokens of a text.
+
+        Args:
+            model: The model that is fine-tuned.
+            ids: `[n]` tokens, as often as they occur.
+
+        Returns:
+            A scalar, in nats where there are statistics.
+        """
+        distinct, counts = torch.unique(ids, return_counts=True)
+        shares = counts / max(1, len(ids))
+        if self.root is not None:
+            shares = shares * self.relative[distinct]
+        return self._of_rows(model, distinct, shares)
+
+    def of_sample(self, model: nn.Module, number: int, generator: torch.Generator) -> Tensor:
+        """The loss, estimated from rows that are drawn.
+
+        Args:
+            model: The model that is fine-tuned.
+            number: How many are drawn.
+            generator: By which, on the CPU.
+
+        Returns:
+            A scalar, in nats where there are statistics.
+        """
+        if self.root is None:
+            ids = torch.randint(rows_of(self.original), (number,), generator=generator)
+        else:
+            # By the sum of chances, for `torch.multinomial` takes no more than 2²⁴ of them.
+            bounds = self.chances.double().cumsum(0)
+            drawn = torch.rand(number, dtype=torch.float64, generator=generator) * bounds[-1]
+            ids = torch.searchsorted(bounds, drawn).clamp_(max=len(bounds) - 1)
+        distinct, counts = torch.unique(ids.to(self.device), return_counts=True)
+        return self._of_rows(model, distinct, counts * ((1.0 if self.root is None else self.total) / number))
+
+    def _of_rows(self, model: nn.Module, ids: Tensor, shares: Tensor) -> Tensor:
+        with torch.autocast(ids.device.type, enabled=False):
+            rows = table_rows(self.original, ids).detach().float()
+            change = rows - table_rows(model.get_submodule(self.path), ids).float()
+            if self.root is None:
+                error = (change.square().sum(-1) * shares).sum()
+                return error / (rows.square().sum(-1) * shares).sum().clamp(min=1e-12)
+            return 0.5 * ((change @ self.root).square().sum(-1) * shares).sum()
+
+
+def of_the_model(statistics: Statistics, prefix: str, paths: Sequence[str]) -> Statistics:
+    """Statistics by the paths of a model that were collected from a module which holds it.
+
+    Args:
+        statistics: Of the model, or of the module.
+        prefix: Of the paths in the module.
+        paths: Of the layers of the model.
+
+    Returns:
+        Themselves if they are those of the model.
+    """
+    kinds = ("hidden", "hidden_mean", "probabilities", "squared_probabilities", "gradients", "gradient_energies")
+    known = {path for kind in kinds for path in getattr(statistics, kind)}
+    if known & set(paths) or not any(path.startswith(prefix) for path in known):
+        return statistics
+    renamed = {
+        kind: {path.removeprefix(prefix): value for path, value in getattr(statistics, kind).items()} for kind in kinds
+    }
+    return Statistics(**{**vars(statistics), **renamed})
+
+
+def _dim(layer: nn.Module) -> int:
+    if isinstance(layer, CompressedLayer):
+        return layer.factorization.dim
+    assert isinstance(layer, nn.Embedding | nn.Linear)
+    return layer.weight.shape[1]
