@@ -68,25 +68,10 @@ class _SummedLoss(torch.autograd.Function):
         overwrite = overwrite and kept == logits.dtype
         # The same memory, with the same count of changes: autograd raises where an overwritten tensor is needed.
         gradient = logits.detach() if overwrite else torch.empty_like(logits, dtype=kept)
-        scored = targets.ne(IGNORE_INDEX)
-        # Any valid id does for the ignored targets, whose loss and gradient are dropped.
-        ids = torch.where(scored, targets, 0).unsqueeze(-1)
-        rows, dtype = _rows(logits), _accumulator(logits)
-        buffers = torch.empty(2, min(rows, len(logits)), logits.shape[-1], dtype=dtype, device=logits.device)
-        losses = torch.empty(len(logits), dtype=dtype, device=logits.device)
-        # Autocast would only copy what is float32 already.
-        with torch.autocast(logits.device.type, enabled=False):
-            for start in range(0, len(logits), rows):
-                part = slice(start, start + rows)
-                scores, values = (buffer[: len(losses[part])] for buffer in buffers)
-                torch.log_softmax(scores.copy_(logits.detach()[part]), -1, out=values)
-                losses[part] = values.gather(-1, ids[part]).squeeze(-1).neg_()
-                values.exp_().scatter_add_(-1, ids[part], values.new_full((1, 1), -1.0).expand(len(values), 1))
-                # Not a product: an infinite logit in an ignored row must not become NaN.
-                gradient[part] = values.masked_fill_(~scored[part].unsqueeze(-1), 0.0)
+        loss = summed_loss(logits.detach(), targets, gradient)
         ctx.save_for_backward(gradient)
         ctx.overwrite, ctx.dtype = overwrite, logits.dtype
-        return torch.where(scored, losses, 0.0).sum()
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -95,6 +80,45 @@ class _SummedLoss(torch.autograd.Function):
         # In place it counts as a change too: a second backward pass raises.
         scaled = gradient.mul_(scale) if ctx.overwrite else (gradient * scale).to(ctx.dtype)
         return scaled, None, None
+
+
+def summed_loss(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """Compute the sum of the losses of all targets, and its gradient at the logits.
+
+    Args:
+        logits: ``[N, vocab_size]``, without a graph.
+        targets: Int64, shape ``[N]``; -100 is ignored.
+        gradient: ``[N, vocab_size]``, is written over; it may be the logits themselves.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits).
+    """
+    scored = targets.ne(IGNORE_INDEX)
+    # Any valid id does for the ignored targets, whose loss and gradient are dropped.
+    ids = torch.where(scored, targets, 0).unsqueeze(-1)
+    rows, dtype = _rows(logits), _accumulator(logits)
+    shape = (min(rows, len(logits)), logits.shape[-1])
+    wide = logits if logits.dtype == dtype else logits.new_empty(shape, dtype=dtype)
+    # A kernel must not write over what it reads.
+    apart = gradient.dtype == dtype and gradient.data_ptr() != logits.data_ptr()
+    buffer = gradient if apart else logits.new_empty(shape, dtype=dtype)
+    losses = torch.empty(len(logits), dtype=dtype, device=logits.device)
+    # Autocast would only copy what is float32 already.
+    with torch.autocast(logits.device.type, enabled=False):
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            chunk = ids[part]
+            scores = logits[part] if wide is logits else wide[: len(chunk)].copy_(logits[part])
+            values = gradient[part] if apart else buffer[: len(chunk)]
+            torch.softmax(scores, -1, out=values)
+            # The largest probability is 1 / Σ exp(z - max z): so one exponential of each logit is enough.
+            losses[part] = scores.amax(-1) - scores.gather(-1, chunk).squeeze(-1) - values.amax(-1).log()
+            values.scatter_add_(-1, chunk, values.new_full((1, 1), -1.0).expand(len(values), 1))
+            if not apart:
+                gradient[part] = values
+    # Not a product: an infinite logit in an ignored row must not become NaN.
+    gradient.index_fill_(0, scored.logical_not().nonzero().flatten(), 0.0)
+    return torch.where(scored, losses, 0.0).sum()
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:

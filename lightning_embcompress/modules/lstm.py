@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_embcompress.modules.base import Batch, LanguageModel, Stage, full_softmax_loss
+from lightning_embcompress.modules.base import Batch, LanguageModel, Stage
+from lightning_embcompress.modules.head_loss import head_softmax_loss
 from lightning_embcompress.modules.sampled_softmax import head_rows, sample_candidates, sampled_softmax_loss
 from lightning_embcompress.random_state import gather_over_processes
 
@@ -198,7 +199,7 @@ class LSTMLanguageModel(LanguageModel):
         inputs, targets = batch
         hidden = self._continued_hidden_states(inputs, "train")
         if self.softmax == "full":
-            loss, _ = full_softmax_loss(self.decoder(hidden), targets)
+            loss, _ = head_softmax_loss(self.decoder, hidden, targets)
         else:
             loss = sampled_softmax_loss(
                 hidden,

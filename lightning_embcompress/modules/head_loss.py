@@ -1,0 +1,218 @@
+r"""The full softmax loss from hidden states: the logits of all tokens are never there at once.
+
+As in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989) and "Cut your losses" (Wijmans et al. 2024, arXiv 2411.09009) the
+gradients of a sum of losses need not wait for the backward pass. With `G = softmax(z) - onehot(y)` of the logits of a
+few tokens, the gradients of their hidden states and their share of the gradients of the head's parameters follow at
+once; only a factor is missing, by which the backward pass multiplies them. So a chunk of logits is computed, used and
+forgotten. The head is called as it is, whatever it is made of, and autograd differentiates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
+
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.modules.full_softmax import full_softmax_loss, summed_loss
+from lightning_embcompress.storage import is_sharded
+
+# 32 MiB of float32 logits on a CPU, and as much for their gradient, stay in a large cache; with fewer, the gradients of
+# parameters are added up, and pieces of tables computed, more often than is worth it. Other devices are to be busy.
+_CPU_CHUNK_ELEMENTS, _CHUNK_ELEMENTS = 2**23, 2**24
+_LEAST_TOKENS = 64
+# Of the gradient at float16 logits: small probabilities would be zero, and sums over many tokens infinite.
+_HALF_SCALE = 16.0
+
+
+def head_softmax_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of a head in nats per token and the number of tokens; 0, not NaN, for no tokens.
+
+    The head is called with a few tokens at a time, with gradients enabled as they are outside. Gradients of the hidden
+    states and of all parameters of the head that require one are computed at once, and added up in float32 (float64 for
+    float64 parameters): with gradients enabled, the loss takes the memory of one chunk and of these gradients, and no
+    more time than with all logits. Hooks of the head see every chunk. Without gradients each chunk goes through
+    :func:`torch.nn.functional.cross_entropy`, by which others recognise a loss.
+
+    A head that FSDP has sharded is called once, with all tokens, as its parameters are there for one call only.
+
+    Args:
+        head: A :class:`~lightning_embcompress.layers.CompressedLinear`, an :class:`torch.nn.Linear`, or any module that
+            gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, row by row.
+        hidden: What the head reads, floating point, shape ``[*, dim]``.
+        targets: Ids of the true tokens, int64, shape ``[*]``; -100 is ignored.
+        chunk_tokens: Tokens of a call of the head; None for as many as give 2^24 logits (2^23 on a CPU), and at
+            least 64.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 logits), and the number of targets that are not ignored, an
+        int64 scalar. It can be differentiated once: a backward pass with ``create_graph=True`` raises a RuntimeError.
+
+    Raises:
+        ValueError: If the shapes do not fit, ``chunk_tokens`` is not positive, or the head reads tensors that require a
+            gradient and are not among its parameters.
+
+    Example:
+        >>> import torch
+        >>> head = torch.nn.Linear(8, 100)
+        >>> loss, count = head_softmax_loss(head, torch.zeros(2, 5, 8), torch.randint(100, (2, 5)), chunk_tokens=3)
+        >>> loss.backward()
+        >>> head.weight.grad.shape, count
+        (torch.Size([100, 8]), tensor(10))
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"hidden states of shape {tuple(hidden.shape)} need targets of shape {tuple(hidden.shape[:-1])}, one for "
+            f"each; the targets have {tuple(targets.shape)}"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, it is {chunk_tokens}; leave it out to go by memory")
+    if _is_gathered_by_calls(head):
+        return full_softmax_loss(head(hidden), targets)
+    flat, ids = hidden.flatten(0, -2), targets.flatten()
+    count = ids.ne(IGNORE_INDEX).sum()
+    parameters = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
+    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+        total, gradients = _with_gradients(head, flat, ids, parameters, chunk_tokens)
+        function: Any = _Differentiated
+        total = function.apply(total, gradients, flat, *parameters.values())
+    else:
+        total = _without_gradients(head, flat, ids, chunk_tokens)
+    return total / count.clamp(min=1), count
+
+
+def _is_gathered_by_calls(head: nn.Module) -> bool:
+    """Whether FSDP has the parameters in other places than in `head.parameters()`, if not while the head is called."""
+    parts = list(head.modules())
+    return (
+        is_sharded(head)
+        or any(isinstance(part, FSDPModule) for part in parts)
+        # Views of its flat parameter, which FSDP leaves in the place of parameters.
+        or any(isinstance(value, Tensor) and value.requires_grad for part in parts for value in vars(part).values())
+    )
+
+
+def _chunks(head: nn.Module, hidden: Tensor, chunk_tokens: int | None) -> Iterator[slice]:
+    """Which tokens the head is called with; once with none, if there are none."""
+    if chunk_tokens is None:
+        vocab_size = getattr(head, "out_features", None)
+        elements = _CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else _CHUNK_ELEMENTS
+        fitting = elements // max(1, vocab_size) if isinstance(vocab_size, int) else 0
+        chunk_tokens = max(_LEAST_TOKENS, fitting)
+    # Of equal size: a small rest costs as much as a whole chunk where most of the work is by parameters.
+    tokens = len(hidden)
+    number = max(1, -(-tokens // chunk_tokens))
+    for index in range(number):
+        yield slice(tokens * index // number, tokens * (index + 1) // number)
+
+
+def _without_gradients(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_tokens: int | None) -> Tensor:
+    total: Tensor | None = None
+    for part in _chunks(head, hidden, chunk_tokens):
+        mean, count = full_softmax_loss(head(hidden[part]), targets[part])
+        total = mean * count if total is None else total + mean * count
+    assert total is not None
+    return total
+
+
+def _with_gradients(
+    head: nn.Module, hidden: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter], chunk_tokens: int | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Sum of the losses, and its gradients at the hidden states and at the parameters."""
+    # Other tensors of the same values: hooks of the parameters are called once, by the backward pass.
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    sums: list[Tensor | None] = [None] * len(leaves)
+    at_hidden = torch.zeros_like(hidden, dtype=_accumulator(hidden)) if hidden.requires_grad else None
+    total: Tensor | None = None
+    buffer: Tensor | None = None
+    for part in _chunks(head, hidden, chunk_tokens):
+        states = hidden.detach()[part].requires_grad_()
+        logits: Tensor = functional_call(head, leaves, (states,))
+        if total is None:
+            _check_own(logits, [states, *leaves.values()])
+        half = logits.dtype == torch.float16
+        if buffer is None or len(buffer) < len(logits):
+            buffer = torch.empty_like(logits, dtype=torch.float32 if half else logits.dtype, requires_grad=False)
+        gradient = buffer[: len(logits)]
+        loss = summed_loss(logits.detach(), targets[part], gradient)
+        total = loss if total is None else total + loss
+        scale = _HALF_SCALE if half else 1.0
+        given = gradient.mul_(scale).to(logits.dtype)
+        inputs = ([] if at_hidden is None else [states]) + list(leaves.values())
+        found = list(torch.autograd.grad(logits, inputs, given, allow_unused=True))
+        if at_hidden is not None and (first := found.pop(0)) is not None:
+            at_hidden[part] = first
+        _add(sums, found)
+        # Forgotten before the next chunk is computed.
+        del logits, given, found, states
+    for known in (at_hidden, *sums):
+        if half and known is not None:
+            known /= scale
+    assert total is not None
+    return total, [at_hidden, *sums]
+
+
+def _add(sums: list[Tensor | None], parts: list[Tensor | None]) -> None:
+    for index, part in enumerate(parts):
+        before = sums[index]
+        if part is not None and before is None:
+            # A copy: two parameters may have got one tensor, or one the memory of the logits' gradient.
+            sums[index] = part.to(_accumulator(part), copy=True)
+        elif part is not None and before is not None:
+            before += part
+
+
+def _check_own(logits: Tensor, known: list[Tensor]) -> None:
+    """Refuse a graph that ends in leaves whose gradients nobody would see."""
+    own = {id(tensor) for tensor in known}
+    nodes = [logits.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            raise ValueError(
+                f"the head computes its logits from a tensor of shape {tuple(leaf.shape)} that requires a gradient and "
+                "is not among its parameters, so that it would not be trained: register it as a parameter of the head, "
+                "or use full_softmax_loss(head(hidden), targets)"
+            )
+        following = {following for following, _ in node.next_functions} - seen
+        seen |= following
+        nodes += following
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class _Differentiated(torch.autograd.Function):
+    """A scalar whose gradients are known already: the backward pass only multiplies them."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        ctx.save_for_backward(*gradients)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # `once_differentiable` raises only where `scale` requires a gradient, and takes these for constants else.
+            raise RuntimeError(
+                "head_softmax_loss can be differentiated only once, but create_graph=True asks for more: use "
+                "torch.nn.functional.cross_entropy(head(hidden).flatten(0, -2), targets.flatten())"
+            )
+        # Not in place: the graph may be kept, and run once more.
+        scaled = [
+            (gradient * scale).to(dtype) if gradient is not None else None
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return None, None, *scaled
