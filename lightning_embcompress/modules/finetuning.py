@@ -216,11 +216,21 @@ class CompressedLanguageModel(LanguageModel):
         """
         # By itself it does not know what Lightning is doing. Found at every call: callbacks divert what is logged.
         self.model.log = self._log_of_model  # type: ignore[method-assign]
+        self._check_fingerprint()
         self.model.setup(stage)
         super().setup(stage)
         if stage == "fit":
             self.parts.freeze(self.model, self.freeze_part)
             self._original.open(self.model, self.weights_of_terms, self.trainer)
+
+    def _check_fingerprint(self) -> None:
+        vocabulary = getattr(self._datamodule(), "vocabulary", None)
+        found, known = getattr(vocabulary, "fingerprint", None), getattr(self.model, "_vocabulary_fingerprint", None)
+        if None not in (found, known) and found != known:
+            raise ValueError(
+                f"The model was trained with a vocabulary of the fingerprint {known}, that of the data has {found}: its"
+                " ids stand for other tokens. Use the data, or the vocabulary file, that it was trained with."
+            )
 
     @override
     def teardown(self, stage: str) -> None:
