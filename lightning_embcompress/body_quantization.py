@@ -1,0 +1,418 @@
+"""Linear and recurrent weights beside the tables in few bits: while they train, and as they are stored.
+
+A weight is parametrized (`torch.nn.utils.parametrize`): whoever reads it gets what will be stored. In training that is
+the parameter as it was, which optimizers know, rounded; converted it is packed integers with scales of 16 bits, or
+numbers of 16 bits, plain bytes in the state dict that no cast of the model changes. torchao's converted layers store
+four bits in a byte, a scale and an offset of five bytes for every group, and cannot be saved by safetensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from lightning_embcompress import huggingface
+from lightning_embcompress.factorizations.quantized import Quantization, State
+from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.parametrized_weights import (
+    HALVES,
+    FakeQuantizedWeight,
+    PackedWeight,
+    Storage,
+    dtype_of,
+    install,
+    pack,
+    parametrized,
+    restore,
+    shape_of,
+)
+from lightning_embcompress.tables import all_modules, find_tables
+
+_KINDS = {nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
+_KINDS |= {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
+_MOST_WEIGHTS = 100_000
+
+
+@dataclass(frozen=True)
+class Body:
+    """Which weights beside the tables are quantized, and how.
+
+    Attributes:
+        weights: Their names, as `named_parameters` of the model has them that is not quantized.
+        storage: How they are stored.
+        state: Whether they train, or are packed.
+    """
+
+    weights: tuple[str, ...]
+    storage: Storage
+    state: State
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        record = {"weights": list(self.weights)}
+        if isinstance(self.storage, Quantization):
+            return {**record, "quantization": self.storage.record(self.state)}
+        return {**record, "dtype": self.storage, "state": self.state}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Body:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        weights = record.get("weights") if isinstance(record, Mapping) else None
+        if not isinstance(weights, list) or not 1 <= len(weights) <= _MOST_WEIGHTS:
+            raise ValueError("'body' of the compression plan must have 'weights', a list of names")
+        if not all(isinstance(name, str) for name in weights) or len(set(weights)) < len(weights):
+            raise ValueError("'weights' of the body in the compression plan must be names, none of them twice")
+        if record.keys() == {"weights", "quantization"}:
+            try:
+                return cls(tuple(weights), *Quantization.from_record(record["quantization"]))
+            except ValueError as error:
+                raise ValueError(f"'body' of the compression plan: {error}") from error
+        dtype, state = record.get("dtype"), record.get("state")
+        known = record.keys() == {"weights", "dtype", "state"} and isinstance(dtype, str) and isinstance(state, str)
+        if not known or dtype not in HALVES or state not in ("fake", "packed"):
+            raise ValueError(
+                "'body' of the compression plan must have a 'quantization', or a 'dtype' of float16 or bfloat16 and a "
+                "'state' of fake or packed"
+            )
+        return cls(tuple(weights), dtype, state)
+
+
+def body_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of a model that are linear or recurrent and belong to no table, by their names.
+
+    They are those of `nn.Linear`, `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN`, their cells, and `Conv1D` of
+    transformers, but not of classes derived from them, which may read them otherwise. A projection with as many rows as
+    the vocabulary is a table, whether it is compressed or not.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.LSTM(8, 16), nn.Linear(16, 4), nn.Linear(4, 100))
+        >>> list(body_weights(model))
+        ['1.weight_ih_l0', '1.weight_hh_l0', '2.weight']
+    """
+    library = sys.modules.get("transformers.pytorch_utils")
+    kinds = {*_KINDS, getattr(library, "Conv1D", nn.Linear)}
+    sizes, heads = _vocabulary_sizes(model), {id(layer) for layer in huggingface.vocabulary_layers(model)[1]}
+    found: dict[str, nn.Parameter] = {}
+    others: set[int] = set()
+    for path, module in all_modules(model).items():
+        is_head = type(module) is nn.Linear and (module.out_features in sizes or id(module) in heads)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if type(module) in kinds and not is_head and "weight" in name and parameter.dim() == 2:
+                found[f"{path}.{name}" if path else name] = parameter
+            else:
+                others.add(id(parameter))
+    # What an embedding reads too is a table.
+    return {name: weight for name, weight in found.items() if id(weight) not in others and weight.numel()}
+
+
+def _vocabulary_sizes(model: nn.Module) -> set[int]:
+    compressed = {m.factorization.vocab_size for m in model.modules() if isinstance(m, CompressedLayer)}
+    if compressed:
+        return compressed
+    try:
+        return {table.shape[0] for table in find_tables(model)}
+    except ValueError:
+        # There are none, or the model does not say which they are.
+        return set()
+
+
+def prepare_body(model: nn.Module, storage: Storage) -> Body:
+    """Let the weights beside the tables train as they will be once they are stored in fewer bits, in place.
+
+    The parameters stay the same objects; their names become those of `torch.nn.utils.parametrize`, and in
+    `parameters()` they come after the others of their layer.
+
+    Args:
+        model: The model.
+        storage: How they will be stored.
+
+    Returns:
+        What is quantized.
+
+    Raises:
+        ValueError: If there are no such weights, they are quantized already, or a value cannot be stored so. The model
+            is as it was.
+
+    Example:
+        >>> model = nn.LSTM(8, 16)
+        >>> _ = prepare_body(model, Quantization(bits=8))
+        >>> convert_body(model).state
+        'packed'
+    """
+    if (there := body_of(model)) is not None:
+        done = "packed" if there.state == "packed" else "prepared for quantization"
+        raise ValueError(f"the weights beside the tables ({there.weights[0]!r}, ...) are {done} already")
+    weights = body_weights(model)
+    if not weights:
+        raise ValueError("the model has no linear or recurrent weights beside its tables")
+    lists: dict[int, ParametrizationList] = {}
+    for name, weight in weights.items():
+        reading = FakeQuantizedWeight(weight, storage)
+        with torch.no_grad():
+            if not weight.is_meta and not bool(reading(weight).isfinite().all()):
+                raise ValueError(
+                    f"weight {name!r} has values that are not finite, or too large for {_said(storage)}: look for what "
+                    "made it diverge, or use bfloat16"
+                )
+        lists.setdefault(id(weight), parametrized(reading, weight))
+    for name, weight in weights.items():
+        _install(model, name, lists[id(weight)])
+    return Body(tuple(weights), storage, "fake")
+
+
+def _said(storage: Storage) -> str:
+    return f"scales of {storage.scale_dtype}" if isinstance(storage, Quantization) else storage
+
+
+def convert_body(model: nn.Module) -> Body:
+    """Pack the weights that were prepared, in place: afterwards they do not train.
+
+    Raises:
+        ValueError: If none is prepared.
+    """
+    body = body_of(model)
+    if body is None or body.state == "packed":
+        state = "they are packed already" if body is not None else "they were not prepared"
+        raise ValueError(f"there are no weights beside the tables to convert: {state}")
+    _replace(model, pack)
+    return Body(body.weights, body.storage, "packed")
+
+
+@contextmanager
+def converted_body(model: nn.Module) -> Iterator[None]:
+    """Pack the weights that are prepared for a while: afterwards the model is as it was, and goes on training."""
+    before = _lists(model)
+    body = body_of(model)
+    if body is None or body.state == "packed":
+        yield
+        return
+    try:
+        _replace(model, pack)
+        yield
+    finally:
+        for name, kept in before.items():
+            _install(model, name, kept)
+
+
+def freeze_body_ranges(model: nn.Module) -> None:
+    """Keep the ranges of the weights that are prepared as they are from now on."""
+    for kept in _lists(model).values():
+        reading = kept[0]
+        if isinstance(reading, FakeQuantizedWeight):
+            reading.freeze(kept.original)
+
+
+def body_of(model: nn.Module) -> Body | None:
+    """Read off a model which of its weights beside the tables are quantized; None if none is."""
+    lists = _lists(model)
+    if not lists:
+        return None
+    reading = next(iter(lists.values()))[0]
+    assert isinstance(reading, FakeQuantizedWeight | PackedWeight)
+    state: State = "packed"
+    if isinstance(reading, FakeQuantizedWeight):
+        state = "frozen" if reading.frozen else "fake"
+    return Body(tuple(lists), reading.storage, state)
+
+
+def body_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the quantized weights as they were, and as they are in the state dict now.
+
+    Example:
+        >>> model = nn.LSTM(64, 64)
+        >>> _ = prepare_body(model, Quantization(bits=8)), convert_body(model)
+        >>> body_bytes(model)
+        (131072, 33792)
+    """
+    lists = {id(kept): kept for kept in _lists(model).values()}.values()
+    dense = sum(shape_of(kept).numel() * dtype_of(kept).itemsize for kept in lists)
+    return dense, sum(tensor.nbytes for kept in lists for tensor in kept.state_dict().values())
+
+
+def check_body(model: nn.Module, body: Body | None) -> None:
+    """Check that a model has the weights of a body.
+
+    Raises:
+        ValueError: Naming the first that it has not.
+    """
+    for name in () if body is None else body.weights:
+        if _weight_shape(model, name) is None:
+            raise ValueError(
+                f"the plan quantizes the weight {name!r}, but the model has no linear or recurrent weight of that name"
+            )
+
+
+def apply_body(model: nn.Module, body: Body | None) -> None:
+    """Give a model the structure of a body, ready to be loaded into; None makes it ordinary.
+
+    Raises:
+        ValueError: If the model has no such weights. It is as it was.
+    """
+    check_body(model, body)
+    if body_of(model) == body:
+        return
+    _restore(model, fill=False)
+    if body is None:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    lists: dict[int, ParametrizationList] = {}
+    for name in body.weights:
+        weight = parameters[name]
+        if id(weight) not in lists:
+            lists[id(weight)] = _empty(weight, body)
+        _install(model, name, lists[id(weight)])
+
+
+def restore_body(model: nn.Module) -> None:
+    """Make the weights beside the tables ordinary parameters again, with the values that are stored."""
+    _restore(model, fill=True)
+
+
+def body_shapes(
+    model: nn.Module, body: Body | None, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors once it has the structure of a body, from those that it has now."""
+    expected = dict(shapes)
+    for name, kept in _lists(model).items():
+        prefix = _prefix(name)
+        expected = {key: shape for key, shape in expected.items() if not key.startswith(prefix)}
+        expected[name] = tuple(shape_of(kept))
+    for name in () if body is None else body.weights:
+        expected.pop(name, None)
+        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(model, body, name).items()}
+    return expected
+
+
+def check_body_tensors(
+    model: nn.Module, body: Body | None, state: Mapping[str, Any], where: str, complete: bool = True
+) -> None:
+    """Check the tensors of a body before a model is changed for them.
+
+    Args:
+        model: What they will be loaded into.
+        body: Its body in the file.
+        state: A state dict; tensors of other modules are not looked at.
+        where: What messages call it.
+        complete: Whether all must be there.
+
+    Raises:
+        ValueError: If a tensor is missing or one too many, of another shape or dtype, or has values that are not
+            finite.
+    """
+    for name in () if body is None else body.weights:
+        expected = _expected(model, body, name)
+        found = {key: value for key, value in state.items() if key.startswith(_prefix(name)) or key == name}
+        if not found and not complete:
+            continue
+        if unlike := sorted(expected.keys() ^ found.keys()):
+            raise ValueError(f"{where} does not fit its plan: {unlike[0]!r} is missing, or one too many")
+        for key, tensor in expected.items():
+            value = found[key]
+            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.shape != tensor.shape:
+                raise ValueError(f"{where} does not fit its plan: {key!r} is not a tensor of {list(tensor.shape)}")
+            if tensor.dtype == torch.uint8 and value.dtype != torch.uint8:
+                raise ValueError(f"{where} is damaged: {key!r} holds {value.dtype} instead of packed bytes (uint8)")
+            if not _is_finite(value, tensor, body, key):
+                raise ValueError(f"{where} has NaN or infinite values in {key!r}: take an earlier one")
+
+
+def _is_finite(value: Tensor, expected: Tensor, body: Body | None, key: str) -> bool:
+    assert body is not None
+    if expected.dtype == torch.uint8:
+        numbers = body.storage if isinstance(body.storage, str) else body.storage.scale_dtype
+        if isinstance(body.storage, Quantization) and key.endswith("original0"):
+            return True
+        value = value.contiguous().view(HALVES[numbers])
+    return value.is_meta or bool(value.isfinite().all())
+
+
+def _expected(model: nn.Module, body: Body | None, name: str) -> dict[str, Tensor]:
+    shape = _weight_shape(model, name)
+    assert shape is not None
+    assert body is not None
+    empty = _empty(nn.Parameter(torch.empty(shape, device="meta")), body)
+    return {_prefix(name) + key: tensor for key, tensor in empty.state_dict().items()}
+
+
+def _prefix(name: str) -> str:
+    path, _, own = name.rpartition(".")
+    return f"{path}.parametrizations.{own}." if path else f"parametrizations.{own}."
+
+
+def _lists(model: nn.Module) -> dict[str, ParametrizationList]:
+    """What reads quantized weights, by the names of the weights."""
+    found: dict[str, ParametrizationList] = {}
+    for path, module in all_modules(model).items():
+        if not is_parametrized(module):
+            continue
+        for name, kept in cast(Mapping[str, ParametrizationList], module.parametrizations).items():
+            if isinstance(kept[0], FakeQuantizedWeight | PackedWeight):
+                found[f"{path}.{name}" if path else name] = kept
+    return found
+
+
+def _weight_shape(model: nn.Module, name: str) -> torch.Size | None:
+    """Shape of a weight, quantized or not; None if there is none."""
+    path, _, own = name.rpartition(".")
+    module = all_modules(model).get(path)
+    if module is None:
+        return None
+    if is_parametrized(module, own):
+        kept = cast(Mapping[str, ParametrizationList], module.parametrizations)[own]
+        return shape_of(kept) if isinstance(kept[0], FakeQuantizedWeight | PackedWeight) else None
+    weight = module._parameters.get(own)
+    return weight.shape if weight is not None and weight.dim() == 2 else None
+
+
+def _empty(weight: nn.Parameter, body: Body) -> ParametrizationList:
+    if body.state != "packed":
+        return parametrized(FakeQuantizedWeight(weight, body.storage, body.state == "frozen"), weight)
+    reading = PackedWeight(weight.shape, body.storage, weight.dtype, weight.device)
+    return parametrized(reading, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+
+
+def _replace(model: nn.Module, make: Callable[[ParametrizationList], ParametrizationList]) -> None:
+    before = _lists(model)
+    after = {id(kept): make(kept) for kept in before.values()}
+    for name, kept in before.items():
+        _install(model, name, after[id(kept)])
+
+
+def _install(model: nn.Module, name: str, kept: ParametrizationList) -> None:
+    path, _, own = name.rpartition(".")
+    install(model.get_submodule(path), own, kept)
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, fill: bool) -> None:
+    parameters: dict[int, nn.Parameter] = {}
+    for name, kept in _lists(model).items():
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        if id(kept) not in parameters:
+            if isinstance(kept[0], FakeQuantizedWeight):
+                parameters[id(kept)] = cast(nn.Parameter, kept.original)
+                if fill:
+                    kept.original.copy_(kept())
+            else:
+                device = next(kept.buffers()).device
+                values = kept() if fill else torch.empty(shape_of(kept), dtype=dtype_of(kept), device=device)
+                parameters[id(kept)] = nn.Parameter(values)
+        if not is_parametrized(module, own):
+            # A module of two paths.
+            continue
+        restore(module, own, parameters[id(kept)])
