@@ -153,25 +153,35 @@ def prepare_body(model: nn.Module, storage: Storage) -> Body:
         >>> convert_body(model).state
         'packed'
     """
+    weights = check_body_preparation(model, storage)
+    lists: dict[int, ParametrizationList] = {}
+    for name, weight in weights.items():
+        if id(weight) not in lists:
+            lists[id(weight)] = parametrized(FakeQuantizedWeight(weight, storage), weight)
+        _install(model, name, lists[id(weight)])
+    return Body(tuple(weights), storage, "fake")
+
+
+def check_body_preparation(model: nn.Module, storage: Storage) -> dict[str, nn.Parameter]:
+    """Weights that `prepare_body` would prepare; the model is not changed.
+
+    Raises:
+        ValueError: As `prepare_body`.
+    """
     if (there := body_of(model)) is not None:
         done = "packed" if there.state == "packed" else "prepared for quantization"
         raise ValueError(f"the weights beside the tables ({there.weights[0]!r}, ...) are {done} already")
     weights = body_weights(model)
     if not weights:
         raise ValueError("the model has no linear or recurrent weights beside its tables")
-    lists: dict[int, ParametrizationList] = {}
     for name, weight in weights.items():
-        reading = FakeQuantizedWeight(weight, storage)
         with torch.no_grad():
-            if not weight.is_meta and not bool(reading(weight).isfinite().all()):
+            if not weight.is_meta and not bool(FakeQuantizedWeight(weight, storage)(weight).isfinite().all()):
                 raise ValueError(
                     f"weight {name!r} has values that are not finite, or too large for {_said(storage)}: look for what "
                     "made it diverge, or use bfloat16"
                 )
-        lists.setdefault(id(weight), parametrized(reading, weight))
-    for name, weight in weights.items():
-        _install(model, name, lists[id(weight)])
-    return Body(tuple(weights), storage, "fake")
+    return weights
 
 
 def _said(storage: Storage) -> str:

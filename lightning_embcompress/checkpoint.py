@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_embcompress.body_quantization import body_of, check_body_tensors
 from lightning_embcompress.checkpoint_io import check_whole_file, read_without_tensors
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of
@@ -29,9 +30,10 @@ _Module = TypeVar("_Module", bound=LightningModule)
 def write_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Record the structure of a module in its checkpoint, if any of it is compressed."""
     plan = plan_of(module)
-    if plan.tables:
+    if plan.tables or plan.body:
         tables = [replace(table, modules=tuple(map(_unwrapped, table.modules))) for table in plan.tables]
-        checkpoint[RECORD_KEY] = replace(plan, tables=tuple(tables)).to_dict()
+        body = plan.body and replace(plan.body, weights=tuple(map(_unwrapped, plan.body.weights)))
+        checkpoint[RECORD_KEY] = replace(plan, tables=tuple(tables), body=body).to_dict()
 
 
 def restore_structure(
@@ -68,6 +70,7 @@ def restore_structure(
     check_plan(module, plan)
     if state:
         check_factors(plan.tables, state, where, complete)
+        check_body_tensors(module, plan.body, state, where, complete)
     if plan != plan_of(module):
         apply_plan(module, plan)
 
@@ -105,6 +108,12 @@ def _check_record_is_there(module: nn.Module, state: Mapping[str, Any]) -> None:
                 "without the callback. Load it with model.load_state_dict into a model that was compressed in the same "
                 "way, and call keep_structure(model) before you train a model that was compressed by hand"
             )
+    body = body_of(module)
+    if body is not None and not set(body.weights) & state.keys():
+        raise ValueError(
+            f"the checkpoint has no weight {body.weights[0]!r}, and does not say how it is quantized: it was saved "
+            "without the callback. Load it with model.load_state_dict into a model that was quantized in the same way"
+        )
 
 
 def _unwrapped(path: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_embcompress.body_quantization import Body, apply_body, body_bytes, body_of, check_body, restore_body
 from lightning_embcompress.budget import (
     Request,
     Tie,
@@ -40,8 +41,8 @@ from lightning_embcompress.tables import (
     restore_dense,
 )
 
-PLAN_VERSION = 3
-"""Version 2 added `untied`, version 3 `predicted_loss`."""
+PLAN_VERSION = 4
+"""Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`."""
 _ADDED: dict[str, Any] = {"untied": None, "predicted_loss": None}
 
 
@@ -107,10 +108,12 @@ class Plan:
     Attributes:
         tables: One entry a table.
         version: Version of the format.
+        body: Which weights beside the tables are quantized; None if none is.
     """
 
     tables: tuple[TablePlan, ...] = field(default_factory=tuple)
     version: int = PLAN_VERSION
+    body: Body | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -135,10 +138,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON."""
-        return {
-            "version": self.version,
-            "tables": [{**vars(table), "modules": list(table.modules)} for table in self.tables],
-        }
+        tables = [{**vars(table), "modules": list(table.modules)} for table in self.tables]
+        body = {} if self.body is None else {"body": self.body.to_dict()}
+        return {"version": self.version, "tables": tables, **body}
 
     @classmethod
     def from_dict(cls, record: Any) -> Plan:
@@ -159,7 +161,7 @@ class Plan:
                 "upgrade lightning-embcompress"
             )
         # The configuration of a model of transformers says beside the plan by whom it is read.
-        if unknown := record.keys() - {"version", "tables", "quant_method"}:
+        if unknown := record.keys() - {"version", "tables", "body", "quant_method"}:
             raise ValueError(f"the compression plan has unknown keys {shown(sorted(map(str, unknown)))}: it is damaged")
         names = set(TablePlan.__dataclass_fields__)
         if not isinstance(tables, list):
@@ -174,7 +176,8 @@ class Plan:
                 )
             entries.append(entry)
         check_tables(entries)
-        return cls(tuple(TablePlan(**{**entry, "modules": tuple(entry["modules"])}) for entry in entries))
+        body = None if record.get("body") is None else Body.from_dict(record["body"])
+        return cls(tuple(TablePlan(**{**entry, "modules": tuple(entry["modules"])}) for entry in entries), body=body)
 
 
 def compress(
@@ -298,7 +301,8 @@ def plan_of(model: nn.Module) -> Plan:
                 predicted_loss=factorizations[key].provenance.get("predicted_loss"),
             )
             for key, paths in modules.items()
-        )
+        ),
+        body=body_of(model),
     )
 
 
@@ -324,12 +328,15 @@ def model_bytes(model: nn.Module) -> dict[str, float]:
     # A shard counts as the whole tensor.
     outside = {place_of(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     rest = sum(size for place, size in outside.items() if place not in inside)
-    dense, stored = rest + plan.dense_bytes, rest + plan.stored_bytes
+    body_dense, body_stored = body_bytes(model)
+    dense, stored = rest - body_stored + body_dense + plan.dense_bytes, rest + plan.stored_bytes
     return {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored if stored else 1.0}
 
 
 def densify(model: nn.Module) -> None:
     """Turn a compressed model back into one of ordinary layers, in place: every table is built from its factors.
+
+    Weights beside the tables that are quantized become ordinary ones of the values that they are read with.
 
     Raises:
         ValueError: If the model is sharded, or there is no memory for a table. The model is as it was.
@@ -343,6 +350,7 @@ def densify(model: nn.Module) -> None:
     """
     check_whole(model, "made dense")
     restore_dense(model)
+    restore_body(model)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -370,10 +378,11 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     restore_dense(model, fill=False)
     for table, factorization in zip(plan.tables, factorizations, strict=True):
         replace_table(model, table.modules, factorization)
+    apply_body(model, plan.body)
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Check that a model has the tables of a plan.
+    """Check that a model has the tables of a plan, and its weights beside them.
 
     Raises:
         ValueError: If a module is missing, is of another kind or of another shape.
@@ -393,6 +402,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                     f"the plan's table {path!r} is {shape[0]} x {shape[1]}, the model's is {own[0]} x {own[1]}: build "
                     "the model with the vocabulary and the sizes that the checkpoint was trained with"
                 )
+    check_body(model, plan.body)
 
 
 def _table_shape(module: nn.Module) -> tuple[int, int]:

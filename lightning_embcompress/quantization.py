@@ -8,17 +8,30 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_embcompress.body_quantization import (
+    body_of,
+    check_body_preparation,
+    convert_body,
+    converted_body,
+    prepare_body,
+)
 from lightning_embcompress.factorizations import Factorization, FullTable, Quantization
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.parametrized_weights import Storage, storage_of
 from lightning_embcompress.plan import Plan, plan_of
 from lightning_embcompress.storage import check_whole
-from lightning_embcompress.tables import all_modules, check_finite, find_tables, put_back, replace_table
+from lightning_embcompress.tables import Table, all_modules, check_finite, find_tables, put_back, replace_table
 
 Change: TypeAlias = tuple[tuple[str, ...], Factorization[Any]]
 """Paths of the modules of a table, and what they read from now on."""
 
 
-def prepare(model: nn.Module, quantization: Quantization | None = None, tables: str | Sequence[str] = "auto") -> Plan:
+def prepare(
+    model: nn.Module,
+    quantization: Quantization | None = None,
+    tables: str | Sequence[str] = "auto",
+    body: str | None = None,
+) -> Plan:
     """Let tables train as they will be once they are stored in fewer bits (quantization-aware training), in place.
 
     The factors stay numbers, and are read as the integers they will become; of an embedding only the rows that a step
@@ -29,13 +42,16 @@ def prepare(model: nn.Module, quantization: Quantization | None = None, tables: 
         model: A model with compressed tables, or dense ones that are named in `tables`.
         quantization: How factors will be stored; None for 4 bits in groups of 64.
         tables: `"auto"` for all compressed tables, or paths of modules; dense tables among them are quantized as they
-            are.
+            are. With `body` there may be none, `[]`.
+        body: Dtype in which linear and recurrent weights beside the tables will be stored, `int8`, `int4`, ... in the
+            same groups, or `float16`, `bfloat16`; None to leave them as they are.
 
     Returns:
         The plan of the model.
 
     Raises:
-        ValueError: If there is nothing to prepare, or a table is prepared or packed already. The model is as it was.
+        ValueError: If there is nothing to prepare, or a table or weight is prepared or packed already. The model is as
+            it was.
 
     Example:
         >>> from lightning_embcompress import compress
@@ -47,11 +63,35 @@ def prepare(model: nn.Module, quantization: Quantization | None = None, tables: 
         True
     """
     check_whole(model, "prepared for quantization")
-    return _carry_out(model, prepared_tables(model, quantization or Quantization(), tables))
+    quantization = quantization or Quantization()
+    check_preparation(model, quantization, tables, body)
+    changes = prepared_tables(model, quantization, tables) if body is None or tables else []
+    if body is not None:
+        prepare_body(model, body_storage(body, quantization))
+    return _carry_out(model, changes)
 
 
-def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Change]:
-    """What `prepare` puts in the place of tables; all are checked before the first is prepared.
+def check_preparation(
+    model: nn.Module, quantization: Quantization, tables: str | Sequence[str] = "auto", body: str | None = None
+) -> None:
+    """Check what `prepare` would be called with; the model is not changed.
+
+    Raises:
+        ValueError: As `prepare`.
+    """
+    if body is not None:
+        check_body_preparation(model, body_storage(body, quantization))
+    if body is None or tables:
+        tables_to_prepare(model, tables)
+
+
+def body_storage(body: str, quantization: Quantization) -> Storage:
+    """How weights beside the tables are stored: with groups, scales and ranges of the tables."""
+    return storage_of(body, quantization.group_size, quantization.scale_dtype, quantization.ranges)
+
+
+def tables_to_prepare(model: nn.Module, tables: str | Sequence[str]) -> tuple[list[Change], list[Table]]:
+    """Compressed and dense tables that can be prepared; none of them is changed.
 
     Raises:
         ValueError: As `prepare`.
@@ -71,6 +111,16 @@ def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | 
     found = find_tables(model, dense) if dense else []
     for table in found:
         check_finite(table)
+    return chosen, found
+
+
+def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Change]:
+    """What `prepare` puts in the place of tables; all are checked before the first is prepared.
+
+    Raises:
+        ValueError: As `prepare`.
+    """
+    chosen, found = tables_to_prepare(model, tables)
     changes = [(modules, factors.prepared(quantization)) for modules, factors in chosen]
     for table in found:
         assert isinstance(table.weight, nn.Parameter)
@@ -89,7 +139,7 @@ def _check_trainable(name: str, factors: Factorization[Any]) -> None:
 
 
 def convert(model: nn.Module) -> Plan:
-    """Pack what was prepared, in place: afterwards the tables are integers, and do not train.
+    """Pack what was prepared, in place: afterwards tables and weights beside them are integers, and do not train.
 
     Returns:
         The plan of the model.
@@ -98,8 +148,10 @@ def convert(model: nn.Module) -> Plan:
         ValueError: If nothing is prepared: it was converted already, or never prepared.
     """
     check_whole(model, "converted")
-    changes = _conversions(model)
-    if not changes:
+    changes, body = _conversions(model), body_of(model)
+    if body is not None and body.state != "packed":
+        convert_body(model)
+    elif not changes:
         packed = [modules[0] for modules, factors in compressed_tables(model) if factors.is_packed]
         state = f"{', '.join(map(repr, packed))} packed already" if packed else "nothing is prepared"
         raise ValueError(f"there is nothing to convert: {state}; call prepare(model) before training")
@@ -114,11 +166,12 @@ def converted(model: nn.Module) -> Iterator[None]:
     """
     changes = _conversions(model)
     before = {path: model.get_submodule(path) for modules, _ in changes for path in modules}
-    try:
-        _carry_out(model, changes)
-        yield
-    finally:
-        put_back(model, before)
+    with converted_body(model):
+        try:
+            _carry_out(model, changes)
+            yield
+        finally:
+            put_back(model, before)
 
 
 def quantize(model: nn.Module, quantization: Quantization | None = None, tables: str | Sequence[str] = "auto") -> Plan:

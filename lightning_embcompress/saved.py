@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_embcompress import huggingface
+from lightning_embcompress.body_quantization import body_shapes, check_body_tensors
 from lightning_embcompress.factorizations import factorization_from_spec
 from lightning_embcompress.files import explaining_failure, read_json, replacing, synchronize
 from lightning_embcompress.layers import CompressedLayer
@@ -298,6 +299,7 @@ def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mappi
             expected = _without(expected, f"{path}.weight")
             for name, tensor in factorization.state_dict().items():
                 expected[f"{path}.factorization.{name}"] = tuple(tensor.shape)
+    expected = body_shapes(model, plan.body, expected)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -306,6 +308,7 @@ def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mappi
                 f"and {expected.get(name, 'missing')} in the model"
             )
     check_factors(plan.tables, tensors, repr(str(directory / WEIGHTS_FILE)))
+    check_body_tensors(model, plan.body, tensors, repr(str(directory / WEIGHTS_FILE)))
 
 
 def _without(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:

@@ -315,7 +315,7 @@ def test_plan_of_a_module_that_is_registered_twice() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 4}, r"version 4, this package reads versions up to 3: upgrade lightning-embcompress"),
+        ({"version": 5}, r"version 5, this package reads versions up to 4: upgrade lightning-embcompress"),
         ({"version": None}, r"version None"),
         ({"version": "1"}, r"version '1'"),
         ({"tables": None}, r"not a compression plan"),
@@ -390,7 +390,7 @@ def test_plans_of_older_versions_are_read(version: int) -> None:
     model, fresh = _Model(tied=True), _Model(tied=True)
     plan = compress(model, "low_rank", ratio=2)
     record = json.loads(json.dumps(plan.to_dict()))
-    assert record["version"] == 3
+    assert record["version"] == 4
     for table in record["tables"]:
         assert table.pop("predicted_loss") is None
         if version == 1:
