@@ -139,13 +139,7 @@ def to_codes(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tens
         >>> to_codes(torch.tensor([[1.5, -3.0]]), torch.tensor([[2.0]]), bits=2, group_size=2)
         tensor([[3, 0]], dtype=torch.uint8)
     """
-    check_integers(bits, group_size)
-    if not bool(scales.isfinite().all()):
-        raise ValueError(
-            f"a scale is not finite in {scales.dtype}: values that are not finite cannot be quantized, and values that "
-            "are too large for such scales need scale_dtype='bfloat16'"
-        )
-    _check_scales(scales, *_shape(weight), group_size)
+    check_scales(scales, bits, *_shape(weight), group_size)
     out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     group_rows = group_shape(weight.shape[1], group_size)[0]
     by_row = scales.shape[0] == weight.shape[0]
@@ -154,7 +148,7 @@ def to_codes(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tens
         if not bool(part.isfinite().all()):
             raise ValueError("a value is not finite, and cannot be quantized: look for what made the weights diverge")
         part, expanded = _beside(part, scales[rows if by_row else groups], group_size)
-        out[rows] = (_integers(part, expanded, bits) + 2 ** (bits - 1)).to(torch.uint8).view(out[rows].shape)
+        out[rows] = (integers_of(part, expanded, bits) + 2 ** (bits - 1)).to(torch.uint8).view(out[rows].shape)
     return out
 
 
@@ -221,6 +215,21 @@ def check_integers(bits: int, group_size: int) -> None:
         raise ValueError(f"group_size must be 1 or more, it is {group_size!r}")
 
 
+def check_scales(scales: Tensor, bits: int, n: int, columns: int, group_size: int) -> None:
+    """Look whether scales are those of a matrix `[n, columns]`, and finite.
+
+    Raises:
+        ValueError: If they are not, or `bits` or `group_size` is out of its range.
+    """
+    check_integers(bits, group_size)
+    if not bool(scales.isfinite().all()):
+        raise ValueError(
+            f"a scale is not finite in {scales.dtype}: values that are not finite cannot be quantized, and values that "
+            "are too large for such scales need scale_dtype='bfloat16'"
+        )
+    _check_scales(scales, n, columns, group_size)
+
+
 def _check_scales(scales: Tensor, n: int, columns: int, group_size: int) -> tuple[int, int]:
     shape = scales_shape(n, columns, group_size)
     if tuple(scales.shape) not in (shape, (n, shape[1])):
@@ -241,7 +250,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.learned:
             ctx.save_for_backward(weight, scales)
         exact, expanded = _beside(weight.to(compute_dtype(weight.dtype)), scales, group_size)
-        return _integers(exact, expanded, bits).mul_(expanded).to(weight.dtype).view(weight.shape)
+        return integers_of(exact, expanded, bits).mul_(expanded).to(weight.dtype).view(weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -276,8 +285,14 @@ def _beside(values: Tensor, scales: Tensor, group_size: int) -> tuple[Tensor, Te
     return values, expand_scales(scales, n, columns, group_size)
 
 
-def _integers(weight: Tensor, expanded: Tensor, bits: int) -> Tensor:
-    """`clamp(round(w / s))` as floats; 0 where the scale is 0."""
+def integers_of(weight: Tensor, expanded: Tensor, bits: int) -> Tensor:
+    """`clamp(round(w / s))` as floats; 0 where the scale is 0.
+
+    Args:
+        weight: `[*]` values.
+        expanded: The scale of each.
+        bits: Bits of an integer.
+    """
     ratio = weight / torch.where(expanded == 0, torch.inf, expanded)
     return ratio.round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
@@ -328,7 +343,7 @@ def _searched(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dty
 
     def errors_of(scales: Tensor) -> tuple[Tensor, Tensor]:
         expanded = expand_scales(scales.to(exact.dtype), n, columns, group_size)
-        integers = _integers(exact, expanded, bits)
+        integers = integers_of(exact, expanded, bits)
         lost = (integers * expanded - exact).square_().mul_(weights)
         return _sum_groups(lost, len(scales), group_size), integers
 
