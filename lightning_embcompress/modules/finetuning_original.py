@@ -93,6 +93,7 @@ class Original:
         if self._opened is None:
             assert isinstance(self.given, str)
             self._opened = self._checked(model, open_model(self.given, None, "teacher"))
+        _check_fingerprints(self._opened, model, trainer)
         if self._reconstructs:
             statistics = self.statistics
             if isinstance(statistics, str):
@@ -106,16 +107,10 @@ class Original:
 
     def _checked(self, model: LightningModule, opened: LightningModule) -> LightningModule:
         theirs = Parts(opened, self.parts.paths if self.shares_body else "auto")
-        sizes = [theirs.vocab_size, self.parts.vocab_size]
-        prints = [getattr(one, "_vocabulary_fingerprint", None) for one in (opened, model)]
-        if sizes[0] != sizes[1] or (None not in prints and prints[0] != prints[1]):
-            said = [
-                f"{size} tokens" + (f" (fingerprint {one})" if one else "")
-                for size, one in zip(sizes, prints, strict=True)
-            ]
+        if theirs.vocab_size != self.parts.vocab_size:
             raise ValueError(
-                f"The teacher has another vocabulary: {said[0]}, the model {said[1]}. Give the dense model that was"
-                " compressed, or one that was trained with the same vocabulary."
+                f"The teacher has another vocabulary, of {theirs.vocab_size} tokens, than the model, of"
+                f" {self.parts.vocab_size}: give the dense model that was compressed, or one of the same vocabulary."
             )
         if opened is model or shares_parameters(model, opened):
             raise ValueError(
@@ -194,3 +189,15 @@ class Original:
         """The teacher, if it follows the text as language models of this package do."""
         model = None if self.teacher is None else self.teacher.model
         return [model] if isinstance(model, LanguageModel) else []
+
+
+def _check_fingerprints(teacher: LightningModule, model: LightningModule, trainer: Trainer) -> None:
+    """Compare the vocabularies that models were trained with, as far as checkpoints and the data say."""
+    vocabulary = getattr(getattr(trainer, "datamodule", None), "vocabulary", None)
+    known = getattr(model, "_vocabulary_fingerprint", None) or getattr(vocabulary, "fingerprint", None)
+    found = getattr(teacher, "_vocabulary_fingerprint", None)
+    if None not in (known, found) and known != found:
+        raise ValueError(
+            f"The teacher has another vocabulary: it was trained with one of the fingerprint {found}, the model's has"
+            f" {known}, so that the same ids stand for other tokens. Give the dense model that was compressed."
+        )

@@ -1,0 +1,356 @@
+"""Fine-tuning of LSTM language models: the terms of the loss, the teacher, what is trained, and resuming."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_embcompress import GroupReduce, compress
+from lightning_embcompress.data import TextFiles
+from lightning_embcompress.loss_metric import metric_of
+from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
+from lightning_embcompress.modules.distillation import distilled_loss, teacher_scores
+from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction
+from lightning_embcompress.plan import plan_of
+from lightning_embcompress.statistics import Statistics
+from lightning_embcompress.tables import find_tables
+
+WORDS, DIM = 58, 12
+
+
+def _lstm(vocab_size: int, **changes: Any) -> LSTMLanguageModel:
+    seed_everything(0, verbose=False)
+    return LSTMLanguageModel(vocab_size, DIM, DIM, **{"dropout": 0.0, **changes})
+
+
+def _trainer(path: Path, *callbacks: Callback, **changes: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "num_sanity_val_steps": 0}
+    quiet |= {"enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks)}
+    return Trainer(default_root_dir=path, callbacks=list(callbacks), **{**quiet, **changes})
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A dense checkpoint, the same compressed, and the text: eight batches of four windows an epoch."""
+    folder = tmp_path_factory.mktemp("start")
+    chance = random.Random(0)
+    words = [f"word{i}" for i in range(WORDS - 2)]
+    for name, number in (("train", 24), ("valid", 6)):
+        lines = [" ".join(chance.choices(words, [1 / (i + 1) for i in range(len(words))], k=6)) for _ in range(number)]
+        (folder / f"{name}.txt").write_text("\n".join([*lines, " ".join(words)]) + "\n")
+
+    def data() -> TextFiles:
+        files = {"train_files": str(folder / "train.txt"), "valid_files": str(folder / "valid.txt")}
+        return TextFiles(**files, batch_size=4, sequence_length=7, cache_dir=folder / "cache")
+
+    assert data().vocab_size == WORDS
+    dense = _lstm(WORDS)
+    trainer = _trainer(folder, max_epochs=3)
+    dense.optimizer = lambda parameters: torch.optim.Adam(parameters, lr=0.01)
+    trainer.fit(dense, datamodule=data())
+    trainer.save_checkpoint(folder / "dense.ckpt", weights_only=True)
+    small = copy.deepcopy(dense)
+    compress(small, "weighted_low_rank", ratio=2.5, token_counts=data().token_counts)
+    trainer.strategy._lightning_module = small
+    trainer.save_checkpoint(folder / "small.ckpt", weights_only=True)
+    batches = list(data_batches(data()))
+    return SimpleNamespace(folder=folder, data=data, batches=batches, counts=data().token_counts)
+
+
+def data_batches(data: TextFiles) -> Any:
+    data.prepare_data()
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def _tuned(start: SimpleNamespace, model: Any = "small.ckpt", **arguments: Any) -> CompressedLanguageModel:
+    arguments = {"optimizer": _sgd, **arguments}
+    if arguments.get("teacher") == "dense.ckpt":
+        arguments["teacher"] = str(start.folder / "dense.ckpt")
+    return CompressedLanguageModel(str(start.folder / model) if isinstance(model, str) else model, **arguments)
+
+
+def _fit(start: SimpleNamespace, model: CompressedLanguageModel, *callbacks: Callback, **changes: Any) -> list[float]:
+    losses = Losses()
+    ckpt_path = changes.pop("ckpt_path", None)
+    trainer = _trainer(start.folder, losses, *callbacks, **changes)
+    trainer.fit(model, datamodule=start.data(), ckpt_path=ckpt_path)
+    return losses.values
+
+
+def _state(model: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_by_path_and_back(start: SimpleNamespace, tmp_path: Path) -> None:
+    model = _tuned(start)
+    values = _fit(start, model)
+    alone = LSTMLanguageModel.load_from_checkpoint(start.folder / "small.ckpt")
+    alone.optimizer = _sgd
+    assert values == _fit(start, alone)
+    assert _state(model.model).keys() == _state(alone).keys()
+    # The weights without what tuned them, into a dense model and into a fine-tuning of one.
+    model.save_compressed(tmp_path / "saved")
+    again = _tuned(start, _lstm(WORDS), weights=str(tmp_path / "saved"))
+    assert plan_of(again.model) == plan_of(model.model)
+    torch.testing.assert_close(_state(again), _state(model), rtol=0, atol=0)
+    into_dense = _tuned(start, _lstm(WORDS), weights=str(start.folder / "small.ckpt"))
+    assert plan_of(into_dense.model) == plan_of(model.model)
+    # The checkpoint needs no file that it came from, and goes on as a model too.
+    trainer = _trainer(tmp_path)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "tuned.ckpt", weights_only=True)
+    for loaded in (
+        CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt"),
+        _tuned(start, tmp_path / "tuned.ckpt"),
+    ):
+        assert type(loaded.model) is LSTMLanguageModel
+        assert plan_of(loaded) == plan_of(model)
+        torch.testing.assert_close(_state(loaded), _state(model), rtol=0, atol=0)
+    _trainer(tmp_path).validate(loaded, datamodule=start.data(), ckpt_path=tmp_path / "tuned.ckpt", verbose=False)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(start: SimpleNamespace) -> None:
+    weights = {"cross_entropy_weight": 0.5, "distillation_weight": 0.8, "reconstruction_weight": 0.3}
+    model = _tuned(start, teacher="dense.ckpt", temperature=2.0, teacher_top_k=9, **weights)
+    dense = LSTMLanguageModel.load_from_checkpoint(start.folder / "dense.ckpt").eval()
+    before = copy.deepcopy(model.model)
+    trainer = _trainer(start.folder, limit_train_batches=2)
+    losses = Losses()
+    trainer.callbacks.append(losses)
+    trainer.fit(model, datamodule=start.data())
+    (inputs, targets) = start.batches[0]
+    hidden, _ = before.hidden_states(inputs)
+    said = teacher_scores(dense(inputs)[0], 9, 2.0)
+    found = distilled_loss(before.decoder(hidden), targets, said, 2.0, 0.5, 0.8)
+    plain = 0.0
+    for mine, original in ((before.encoder, dense.encoder), (before.decoder, dense.decoder)):
+        rows, table = mine.factorization.rows(inputs.flatten()), F.embedding(inputs.flatten(), original.weight)
+        plain += ((rows - table).square().sum() / table.square().sum()).item()
+    assert losses.values[0] == pytest.approx(found.loss.item() + 0.3 * plain, rel=1e-5)
+    # The teacher goes on with the text, too.
+    teacher = model._original.teacher
+    _, state = dense(inputs)
+    teacher.scores(start.batches[0], 0, 9, 2.0)
+    found_scores, expected_scores = (
+        teacher.scores(start.batches[1], 1, 9, 2.0),
+        teacher_scores(dense(start.batches[1][0], state)[0], 9, 2.0),
+    )
+    torch.testing.assert_close(found_scores.scores, expected_scores.scores)
+    logged = trainer.callback_metrics
+    expected = 0.5 * logged["train_cross_entropy"] + 0.8 * logged["train_distillation"]
+    assert logged["train_loss"].item() == pytest.approx((expected + 0.3 * logged["train_reconstruction"]).item(), 1e-5)
+    assert logged["val_perplexity"].item() == pytest.approx(logged["val_loss"].exp().item())
+    assert f"val_perplexity/rank_1-{WORDS}" in logged
+
+
+def test_the_teacher_stays_what_it_is_and_out_of_everything(start: SimpleNamespace) -> None:
+    dense = LSTMLanguageModel.load_from_checkpoint(start.folder / "dense.ckpt", dropout=0.4)
+    before = _state(dense)
+    model = _tuned(start, teacher=dense, distillation_weight=1.0, reconstruction_weight=1.0)
+    _fit(start, model)
+    torch.testing.assert_close(_state(dense), before, rtol=0, atol=0)
+    assert not any(part.training for part in dense.modules())
+    assert not any(parameter.requires_grad for parameter in dense.parameters())
+    own = {id(parameter) for parameter in model.parameters()}
+    assert own.isdisjoint(id(parameter) for parameter in dense.parameters())
+    assert all(name.startswith("model.") for name in model.state_dict())
+    assert copy.deepcopy(model)._original.teacher is model._original.teacher
+    with pytest.raises(ValueError, match="has parameters that are the model's own"):
+        CompressedLanguageModel(dense, teacher=dense)
+
+
+def test_tables_over_the_same_body_are_the_teacher(start: SimpleNamespace) -> None:
+    runs = []
+    for shares in (False, True):
+        model = _tuned(start, teacher="dense.ckpt", teacher_shares_body=shares, freeze="body", distillation_weight=1.0)
+        runs.append((model, _fit(start, model, max_epochs=2)))
+    (whole, expected), (shared, values) = runs
+    assert values == expected
+    teacher = shared._original.teacher.model
+    assert teacher.lstm.weight_ih_l0 is shared.model.lstm.weight_ih_l0
+    assert whole._original.teacher.model.lstm.weight_ih_l0 is not whole.model.lstm.weight_ih_l0
+    assert teacher.encoder.weight.shape == (WORDS, DIM)
+    assert not teacher.training
+    assert shared.model.training
+    # A body that is another one: its tables say nothing over this one.
+    other = _lstm(WORDS)
+    torch.nn.init.normal_(other.lstm.weight_hh_l0)
+    model = _tuned(start, teacher=other, teacher_shares_body=True, freeze="body", distillation_weight=1.0)
+    with pytest.raises(ValueError, match="'lstm.weight_ih_l0' of the teacher is not that of the model"):
+        _fit(start, model)
+
+
+def test_reconstruction_is_what_the_metric_says() -> None:
+    """From all tokens as often as they occur it is the whole sum, from rows that are drawn about so."""
+    seed_everything(0, verbose=False)
+    model, dense = _lstm(30), _lstm(30)
+    compress(model, "low_rank", ratio=2)
+    counts = torch.arange(29, -1, -1)
+    moments = {name: torch.randn(DIM, DIM, dtype=torch.double) for name in ("decoder", "encoder")}
+    moments = {name: moment @ moment.T for name, moment in moments.items()}
+    extra = {
+        "hidden_mean": {"decoder": torch.zeros(DIM, dtype=torch.double)},
+        "probabilities": {"decoder": torch.linspace(0.1, 0.01, 30, dtype=torch.double)},
+        "squared_probabilities": {"decoder": torch.linspace(0.03, 0.0005, 30, dtype=torch.double)},
+    }
+    statistics = Statistics(
+        counts,
+        hidden={"decoder": moments["decoder"]},
+        gradients={"encoder": moments["encoder"]},
+        num_targets=9,
+        **extra,
+    )
+    for table, name in zip(find_tables(dense), ("encoder", "decoder"), strict=True):
+        metric = metric_of(dense, table, statistics)
+        layer = model.get_submodule(name)
+        expected = layer.factorization.loss_in(metric, table.weight)
+        term = Reconstruction(model, [name], dense.get_submodule(name), statistics)
+        text = torch.repeat_interleave(torch.arange(30), counts + 1)
+        assert term.of_tokens(model, text).item() == pytest.approx(expected, rel=1e-5)
+        drawn = [term.of_sample(model, 500, torch.Generator().manual_seed(seed)).item() for seed in range(20)]
+        assert sum(drawn) / 20 == pytest.approx(expected, rel=0.05)
+        assert drawn[3] == term.of_sample(model, 500, torch.Generator().manual_seed(3)).item()
+        (gradient,) = torch.autograd.grad(term.of_tokens(model, text), layer.factorization.basis)
+        assert gradient.abs().max() > 0
+    renamed = Statistics(counts, gradients={"model.encoder": moments["encoder"]}, num_targets=9)
+    arguments: dict[str, Any] = {"teacher": dense, "reconstruction_weight": 1.0, "statistics": renamed}
+    tuned = CompressedLanguageModel(model, **arguments, tables=["encoder"])
+    tuned._original.open(tuned.model, tuned.weights_of_terms, SimpleNamespace(strategy=None))
+    assert tuned._original.reconstruction(tuned.model, [torch.arange(30)], None, 0) > 0
+
+
+@pytest.mark.parametrize("freeze", ["body", "factors"])
+def test_freezing_and_learning_rates_with_a_schedule(start: SimpleNamespace, freeze: str) -> None:
+    model = _tuned(
+        start,
+        freeze=freeze,
+        factor_learning_rate=0.3,
+        body_learning_rate=0.2,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+    )
+    before = _state(model.model)
+    trainer = _trainer(start.folder, max_epochs=2)
+    trainer.fit(model, datamodule=start.data())
+    changed = {name for name, value in _state(model.model).items() if not torch.equal(value, before[name])}
+    tables = {name for name in before if not name.startswith("lstm.")}
+    assert changed == (tables if freeze == "body" else before.keys() - tables)
+    (optimizer,) = trainer.optimizers
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2 * 0.25, 0.3 * 0.25]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 5]
+
+
+def test_resuming_within_an_epoch_is_exact(start: SimpleNamespace, tmp_path: Path) -> None:
+    """The teacher's text goes on too; the rows that are drawn are the same."""
+    arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "reconstruction_weight": 0.1}
+    arguments |= {"reconstruction_rows": 16, "optimizer": torch.optim.Adam, "factor_learning_rate": 0.01}
+    whole = _tuned(start, **arguments)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    losses = _fit(start, whole, keep, max_epochs=2)
+    steps = len(losses) // 2
+    for step in (3, steps, steps + 2):
+        path = tmp_path / f"step={step}.ckpt"
+        saved = torch.load(path, weights_only=True)
+        assert saved["hyper_parameters"]["teacher"] == str(start.folder / "dense.ckpt")
+        # From a dense model of the same class: the checkpoint has the structure.
+        resumed = _tuned(start, _lstm(WORDS), **arguments)
+        assert _fit(start, resumed, max_epochs=2, ckpt_path=path) == losses[step:]
+        torch.testing.assert_close(_state(resumed), _state(whole), rtol=0, atol=0)
+    saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    saved["embcompress_teacher"]["lstm_state"] = [
+        torch.zeros_like(s) for s in saved["embcompress_teacher"]["lstm_state"]
+    ]
+    torch.save(saved, tmp_path / "changed.ckpt")
+    assert _fit(start, _tuned(start, **arguments), max_epochs=2, ckpt_path=tmp_path / "changed.ckpt") != losses[3:]
+
+
+def test_tables_that_a_callback_compresses_while_it_is_tuned(start: SimpleNamespace, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "factor_learning_rate": 0.05}
+    model = _tuned(start, "dense.ckpt", **arguments)
+    callback = GroupReduce(ratio=1.3, groups=2, at_epoch=1, statistics_batches=3)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    losses = _fit(start, model, callback, keep, max_epochs=3)
+    assert [table.modules for table in plan_of(model).tables] == [("model.encoder",), ("model.decoder",)]
+    groups = model.trainer.optimizers[0].param_groups
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.parts.split(model.model)[1]}
+    resumed = _tuned(start, "dense.ckpt", **arguments)
+    callback = GroupReduce(ratio=1.3, groups=2, at_epoch=1, statistics_batches=3)
+    rest = _fit(start, resumed, callback, max_epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert rest == losses[-len(rest) :]
+    torch.testing.assert_close(_state(resumed), _state(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cross_entropy_weight": 0.0}, "All weights are 0"),
+        ({"distillation_weight": -1.0}, "distillation_weight=-1.0 must be 0 or more"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"teacher_top_k": 0}, "teacher_top_k=0 must be at least 1"),
+        ({"factor_learning_rate": -0.1}, "factor_learning_rate=-0.1"),
+        ({"freeze": "tables"}, "freeze='tables' must be 'body', 'factors' or None"),
+        ({"freeze": "factors", "reconstruction_weight": 1.0}, "freeze='factors' leaves them as they are"),
+        ({"reconstruction_rows": 0}, "reconstruction_rows=0"),
+        ({"teacher_shares_body": True}, "the teacher moves with its student"),
+        ({"weights": "x.ckpt"}, "leave one of them out"),
+        ({"tables": ["nowhere"]}, "no module 'nowhere'"),
+    ],
+)
+def test_arguments_that_cannot_work(start: SimpleNamespace, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _tuned(start, **arguments)
+
+
+def test_models_and_teachers_that_cannot_work(start: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another vocabulary, of 59 tokens, than the model, of 58"):
+        _tuned(start, teacher=_lstm(59))
+    with pytest.raises(FileNotFoundError, match="no file or directory"):
+        CompressedLanguageModel("nowhere.ckpt")
+    with pytest.raises(TypeError, match="model is a Linear, which is neither"):
+        CompressedLanguageModel(torch.nn.Linear(2, 3))
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="give it as model and the checkpoint as weights"):
+        CompressedLanguageModel(str(tmp_path / "a.ckpt"))
+    _tuned(start).save_compressed(tmp_path / "saved")
+    with pytest.raises(ValueError, match="and the directory as weights"):
+        CompressedLanguageModel(str(tmp_path / "saved"))
+    # What is found when training starts: before anything of it.
+    cases: list[tuple[CompressedLanguageModel, type[Exception], str]] = [
+        (_tuned(start, distillation_weight=1.0), ValueError, "distillation_weight=1 needs the dense original"),
+        (_tuned(start, reconstruction_weight=1.0, teacher="a/b.ckpt"), FileNotFoundError, "no file or directory"),
+        (_tuned(start, teacher=_lstm(WORDS, projection_size=6), reconstruction_weight=1.0), ValueError, "58 x 6"),
+    ]
+    other = torch.load(start.folder / "dense.ckpt", weights_only=True)
+    other["vocabulary"]["fingerprint"] = "of another text"
+    torch.save(other, tmp_path / "other.ckpt")
+    path = str(tmp_path / "other.ckpt")
+    cases.append((_tuned(start, teacher=path, distillation_weight=1.0), ValueError, "fingerprint of another text"))
+    cases.append((_tuned(start, Path(path)), ValueError, "its ids stand for other tokens"))
+    for model, error, message in cases:
+        before = _state(model)
+        with pytest.raises(error, match=message):
+            _fit(start, model)
+        torch.testing.assert_close(_state(model), before, rtol=0, atol=0)
