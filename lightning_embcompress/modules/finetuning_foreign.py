@@ -96,13 +96,16 @@ def evaluate_foreign(
     Returns:
         What the step returns.
     """
-    with Watch(model, parts, head=True) as watch:
-        output = step_output(step, batch, batch_idx)
-    for logits, targets in watch.scored:
+
+    def measure(logits: Tensor, targets: Tensor) -> None:
+        # Within `__torch_function__` no mode is in force: what this computes is not seen.
         loss, count = full_softmax_loss(logits, targets)
         perplexity.update(nll_sum=loss * count, count=count)
         if bands is not None:
             bands.update(logits, targets)
+
+    with Watch(model, parts, head=True, on_loss=measure) as watch:
+        output = step_output(step, batch, batch_idx)
     if not watch.scored and batch_idx == 0:
         rank_zero_warn(
             f"The {getattr(step, '__name__', 'step')} of {type(model).__name__} computes no cross-entropy over"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias
 
@@ -139,20 +139,25 @@ class Watch(TorchFunctionMode):
         model: The model.
         parts: Where its tables are.
         head: Whether hidden states and targets are noted besides ids.
+        on_loss: Called with logits `[n, vocab_size]` and targets `[n]` of every cross-entropy over the vocabulary, at
+            once: later they may have been written over.
 
     Attributes:
         ids: `[*]` of every call of an embedding.
         hidden: `[*, d]` of every call of the head, with their gradients.
-        scored: Logits `[n, vocab_size]` and targets `[n]` of every cross-entropy over the vocabulary.
+        scored: Targets `[n]` of every cross-entropy over the vocabulary; -100 where there are none.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts, head: bool) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Parts, head: bool, on_loss: Callable[[Tensor, Tensor], None] | None = None
+    ) -> None:
         """Note nothing yet."""
         super().__init__()
         self.model, self.parts, self.with_head = model, parts, head
         self.ids: list[Tensor] = []
         self.hidden: list[Tensor] = []
-        self.scored: list[tuple[Tensor, Tensor]] = []
+        self.scored: list[Tensor] = []
+        self.on_loss = on_loss
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -199,14 +204,15 @@ class Watch(TorchFunctionMode):
         if input.dim() < 2 or input.shape[1] != self.parts.vocab_size or target.is_floating_point():
             return
         targets = target.masked_fill(target == ignore_index, IGNORE_INDEX).flatten()
-        self.scored.append((input.movedim(1, -1).flatten(0, -2).detach(), targets))
+        self.scored.append(targets)
+        if self.on_loss is not None:
+            self.on_loss(input.detach().movedim(1, -1).flatten(0, -2), targets)
 
     @property
     def targets(self) -> Tensor | None:
         """`[N]` target ids of all hidden states in their order; None where that is not known."""
         number = sum(hidden.shape[:-1].numel() for hidden in self.hidden)
-        targets = [targets for _, targets in self.scored]
-        return None if not targets or sum(map(len, targets)) != number else _joined(targets)
+        return _joined(self.scored) if self.scored and sum(map(len, self.scored)) == number else None
 
     def hidden_states(self) -> Tensor:
         """`[N, d]`, what the head has read.

@@ -1,0 +1,188 @@
+"""Fine-tuning of models of transformers and of modules of other classes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from lightning_embcompress import compress
+from lightning_embcompress.modules import CompressedLanguageModel, HuggingFaceCausalLM
+from lightning_embcompress.modules.distillation import distilled_loss, teacher_scores
+from lightning_embcompress.plan import plan_of
+
+VOCAB_SIZE, BLOCK, DIM = 60, 8, 16
+CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": DIM, "n_head": 2, "n_positions": 16}
+CONFIG |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def _trainer(path: Path, **changes: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "enable_checkpointing": False}
+    return Trainer(default_root_dir=path, **{**quiet, **changes})
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def _blocks(number: int = 8) -> list[dict[str, Tensor]]:
+    ids = torch.randint(VOCAB_SIZE, (number, BLOCK), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def _gpt2() -> HuggingFaceCausalLM:
+    seed_everything(0, verbose=False)
+    return HuggingFaceCausalLM(config=CONFIG, vocab_size=VOCAB_SIZE)
+
+
+def test_a_model_of_transformers(tmp_path: Path) -> None:
+    """Its table is tied; its directory, itself, and its checkpoint are the same model."""
+    dense = _gpt2()
+    dense.save_pretrained(tmp_path / "dense")
+    small = copy.deepcopy(dense.model)
+    compress(small, "low_rank", ratio=2)
+    small.save_pretrained(tmp_path / "small")
+    loader = DataLoader(_blocks(), batch_size=4)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"teacher": str(tmp_path / "dense"), "teacher_shares_body": True, "freeze": "body"}
+    arguments |= {"distillation_weight": 1.0, "reconstruction_weight": 0.5, "optimizer": _sgd}
+    arguments |= {"frequency_bands": False}
+    tuned = []
+    for given in (str(tmp_path / "small"), copy.deepcopy(small)):
+        model = CompressedLanguageModel(given, **arguments)
+        trainer = _trainer(tmp_path)
+        trainer.fit(model, loader, loader)
+        tuned.append(model)
+    first, second = tuned
+    torch.testing.assert_close(dict(first.state_dict()), dict(second.state_dict()), rtol=0, atol=0)
+    teacher = first._original.teacher.model
+    assert teacher.model.transformer.h[0].mlp.c_fc.weight is first.model.model.transformer.h[0].mlp.c_fc.weight
+    assert teacher.model.lm_head.weight is teacher.model.transformer.wte.weight
+    batch = {name: torch.stack([block[name] for block in _blocks(2)]) for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(teacher.scores(batch, "train")[0], dense.eval().scores(batch, "train")[0])
+    expected = teacher_scores(dense.scores(batch, "train")[0], 9)
+    torch.testing.assert_close(first._original.teacher.scores(batch, 0, 9, 1.0).scores, expected.scores)
+    trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    loaded = CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt")
+    assert plan_of(loaded) == plan_of(second)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(second.state_dict()), rtol=0, atol=0)
+    loaded.save_pretrained(tmp_path / "tuned")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    torch.testing.assert_close(again(**batch).logits, second.eval()(**batch))
+
+
+class Foreign(LightningModule):
+    """Knows nothing of this package; it counts calls of its hooks."""
+
+    def __init__(self, by_hand: bool = False, lost: bool = False) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCAB_SIZE, DIM)
+        self.mix = nn.GRU(DIM, DIM, batch_first=True)
+        self.head = nn.Linear(DIM, VOCAB_SIZE)
+        self.automatic_optimization = not by_hand
+        self.lost = lost
+        self.calls: list[str] = []
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        logits = self.head(self.mix(self.tokens(ids[:, :-1]))[0])
+        if self.lost:
+            return logits.square().mean()
+        targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, 7)
+        loss = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=7)
+        logits.mul_(0)
+        return loss
+
+    def training_step(self, batch: Tensor) -> Any:
+        loss = self._loss(batch)
+        self.log("train_loss", loss)
+        return {"loss": loss}
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log_dict({"own": self._loss(batch)})
+
+    def on_train_epoch_start(self) -> None:
+        self.calls.append("epoch")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch["input_ids"]
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(_blocks(), batch_size=4)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["calls"] = self.calls
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.calls = checkpoint["calls"]
+        assert "tokens.factorization.basis" in checkpoint["state_dict"]
+
+
+def _foreign(**arguments: bool) -> Foreign:
+    seed_everything(0, verbose=False)
+    return Foreign(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_module_of_another_class(tmp_path: Path) -> None:
+    dense, small = _foreign(), _foreign()
+    compress(small, "low_rank", ratio=2)
+    before = copy.deepcopy(small)
+    values: list[Tensor] = []
+    model = CompressedLanguageModel(
+        small,
+        teacher=dense,
+        cross_entropy_weight=0.4,
+        distillation_weight=0.6,
+        teacher_top_k=5,
+        optimizer=lambda groups: values.append(len(groups)) or _sgd(groups),
+        frequency_bands=False,
+    )
+    trainer = _trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(model)
+    assert values == [2]
+    assert small.calls == ["epoch"]
+    assert "log" not in small.__dict__
+    logged = trainer.callback_metrics
+    assert logged["own"].item() == pytest.approx(logged["val_loss"].item())
+    # The step that was made, written down plainly: targets of 7 are ignored, and nothing is distilled there.
+    ids = torch.stack([block["input_ids"] for block in _blocks()[:4]])
+    targets = ids[:, 1:].masked_fill((ids[:, 1:] == 0) | (ids[:, 1:] == 7), -100)
+    logits, said = (one.head(one.mix(one.tokens(ids[:, :-1]))[0]) for one in (before, dense))
+    found = distilled_loss(logits, targets, teacher_scores(said, 5), 1.0, 0.4, 0.6)
+    assert logged["train_loss"].item() == pytest.approx(found.loss.item(), rel=1e-5)
+    assert logged["train_cross_entropy"].item() == pytest.approx(found.cross_entropy.item(), rel=1e-5)
+    assert logged["train_distillation"].item() == pytest.approx(found.distillation.item(), rel=1e-5)
+    found.loss.backward()
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter -= 0.1 * parameter.grad
+    torch.testing.assert_close(dict(small.state_dict()), dict(before.state_dict()))
+    trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    with pytest.raises(ValueError, match=r"a fine-tuning of a .*Foreign, which a file cannot build"):
+        CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt")
+    loaded = CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt", model=Foreign())
+    assert loaded.model.calls == ["epoch"]
+    assert plan_of(loaded) == plan_of(model)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_modules_that_cannot_be_tuned(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Foreign optimizes by hand"):
+        CompressedLanguageModel(_foreign(by_hand=True))
+    with pytest.raises(TypeError, match="is no HuggingFaceCausalLM"):
+        CompressedLanguageModel(_foreign()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        CompressedLanguageModel(_foreign(), teacher=HuggingFaceCausalLM(config=CONFIG, vocab_size=61))
+    model = CompressedLanguageModel(_foreign(lost=True), frequency_bands=False)
+    with pytest.warns(UserWarning, match="computes no cross-entropy over 60 classes"):
+        _trainer(tmp_path, fast_dev_run=True).fit(model)
