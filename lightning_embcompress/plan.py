@@ -413,9 +413,8 @@ def _table_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _table_place(module: nn.Module) -> tuple[torch.dtype, torch.device, bool]:
-    """Dtype and device of a table, and whether it trains; packed integers do not, but what takes their place may."""
+    """Dtype and device of a table, and whether what takes its place is to train."""
     if isinstance(module, CompressedLayer):
-        trains = [parameter.requires_grad for parameter in module.factorization.parameters()]
-        return module.factorization.dtype, module.factorization.device, any(trains) or not trains
+        return module.factorization.dtype, module.factorization.device, module.factorization.may_train
     assert isinstance(module, nn.Embedding | nn.Linear)
     return module.weight.dtype, module.weight.device, module.weight.requires_grad

@@ -150,8 +150,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
         if key not in weights:
             _check_memory(path, table)
             values = table.dense() if fill else torch.empty(table.vocab_size, table.dim, dtype=table.dtype)
-            trained = any(parameter.requires_grad for parameter in table.parameters())
-            weights[key] = nn.Parameter(values.to(table.device), requires_grad=trained)
+            weights[key] = nn.Parameter(values.to(table.device), requires_grad=table.may_train)
         compressed.append((path, old, weights[key]))
     _say_compiled(model, [path for path, _, _ in compressed])
     for path, old, weight in compressed:

@@ -237,6 +237,12 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         return [*own, *(whole(part) for child in self.children() for part in _parts(child))]
 
     @property
+    def may_train(self) -> bool:
+        """Whether what takes its place is to train: not if its parameters were frozen; packed integers have none."""
+        trains = [parameter.requires_grad for parameter in self.parameters()]
+        return any(trains) or not trains
+
+    @property
     def num_values(self) -> int:
         """Numbers that the table is made of, packed or not."""
         packed = sum(module.shape.numel() for module in self.modules() if isinstance(module, PackedFactor))

@@ -89,7 +89,7 @@ class Quantization:
             ValueError: If it is something else.
         """
         names = [*cls.__dataclass_fields__, "state"]
-        if not isinstance(record, Mapping) or list(record) != names:
+        if not isinstance(record, Mapping) or set(record) != set(names):
             raise ValueError(f"the structure's 'quantization' must have the entries {', '.join(names)}")
         values = dict(record)
         state = values.pop("state")
@@ -158,7 +158,7 @@ class FakeQuantizedFactor(QuantizedFactor):
         self.register_buffer("scales", None)
         if quantization.ranges == "learned":
             del self._buffers["scales"]
-            self.scales = nn.Parameter(self._ranges(), requires_grad=weight.requires_grad)
+            self.scales = nn.Parameter(self._ranges().to(weight.dtype), requires_grad=weight.requires_grad)
         elif frozen:
             self.freeze()
 
@@ -169,16 +169,16 @@ class FakeQuantizedFactor(QuantizedFactor):
 
     @torch.no_grad()
     def _ranges(self) -> Tensor:
-        """Scales of all groups, in the dtype of the parameter."""
+        """Scales of all groups as they are stored."""
         weight = self.weight.detach().reshape(self.matrix)
         shape = scales_shape(*self.matrix, self.quantization.group_size)
         if weight.is_meta or not weight.numel():
-            return weight.new_zeros(shape)
-        found = weight.new_empty(shape)
+            return weight.new_zeros(shape, dtype=self.quantization.scales)
+        found = weight.new_empty(shape, dtype=self.quantization.scales)
         group_rows, _ = group_shape(self.matrix[1], self.quantization.group_size)
         # Whole groups at a time.
         for chunk in row_chunks(shape[0], group_rows * self.matrix[1]):
-            found[chunk] = self._scales_of(weight[chunk.start * group_rows : chunk.stop * group_rows]).to(found.dtype)
+            found[chunk] = self._scales_of(weight[chunk.start * group_rows : chunk.stop * group_rows])
         return found
 
     def _scales_of(self, weight: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class FakeQuantizedFactor(QuantizedFactor):
             assert isinstance(self.scales, nn.Parameter)
             self.scales.requires_grad_(False)
         elif self.scales is None:
-            self.scales = self._ranges()
+            self.scales = self._ranges().to(self.weight.dtype)
 
     def rows(self, place: Tensor) -> Tensor:
         """`[*, columns]` rows as they will be stored; no others are looked at, but those they share a scale with."""
@@ -231,9 +231,9 @@ class FakeQuantizedFactor(QuantizedFactor):
         """What it is once it is not trained any more."""
         packed = PackedFactor(self.shape, self.quantization, self.weight.dtype, self.weight.device)
         of = self.quantization
-        scales = self._ranges() if self.scales is None else self.scales.detach()
-        packed.set_scales(scales.to(of.scales))
-        packed.set_codes(to_codes(self.weight.detach().view(self.matrix), scales.to(of.scales), of.bits, of.group_size))
+        scales = self._ranges() if self.scales is None else self.scales.detach().to(of.scales)
+        packed.set_scales(scales)
+        packed.set_codes(to_codes(self.weight.detach().view(self.matrix), scales, of.bits, of.group_size))
         return packed
 
 
@@ -273,6 +273,12 @@ class PackedFactor(QuantizedFactor):
     def dtype(self) -> torch.dtype:
         """Dtype of what is read."""
         return self.unit.dtype
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # It is in no file: of a structure on the meta device the bytes were assigned alone.
+        if self.unit.is_meta and not self.codes.is_meta:
+            self.unit = torch.empty_like(self.unit, device=self.codes.device)
 
     def set_scales(self, scales: Tensor) -> None:
         """Keep scales of all groups, in their dtype of 16 bits."""
