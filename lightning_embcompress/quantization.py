@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_embcompress.body_quantization import (
+    body_bytes,
     body_of,
+    body_weights,
     check_body_preparation,
     convert_body,
     converted_body,
@@ -18,7 +20,7 @@ from lightning_embcompress.body_quantization import (
 from lightning_embcompress.factorizations import Factorization, FullTable, Quantization
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.parametrized_weights import Storage, storage_of
-from lightning_embcompress.plan import Plan, plan_of
+from lightning_embcompress.plan import Plan, model_bytes, plan_of
 from lightning_embcompress.storage import check_whole
 from lightning_embcompress.tables import Table, all_modules, check_finite, find_tables, put_back, replace_table
 
@@ -206,6 +208,61 @@ def converted_plan(model: nn.Module) -> Plan:
     """The plan of a model as it will be once it is converted: what is stored then, and how small it is."""
     with converted(model):
         return plan_of(model)
+
+
+def conversion_report(model: nn.Module) -> dict[str, Any]:
+    """What is quantized in a model, and the bytes that it takes once it is converted, as in `report.json`.
+
+    Returns:
+        `tables`, an entry a table that is prepared or packed, `body` for weights beside them, or None, and `model`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.LSTM(64, 64))
+        >>> _ = prepare(model, Quantization(bits=4), tables=["0"], body="int8")
+        >>> report = conversion_report(model)
+        >>> [(table["name"], table["dtype"]) for table in report["tables"]], report["body"]["dtype"]
+        ([('0', 'int4')], 'int8')
+    """
+    quantized = {
+        modules[0] for modules, factors in compressed_tables(model) if factors.is_prepared or factors.is_packed
+    }
+    with converted(model):
+        plan, whole, body, sizes = plan_of(model), model_bytes(model), body_of(model), body_bytes(model)
+    entries = []
+    for table in plan.tables:
+        if table.name in quantized:
+            of = table.spec.get("quantization")
+            entries.append(
+                {
+                    "name": table.name,
+                    "dtype": f"int{of['bits']}" if of else "codes",
+                    "group_size": of and of["group_size"],
+                    "stored_bytes": table.stored_bytes,
+                    "ratio": table.ratio,
+                }
+            )
+    beside = None
+    if body is not None:
+        of_body = body.storage
+        beside = {
+            "name": f"{len(body.weights)} weights beside the tables",
+            "dtype": f"int{of_body.bits}" if isinstance(of_body, Quantization) else of_body,
+            "group_size": of_body.group_size if isinstance(of_body, Quantization) else None,
+            "stored_bytes": sizes[1],
+            "ratio": sizes[0] / sizes[1],
+        }
+    return {"tables": entries, "body": beside, "model": whole}
+
+
+def layers_to_prepare(model: nn.Module, tables: str | Sequence[str], body: str | None) -> tuple[list[str], list[str]]:
+    """Paths of the layers in which `prepare` will change parameters: of tables, and of weights beside them."""
+    chosen: list[str] = []
+    if body is None or tables:
+        compressed, dense = tables_to_prepare(model, tables)
+        chosen = [path for modules, _ in compressed for path in modules]
+        chosen += [path for table in dense for path in table.modules]
+    weights = [] if body is None else [name.rpartition(".")[0] for name in body_weights(model)]
+    return chosen, list(dict.fromkeys(weights))
 
 
 def compressed_tables(model: nn.Module) -> list[Change]:

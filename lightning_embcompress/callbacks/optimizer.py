@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,17 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
     learning-rate schedulers and resuming rely on), and their order is that of the rebuilt model's parameters, so that
     a resumed run finds every state where it belongs.
 
+    Layers that keep their parameters may get others beside them, and have them in another order: those that come follow
+    the parameter that is before them in the layer, into its group.
+
     The momentum of `torch.optim.SGD` is a sum of gradients, and goes on as that of the factors, see `pull_back`. All
     other state goes whole: a second moment has no such image, and a first moment beside none would explode.
 
     Args:
         optimizers: All optimizers of the run.
         model: The model, with the new layers in place.
-        replaced: The old layers by their paths, in the order of `model.named_modules()`.
+        replaced: The old layers by their paths, in the order of `model.named_modules()`; of those that were changed
+            themselves, what has the parameters they had.
 
     Returns:
         Paths of the layers whose state was dropped.
@@ -39,6 +43,7 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
     layers = [(list(old.parameters()), list(model.get_submodule(path).parameters())) for path, old in replaced.items()]
     kept = {id(parameter) for _, after in layers for parameter in after}
     gone = {id(parameter): parameter for before, _ in layers for parameter in before if id(parameter) not in kept}
+    changed = {id(p) for before, after in layers if list(map(id, before)) != list(map(id, after)) for p in before}
     tables = _one_for_one(model, replaced)
     dropped: list[str] = []
     for optimizer in optimizers:
@@ -46,18 +51,23 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
             # In place: some optimizers keep a reference to this list.
             parameters = group["params"]
             owned = {id(parameter) for parameter in parameters}
-            if not owned & gone.keys():
+            if not owned & changed:
                 continue
             places = [order.get(id(parameter), math.inf) for parameter in parameters if id(parameter) not in gone]
             end = 0
             for before, after in layers:
-                if not any(id(parameter) in owned & gone.keys() for parameter in before):
-                    continue
                 here = {id(parameter) for parameter in parameters}
                 known = {id(parameter) for parameter in before}
-                come = [parameter for parameter in after if id(parameter) not in known | here]
-                if not come and not here & known & gone.keys():
-                    continue
+                if known & gone.keys():
+                    if not owned & known & gone.keys():
+                        continue
+                    come = [parameter for parameter in after if id(parameter) not in known | here]
+                    if not come and not here & known & gone.keys():
+                        continue
+                else:
+                    if not owned & known & changed:
+                        continue
+                    come = [parameter for parameter, beside in _beside(after, known) if beside in owned]
                 # A layer tied to one before it finds the table gone: its factors follow those of that one.
                 first = next((i for i, parameter in enumerate(parameters) if id(parameter) in known), end)
                 new = {id(parameter) for parameter in come}
@@ -86,6 +96,16 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
                 elif any(torch.is_tensor(value) and value.numel() > 1 for value in state.values()):
                     dropped.append(path)
     return list(dict.fromkeys(dropped))
+
+
+def _beside(after: Sequence[nn.Parameter], known: set[int]) -> Iterator[tuple[nn.Parameter, int]]:
+    """Parameters that came to others of their layer, and the ids of those that they follow, or come before."""
+    beside = next((id(parameter) for parameter in after if id(parameter) in known), 0)
+    for parameter in after:
+        if id(parameter) in known:
+            beside = id(parameter)
+        else:
+            yield parameter, beside
 
 
 def _one_for_one(model: nn.Module, replaced: Mapping[str, nn.Module]) -> dict[int, Factorization[Any]]:

@@ -36,7 +36,25 @@ def replace_in_training(
     for paths, factorization in solved:
         replace_table(module, paths, factorization)
     # All at once: two tables may take the place of one.
-    if dropped := splice(trainer.optimizers, module, old):
+    _go_on_training(trainer, module, old)
+
+
+@contextmanager
+def changing_in_training(trainer: Trainer, module: LightningModule, paths: Sequence[str]) -> Iterator[None]:
+    """Change layers, or what is within them, in the block; then let the optimizers and DDP know their parameters.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        module: Its module.
+        paths: Of the layers, in the order of `module.named_modules()`.
+    """
+    before = {path: nn.ParameterList(module.get_submodule(path).parameters()) for path in paths}
+    yield
+    _go_on_training(trainer, module, before)
+
+
+def _go_on_training(trainer: Trainer, module: LightningModule, replaced: Mapping[str, nn.Module]) -> None:
+    if dropped := splice(trainer.optimizers, module, replaced):
         names = ", ".join(map(repr, dropped))
         rank_zero_info(f"The optimizer's state of {names} was dropped: the factors start with none.")
     rewrap(trainer)

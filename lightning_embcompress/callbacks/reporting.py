@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_embcompress.callbacks.checks import is_fast_dev_run
+from lightning_embcompress.callbacks.scheduled import ScheduledCallback
 from lightning_embcompress.plan import model_bytes, plan_of
 from lightning_embcompress.report import show_plan, write_report
 
@@ -38,8 +39,12 @@ def write_run_report(trainer: Trainer, module: LightningModule, perplexity: Mapp
     if "://" in folder:
         rank_zero_warn(f"report.json is not written: {folder!r} is no folder of this machine")
         return
+    extra: dict[str, Any] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ScheduledCallback):
+            extra |= callback.report_entries(module)
     try:
-        write_report(Path(folder) / "report.json", module, perplexity)
+        write_report(Path(folder) / "report.json", module, perplexity, extra)
     except OSError as error:
         rank_zero_warn(str(error))
 

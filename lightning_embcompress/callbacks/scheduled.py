@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
@@ -22,6 +22,8 @@ class ScheduledCallback(Callback, ABC):
     """
 
     at_epoch: int
+    comes_last: ClassVar[bool] = False
+    """Whether it does its work after others that are due at the same epoch."""
 
     def __init__(self) -> None:
         """Begin a run that goes on from nothing."""
@@ -35,6 +37,10 @@ class ScheduledCallback(Callback, ABC):
     @abstractmethod
     def _do_due(self, trainer: Trainer, module: LightningModule) -> None:
         """Do it."""
+
+    def report_entries(self, module: LightningModule) -> dict[str, Any]:
+        """What it adds to `report.json`."""
+        return {}
 
     def _leads(self, trainer: Trainer) -> bool:
         """Whether this is the callback that does for all of them what is to be done once."""
@@ -103,4 +109,4 @@ class ScheduledCallback(Callback, ABC):
 def _scheduled(trainer: Trainer) -> list[ScheduledCallback]:
     """All of them in the order of their epochs."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, ScheduledCallback)]  # type: ignore[attr-defined]
-    return sorted(found, key=lambda callback: callback.at_epoch)
+    return sorted(found, key=lambda callback: (callback.at_epoch, callback.comes_last))

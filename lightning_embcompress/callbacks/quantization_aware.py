@@ -1,0 +1,360 @@
+"""The callback that lets factors and weights train as they will be once they are stored in few bits."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from lightning_embcompress.body_quantization import body_of, freeze_body_ranges
+from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
+from lightning_embcompress.callbacks.compression import EmbeddingCompression
+from lightning_embcompress.callbacks.evaluation import validation_perplexity
+from lightning_embcompress.callbacks.replacing import changing_in_training, rewrap, uninterrupted
+from lightning_embcompress.callbacks.reporting import log, show_and_log, write_run_report
+from lightning_embcompress.callbacks.scheduled import ScheduledCallback
+from lightning_embcompress.checkpoint import keep_structure
+from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.distribution import failing_together
+from lightning_embcompress.factorizations import Quantization
+from lightning_embcompress.parametrized_weights import storage_of
+from lightning_embcompress.plan import plan_of
+from lightning_embcompress.quantization import (
+    check_preparation,
+    compressed_tables,
+    conversion_report,
+    layers_to_prepare,
+    prepare,
+)
+from lightning_embcompress.tables import find_tables
+
+
+class QuantizationAware(ScheduledCallback):
+    """Train tables, and on request other weights, as they will be once they are stored in few bits.
+
+    From its epoch on factors are read as the integers they will become, and the optimizer goes on with the numbers
+    behind them; of an embedding only the rows that a step reads are rounded. Codes of `transform_coding`, which keep
+    widths of their own, are trained too. Checkpoints of the training are of the numbers, work with `ckpt_path`
+    everywhere and resume exactly; `save_compressed`, `save_pretrained` and `lightning_embcompress.convert` store the
+    integers. Perplexity on the validation data is measured before and after, and written to `report.json` with the
+    bytes after conversion.
+
+    In a run that also compresses, this comes last: at the epoch of the last compression or refinement, after it, or
+    later. Dense tables that are named in `tables` are quantized as they are.
+
+    Epochs count from 0; what is due at an epoch happens before its first step.
+
+    Args:
+        bits: Of a value of a factor: `int8`, `int6`, `int4`, `int3`, ... or the number.
+        at_epoch: Epoch at whose start quantization begins; 0 is before the first step.
+        group_size: Neighbouring values of a row that share a scale, 16 to 256.
+        scale_dtype: Of the scales, `float16` or `bfloat16`.
+        ranges: A group's range is that of its values (`minmax`), or its scale is trained too (`learned`).
+        tables: `auto` for all compressed tables, or names of modules; `[]` for none, with `body`.
+        body: Dtype of all other linear and recurrent weights, `int8`, `int4`, ... in groups of the same size, or
+            `float16`, `bfloat16`; None to leave them as they are.
+        freeze_observers_at: Epoch from whose start on ranges stay what they are; None to let them follow the values.
+        monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by; by default the
+            cross-entropy over the vocabulary that `validation_step` computes.
+
+    Raises:
+        ValueError: If an argument is out of its range; when training starts, if a compression or refinement is due
+            later, there is nothing to quantize, or it is quantized already. Nothing is changed then.
+
+    Example:
+        >>> callback = QuantizationAware("int4", at_epoch=3, body="int8")
+        >>> QuantizationAware("int9")
+        Traceback (most recent call last):
+        ...
+        ValueError: bits must be from 2 to 8, as in 'int4', it is 'int9'
+    """
+
+    comes_last: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        bits: str | int = "int4",
+        at_epoch: int = 0,
+        group_size: int = 64,
+        scale_dtype: Literal["float16", "bfloat16"] = "float16",
+        ranges: Literal["minmax", "learned"] = "minmax",
+        tables: str | list[str] = "auto",
+        body: str | None = None,
+        freeze_observers_at: int | None = None,
+        monitor: str | None = None,
+    ) -> None:
+        """Check what can be checked without a model."""
+        super().__init__()
+        self.quantization = Quantization(_width(bits), group_size, scale_dtype, ranges)
+        if body is not None:
+            storage_of(body, group_size, scale_dtype, ranges)
+        elif not tables:
+            raise ValueError("there is nothing to quantize: tables is empty, and body is None")
+        if at_epoch < 0:
+            raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
+        if freeze_observers_at is not None and freeze_observers_at < at_epoch:
+            raise ValueError(
+                f"freeze_observers_at={freeze_observers_at} comes before at_epoch={at_epoch}: there are no ranges to "
+                "freeze before quantization begins"
+            )
+        self.at_epoch = at_epoch
+        self.tables = tables
+        self.body = body
+        self.freeze_observers_at = freeze_observers_at
+        self.monitor = monitor
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._prepared: list[str] | None = None
+        self._frozen = False
+        # An interruption may come between the change and its measurement.
+        self._measured = True
+        self._settings: dict[str, Any] | None = None
+        self._perplexity: dict[str, Any] = {"epoch": None, "before": None, "after": None}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for."""
+        return {**vars(self.quantization), "tables": self.tables, "body": self.body}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(at_epoch=self.at_epoch, tables=self.tables, body=self.body)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            "prepared": self._prepared,
+            "frozen": self._frozen,
+            "measured": self._measured,
+            "settings": self._settings,
+            "perplexity": self._perplexity,
+        }
+        return deepcopy(state)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = deepcopy(state_dict)
+        self._prepared, self._frozen, self._measured = state["prepared"], state["frozen"], state["measured"]
+        self._settings, self._perplexity = state["settings"], state["perplexity"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
+        super().setup(trainer, pl_module, stage)
+        keep_structure(pl_module)
+        use_atomic_checkpoints(trainer)
+        if stage == "fit":
+            check_trainer(trainer, type(self).__name__, self.at_epoch, [])
+            freeze = self.freeze_observers_at
+            limit = trainer.max_epochs
+            if freeze is not None and limit not in (None, -1) and freeze >= limit and not is_fast_dev_run(trainer):
+                raise ValueError(
+                    f"freeze_observers_at={freeze} is beyond max_epochs={limit} (epochs count from 0): train for at "
+                    f"least {freeze + 1} epochs, or choose an earlier one"
+                )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check before the first step what will be quantized, and go on with what was begun."""
+        check_optimizers(trainer, type(self).__name__)
+        _check_order(trainer, self)
+        if self._prepared is not None and not self._is_there(pl_module):
+            # The callback was used for another model before.
+            self._start_anew()
+        if self._prepared is None:
+            with failing_together():
+                self._check_request(trainer, pl_module)
+        else:
+            if self._settings != self.settings:
+                rank_zero_warn(
+                    f"quantization began with {self._settings}, and stays as it is: {self.settings} comes too late. "
+                    "Resume from a checkpoint of before it"
+                )
+            if self._frozen:
+                # Which parameters train is not kept in checkpoints.
+                self._freeze(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def _is_there(self, module: LightningModule) -> bool:
+        """Whether what was prepared is what the model has; converted it cannot go on training."""
+        assert self._prepared is not None
+        tables = {path: factors for paths, factors in compressed_tables(module) for path in paths}
+        body = body_of(module)
+        own = [tables[name] for name in self._prepared if name in tables]
+        packed = [name for name in self._prepared if name in tables and not tables[name].is_prepared]
+        if self.body is not None and body is not None and body.state == "packed":
+            packed.append(body.weights[0])
+        if packed:
+            raise ValueError(
+                f"{', '.join(map(repr, packed))} was converted, and has no numbers left to train: resume from a "
+                "checkpoint of the training, which is not converted"
+            )
+        return len(own) == len(self._prepared) and (self.body is None) == (body is None)
+
+    def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
+        before = [callback for callback in _compressing(trainer) if not callback._compressed]
+        if not before:
+            check_preparation(module, self.quantization, self.tables, self.body)
+            return
+        # Tables that are compressed first are dense now; what is there already can be checked.
+        if self.body is not None:
+            check_preparation(module, self.quantization, [], self.body)
+        names = [self.tables] if isinstance(self.tables, str) else self.tables
+        if names != ["auto"]:
+            compressed = {path for paths, _ in compressed_tables(module) for path in paths}
+            if dense := [name for name in names if name not in compressed]:
+                find_tables(module, dense)
+        if there := [name for name in names if name in compressed] if names != ["auto"] else []:
+            check_preparation(module, self.quantization, there)
+
+    @override
+    def _is_due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch
+        if self._prepared is None:
+            return is_fast_dev_run(trainer) or epoch >= self.at_epoch
+        return not self._measured or self._freezes(trainer)
+
+    def _freezes(self, trainer: Trainer) -> bool:
+        freeze = self.freeze_observers_at
+        if self._frozen or freeze is None:
+            return False
+        return is_fast_dev_run(trainer) or trainer.current_epoch >= freeze
+
+    @override
+    def _do_due(self, trainer: Trainer, module: LightningModule) -> None:
+        # Drawn numbers would change what follows, and a resumed run does not draw them again.
+        with isolate_rng():
+            if self._prepared is None:
+                self._prepare(trainer, module)
+            if not self._measured:
+                self._measure_change(trainer, module)
+            if self._freezes(trainer):
+                with uninterrupted():
+                    self._freeze(trainer, module)
+                rank_zero_info(f"Ranges are frozen from epoch {trainer.current_epoch} on.")
+
+    def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        check_preparation(module, self.quantization, self.tables, self.body)
+        before = self._measure(trainer, module, "before quantization")
+        tables, weights = layers_to_prepare(module, self.tables, self.body)
+        chosen = set(tables) | set(weights)
+        paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path in chosen]
+        with uninterrupted():
+            with changing_in_training(trainer, module, paths):
+                prepare(module, self.quantization, self.tables, self.body)
+            self._prepared, self._measured, self._settings = tables, False, self.settings
+            self._perplexity = {"epoch": trainer.current_epoch, "before": before, "after": None}
+
+    def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
+        own = set(self._prepared or ())
+        for paths, factors in compressed_tables(module):
+            if own & set(paths):
+                factors.freeze_ranges()
+        if self.body is not None:
+            freeze_body_ranges(module)
+        self._frozen = True
+        # DDP waits for gradients of what trained when it was made, and knows the buffers of then.
+        rewrap(trainer)
+
+    def _measure_change(self, trainer: Trainer, module: LightningModule) -> None:
+        value = self._measure(trainer, module, "quantized")
+        self._perplexity["after"] = value
+        self._measured = True
+        show_and_log(trainer, module, f"Quantized at epoch {trainer.current_epoch}")
+        report = conversion_report(module)
+        self._say(report)
+        whole = report["model"]
+        log(trainer, {"converted_bytes": whole["stored_bytes"], "converted_ratio": whole["ratio"]})
+        write_run_report(trainer, module, self._perplexities(trainer))
+
+    def _say(self, report: dict[str, Any]) -> None:
+        for entry in [*report["tables"], *([report["body"]] if report["body"] else [])]:
+            rank_zero_info(
+                f"{entry['name']!r} trains for {entry['dtype']}: {entry['stored_bytes'] / 1e6:.3f} MB once it is "
+                f"converted, {entry['ratio']:.2f}x less than dense"
+            )
+        value = self._perplexity
+        known = value["before"] is not None and value["after"] is not None
+        measured = f"; validation perplexity {value['before']:.2f} before, {value['after']:.2f} now" if known else ""
+        whole = report["model"]
+        rank_zero_info(
+            f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once it is converted, {whole['ratio']:.2f}x less "
+            f"than dense{measured}"
+        )
+
+    def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:
+        sizes = {table.spec["vocab_size"] for table in plan_of(module).tables}
+        if self.tables != "auto":
+            named = [self.tables] if isinstance(self.tables, str) else self.tables
+            compressed = {path for paths, _ in compressed_tables(module) for path in paths}
+            dense = [name for name in named if name not in compressed]
+            sizes |= {table.shape[0] for table in (find_tables(module, dense) if dense else [])}
+        value = validation_perplexity(trainer, module, sorted(sizes), self.monitor, f"Perplexity, {name}")
+        if value is not None:
+            log(trainer, {f"perplexity_{name.replace(' ', '_')}": value})
+        return value
+
+    def _perplexities(self, trainer: Trainer, final: float | None = None) -> dict[str, Any]:
+        """The perplexities of a run for `report.json`, of those that compress too."""
+        done = [callback for callback in _compressing(trainer) if callback._compressed]
+        if done:
+            return done[-1]._merged(trainer)
+        return {"dense": None, "compressed": None, "refined": [], "final": final, "split": "validation"}
+
+    @override
+    def report_entries(self, module: LightningModule) -> dict[str, Any]:
+        """Bits and bytes of what was quantized, as they will be once it is converted, and the perplexities."""
+        if self._prepared is None:
+            return {}
+        return {"quantization": {**conversion_report(module), "perplexity": dict(self._perplexity)}}
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final model and write the report, unless a callback that compresses does."""
+        if self._prepared is None:
+            rank_zero_warn(
+                f"training ended at epoch {trainer.current_epoch}, before at_epoch={self.at_epoch}: "
+                "nothing was quantized"
+            )
+        elif not any(callback._compressed for callback in _compressing(trainer)):
+            final = self._measure(trainer, pl_module, "final")
+            write_run_report(trainer, pl_module, self._perplexities(trainer, final))
+            if final is not None:
+                rank_zero_info(f"Validation perplexity: final {final:.2f}")
+
+
+def _width(bits: str | int) -> int:
+    known = {name: width for width in range(2, 9) for name in (width, str(width), f"int{width}")}
+    if isinstance(bits, bool) or bits not in known:
+        raise ValueError(f"bits must be from 2 to 8, as in 'int4', it is {bits!r}")
+    return known[bits]
+
+
+def _compressing(trainer: Trainer) -> list[EmbeddingCompression]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EmbeddingCompression)]  # type: ignore[attr-defined]
+
+
+def _check_order(trainer: Trainer, own: QuantizationAware) -> None:
+    for callback in _compressing(trainer):
+        last = max([callback.at_epoch, *callback.refine_at_epochs])
+        if last > own.at_epoch:
+            what = "refines" if last > callback.at_epoch else "compresses"
+            raise ValueError(
+                f"{type(callback).__name__} {what} tables at epoch {last}, and {type(own).__name__} quantizes them at "
+                f"epoch {own.at_epoch} already: solving again would lose what was trained since. Let quantization "
+                f"begin with at_epoch={last} or later"
+            )
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is own or not isinstance(other, QuantizationAware):
+            continue
+        first, second = ({one.tables} if isinstance(one.tables, str) else set(one.tables) for one in (own, other))
+        shared = first & second or (first | second if "auto" in first | second and first and second else set())
+        if shared or (own.body is not None and other.body is not None):
+            what = f"the tables {sorted(shared)}" if shared else "the weights beside the tables"
+            raise ValueError(f"two callbacks quantize {what}: give them different tables, and body to one of them")
