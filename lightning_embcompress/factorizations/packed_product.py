@@ -2,8 +2,9 @@
 
 The product of int8 matrices in int32 reads a byte an element, where one of floats reads four. So the bytes of packed
 rows are multiplied as they are. A byte is made of pieces of one or more integers. The bits below the end of piece `k`,
-`A_k = byte & (2^{end_k} - 1)`, are an int8 number, as is `B = byte - 128` with the bits of all of them. Pieces are
-differences of those, `(A_k - A_{k-1}) / 2^{begin_k}`, hence a sum over integers `v` is one over bytes,
+`A_k = byte & (2^{end_k} - 1)`, are an int8 number, as is `B = byte - 128` with the bits of all of them, in which form
+bytes are stored. Pieces are differences of those, `(A_k - A_{k-1}) / 2^{begin_k}`, hence a sum over integers `v` is one
+over bytes,
 
     Σ_columns h v = Σ_bytes (Σ_k α_k A_k + β B) + constant,
 
@@ -23,58 +24,73 @@ from torch import Tensor
 from lightning_embcompress.solvers.integer_quantizer import group_shape
 
 _DIGITS = 3
-# The largest number of three digits from -128 to 127 whose first stays below 128 however the others are rounded.
-_LARGEST = 2 ** (8 * _DIGITS - 1) - 2 ** (8 * (_DIGITS - 1))
-# Groups of a product: its rows are all of them times the digits, of which a group's own columns use only theirs.
-_GROUPS = 4
-# Bytes of a tile, which is copied as signed numbers: small enough for the cache, large enough for few calls.
+# As bytes from 0 to 255 that stand for digits from -128 to 127, all digits 0.
+_MIDDLE = 0x808080
+# The largest number that is three such bytes.
+_LARGEST = 2**24 - 1 - _MIDDLE
+# A product is as fast with the digits of some groups of columns as with those of one, while its rows are short.
+_GROUPS, _SHORT = 4, 96
+# Bytes of a tile: small enough for the cache, large enough for few calls; of one that is not copied, more of them.
 _TILE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class _Slab:
-    """Neighbouring groups of columns, and the bytes of a row that they are in.
+class _Layout:
+    """What the bytes of a row are made of.
 
     Attributes:
-        groups: Which groups.
-        data: Which bytes.
-        columns: `[planes, bytes]` column of every piece, counted from the first of the slab.
-        factors: `[planes, bytes]` what a piece counts, 0 where there is none.
-        group_of: `[planes, bytes]` group of every piece, counted from the first of the slab.
-        masks: `[planes - 1, bytes]` uint8, the bits below the end of every piece but the last.
+        columns: `[planes, bytes]` column of every piece.
+        factors: `[2, 1, planes, bytes]` float64, what a piece counts, of groups of even and of odd number.
+        constant: `[columns, groups]` float64, what a state counts beside: bytes are 128 more than the numbers they are
+            multiplied as, and codes are more than integers.
+        masks: The bits below the end of every piece but the last: a number, or `[bytes]` uint8 where they differ.
+        slabs: Runs of groups of columns that are multiplied at once, and the bytes that they are in.
+        data: The bytes that every group is in, one of which it may share with its neighbour.
     """
 
-    groups: slice
-    data: slice
     columns: Tensor
     factors: Tensor
-    group_of: Tensor
-    masks: Tensor
+    constant: Tensor
+    masks: tuple[int | Tensor, ...]
+    slabs: tuple[tuple[slice, slice], ...]
+    data: tuple[slice, ...]
 
 
 @lru_cache(maxsize=64)
-def _slabs(bits: int, columns: int, group_size: int) -> tuple[_Slab, ...]:
-    """How rows of a width are laid out."""
-    group_columns = group_shape(columns, group_size)[1]
-    slabs = []
+@torch.inference_mode(mode=False)
+def _layout(bits: int, columns: int, group_columns: int) -> _Layout:
+    """How rows are laid out."""
+    groups = -(-columns // group_columns)
+
+    def data(first: int, last: int) -> slice:
+        return slice(first * group_columns * bits // 8, (min(last * group_columns, columns) * bits + 7) // 8)
+
     with torch.device("cpu"):
-        for first in range(0, columns, _GROUPS * group_columns):
-            last = min(first + _GROUPS * group_columns, columns)
-            data = slice(first * bits // 8, (last * bits + 7) // 8)
-            begin = torch.arange(8 * data.start, 8 * data.stop, 8)
-            ends = torch.div(begin + 7, bits, rounding_mode="floor")
-            planes = int((ends - torch.div(begin, bits, rounding_mode="floor")).max()) + 1
-            # The last piece of every byte is in the last plane; bytes of fewer pieces have none in the first planes.
-            column = ends - torch.arange(planes - 1, -1, -1).unsqueeze(1)
-            offset = column * bits - begin
-            there = (offset > -bits) & (column >= first) & (column < last)
-            # A piece that begins its integer begins within the byte, one that goes on within the integer.
-            factors = torch.where(there, torch.exp2(-offset.double()), 0)
-            masks = 2 ** (offset[:-1] + bits).clamp(0, 8) - 1
-            column = (column - first).clamp(0, last - first - 1)
-            groups = slice(first // group_columns, -(-last // group_columns))
-            slabs.append(_Slab(groups, data, column, factors, column // group_columns, masks.to(torch.uint8)))
-    return tuple(slabs)
+        begin = torch.arange(0, columns * bits, 8)
+        ends = torch.div(begin + 7, bits, rounding_mode="floor")
+        planes = int((ends - torch.div(begin, bits, rounding_mode="floor")).max()) + 1
+        # The last piece of every byte is in the last plane; bytes of fewer pieces have none in the first planes.
+        column = ends - torch.arange(planes - 1, -1, -1).unsqueeze(1)
+        offset = column * bits - begin
+        # A piece that begins its integer begins within the byte, one that goes on within the integer.
+        factors = torch.where((offset > -bits) & (column < columns), torch.exp2(-offset.double()), 0)
+        masks = [mask.to(torch.uint8) for mask in 2 ** (offset[:-1] + bits).clamp(0, 8) - 1]
+        column = column.clamp(0, columns - 1)
+        group = torch.arange(columns) // group_columns
+        constant = torch.full((columns,), -(2.0 ** (bits - 1)), dtype=torch.float64)
+        constant.index_add_(0, column[-1], 128 * factors[-1])
+        constant = torch.zeros(columns, groups, dtype=torch.float64).scatter_(1, group[:, None], constant[:, None])
+        parity = torch.stack([group[column] % 2 == 0, group[column] % 2 == 1])
+    count = max(1, min(_GROUPS, 8 * _SHORT // (group_columns * bits)))
+    runs = [slice(first, min(first + count, groups)) for first in range(0, groups, count)]
+    return _Layout(
+        column,
+        (factors * parity).unsqueeze(1),
+        constant,
+        tuple(int(mask[0]) if bool((mask == mask[0]).all()) else mask for mask in masks),
+        tuple((run, data(run.start, run.stop)) for run in runs),
+        tuple(data(group, group + 1) for group in range(groups)),
+    )
 
 
 @cache
@@ -83,7 +99,9 @@ def products_are_exact() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     ends = torch.tensor([-128, 127], dtype=torch.int8)
-    left, right = ends.repeat_interleave(64).view(2, 64), ends.repeat(64, 32).view(64, 64).T
+    # Constant and alternating, both at their ends.
+    left = torch.stack([*ends.repeat_interleave(64).view(2, 64), ends.repeat(32)])
+    right = left.repeat(8, 1).T
     try:
         found = torch._int_mm(left, right)
     except RuntimeError:
@@ -94,12 +112,13 @@ def products_are_exact() -> bool:
 def integer_product(states: Tensor, packed: Tensor, scales: Tensor, bits: int, columns: int, group_size: int) -> Tensor:
     """`h Wᵀ` for few states, from packed integers on the CPU.
 
-    Against float64 the error is about that of a product in float32, and at most some times that for 3, 5, 6 and 7 bits,
-    the integers of which lie across bytes: below 1e-3 for logits of 20.
+    The factors of bytes are rounded to 24 bits of the largest of a state. Against float64 the error is for 8 bits that
+    of a product in float32, for 2 and 4 bits about 10 times as large, and for others, whose integers lie across bytes,
+    about 50 times: 4e-6, 7e-5 and 3e-4 for logits of 20 to 30 from 192 columns.
 
     Args:
         states: `[m, columns]`, 1 or more each, of up to 24 bits.
-        packed: `[n, ⌈columns · bits / 8⌉]` uint8, see `packed_rows.pack_rows`.
+        packed: `[n, ⌈columns · bits / 8⌉]` uint8 of 2 bytes or more a row, see `packed_rows.pack_rows`.
         scales: Of the groups of `[n, columns]`.
         bits: Bits of an integer.
         columns: Columns of the matrix.
@@ -108,66 +127,81 @@ def integer_product(states: Tensor, packed: Tensor, scales: Tensor, bits: int, c
     Returns:
         `[m, n]` float32.
     """
-    group_rows, _ = group_shape(columns, group_size)
-    out = torch.zeros(states.shape[0], packed.shape[0])
-    for slab in _slabs(bits, columns, group_size):
-        digits, units, constant = _digits(states, slab, bits, columns, group_size)
-        step = max(1, _TILE_BYTES // max(1, slab.masks.shape[1]) // group_rows) * group_rows
-        for tile, sums in _tiles(packed, slab, digits, step):
-            # [m · groups, 1, n], of the digits by what they count.
-            found = torch.baddbmm(constant, units, sums.float().view(constant.shape[0], _DIGITS, -1))
-            of_groups = scales[tile.start // group_rows : -(-tile.stop // group_rows), slab.groups]
-            factors = of_groups.T.to(torch.float32, memory_format=torch.contiguous_format)
-            if group_rows > 1:
-                factors = factors.repeat_interleave(group_rows, dim=1)[:, : tile.stop - tile.start]
-            out[:, tile] += (found.view(states.shape[0], *factors.shape) * factors).sum(dim=1)
+    group_rows, group_columns = group_shape(columns, group_size)
+    layout = _layout(bits, columns, group_columns)
+    states = states.double()
+    digits, units = _digits(states, layout)
+    # [groups · m, 1, 1] and [groups · m, 1, digits].
+    constant = (states @ layout.constant).T.float().reshape(-1, 1, 1)
+    units = units.float().unsqueeze(1).repeat(len(layout.data), 1, 1)
+    out = torch.empty(len(states), len(packed))
+    tile_bytes = _TILE_BYTES if layout.masks else 4 * _TILE_BYTES
+    step = max(1, tile_bytes // packed.shape[1] // group_rows) * group_rows
+    for rows, sums in _tiles(packed, layout, digits, step):
+        found = torch.baddbmm(constant, units, sums.float().view(len(units), _DIGITS, -1))
+        factors = scales[rows.start // group_rows : -(-rows.stop // group_rows)]
+        factors = factors.T.to(torch.float32, memory_format=torch.contiguous_format)
+        if group_rows > 1:
+            factors = factors.repeat_interleave(group_rows, dim=1)[:, : rows.stop - rows.start]
+        found = found.view(len(factors), len(states), -1)
+        torch.sum(found.mul_(factors.unsqueeze(1)), dim=0, out=out[:, rows])
     return out
 
 
-def _digits(states: Tensor, slab: _Slab, bits: int, columns: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _digits(states: Tensor, layout: _Layout) -> tuple[list[Tensor], Tensor]:
     """Digits of what every byte counts, for every state and group.
 
     Returns:
-        `[planes, m · groups · digits, bytes]` int8, `[m · groups, 1, digits]` what a digit counts, and
-        `[m · groups, 1, 1]` what is added.
+        For every slab `[planes, groups · m · digits, bytes]` int8, and `[m, digits]` what a digit counts.
     """
-    count = slab.groups.stop - slab.groups.start
-    group_columns = group_shape(columns, group_size)[1]
-    first = slab.groups.start * group_columns
-    mine = states[:, first : first + count * group_columns].double()
-    pieces = mine[:, slab.columns] * slab.factors
-    pieces = pieces.unsqueeze(1) * (slab.group_of == torch.arange(count).view(-1, 1, 1))
-    # [m, groups]: bytes are 128 more than the numbers they are multiplied as, integers 2^(bits-1) more than codes.
-    sums = torch.zeros(len(mine), count, dtype=torch.float64)
-    sums.index_add_(1, torch.arange(mine.shape[1]) // group_columns, mine)
-    constant = 128 * pieces[:, :, -1].sum(dim=-1) - 2 ** (bits - 1) * sums
+    pieces = states[:, layout.columns] * layout.factors
     # What lies below the end of a piece counts for that piece, and against the next one.
     pieces[:, :, :-1] -= pieces[:, :, 1:]
-    unit = pieces.abs().amax(dim=(2, 3), keepdim=True) / _LARGEST
-    rest = (pieces / unit.clamp(min=1e-300)).round().to(torch.int32)
-    digits = torch.empty(*rest.shape, _DIGITS, dtype=torch.int8)
-    for place in range(_DIGITS):
-        digits[..., place] = rest
-        rest = (rest - digits[..., place]) >> 8
-    # [m, groups, planes, bytes, digits] before.
-    digits = digits.permute(2, 0, 1, 4, 3).reshape(pieces.shape[2], -1, pieces.shape[3])
-    units = unit.view(-1, 1, 1) * 256.0 ** torch.arange(_DIGITS, dtype=torch.float64)
-    return digits, units.float(), constant.view(-1, 1, 1).float()
+    unit = pieces.abs().amax(dim=(0, 2, 3)) / _LARGEST
+    numbers = (pieces / unit.clamp(min=1e-300).view(-1, 1, 1)).round().to(torch.int32) + _MIDDLE
+    digits = (numbers.unsqueeze(-1).view(torch.uint8)[..., :_DIGITS] ^ 128).view(torch.int8)
+    # [even or odd, planes, m, digits, bytes]
+    digits = digits.permute(0, 2, 1, 4, 3)
+    slabs = []
+    for groups, data in layout.slabs:
+        slab = digits.new_zeros(
+            len(layout.masks) + 1, groups.stop - groups.start, *digits.shape[2:4], data.stop - data.start
+        )
+        for place, group in enumerate(range(groups.start, groups.stop)):
+            mine = layout.data[group]
+            slab[:, place, :, :, mine.start - data.start : mine.stop - data.start] = digits[group % 2, ..., mine]
+        slabs.append(slab.flatten(1, 3))
+    return slabs, unit.unsqueeze(1) * 256.0 ** torch.arange(_DIGITS, dtype=torch.float64)
 
 
-def _tiles(packed: Tensor, slab: _Slab, digits: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """Sums over bytes for some rows at a time, `[m · groups · digits, rows]` int32, and which rows they are."""
-    width = slab.masks.shape[1]
-    # Masks that all bytes share are a number; others are there for as many rows as a tile has, as rows are short.
-    masks = [
-        int(mask[0]) if bool((mask == mask[0]).all()) else mask.repeat(min(step, len(packed)), 1) for mask in slab.masks
-    ]
-    copy = torch.empty(min(step, len(packed)), width, dtype=torch.uint8)
+def _tiles(packed: Tensor, layout: _Layout, digits: list[Tensor], step: int) -> Iterator[tuple[slice, Tensor]]:
+    """Sums over bytes for some rows at a time, `[groups · m · digits, rows]` int32, and which rows they are."""
+    most = min(step, len(packed))
+    # A mask of its own for every byte of a tile: rows are too short to begin with the same one again and again.
+    masks = [mask if isinstance(mask, int) else mask.repeat(most, 1) for mask in layout.masks]
+    numbers = torch.empty(most, packed.shape[1] if masks else 0, dtype=torch.uint8)
+    sums = torch.empty(sum(slab.shape[1] for slab in digits), most, dtype=torch.int32)
     for start in range(0, len(packed), step):
-        tile = slice(start, min(start + step, len(packed)))
-        data, numbers = packed[tile, slab.data], copy[: tile.stop - start]
-        sums = torch._int_mm(digits[-1], torch.bitwise_xor(data, 128, out=numbers).view(torch.int8).T)
-        for mask, plane in zip(masks, digits, strict=False):
-            part = mask if isinstance(mask, int) else mask[: tile.stop - start]
-            sums += torch._int_mm(plane, torch.bitwise_and(data, part, out=numbers).view(torch.int8).T)
-        yield tile, sums
+        rows = slice(start, min(start + step, len(packed)))
+        count = rows.stop - start
+        if count < most:
+            numbers, sums = numbers[:count], sums[:, :count].contiguous()
+        parts = torch.split(sums, [slab.shape[1] for slab in digits])
+        for slab, part, (_, data) in zip(digits, parts, layout.slabs, strict=True):
+            _multiply(slab[-1], packed[rows, data], part)
+        for plane, mask in enumerate(masks):
+            torch.bitwise_and(packed[rows], mask if isinstance(mask, int) else mask[:count], out=numbers)
+            for slab, part, (_, data) in zip(digits, parts, layout.slabs, strict=True):
+                part += torch._int_mm(slab[plane], numbers[:, data].view(torch.int8).T)
+        yield rows, sums
+
+
+def _multiply(digits: Tensor, data: Tensor, out: Tensor) -> None:
+    """Product of `[digits, bytes]` with the bytes of rows, int32."""
+    numbers = data.view(torch.int8).T
+    if len(digits) > _DIGITS or data.is_contiguous():
+        torch._int_mm(digits, numbers, out=out)
+        return
+    # Parts of rows are copied for a product of matrices, and not for those of vectors.
+    for digit in range(len(digits)):
+        torch._int_mm(digits[digit : digit + 1], numbers, out=out[digit : digit + 1])
