@@ -9,7 +9,7 @@ forgotten. The head is called as it is, whatever it is made of, and autograd dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.full_softmax import full_softmax_loss, summed_loss
 from lightning_embcompress.storage import is_sharded
 
-# 32 MiB of float32 logits on a CPU, and as much for their gradient, stay in a large cache; with fewer, the gradients of
-# parameters are added up, and pieces of tables computed, more often than is worth it. Other devices are to be busy.
-_CPU_CHUNK_ELEMENTS, _CHUNK_ELEMENTS = 2**23, 2**24
+# Logits of a chunk: as many as the head has parameters, whose gradients are added up after each chunk, within these
+# bounds. On a CPU the least are 16 MiB of float32, for a large cache; other devices are to be busy.
+_CPU_LEAST_ELEMENTS, _MOST_ELEMENTS = 2**22, 2**24
 _LEAST_TOKENS = 64
 # Of the gradient at float16 logits: small probabilities would be zero, and sums over many tokens infinite.
 _HALF_SCALE = 16.0
@@ -47,8 +47,8 @@ def head_softmax_loss(
             gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, row by row.
         hidden: What the head reads, floating point, shape ``[*, dim]``.
         targets: Ids of the true tokens, int64, shape ``[*]``; -100 is ignored.
-        chunk_tokens: Tokens of a call of the head; None for as many as give 2^24 logits (2^23 on a CPU), and at
-            least 64.
+        chunk_tokens: Tokens of a call of the head; None for as many as give 2^24 logits, on a CPU 2^22 or as many as
+            the head has parameters, but at least 64.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits), and the number of targets that are not ignored, an
@@ -102,7 +102,9 @@ def _chunks(head: nn.Module, hidden: Tensor, chunk_tokens: int | None) -> Iterat
     """Which tokens the head is called with; once with none, if there are none."""
     if chunk_tokens is None:
         vocab_size = getattr(head, "out_features", None)
-        elements = _CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else _CHUNK_ELEMENTS
+        elements = _MOST_ELEMENTS
+        if hidden.device.type == "cpu":
+            elements = min(elements, max(_CPU_LEAST_ELEMENTS, sum(one.numel() for one in head.parameters())))
         fitting = elements // max(1, vocab_size) if isinstance(vocab_size, int) else 0
         chunk_tokens = max(_LEAST_TOKENS, fitting)
     # Of equal size: a small rest costs as much as a whole chunk where most of the work is by parameters.
@@ -158,7 +160,7 @@ def _with_gradients(
     return total, [at_hidden, *sums]
 
 
-def _add(sums: list[Tensor | None], parts: list[Tensor | None]) -> None:
+def _add(sums: list[Tensor | None], parts: Sequence[Tensor | None]) -> None:
     for index, part in enumerate(parts):
         before = sums[index]
         if part is not None and before is None:

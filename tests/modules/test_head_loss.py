@@ -242,11 +242,11 @@ def test_chunks_go_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     head, calls = _linear(), []
     head.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
     hidden, targets = torch.zeros(1000, DIM, dtype=torch.float64), torch.zeros(1000, dtype=torch.long)
-    monkeypatch.setattr(head_loss, "_CPU_CHUNK_ELEMENTS", 300 * VOCAB_SIZE)
+    monkeypatch.setattr(head_loss, "_CPU_LEAST_ELEMENTS", 300 * VOCAB_SIZE)
     head_softmax_loss(head, hidden, targets)
     assert calls == [250] * 4
     calls.clear()
-    monkeypatch.setattr(head_loss, "_CPU_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", 1)
     head_softmax_loss(head, hidden, targets)
     assert max(calls) <= 64
     assert (sum(calls), len(calls)) == (1000, 16)
@@ -301,7 +301,7 @@ def test_a_language_model_trains_by_chunks_as_by_all_logits(monkeypatch: pytest.
     model.log = other.log = lambda *_, **__: None  # type: ignore[method-assign]
     model.decoder.register_forward_hook(lambda _, __, logits: calls.append(logits.shape))
     batch = (torch.randint(VOCAB_SIZE, (10, 30)), torch.randint(VOCAB_SIZE, (10, 30)))
-    monkeypatch.setattr(head_loss, "_CPU_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", 1)
     loss = model.training_step(batch, 0)
     assert calls == [(60, VOCAB_SIZE)] * 5
     expected, _ = full_softmax_loss(other.decoder(other.hidden_states(batch[0])[0]), batch[1])

@@ -1,0 +1,90 @@
+"""A training step with compressed tables: `pytest tests/benchmarks/test_training_step.py -s --benchmark-only`.
+
+Ratios of the same run to the dense model, with the loss that all of them have, a chunk of tokens at a time, and with
+torch's own of all logits. Memory is of parameters, gradients, optimizer state and activations, each side in a process
+of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_embcompress import compress
+from lightning_embcompress.modules import LSTMLanguageModel
+
+sys.path.insert(0, str(Path(__file__).parent / "workers"))
+from training_step import VOCAB_SIZE, Training, language_model  # noqa: E402
+
+pytestmark = pytest.mark.timeout(1800)
+
+ROUNDS = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _compressed(method: str, ratio: float) -> LSTMLanguageModel:
+    model = language_model()
+    with torch.no_grad():
+        # A falling spectrum, as trained tables have.
+        for table in (model.encoder.weight, model.decoder.weight):
+            table.mul_(torch.logspace(0, -1.5, table.shape[1]))
+    compress(model, method, ratio=ratio, token_counts=2_000_000 // torch.arange(1, VOCAB_SIZE + 1) + 1)
+    return model
+
+
+def _peak(model: LSTMLanguageModel, folder: Path, side: str) -> int:
+    path = folder / "model.pt"
+    torch.save(model, path)
+    script = Path(__file__).parent / "workers" / "training_step.py"
+    command = [sys.executable, str(script), str(path), side]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_training_step(benchmark, tmp_path: Path) -> None:
+    models = {
+        "dense": language_model(),
+        "group_reduce 4x": _compressed("group_reduce", 4),
+        "transform_coding 4x": _compressed("transform_coding", 4),
+        "transform_coding 20x": _compressed("transform_coding", 20),
+    }
+    peaks = {name: _peak(model, tmp_path, "chunks") for name, model in models.items()}
+    peaks["dense, all logits"] = _peak(models["dense"], tmp_path, "whole")
+    steps = {name: Training(model) for name, model in models.items()}
+    steps["dense, all logits"] = Training(language_model(), whole_logits=True)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    benchmark.pedantic(steps["group_reduce 4x"], rounds=1)
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            times[name].append(_seconds(step))
+    least = {name: min(of_step) for name, of_step in times.items()}
+    for name in steps:
+        ratios = [of[name] / of[dense] for of in (least, peaks) for dense in ("dense", "dense, all logits")]
+        benchmark.extra_info[name] = ratios
+        sys.stdout.write(
+            f"\n{name}: {least[name]:.2f} s a step, {ratios[0]:.2f} of dense ({ratios[1]:.2f} with all logits); "
+            f"{peaks[name] / 1e6:.0f} MB, {ratios[2]:.2f} ({ratios[3]:.2f})"
+        )
+    sys.stdout.write(" (one thread)\n")
+    assert least["group_reduce 4x"] < 0.6 * least["dense"]
+    assert least["dense"] < least["dense, all logits"]
+    assert peaks["dense"] < 0.7 * peaks["dense, all logits"]
+    for name in ("group_reduce 4x", "transform_coding 4x", "transform_coding 20x"):
+        assert peaks[name] < 0.4 * peaks["dense, all logits"]
+
+
+def _seconds(step: Training) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
