@@ -159,6 +159,7 @@ def prepare_body(model: nn.Module, storage: Storage) -> Body:
         if id(weight) not in lists:
             lists[id(weight)] = parametrized(FakeQuantizedWeight(weight, storage), weight)
         _install(model, name, lists[id(weight)])
+    huggingface.follow(model)
     return Body(tuple(weights), storage, "fake")
 
 
@@ -285,6 +286,30 @@ def apply_body(model: nn.Module, body: Body | None) -> None:
         if id(weight) not in lists:
             lists[id(weight)] = _empty(weight, body)
         _install(model, name, lists[id(weight)])
+    huggingface.follow(model)
+
+
+def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> None:
+    """Make weights usable whose tensors were put into place one by one, in a model that was on the meta device.
+
+    Args:
+        model: The model.
+        is_missing: Whether a tensor was not loaded.
+
+    Raises:
+        ValueError: If one was not.
+    """
+    for name, kept in _lists(model).items():
+        for key, tensor in kept.state_dict(keep_vars=True).items():
+            if is_missing(tensor):
+                raise ValueError(
+                    f"{_prefix(name) + key!r} was not loaded: it is missing from the model's files, or was to stay on "
+                    "disk. Take all files of one save_pretrained, and load them to memory"
+                )
+        reading = kept[0]
+        if isinstance(reading, PackedWeight):
+            # Not stored: it follows from the model.
+            reading.unit = torch.empty_like(reading.unit, device=next(iter(kept.state_dict().values())).device)
 
 
 def restore_body(model: nn.Module) -> None:
@@ -426,3 +451,4 @@ def _restore(model: nn.Module, fill: bool) -> None:
             # A module of two paths.
             continue
         restore(module, own, parameters[id(kept)])
+    huggingface.follow(model)

@@ -79,14 +79,18 @@ def _has_encoder_and_decoder(model: Any) -> bool:
 def follow(root: nn.Module) -> None:
     """Bring the models of transformers within a module in step with its layers, after some were replaced.
 
-    Afterwards `save_pretrained` of a model with compressed tables records their plan, its tied factors are stored
-    once, and what would corrupt the tables is refused; a model without compressed tables is as transformers made it.
+    Afterwards `save_pretrained` of a model with compressed tables, or quantized weights beside them, records their
+    plan, its tied factors are stored once, and what would corrupt the tables is refused; a model without is as
+    transformers made it.
 
     Args:
         root: The module in which layers were replaced.
     """
+    # Here and not at the top: it is built on this module.
+    from lightning_embcompress.body_quantization import body_of
+
     for model in pretrained_models(root).values():
-        if _factorizations(model):
+        if _factorizations(model) or body_of(model) is not None:
             _hook(model)
             _declare_ties(model, root)
         elif _DENSE_TIES in model.__dict__:
@@ -152,13 +156,13 @@ class _SaveHook(_Hook):
     ) -> Any:
         # Here and not at the top: replacing tables, which plans are built on, is what this module serves.
         from lightning_embcompress.plan import plan_of
-        from lightning_embcompress.quantization import converted
+        from lightning_embcompress.quantization import converted, is_prepared
 
         # A part of the model may have been changed by itself.
         follow(self.model)
-        if state_dict is not None and any(one.is_prepared for one in _factorizations(self.model).values()):
+        if state_dict is not None and is_prepared(self.model):
             raise ValueError(
-                "the tables are prepared for quantization, and a state_dict of numbers has no integers: call "
+                "the model is prepared for quantization, and a state_dict of numbers has no integers: call "
                 "save_pretrained without a state_dict, or convert(model) before"
             )
         with converted(self.model):

@@ -43,12 +43,13 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
     """
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Put empty factors in the place of tables.
+        """Put empty factors in the place of tables, and empty bytes in that of other weights that are quantized.
 
         Raises:
             ValueError: If the configuration holds no plan that can be read, or one for another model.
         """
         from lightning_embcompress import huggingface
+        from lightning_embcompress.body_quantization import apply_body
         from lightning_embcompress.plan import Plan, check_plan
         from lightning_embcompress.tables import replace_table
 
@@ -66,15 +67,17 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
             # missing, and overwrite what was read. So only the first layer has the factors while they are loaded.
             for path in table.modules[1:]:
                 del model.get_submodule(path).factorization
+        apply_body(model, self.plan.body)
         huggingface.follow(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Give the loaded factors to all layers that share them.
+        """Give the loaded factors to all layers that share them, and look at the weights beside them.
 
         Raises:
             ValueError: If a factor was missing from the files, or they are damaged.
         """
         from lightning_embcompress import huggingface
+        from lightning_embcompress.body_quantization import finish_loading
 
         for table in self.plan.tables:
             factorization = _loaded(table, model.get_submodule(table.name).factorization)
@@ -82,6 +85,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
                 layer = model.get_submodule(path)
                 layer.factorization = factorization
                 del layer.__dict__["weight"]
+        finish_loading(model, _is_missing)
         # From here on it is a model like any other: what transformers calls quantized can neither be cast nor trained.
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for part in huggingface.pretrained_models(model).values():
@@ -124,7 +128,21 @@ def _fitted(plan: Plan, model: Any) -> Plan:
             paths += [path for path in dict.fromkeys(tied) if path not in taken]
             taken.update(paths)
     tables = zip(plan.tables, placed, strict=True)
-    return replace(plan, tables=tuple(replace(table, modules=tuple(paths)) for table, paths in tables if paths))
+    fitted = replace(plan, tables=tuple(replace(table, modules=tuple(paths)) for table, paths in tables if paths))
+    if plan.body is None:
+        return fitted
+    known = dict(model.named_parameters(remove_duplicate=False))
+    weights = []
+    for name in plan.body.weights:
+        names = [one for one in (name, base + name, name.removeprefix(base)) if one in known]
+        # One outside of the base model belongs to a head that this model may not have.
+        if names or name.startswith(base):
+            weights.append(names[0] if names else name)
+    return replace(fitted, body=replace(plan.body, weights=tuple(weights)) if weights else None)
+
+
+def _is_missing(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False)
 
 
 def _ties(model: Any) -> dict[str, str]:
@@ -142,7 +160,7 @@ def _empty(table: TablePlan, dtype: torch.dtype) -> Factorization[Any]:
 def _loaded(table: TablePlan, read: Factorization[Any]) -> Factorization[Any]:
     """A factorization with tensors that transformers has put into place one by one, which tells it nothing."""
     for name, tensor in read.state_dict(keep_vars=True).items():
-        if tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False):
+        if _is_missing(tensor):
             raise ValueError(
                 f"'{table.name}.factorization.{name}' was not loaded: it is missing from the model's files, or was to "
                 "stay on disk, where factors cannot be read from. Take all files of one save_pretrained, and load them "

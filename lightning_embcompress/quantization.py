@@ -204,6 +204,13 @@ def quantize(model: nn.Module, quantization: Quantization | None = None, tables:
     return _carry_out(model, [(modules, factors.converted()) for modules, factors in changes])
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """Whether any table of a model, or weight beside them, trains for fewer bits, and can be converted."""
+    body = body_of(model)
+    beside = body is not None and body.state != "packed"
+    return beside or any(factors.is_prepared for _, factors in compressed_tables(model))
+
+
 def converted_plan(model: nn.Module) -> Plan:
     """The plan of a model as it will be once it is converted: what is stored then, and how small it is."""
     with converted(model):
