@@ -95,9 +95,12 @@ def teacher_scores(logits: Tensor, top_k: int | None = None, temperature: float 
     rows = _rows(flat)
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
-        values = _log_softmax(flat[part].to(dtype), temperature)
+        values = flat[part].to(dtype)
+        values = values if temperature == 1 else values / temperature
+        chances, normalizer = _softmax(values)
         torch.topk(values, top_k, out=(scores[part], ids[part]))
-        log_rest[part] = values.scatter_(-1, ids[part], -math.inf).logsumexp(-1)
+        scores[part] -= normalizer.unsqueeze(-1)
+        log_rest[part] = chances.scatter_(-1, ids[part], 0.0).sum(-1).log()
     return TeacherScores(scores, ids, log_rest)
 
 
@@ -175,37 +178,14 @@ class _DistilledLoss(torch.autograd.Function):
         weights: tuple[float, float, float],
         overwrite: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        temperature, cross_entropy_weight, distillation_weight = weights
         # Not scaled yet, small probabilities would be zero in float16.
         kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         overwrite = overwrite and kept == logits.dtype
         # The same memory, with the same count of changes: autograd raises where an overwritten tensor is needed.
         gradient = logits.detach() if overwrite else torch.empty_like(logits, dtype=kept)
-        scored = targets.ne(IGNORE_INDEX)
-        ids = torch.where(scored, targets, 0).unsqueeze(-1)
-        dtype = _accumulator(logits)
-        losses = torch.zeros(2, len(logits), dtype=dtype, device=logits.device)
-        with torch.autocast(logits.device.type, enabled=False):
-            rows = _rows(logits)
-            for start in range(0, len(logits), rows):
-                part = slice(start, start + rows)
-                scores = logits.detach()[part].to(dtype)
-                values = torch.log_softmax(scores, -1)
-                losses[0, part] = values.gather(-1, ids[part]).squeeze(-1).neg_()
-                tempered = values.clone() if temperature == 1 else _log_softmax(scores, temperature)
-                loss, pull = _divergence(
-                    tempered, TeacherScores(*(_part(tensor, part) for tensor in teacher)), temperature
-                )
-                losses[1, part] = loss * temperature**2
-                values.exp_().scatter_add_(-1, ids[part], values.new_full((1, 1), -1.0).expand(len(values), 1))
-                values.mul_(cross_entropy_weight).add_(pull, alpha=distillation_weight * temperature)
-                # Not a product: an infinite logit in an ignored row must not become NaN.
-                gradient[part] = values.masked_fill_(~scored[part].unsqueeze(-1), 0.0)
+        total, cross_entropy, divergence = summed_distilled_loss(logits.detach(), targets, teacher, *weights, gradient)
         ctx.save_for_backward(gradient)
         ctx.overwrite, ctx.dtype = overwrite, logits.dtype
-        cross_entropy, divergence = losses.masked_fill_(~scored, 0.0).sum(-1)
-        total = cross_entropy_weight * cross_entropy + distillation_weight * divergence
-        cross_entropy, divergence = cross_entropy.clone(), divergence.clone()
         ctx.mark_non_differentiable(cross_entropy, divergence)
         return total, cross_entropy, divergence
 
@@ -217,33 +197,86 @@ class _DistilledLoss(torch.autograd.Function):
         return scaled, None, None, None, None
 
 
-def _divergence(student: Tensor, teacher: TeacherScores, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of log-probabilities at the temperature, which are overwritten: the divergence, and `q − p` of its gradient."""
-    if teacher.ids is None or teacher.log_rest is None:
-        scores = _log_softmax(teacher.scores.to(student.dtype), temperature)
-        chances = scores.exp()
-        loss = torch.where(chances > 0, chances * (scores - student), 0.0).sum(-1)
-        return loss, student.exp_().sub_(chances)
-    scores, log_rest = teacher.scores.to(student.dtype), teacher.log_rest.to(student.dtype)
-    chances, rest = scores.exp(), log_rest.exp()
-    own = student.gather(-1, teacher.ids)
-    # The likeliest are taken out, so that the rest is summed and not what is left of 1, which would be rounding.
-    student.scatter_(-1, teacher.ids, -math.inf)
-    own_rest = student.logsumexp(-1)
-    loss = torch.where(chances > 0, chances * (scores - own), 0.0).sum(-1)
-    loss += torch.where(rest > 0, rest * (log_rest - own_rest), 0.0)
-    # q_v (1 - P / Q) for the others: of the logarithms, P / Q alone may be infinite.
-    share = torch.where(own_rest == -math.inf, -math.inf, log_rest - own_rest).unsqueeze(-1)
-    pull = student.exp().sub_(student.add_(share).exp_())
-    return loss, pull.scatter_(-1, teacher.ids, own.exp_() - chances)
+def summed_distilled_loss(
+    logits: Tensor,
+    targets: Tensor,
+    teacher: TeacherScores,
+    temperature: float,
+    cross_entropy_weight: float,
+    distillation_weight: float,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the sums over all targets of the loss and its parts, and the gradient of the first at the logits.
+
+    Args:
+        logits: ``[N, vocab_size]``, without a graph.
+        targets: Int64, ``[N]``; -100 is ignored.
+        teacher: See `distilled_loss`, as for the weights.
+        temperature: Of both.
+        cross_entropy_weight: Of the cross-entropy.
+        distillation_weight: Of the divergence.
+        gradient: ``[N, vocab_size]``, is written over; it may be the logits themselves.
+
+    Returns:
+        The weighted sum, the cross-entropy and the divergence, float32 scalars (float64 for float64 logits).
+    """
+    scored = targets.ne(IGNORE_INDEX)
+    # Any valid id does for the ignored targets, whose loss and gradient are dropped.
+    ids = torch.where(scored, targets, 0).unsqueeze(-1)
+    dtype = _accumulator(logits)
+    losses = torch.zeros(2, len(logits), dtype=dtype, device=logits.device)
+    pull = distillation_weight * temperature
+    with torch.autocast(logits.device.type, enabled=False):
+        rows = _rows(logits)
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            scores = logits[part].to(dtype)
+            chances, normalizer = _softmax(scores)
+            losses[0, part] = normalizer - scores.gather(-1, ids[part]).squeeze(-1)
+            if temperature == 1:
+                tempered, normalizer_of_tempered = chances, normalizer
+            else:
+                scores = scores / temperature
+                tempered, normalizer_of_tempered = _softmax(scores)
+            said = TeacherScores(*(None if one is None else one[part] for one in teacher))  # type: ignore[arg-type]
+            if said.ids is None or said.log_rest is None:
+                theirs = said.scores.to(dtype) / temperature
+                expected, normalizer_of_theirs = _softmax(theirs)
+                # A token that is impossible for both adds nothing, and its infinite logits no NaN.
+                difference = torch.where(expected > 0, theirs - scores, 0.0).mul_(expected).sum(-1)
+                losses[1, part] = difference + normalizer_of_tempered - normalizer_of_theirs
+                values = chances * cross_entropy_weight
+                values.add_(tempered, alpha=pull).sub_(expected, alpha=pull)
+            else:
+                log_kept, log_rest = said.scores.to(dtype), said.log_rest.to(dtype)
+                kept, own = log_kept.exp(), tempered.gather(-1, said.ids)
+                log_own = scores.gather(-1, said.ids) - normalizer_of_tempered.unsqueeze(-1)
+                # Taken out, so that the rest is summed and not what is left of 1, which would be rounding.
+                rest = tempered.scatter_(-1, said.ids, 0.0).sum(-1).clamp_(min=torch.finfo(dtype).tiny).log_()
+                losses[1, part] = torch.where(kept > 0, kept * (log_kept - log_own), 0.0).sum(-1)
+                losses[1, part] += torch.where(log_rest > -math.inf, log_rest.exp() * (log_rest - rest), 0.0)
+                factor = ((1 - (log_rest - rest).exp()) * pull).unsqueeze(-1)
+                correction = (own - kept) * pull
+                if temperature == 1:
+                    values = chances.mul_(factor + cross_entropy_weight)
+                    correction += own * cross_entropy_weight
+                else:
+                    values = chances.mul_(cross_entropy_weight).addcmul_(tempered, factor)
+                values.scatter_add_(-1, said.ids, correction)
+            values.scatter_add_(-1, ids[part], values.new_full((1, 1), -cross_entropy_weight).expand(len(values), 1))
+            gradient[part] = values
+    # Not a product: an infinite logit in an ignored row must not become NaN.
+    gradient.index_fill_(0, scored.logical_not().nonzero().flatten(), 0.0)
+    cross_entropy, divergence = losses.masked_fill_(~scored, 0.0).sum(-1)
+    divergence = divergence * temperature**2
+    return cross_entropy_weight * cross_entropy + distillation_weight * divergence, cross_entropy.clone(), divergence
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
-
-
-def _part(tensor: Tensor | None, part: slice) -> Any:
-    return None if tensor is None else tensor[part]
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, and the logarithm of what `exp(scores)` was divided by."""
+    values = torch.softmax(scores, -1)
+    # The largest probability is 1 / Σ exp(z - max z): so one exponential of each logit is enough.
+    return values, scores.amax(-1) - values.amax(-1).log()
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:

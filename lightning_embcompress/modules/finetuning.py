@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,6 +16,7 @@ from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import LanguageModel, Stage
 from lightning_embcompress.modules.distillation import TeacherScores, check_distillation, distilled_loss
+from lightning_embcompress.modules.finetuning_arguments import check_arguments
 from lightning_embcompress.modules.finetuning_foreign import (
     FORWARDED,
     NestedCheckpoint,
@@ -142,7 +141,7 @@ class CompressedLanguageModel(LanguageModel):
         weighted = {"cross_entropy": cross_entropy_weight, "distillation": distillation_weight}
         weighted["reconstruction"] = reconstruction_weight
         rates = {"factor_learning_rate": factor_learning_rate, "body_learning_rate": body_learning_rate}
-        _check(weighted, rates, freeze, reconstruction_rows, teacher_shares_body)
+        check_arguments(weighted, rates, freeze, reconstruction_rows, teacher_shares_body)
         opened = build(architecture) if model is None and architecture is not None else open_model(model, weights)
         if not opened.automatic_optimization:
             raise ValueError(
@@ -407,32 +406,3 @@ class CompressedLanguageModel(LanguageModel):
                 " save_compressed(path)."
             )
         self.model.save_pretrained(str(path))
-
-
-def _check(
-    weights: Mapping[str, float], rates: Mapping[str, float | None], freeze: str | None, rows: int | None, shares: bool
-) -> None:
-    """Refuse arguments that are out of range, or do not fit each other."""
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name}_weight={weight} must be 0 or more, and finite.")
-    if not any(weights.values()):
-        raise ValueError("All weights are 0, so that there is no loss: set cross_entropy_weight=1.")
-    for name, rate in rates.items():
-        if rate is not None and not 0 <= rate < math.inf:
-            raise ValueError(f"{name}={rate} must be 0 or more; leave it out for that of the optimizer.")
-    if freeze not in (None, "body", "factors"):
-        raise ValueError(f"freeze={freeze!r} must be 'body', 'factors' or None.")
-    if weights["reconstruction"] and freeze == "factors":
-        raise ValueError(
-            "reconstruction_weight trains factors, but freeze='factors' leaves them as they are: set one of them to"
-            " 0 or None."
-        )
-    if rows is not None and rows < 1:
-        raise ValueError(f"reconstruction_rows={rows} must be at least 1; None takes the tokens of the batch.")
-    if shares and freeze != "body":
-        raise ValueError(
-            f"teacher_shares_body=True with freeze={freeze!r}: the teacher is the dense tables over the model's own"
-            " body, and if that is trained the teacher moves with its student, to where both agree and neither is"
-            " right. Set freeze='body', or teacher_shares_body=False to keep the whole teacher."
-        )

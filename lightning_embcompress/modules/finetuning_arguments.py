@@ -1,0 +1,46 @@
+"""What can be said of the arguments of a fine-tuning before a file is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+
+def check_arguments(
+    weights: Mapping[str, float], rates: Mapping[str, float | None], freeze: str | None, rows: int | None, shares: bool
+) -> None:
+    """Refuse arguments that are out of range, or do not fit each other.
+
+    Args:
+        weights: Of the terms of the loss, by their names.
+        rates: Learning rates by their names; None for those of the optimizer.
+        freeze: The part that is not trained.
+        rows: Rows that are drawn for the reconstruction.
+        shares: Whether the teacher's tables are read over the model's own body.
+
+    Raises:
+        ValueError: Naming the argument, its value and the remedy.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}_weight={weight} must be 0 or more, and finite.")
+    if not any(weights.values()):
+        raise ValueError("All weights are 0, so that there is no loss: set cross_entropy_weight=1.")
+    for name, rate in rates.items():
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"{name}={rate} must be 0 or more; leave it out for that of the optimizer.")
+    if freeze not in (None, "body", "factors"):
+        raise ValueError(f"freeze={freeze!r} must be 'body', 'factors' or None.")
+    if weights["reconstruction"] and freeze == "factors":
+        raise ValueError(
+            "reconstruction_weight trains factors, but freeze='factors' leaves them as they are: set one of them to"
+            " 0 or None."
+        )
+    if rows is not None and rows < 1:
+        raise ValueError(f"reconstruction_rows={rows} must be at least 1; None takes the tokens of the batch.")
+    if shares and freeze != "body":
+        raise ValueError(
+            f"teacher_shares_body=True with freeze={freeze!r}: the teacher is the dense tables over the model's own"
+            " body, and if that is trained the teacher moves with its student, to where both agree and neither is"
+            " right. Set freeze='body', or teacher_shares_body=False to keep the whole teacher."
+        )
