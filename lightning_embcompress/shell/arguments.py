@@ -169,7 +169,8 @@ def _value(parser: argparse.ArgumentParser, name: str, text: str) -> Any:
         parser.error(f"{name}={text!r}: must be a value in YAML or JSON, such as 20, 0.1, true or [2, 3]")
 
 
-def _new_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+def new_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser of a command's options, which tells mistakes in one line."""
     return _Parser(
         prog=f"embcompress {command}",
         description=description,
@@ -181,7 +182,7 @@ def _new_parser(command: str, description: str, epilog: str = "") -> argparse.Ar
 
 
 def _compress_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("compress", _COMPRESS, _COMPRESS_EXAMPLES)
+    parser = new_parser("compress", _COMPRESS, _COMPRESS_EXAMPLES)
     add = parser.add_argument
     add("source", metavar="SOURCE", help=_SOURCE_HELP)
     add("target", metavar="TARGET", help=_TARGET_HELP)
@@ -234,7 +235,7 @@ def _compress_parser() -> argparse.ArgumentParser:
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("inspect", _INSPECT)
+    parser = new_parser("inspect", _INSPECT)
     parser.add_argument("source", metavar="PATH", help=_SOURCE_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON: what report.json has, and every table's share")
     parser.add_argument("--trust_source", action="store_true", help=_TRUST_HELP)
@@ -242,7 +243,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 
 def _densify_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("densify", _DENSIFY)
+    parser = new_parser("densify", _DENSIFY)
     parser.add_argument("source", metavar="PATH", help=_SOURCE_HELP)
     parser.add_argument("target", metavar="TARGET", help=_TARGET_HELP)
     parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE_HELP)
@@ -251,7 +252,7 @@ def _densify_parser() -> argparse.ArgumentParser:
 
 
 def _compare_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("compare", _COMPARE, _COMPARE_EXAMPLES)
+    parser = new_parser("compare", _COMPARE, _COMPARE_EXAMPLES)
     _add_measuring(
         parser,
         target="where the comparison is written; must not exist, or be empty",
@@ -263,7 +264,7 @@ def _compare_parser() -> argparse.ArgumentParser:
 
 
 def _sweep_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("sweep", _SWEEP, _SWEEP_EXAMPLES)
+    parser = new_parser("sweep", _SWEEP, _SWEEP_EXAMPLES)
     _add_measuring(
         parser,
         target="where the points are written; must not exist, be empty, or have a sweep of the same model and text",
