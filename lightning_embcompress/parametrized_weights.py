@@ -207,17 +207,18 @@ def restore(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, own)
     remove_parametrizations(module, name, leave_parametrized=False)
-    _in_order(module, name)
+    _in_order(module)
 
 
-def _in_order(module: nn.Module, name: str) -> None:
+def _in_order(module: nn.Module) -> None:
     """Put a parameter that was registered again where layers have it: weights before biases."""
     if isinstance(module, nn.RNNBase):
         names = module._flat_weights_names
         if "_flat_weights" not in vars(module) and not is_parametrized(module):
             module._flat_weights = [getattr(module, one) for one in names]
     else:
-        names = [name, *(one for one in module._parameters if one != name)]
+        # What was registered last is the last of the weights.
+        names = [one for one in module._parameters if "weight" in one]
     own = module._parameters
     module._parameters = {one: own[one] for one in names if one in own} | own
 
