@@ -179,7 +179,7 @@ class LSTMLanguageModel(LanguageModel):
         if embedded.device.type == "cpu":
             # Under autocast, nn.LSTM fails on CPUs without bfloat16 instructions ("could not create a primitive").
             with torch.autocast("cpu", enabled=False):
-                hidden, state = self.lstm(embedded.to(self.lstm.weight_ih_l0.dtype), state)
+                hidden, state = self.lstm(embedded.to(self.lstm.bias_ih_l0.dtype), state)
         else:
             hidden, state = self.lstm(embedded, state)
         return self.dropout(hidden), state
