@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_embcompress.checkpoint import restore_structure, write_record
@@ -108,6 +108,19 @@ class LanguageModel(LightningModule):
         """
         inputs, targets = batch
         return self.logits(inputs, stage), targets
+
+    def head_inputs(self, batch: Any, stage: Stage) -> tuple[nn.Module, Tensor, Tensor] | None:
+        """What `scores` computes logits from, for losses that need only some of them at a time.
+
+        Args:
+            batch: As for `scores`.
+            stage: The text it belongs to, which goes on with it.
+
+        Returns:
+            The head, hidden states ``[batch_size, seq_len, dim]`` of which it gives the logits row by row, and target
+            ids, int64, ``[batch_size, seq_len]``. None where logits are made in another way; nothing is done then.
+        """
+        return None
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -20,13 +20,15 @@ chunk of them is in the cache:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.modules.head_loss import head_loss_sum
 
 # 2^20 float32 logits = 4 MiB; the loss needs three such buffers, which stay in the cache.
 _CHUNK_ELEMENTS = 2**20
@@ -104,6 +106,21 @@ def teacher_scores(logits: Tensor, top_k: int | None = None, temperature: float 
     return TeacherScores(scores, ids, log_rest)
 
 
+def joined_scores(parts: Sequence[TeacherScores]) -> TeacherScores:
+    """What a teacher says of some positions, and of those after them.
+
+    Args:
+        parts: At least one.
+
+    Example:
+        >>> scores = teacher_scores(torch.zeros(2, 4), top_k=1)
+        >>> joined_scores([scores, scores]).scores.shape
+        torch.Size([4, 1])
+    """
+    scores, ids, log_rest = ([one for one in column if one is not None] for column in zip(*parts, strict=True))
+    return TeacherScores(torch.cat(scores), *(torch.cat(one) if one else None for one in (ids, log_rest)))
+
+
 def check_distillation(top_k: int | None, temperature: float) -> None:
     """Refuse what is out of range.
 
@@ -151,19 +168,78 @@ def distilled_loss(
         (2.0794, 0.0, 2)
     """
     flat_logits, flat_targets = logits.flatten(0, -2), targets.flatten()
-    positions = (len(teacher.scores), teacher.scores.shape[-1] if teacher.ids is None else flat_logits.shape[-1])
-    if positions != tuple(flat_logits.shape) or len(flat_targets) != len(flat_logits):
-        raise ValueError(
-            f"The teacher has scored {positions[0]} positions over {positions[1]} tokens, but the model"
-            f" {len(flat_logits)} over {flat_logits.shape[-1]}, with {len(flat_targets)} targets: they must be of the"
-            " same batch and the same vocabulary."
-        )
+    _check_fit(teacher, len(flat_logits), flat_logits.shape[-1], flat_targets)
     function: Any = _DistilledLoss
     weights = (temperature, cross_entropy_weight, distillation_weight)
     total, cross_entropy, divergence = function.apply(flat_logits, flat_targets, teacher, weights, overwrite)
-    count = flat_targets.ne(IGNORE_INDEX).sum()
+    return _means(total, cross_entropy, divergence, flat_targets)
+
+
+def distilled_head_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    teacher: TeacherScores,
+    temperature: float = 1.0,
+    cross_entropy_weight: float = 1.0,
+    distillation_weight: float = 1.0,
+    *,
+    chunk_tokens: int | None = None,
+) -> DistilledLoss:
+    """`distilled_loss` of the logits that a head gives, which are never there at once.
+
+    Args:
+        head: Gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, see
+            :func:`~lightning_embcompress.modules.head_loss.head_softmax_loss`.
+        hidden: What the head reads, ``[*, dim]``; it or the head must require a gradient.
+        targets: See `distilled_loss`, as for everything below.
+        teacher: Of the same positions.
+        temperature: Of both.
+        cross_entropy_weight: Of the cross-entropy.
+        distillation_weight: Of the divergence from the teacher.
+        chunk_tokens: Positions of a call of the head; None to go by memory.
+
+    Raises:
+        ValueError: If the teacher has scored another number of positions or tokens.
+
+    Example:
+        >>> head, targets = torch.nn.Linear(4, 8), torch.tensor([[1, 2, -100]])
+        >>> result = distilled_head_loss(head, torch.zeros(1, 3, 4), targets, teacher_scores(torch.zeros(1, 3, 8), 4))
+        >>> result.loss.requires_grad
+        True
+    """
+    flat, ids = hidden.flatten(0, -2), targets.flatten()
+    parts: list[tuple[Tensor, Tensor]] = []
+
+    def summed(logits: Tensor, part: slice, gradient: Tensor) -> Tensor:
+        _check_fit(teacher, len(flat), logits.shape[-1], ids)
+        weights = (temperature, cross_entropy_weight, distillation_weight)
+        total, *terms = summed_distilled_loss(logits, ids[part], _part(teacher, part), *weights, gradient)
+        parts.append((terms[0], terms[1]))
+        return total
+
+    total = head_loss_sum(head, flat, summed, chunk_tokens)
+    cross_entropy, divergence = (torch.stack(terms).sum() for terms in zip(*parts, strict=True))
+    return _means(total, cross_entropy, divergence, ids)
+
+
+def _check_fit(teacher: TeacherScores, positions: int, tokens: int, targets: Tensor) -> None:
+    found = (len(teacher.scores), teacher.scores.shape[-1] if teacher.ids is None else tokens)
+    if found != (positions, tokens) or len(targets) != positions:
+        raise ValueError(
+            f"The teacher has scored {found[0]} positions over {found[1]} tokens, but the model {positions} over"
+            f" {tokens}, with {len(targets)} targets: they must be of the same batch and the same vocabulary."
+        )
+
+
+def _means(total: Tensor, cross_entropy: Tensor, divergence: Tensor, targets: Tensor) -> DistilledLoss:
+    count = targets.ne(IGNORE_INDEX).sum()
     number = count.clamp(min=1)
     return DistilledLoss(total / number, cross_entropy / number, divergence / number, count)
+
+
+def _part(teacher: TeacherScores, part: slice) -> TeacherScores:
+    return TeacherScores(*(None if one is None else one[part] for one in teacher))  # type: ignore[arg-type]
 
 
 class _DistilledLoss(torch.autograd.Function):
@@ -238,7 +314,7 @@ def summed_distilled_loss(
             else:
                 scores = scores / temperature
                 tempered, normalizer_of_tempered = _softmax(scores)
-            said = TeacherScores(*(None if one is None else one[part] for one in teacher))  # type: ignore[arg-type]
+            said = _part(teacher, part)
             if said.ids is None or said.log_rest is None:
                 theirs = said.scores.to(dtype) / temperature
                 expected, normalizer_of_theirs = _softmax(theirs)

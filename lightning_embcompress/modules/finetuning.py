@@ -15,7 +15,12 @@ from typing_extensions import override
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import LanguageModel, Stage
-from lightning_embcompress.modules.distillation import TeacherScores, check_distillation, distilled_loss
+from lightning_embcompress.modules.distillation import (
+    TeacherScores,
+    check_distillation,
+    distilled_head_loss,
+    distilled_loss,
+)
 from lightning_embcompress.modules.finetuning_arguments import check_arguments
 from lightning_embcompress.modules.finetuning_foreign import (
     FORWARDED,
@@ -278,10 +283,15 @@ class CompressedLanguageModel(LanguageModel):
         return loss
 
     def _from_logits(self, batch: Any, said: TeacherScores) -> Tensor:
-        """Cross-entropy and distillation, of logits whose memory their gradient takes."""
-        logits, targets = self._ours().scores(batch, "train")
-        cross_entropy, distillation = (self.weights_of_terms[name] for name in ("cross_entropy", "distillation"))
-        found = distilled_loss(logits, targets, said, self.temperature, cross_entropy, distillation, overwrite=True)
+        """Cross-entropy and distillation, where the model is a language model of this package."""
+        weights = (self.weights_of_terms["cross_entropy"], self.weights_of_terms["distillation"])
+        known = self._ours().head_inputs(batch, "train")
+        if known is None:
+            logits, targets = self._ours().scores(batch, "train")
+            found = distilled_loss(logits, targets, said, self.temperature, *weights, overwrite=True)
+        else:
+            head, hidden, targets = known
+            found = distilled_head_loss(head, hidden, targets, said, self.temperature, *weights)
         self.log("train_cross_entropy", found.cross_entropy, batch_size=1)
         self.log("train_distillation", found.distillation, batch_size=1)
         return found.loss
@@ -294,7 +304,7 @@ class CompressedLanguageModel(LanguageModel):
         if targets is None:
             targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         weight = self.weights_of_terms["distillation"]
-        found = distilled_loss(head(hidden), targets, said, self.temperature, 0.0, weight, overwrite=True)
+        found = distilled_head_loss(head, hidden, targets, said, self.temperature, 0.0, weight)
         self.log("train_distillation", found.distillation, batch_size=1)
         return found.loss
 

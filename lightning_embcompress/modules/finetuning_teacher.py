@@ -15,7 +15,7 @@ from typing_extensions import Self
 from lightning_embcompress.callbacks.passes import step_arguments
 from lightning_embcompress.checkpoint import write_record
 from lightning_embcompress.modules.base import LanguageModel
-from lightning_embcompress.modules.distillation import TeacherScores, teacher_scores
+from lightning_embcompress.modules.distillation import TeacherScores, joined_scores, teacher_scores
 from lightning_embcompress.modules.finetuning_parts import Parts, Watch
 from lightning_embcompress.tables import put_back
 
@@ -24,7 +24,7 @@ _SAME_BODY = 1e-2
 # What modules keep in a checkpoint of where they are in a text.
 _CARRIED = ("lstm_state",)
 # Logits of a teacher that are there at once, where its head can be called on a part of the positions.
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**22
 
 
 class Teacher:
@@ -57,16 +57,18 @@ class Teacher:
             temperature: See `teacher_scores`.
         """
         if isinstance(self.model, LanguageModel):
-            logits, _ = self.model.scores(batch, "train")
-            return teacher_scores(logits, top_k, temperature)
-        with silenced(self.model), Watch(self.model, self.parts, head=True) as watch:
-            self.model.training_step(*step_arguments(self.model.training_step, batch, batch_idx))
-        head, hidden = self.parts.head(self.model), watch.hidden_states()
-        assert head is not None
+            known = self.model.head_inputs(batch, "train")
+            if known is None:
+                return teacher_scores(self.model.scores(batch, "train")[0], top_k, temperature)
+            head, hidden = known[0], known[1].flatten(0, -2)
+        else:
+            with silenced(self.model), Watch(self.model, self.parts, head=True) as watch:
+                self.model.training_step(*step_arguments(self.model.training_step, batch, batch_idx))
+            found = self.parts.head(self.model)
+            assert found is not None
+            head, hidden = found, watch.hidden_states()
         rows = max(1, _CHUNK_ELEMENTS // self.parts.vocab_size)
-        found = [teacher_scores(head(part), top_k, temperature) for part in torch.split(hidden, rows)]
-        scores, ids, log_rest = ([part for part in parts if part is not None] for parts in zip(*found, strict=True))
-        return TeacherScores(torch.cat(scores), *(torch.cat(parts) if parts else None for parts in (ids, log_rest)))
+        return joined_scores([teacher_scores(head(part), top_k, temperature) for part in torch.split(hidden, rows)])
 
     def layers(self) -> dict[str, nn.Module]:
         """The layers that read its tables, by their paths."""

@@ -9,8 +9,8 @@ forgotten. The head is called as it is, whatever it is made of, and autograd dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from lightning_embcompress.storage import is_sharded
 # bounds. On a CPU the least are 16 MiB of float32, for a large cache; other devices are to be busy.
 _CPU_LEAST_ELEMENTS, _MOST_ELEMENTS = 2**22, 2**24
 _LEAST_TOKENS = 64
+SummedLoss: TypeAlias = Callable[[Tensor, slice, Tensor], Tensor]
+"""Sum of losses of the logits of some positions, whose gradient it writes, see `head_loss_sum`."""
+
 # Of the gradient at float16 logits: small probabilities would be zero, and sums over many tokens infinite.
 _HALF_SCALE = 16.0
 
@@ -79,12 +82,43 @@ def head_softmax_loss(
     count = ids.ne(IGNORE_INDEX).sum()
     parameters = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        total, gradients = _with_gradients(head, flat, ids, parameters, chunk_tokens)
-        function: Any = _Differentiated
-        total = function.apply(total, gradients, flat, *parameters.values())
+        total = head_loss_sum(head, flat, lambda logits, part, out: summed_loss(logits, ids[part], out), chunk_tokens)
     else:
         total = _without_gradients(head, flat, ids, chunk_tokens)
     return total / count.clamp(min=1), count
+
+
+def head_loss_sum(head: nn.Module, hidden: Tensor, summed: SummedLoss, chunk_tokens: int | None = None) -> Tensor:
+    """Return the sum of any loss whose gradient at the logits of a head is known, computed as `head_softmax_loss` is.
+
+    Args:
+        head: See `head_softmax_loss`; it, or the hidden states, must require a gradient.
+        hidden: What it reads, floating point, shape ``[N, dim]``.
+        summed: Called for every chunk with its logits ``[n, vocab_size]``, without a graph, with which of the positions
+            they are, and with a tensor of the same shape to write the gradient to; gives the sum of the losses.
+        chunk_tokens: See `head_softmax_loss`.
+
+    Returns:
+        The sum, a scalar that can be differentiated once.
+
+    Raises:
+        ValueError: If the head reads tensors that require a gradient and are not among its parameters.
+
+    Example:
+        >>> import torch
+        >>> head = torch.nn.Linear(8, 100)
+        >>> def square(logits, part, gradient):
+        ...     gradient.copy_(2 * logits)
+        ...     return logits.square().sum()
+        >>> head_loss_sum(head, torch.zeros(5, 8), square).backward()
+        >>> head.weight.grad.shape
+        torch.Size([100, 8])
+    """
+    parameters = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
+    total, gradients = _with_gradients(head, hidden, summed, parameters, chunk_tokens)
+    function: Any = _Differentiated
+    result: Tensor = function.apply(total, gradients, hidden, *parameters.values())
+    return result
 
 
 def _is_gathered_by_calls(head: nn.Module) -> bool:
@@ -124,7 +158,7 @@ def _without_gradients(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_t
 
 
 def _with_gradients(
-    head: nn.Module, hidden: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter], chunk_tokens: int | None
+    head: nn.Module, hidden: Tensor, summed: SummedLoss, parameters: dict[str, nn.Parameter], chunk_tokens: int | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Sum of the losses, and its gradients at the hidden states and at the parameters."""
     # Other tensors of the same values: hooks of the parameters are called once, by the backward pass.
@@ -142,7 +176,7 @@ def _with_gradients(
         if buffer is None or len(buffer) < len(logits):
             buffer = torch.empty_like(logits, dtype=torch.float32 if half else logits.dtype, requires_grad=False)
         gradient = buffer[: len(logits)]
-        loss = summed_loss(logits.detach(), targets[part], gradient)
+        loss = summed(logits.detach(), part, gradient)
         total = loss if total is None else total + loss
         scale = _HALF_SCALE if half else 1.0
         given = gradient.mul_(scale).to(logits.dtype)

@@ -219,6 +219,12 @@ class LSTMLanguageModel(LanguageModel):
         return logits
 
     @override
+    def head_inputs(self, batch: Batch, stage: Stage) -> tuple[nn.Module, Tensor, Tensor]:
+        """The decoder, its hidden states, with the state carried within the stage, and target ids."""
+        inputs, targets = batch
+        return self.decoder, self._continued_hidden_states(inputs, stage), targets
+
+    @override
     def start_text(self, stage: Stage) -> None:
         """Let the stage's next batch start from a zero state."""
         self._states.pop(stage, None)

@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_embcompress.modules import distillation
-from lightning_embcompress.modules.distillation import distilled_loss, teacher_scores
+from lightning_embcompress.modules.distillation import (
+    distilled_head_loss,
+    distilled_loss,
+    joined_scores,
+    teacher_scores,
+)
 
 POSITIONS, VOCAB_SIZE = 11, 40
 
@@ -52,6 +57,25 @@ def test_loss_and_gradient(
     assert found.num_targets == 9
     expected = torch.autograd.grad(2 * (0.7 * cross_entropy + 1.3 * divergence), student)
     torch.testing.assert_close(torch.autograd.grad(2 * found.loss, student), expected)
+
+
+@pytest.mark.parametrize("top_k", [7, None])
+def test_a_head_whose_logits_are_never_there_at_once(top_k: int | None) -> None:
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(6, VOCAB_SIZE).double(), _targets()
+    hidden = torch.randn(POSITIONS, 6, dtype=torch.double, requires_grad=True)
+    said = teacher_scores(_logits(1), top_k, 2.0)
+    parts = [teacher_scores(part, top_k, 2.0) for part in _logits(1).split(4)]
+    for one, other in zip(joined_scores(parts), said, strict=True):
+        assert one is other is None or torch.equal(one, other)
+    expected = distilled_loss(head(hidden), targets, said, 2.0, 0.7, 1.3)
+    found = distilled_head_loss(head, hidden, targets, said, 2.0, 0.7, 1.3, chunk_tokens=4)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    inputs = [hidden, *head.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(found.loss, inputs), torch.autograd.grad(expected.loss, inputs))
+    with pytest.raises(ValueError, match="scored 10 positions over 40 tokens, but the model 11 over 40"):
+        distilled_head_loss(head, hidden, targets, teacher_scores(_logits(1)[:10], 5))
 
 
 def test_a_teacher_that_agrees_teaches_nothing_and_few_tokens_say_less_than_all() -> None:
