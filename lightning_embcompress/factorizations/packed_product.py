@@ -30,8 +30,9 @@ _MIDDLE = 0x808080
 _LARGEST = 2**24 - 1 - _MIDDLE
 # A product is as fast with the digits of some groups of columns as with those of one, while its rows are short.
 _GROUPS, _SHORT = 4, 96
-# Bytes of a tile: small enough for the cache, large enough for few calls; of one that is not copied, more of them.
-_TILE_BYTES = 2**20
+# Rows of a tile at most, and bytes of what is made for it: small enough for the cache, large enough for few calls. With
+# a power of two the sums of a row would be in one another's way in the cache.
+_TILE_ROWS, _TILE_BYTES = 16_800, 2**21
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,20 @@ class _Layout:
 
     Attributes:
         columns: `[planes, bytes]` column of every piece.
-        factors: `[2, 1, planes, bytes]` float64, what a piece counts, of groups of even and of odd number.
+        factors: `[parts, 1, planes, bytes]` float64, what a piece counts. Where groups end within bytes there is a part
+            for those of even number and one for those of odd number.
         constant: `[columns, groups]` float64, what a state counts beside: bytes are 128 more than the numbers they are
             multiplied as, and codes are more than integers.
         masks: The bits below the end of every piece but the last: a number, or `[bytes]` uint8 where they differ.
-        slabs: Runs of groups of columns that are multiplied at once, and the bytes that they are in.
-        data: The bytes that every group is in, one of which it may share with its neighbour.
+        slabs: Bytes that are multiplied at once, and as `[parts, 1, groups, 1, 1, bytes]` int8 whether they are of a
+            group.
     """
 
     columns: Tensor
     factors: Tensor
     constant: Tensor
     masks: tuple[int | Tensor, ...]
-    slabs: tuple[tuple[slice, slice], ...]
-    data: tuple[slice, ...]
+    slabs: tuple[tuple[slice, Tensor], ...]
 
 
 @lru_cache(maxsize=64)
@@ -61,10 +62,14 @@ class _Layout:
 def _layout(bits: int, columns: int, group_columns: int) -> _Layout:
     """How rows are laid out."""
     groups = -(-columns // group_columns)
-
-    def data(first: int, last: int) -> slice:
-        return slice(first * group_columns * bits // 8, (min(last * group_columns, columns) * bits + 7) // 8)
-
+    # The first byte of every group, and the end of its last one.
+    ends_within = group_columns * bits % 8 > 0 and groups > 1
+    spans = [
+        (group * group_columns * bits // 8, (min((group + 1) * group_columns, columns) * bits + 7) // 8)
+        for group in range(groups)
+    ]
+    count = max(1, min(_GROUPS, 8 * _SHORT // (group_columns * bits)))
+    slabs = []
     with torch.device("cpu"):
         begin = torch.arange(0, columns * bits, 8)
         ends = torch.div(begin + 7, bits, rounding_mode="floor")
@@ -80,16 +85,20 @@ def _layout(bits: int, columns: int, group_columns: int) -> _Layout:
         constant = torch.full((columns,), -(2.0 ** (bits - 1)), dtype=torch.float64)
         constant.index_add_(0, column[-1], 128 * factors[-1])
         constant = torch.zeros(columns, groups, dtype=torch.float64).scatter_(1, group[:, None], constant[:, None])
-        parity = torch.stack([group[column] % 2 == 0, group[column] % 2 == 1])
-    count = max(1, min(_GROUPS, 8 * _SHORT // (group_columns * bits)))
-    runs = [slice(first, min(first + count, groups)) for first in range(0, groups, count)]
+        parts = torch.stack([group[column] % 2 == part for part in range(2)]) if ends_within else torch.ones(1, 1, 1)
+        for first in range(0, groups, count):
+            mine = spans[first : first + count]
+            data = slice(mine[0][0], mine[-1][1])
+            member = torch.zeros(len(parts), 1, len(mine), 1, 1, data.stop - data.start, dtype=torch.int8)
+            for place, (start, stop) in enumerate(mine):
+                member[(first + place) % len(parts), 0, place, 0, 0, start - data.start : stop - data.start] = 1
+            slabs.append((data, member))
     return _Layout(
         column,
-        (factors * parity).unsqueeze(1),
+        (factors * parts).unsqueeze(1),
         constant,
         tuple(int(mask[0]) if bool((mask == mask[0]).all()) else mask for mask in masks),
-        tuple((run, data(run.start, run.stop)) for run in runs),
-        tuple(data(group, group + 1) for group in range(groups)),
+        tuple(slabs),
     )
 
 
@@ -133,10 +142,11 @@ def integer_product(states: Tensor, packed: Tensor, scales: Tensor, bits: int, c
     digits, units = _digits(states, layout)
     # [groups · m, 1, 1] and [groups · m, 1, digits].
     constant = (states @ layout.constant).T.float().reshape(-1, 1, 1)
-    units = units.float().unsqueeze(1).repeat(len(layout.data), 1, 1)
+    units = units.float().unsqueeze(1).repeat(layout.constant.shape[1], 1, 1)
     out = torch.empty(len(states), len(packed))
-    tile_bytes = _TILE_BYTES if layout.masks else 4 * _TILE_BYTES
-    step = max(1, tile_bytes // packed.shape[1] // group_rows) * group_rows
+    # The sums as integers and as floats, and a copy of the bytes.
+    row_bytes = 8 * _DIGITS * len(units) + (packed.shape[1] if layout.masks else 0)
+    step = max(1, min(_TILE_ROWS, _TILE_BYTES // row_bytes) // group_rows) * group_rows
     for rows, sums in _tiles(packed, layout, digits, step):
         found = torch.baddbmm(constant, units, sums.float().view(len(units), _DIGITS, -1))
         factors = scales[rows.start // group_rows : -(-rows.stop // group_rows)]
@@ -156,20 +166,16 @@ def _digits(states: Tensor, layout: _Layout) -> tuple[list[Tensor], Tensor]:
     """
     pieces = states[:, layout.columns] * layout.factors
     # What lies below the end of a piece counts for that piece, and against the next one.
-    pieces[:, :, :-1] -= pieces[:, :, 1:]
+    pieces[:, :, :-1] -= pieces[:, :, 1:].clone()
     unit = pieces.abs().amax(dim=(0, 2, 3)) / _LARGEST
     numbers = (pieces / unit.clamp(min=1e-300).view(-1, 1, 1)).round().to(torch.int32) + _MIDDLE
     digits = (numbers.unsqueeze(-1).view(torch.uint8)[..., :_DIGITS] ^ 128).view(torch.int8)
-    # [even or odd, planes, m, digits, bytes]
-    digits = digits.permute(0, 2, 1, 4, 3)
+    # [parts, planes, 1, m, digits, bytes]
+    digits = digits.permute(0, 2, 1, 4, 3).unsqueeze(2)
     slabs = []
-    for groups, data in layout.slabs:
-        slab = digits.new_zeros(
-            len(layout.masks) + 1, groups.stop - groups.start, *digits.shape[2:4], data.stop - data.start
-        )
-        for place, group in enumerate(range(groups.start, groups.stop)):
-            mine = layout.data[group]
-            slab[:, place, :, :, mine.start - data.start : mine.stop - data.start] = digits[group % 2, ..., mine]
+    for data, member in layout.slabs:
+        slab = digits[..., data] * member
+        slab = slab[0] if len(member) == 1 else slab.sum(dim=0, dtype=torch.int8)
         slabs.append(slab.flatten(1, 3))
     return slabs, unit.unsqueeze(1) * 256.0 ** torch.arange(_DIGITS, dtype=torch.float64)
 
@@ -181,27 +187,22 @@ def _tiles(packed: Tensor, layout: _Layout, digits: list[Tensor], step: int) -> 
     masks = [mask if isinstance(mask, int) else mask.repeat(most, 1) for mask in layout.masks]
     numbers = torch.empty(most, packed.shape[1] if masks else 0, dtype=torch.uint8)
     sums = torch.empty(sum(slab.shape[1] for slab in digits), most, dtype=torch.int32)
+    signed = packed.view(torch.int8).T
     for start in range(0, len(packed), step):
         rows = slice(start, min(start + step, len(packed)))
         count = rows.stop - start
-        if count < most:
+        if count < sums.shape[1]:
             numbers, sums = numbers[:count], sums[:, :count].contiguous()
-        parts = torch.split(sums, [slab.shape[1] for slab in digits])
-        for slab, part, (_, data) in zip(digits, parts, layout.slabs, strict=True):
-            _multiply(slab[-1], packed[rows, data], part)
+        begin = 0
+        for slab, (data, _) in zip(digits, layout.slabs, strict=True):
+            # Parts of rows are copied for a product of matrices, and not for those of vectors.
+            height = slab.shape[1] if slab.shape[1] > _DIGITS or len(layout.slabs) == 1 else 1
+            for few in torch.split(slab[-1], height):
+                torch._int_mm(few, signed[data, rows], out=sums[begin : begin + height])
+                begin += height
         for plane, mask in enumerate(masks):
             torch.bitwise_and(packed[rows], mask if isinstance(mask, int) else mask[:count], out=numbers)
-            for slab, part, (_, data) in zip(digits, parts, layout.slabs, strict=True):
-                part += torch._int_mm(slab[plane], numbers[:, data].view(torch.int8).T)
+            parts = torch.split(sums, [slab.shape[1] for slab in digits])
+            for slab, part, (data, _) in zip(digits, parts, layout.slabs, strict=True):
+                part += torch._int_mm(slab[plane], numbers.view(torch.int8)[:, data].T)
         yield rows, sums
-
-
-def _multiply(digits: Tensor, data: Tensor, out: Tensor) -> None:
-    """Product of `[digits, bytes]` with the bytes of rows, int32."""
-    numbers = data.view(torch.int8).T
-    if len(digits) > _DIGITS or data.is_contiguous():
-        torch._int_mm(digits, numbers, out=out)
-        return
-    # Parts of rows are copied for a product of matrices, and not for those of vectors.
-    for digit in range(len(digits)):
-        torch._int_mm(digits[digit : digit + 1], numbers, out=out[digit : digit + 1])

@@ -28,6 +28,8 @@ _TILE = 2**17
 _EXPORTED_TILE = 2**24
 # States up to which integers are multiplied as they are; more of them are worth unpacking for.
 _FEW_STATES = 8
+# Values of a matrix up to which it is unpacked even for one of them.
+_SMALL = 2**18
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -215,8 +217,10 @@ def _product(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns:
 def _is_for_integers(hidden: Tensor, packed: Tensor) -> bool:
     """Whether states are few, and of not more than the 24 bits that are multiplied in integers."""
     is_few = 0 < hidden.numel() <= _FEW_STATES * hidden.shape[-1]
+    # A small matrix is unpacked before its states are cut into digits.
+    is_large = len(packed) * hidden.shape[-1] > _SMALL
     # Of rows of one byte `torch._int_mm` takes the strides for others.
-    return is_few and hidden.dtype != torch.float64 and len(packed) > 0 and packed.shape[1] > 1
+    return is_few and is_large and hidden.dtype != torch.float64 and packed.shape[1] > 1
 
 
 def _unpacked_tiles(

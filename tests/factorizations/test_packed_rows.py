@@ -18,6 +18,12 @@ BITS = range(2, 9)
 SHAPES = [(0, 5, 16), (7, 0, 16), (9, 1, 64), (23, 5, 16), (31, 24, 64), (10, 63, 21), (40, 130, 17), (50, 192, 64)]
 
 
+@pytest.fixture(autouse=True)
+def also_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers are multiplied however small the matrix is."""
+    monkeypatch.setattr(packed_rows, "_SMALL", 0)
+
+
 def _matrix(
     n: int, columns: int, bits: int, group_size: int, dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +83,7 @@ def test_rows_are_those_of_the_matrix(n: int, columns: int, group_size: int, bit
 def test_products_against_float64(
     n: int, columns: int, group_size: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_product, "_TILE_BYTES", 640)
+    monkeypatch.setattr(packed_product, "_TILE_BYTES", 1000)
     monkeypatch.setattr(packed_rows, "_TILE", 700)
     packed, scales, values = _matrix(n, columns, bits, group_size, torch.bfloat16)
     for shape in ((columns,), (1, columns), (2, 4, columns), (9, columns), (0, columns)):
@@ -85,7 +91,7 @@ def test_products_against_float64(
         bound = hidden.norm(dim=-1, keepdim=True) * values.norm(dim=-1)
         for dtype, part in (
             (torch.float64, 1e-12),
-            (torch.float32, 1e-5),
+            (torch.float32, 4e-5),
             (torch.float16, 2e-3),
             (torch.bfloat16, 1e-2),
         ):
@@ -149,7 +155,7 @@ def test_gradients_reach_the_states(bits: int, states: int, monkeypatch: pytest.
     hidden = torch.randn(states, 20, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: multiply_packed(h, packed, scales, bits, 20, 64), hidden, fast_mode=True)
     weights = torch.randn(states, 60)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for dtype, tolerance in ((torch.float32, 4e-5), (torch.bfloat16, 2e-2)):
         narrow = hidden.detach().to(dtype).requires_grad_()
         (multiply_packed(narrow, packed, scales, bits, 20, 64) * weights).sum().backward()
         assert narrow.grad is not None
