@@ -260,9 +260,9 @@ class CompressedLanguageModel(LanguageModel):
         if alone or not self.training:
             return step_output(self.model.training_step, batch, batch_idx)
         said = None
-        if self._original.teacher is not None:
-            # First: its logits are gone again before the model's own are computed.
-            said = self._original.teacher.scores(batch, batch_idx, self.teacher_top_k, self.temperature)
+        if weights["distillation"]:
+            # First: what it takes is gone again before the model's own graph is there.
+            said = self._original.scores(batch, batch_idx, self.teacher_top_k, self.temperature)
         with Watch(self.model, self.parts, head=said is not None and not self._is_ours) as watch:
             loss = self._from_logits(batch, said) if said is not None and self._is_ours else None
             if loss is None:

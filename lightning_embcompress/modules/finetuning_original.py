@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_embcompress.modules.base import LanguageModel
+from lightning_embcompress.modules.distillation import TeacherScores
 from lightning_embcompress.modules.finetuning_parts import Parts
 from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction, of_the_model
 from lightning_embcompress.modules.finetuning_sources import open_model
 from lightning_embcompress.modules.finetuning_teacher import Teacher, over_shared_body, shares_parameters
 from lightning_embcompress.statistics import Statistics
+
+_NOT_STARTED = (
+    "The teacher is opened when a Trainer starts to fit, and training_step needs it: train with Trainer.fit(model)."
+)
 
 
 class Original:
@@ -87,11 +92,10 @@ class Original:
                 f"{terms[0]} works on one device and under DDP, not under {type(trainer.strategy).__name__}, which"
                 " shards the tables that are to be compared: use strategy='ddp'."
             )
-        if self.teacher is not None or self._tables:
+        if (self.teacher is not None or not self._distils) and (self._tables or not self._reconstructs):
             # Of an earlier fit.
             return
         if self._opened is None:
-            assert isinstance(self.given, str)
             self._opened = self._checked(model, open_model(self.given, None, "teacher"))
         _check_fingerprints(self._opened, model, trainer)
         if self._reconstructs:
@@ -160,6 +164,16 @@ class Original:
         """Let the teacher go on with the text from where a checkpoint was written, when training starts."""
         self._carried = carried
 
+    def scores(self, batch: Any, batch_idx: int, top_k: int | None, temperature: float) -> TeacherScores:
+        """What the teacher says of a batch, see `Teacher.scores`.
+
+        Raises:
+            RuntimeError: If no Trainer has started to fit.
+        """
+        if self.teacher is None:
+            raise RuntimeError(_NOT_STARTED)
+        return self.teacher.scores(batch, batch_idx, top_k, temperature)
+
     def reconstruction(self, model: nn.Module, ids: Sequence[Tensor], rows: int | None, seed: int) -> Tensor:
         """How far all tables are from the original's, in sum.
 
@@ -170,8 +184,11 @@ class Original:
             seed: By which they are drawn.
 
         Raises:
+            RuntimeError: If no Trainer has started to fit.
             ValueError: If no embedding was called and no rows are drawn.
         """
+        if not self._tables:
+            raise RuntimeError(_NOT_STARTED)
         if rows is not None:
             generator = torch.Generator().manual_seed(seed)
             parts = [table.of_sample(model, rows, generator) for table in self._tables]

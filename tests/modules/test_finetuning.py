@@ -200,8 +200,22 @@ def test_tables_over_the_same_body_are_the_teacher(start: SimpleNamespace) -> No
     other = _lstm(WORDS)
     torch.nn.init.normal_(other.lstm.weight_hh_l0)
     model = _tuned(start, teacher=other, teacher_shares_body=True, freeze="body", distillation_weight=1.0)
-    with pytest.raises(ValueError, match="'lstm.weight_ih_l0' of the teacher is not that of the model"):
-        _fit(start, model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'lstm.weight_ih_l0' of the teacher is not that of the model"):
+            _fit(start, model)
+    with pytest.raises(RuntimeError, match="The teacher is opened when a Trainer starts to fit"):
+        model.training_step(start.batches[0], 0)
+
+
+def test_a_second_fit_in_lower_precision_and_with_several_batches_a_step(start: SimpleNamespace) -> None:
+    model = _tuned(start, teacher="dense.ckpt", distillation_weight=1.0, reconstruction_weight=0.1)
+    first = _fit(start, model)
+    teacher = model._original.teacher
+    second = _fit(start, model, precision="bf16-mixed", accumulate_grad_batches=2, gradient_clip_val=1.0)
+    assert model._original.teacher is teacher
+    assert teacher.model.encoder.weight.dtype == torch.float32
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert sum(second) < sum(first)
 
 
 def test_reconstruction_is_what_the_metric_says() -> None:

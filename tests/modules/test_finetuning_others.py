@@ -77,6 +77,8 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "tuned")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     torch.testing.assert_close(again(**batch).logits, second.eval()(**batch))
+    into = CompressedLanguageModel(_gpt2(), weights=str(tmp_path / "tuned"), frequency_bands=False)
+    torch.testing.assert_close(dict(into.state_dict()), dict(second.state_dict()), rtol=0, atol=0)
 
 
 class Foreign(LightningModule):
