@@ -28,8 +28,11 @@ _DIGITS = 3
 _MIDDLE = 0x808080
 # The largest number that is three such bytes.
 _LARGEST = 2**24 - 1 - _MIDDLE
-# A product is as fast with the digits of some groups of columns as with those of one, while its rows are short.
-_GROUPS, _SHORT = 4, 96
+# A product is about as fast with the digits of some groups of columns as with those of one, as long as their bytes are
+# few; of whole rows, which are not copied for it, there may be more.
+_GROUPS, _SHORT, _SHORT_ROW = 4, 96, 160
+# Rows that a mask is there for, where it is not the same for all bytes: one row is too short to begin anew each time.
+_MASK_ROWS = 32
 # Rows of a tile at most, and bytes of what is made for it: small enough for the cache, large enough for few calls. With
 # a power of two the sums of a row would be in one another's way in the cache.
 _TILE_ROWS, _TILE_BYTES = 16_800, 2**21
@@ -45,7 +48,7 @@ class _Layout:
             for those of even number and one for those of odd number.
         constant: `[columns, groups]` float64, what a state counts beside: bytes are 128 more than the numbers they are
             multiplied as, and codes are more than integers.
-        masks: The bits below the end of every piece but the last: a number, or `[bytes]` uint8 where they differ.
+        masks: The bits below the end of every piece but the last: a number, or uint8 of 32 rows where bytes differ.
         slabs: Bytes that are multiplied at once, and as `[parts, 1, groups, 1, 1, bytes]` int8 whether they are of a
             group.
     """
@@ -68,7 +71,8 @@ def _layout(bits: int, columns: int, group_columns: int) -> _Layout:
         (group * group_columns * bits // 8, (min((group + 1) * group_columns, columns) * bits + 7) // 8)
         for group in range(groups)
     ]
-    count = max(1, min(_GROUPS, 8 * _SHORT // (group_columns * bits)))
+    is_short = columns * bits <= 8 * _SHORT_ROW and groups <= _GROUPS
+    count = groups if is_short else max(1, min(_GROUPS, 8 * _SHORT // (group_columns * bits)))
     slabs = []
     with torch.device("cpu"):
         begin = torch.arange(0, columns * bits, 8)
@@ -97,7 +101,7 @@ def _layout(bits: int, columns: int, group_columns: int) -> _Layout:
         column,
         (factors * parts).unsqueeze(1),
         constant,
-        tuple(int(mask[0]) if bool((mask == mask[0]).all()) else mask for mask in masks),
+        tuple(int(mask[0]) if bool((mask == mask[0]).all()) else mask.repeat(_MASK_ROWS) for mask in masks),
         tuple(slabs),
     )
 
@@ -138,7 +142,7 @@ def integer_product(states: Tensor, packed: Tensor, scales: Tensor, bits: int, c
     """
     group_rows, group_columns = group_shape(columns, group_size)
     layout = _layout(bits, columns, group_columns)
-    states = states.double()
+    states, packed = states.double(), packed.contiguous()
     digits, units = _digits(states, layout)
     # [groups · m, 1, 1] and [groups · m, 1, digits].
     constant = (states @ layout.constant).T.float().reshape(-1, 1, 1)
@@ -183,9 +187,7 @@ def _digits(states: Tensor, layout: _Layout) -> tuple[list[Tensor], Tensor]:
 def _tiles(packed: Tensor, layout: _Layout, digits: list[Tensor], step: int) -> Iterator[tuple[slice, Tensor]]:
     """Sums over bytes for some rows at a time, `[groups · m · digits, rows]` int32, and which rows they are."""
     most = min(step, len(packed))
-    # A mask of its own for every byte of a tile: rows are too short to begin with the same one again and again.
-    masks = [mask if isinstance(mask, int) else mask.repeat(most, 1) for mask in layout.masks]
-    numbers = torch.empty(most, packed.shape[1] if masks else 0, dtype=torch.uint8)
+    numbers = torch.empty(most, packed.shape[1] if layout.masks else 0, dtype=torch.uint8)
     sums = torch.empty(sum(slab.shape[1] for slab in digits), most, dtype=torch.int32)
     signed = packed.view(torch.int8).T
     for start in range(0, len(packed), step):
@@ -200,9 +202,19 @@ def _tiles(packed: Tensor, layout: _Layout, digits: list[Tensor], step: int) -> 
             for few in torch.split(slab[-1], height):
                 torch._int_mm(few, signed[data, rows], out=sums[begin : begin + height])
                 begin += height
-        for plane, mask in enumerate(masks):
-            torch.bitwise_and(packed[rows], mask if isinstance(mask, int) else mask[:count], out=numbers)
+        for plane, mask in enumerate(layout.masks):
+            _mask(packed[rows], mask, numbers)
             parts = torch.split(sums, [slab.shape[1] for slab in digits])
             for slab, part, (data, _) in zip(digits, parts, layout.slabs, strict=True):
                 part += torch._int_mm(slab[plane], numbers.view(torch.int8)[:, data].T)
         yield rows, sums
+
+
+def _mask(data: Tensor, mask: int | Tensor, out: Tensor) -> None:
+    """The bits of contiguous rows that a mask has."""
+    if isinstance(mask, int):
+        torch.bitwise_and(data, mask, out=out)
+        return
+    whole = len(data) // _MASK_ROWS * _MASK_ROWS
+    torch.bitwise_and(data[:whole].view(-1, len(mask)), mask, out=out[:whole].view(-1, len(mask)))
+    torch.bitwise_and(data[whole:], mask.view(_MASK_ROWS, -1)[: len(data) - whole], out=out[whole:])
