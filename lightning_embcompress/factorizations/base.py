@@ -312,6 +312,30 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         packed.provenance = dict(self.provenance)
         return packed
 
+    def plain(self) -> tuple[Factorization[Any], dict[str, Tensor]]:
+        """What reads the same without a quantization, for those who read all of it many times at once.
+
+        Returns:
+            A factorization of numbers, and the values that its parameters are to have, by their names: computed here,
+            once, with a gradient to the parameters of this one.
+
+        Raises:
+            ValueError: If it is not prepared.
+        """
+        if not self.is_prepared:
+            raise ValueError("it is not prepared for quantization, and has no other form to be read in")
+        plain = copy.copy(self)
+        plain.__dict__["_parameters"], plain.__dict__["_modules"] = {}, {}
+        for name, child in self._modules.items():
+            weights = [part.weight for part in _parts(child)]
+            setattr(plain, name, nn.ParameterList(weights) if isinstance(child, _LISTS) else weights[0])
+        plain.quantization = None
+        values = {}
+        for name, child in self._modules.items():
+            for index, part in enumerate(_parts(child)):
+                values[f"{name}.{index}" if isinstance(child, _LISTS) else name] = whole(part)
+        return plain, values
+
     def freeze_ranges(self) -> None:
         """Keep the scales of all groups as they are from now on; of a factorization that is prepared."""
         for module in self.modules():

@@ -72,7 +72,7 @@ class FullTable(Factorization[FullTableOptions]):
     @classmethod
     def of(cls, weight: nn.Parameter) -> Self:
         """A table that is there, without a copy."""
-        table = cls(*weight.shape, dtype=weight.dtype, device=torch.device("meta"))
+        table = cls(weight.shape[0], weight.shape[1], weight.dtype, torch.device("meta"))
         table.weight = weight
         return table
 
@@ -125,14 +125,15 @@ class FullTable(Factorization[FullTableOptions]):
             ValueError: If not even 2 bits fit.
         """
         options = options or FullTableOptions()
+        vocab_size, dim = weight.shape
         widths = range(8, 1, -1) if options.bits is None else (options.bits,)
         for bits in widths:
             quantization = options.quantization(bits)
-            if options.bits is not None or cls._bytes(*weight.shape, quantization) <= max_bytes:
+            if options.bits is not None or cls._bytes(vocab_size, dim, quantization) <= max_bytes:
                 packed = cls.of(nn.Parameter(weight.detach(), requires_grad=False)).prepared(quantization).converted()
                 advance(1.0)
                 return packed
-        raise ValueError(f"{max_bytes} bytes do not hold a table of {weight.shape[0]} x {weight.shape[1]} at 2 bits")
+        raise ValueError(f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} at 2 bits")
 
     def refined(
         self,

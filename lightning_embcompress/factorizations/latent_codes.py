@@ -180,6 +180,19 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
 
         return _straight(numbers, nearest) if numbers.numel() else numbers
 
+    def plain(self) -> tuple[SharedBasisBlocks, dict[str, Tensor]]:
+        """See `Factorization.plain`: blocks whose coefficients are the levels times their scales."""
+        floats = [[(0, rank)] if rank else [] for rank in self.ranks]
+        device = torch.device("meta")
+        plain = SharedBasisBlocks(self.vocab_size, self.dim, self.rank, self.sizes, floats, False, self.dtype, device)
+        plain.packed_block_index, plain.position, plain.order = self.packed_block_index, self.position, self.order
+        plain.in_order = self.in_order
+        basis, means, scales = self._read()
+        values = {"basis": basis, "means": means}
+        for block, (numbers, scale) in enumerate(zip(self.coefficients, torch.split(scales, self.ranks), strict=True)):
+            values[f"coefficients.{block}"] = self._values(numbers, block) * scale
+        return plain, values
+
     def rows_of_blocks(self, places: Sequence[Tensor | None]) -> list[Tensor]:
         """Rows of the table by their places in every block, see `RowBlocks.rows_of_blocks`."""
         basis, means, scales = self._read()

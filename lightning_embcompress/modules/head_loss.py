@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
+from lightning_embcompress.layers import CompressedLinear
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.full_softmax import full_softmax_loss, summed_loss
 from lightning_embcompress.storage import is_sharded
@@ -114,11 +115,28 @@ def head_loss_sum(head: nn.Module, hidden: Tensor, summed: SummedLoss, chunk_tok
         >>> head.weight.grad.shape
         torch.Size([100, 8])
     """
-    parameters = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
-    total, gradients = _with_gradients(head, hidden, summed, parameters, chunk_tokens)
+    head, tensors = _read_once(head)
+    parameters = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    total, gradients = _with_gradients(head, hidden, summed, tensors, chunk_tokens)
     function: Any = _Differentiated
     result: Tensor = function.apply(total, gradients, hidden, *parameters.values())
     return result
+
+
+def _read_once(head: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A head and what it is to be called with, in the place of its parameters.
+
+    Factors that are prepared for quantization are rounded here, and not for every chunk of tokens.
+    """
+    parameters: dict[str, Tensor] = dict(head.named_parameters())
+    # Whoever watches the head must see it called.
+    watched = head._forward_hooks or head._forward_pre_hooks
+    if not isinstance(head, CompressedLinear) or not head.factorization.is_prepared or watched:
+        return head, parameters
+    factorization, values = head.factorization.plain()
+    rounded = {f"factorization.{name}": value for name, value in values.items()}
+    bias = {} if head.bias is None else {"bias": head.bias}
+    return CompressedLinear(factorization, head.bias), {**bias, **rounded}
 
 
 def _is_gathered_by_calls(head: nn.Module) -> bool:
@@ -158,18 +176,19 @@ def _without_gradients(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_t
 
 
 def _with_gradients(
-    head: nn.Module, hidden: Tensor, summed: SummedLoss, parameters: dict[str, nn.Parameter], chunk_tokens: int | None
+    head: nn.Module, hidden: Tensor, summed: SummedLoss, tensors: dict[str, Tensor], chunk_tokens: int | None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Sum of the losses, and its gradients at the hidden states and at the parameters."""
+    """Sum of the losses, and its gradients at the hidden states and at those tensors that require one."""
     # Other tensors of the same values: hooks of the parameters are called once, by the backward pass.
-    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    called = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
+    leaves = {name: tensor for name, tensor in called.items() if tensor.requires_grad}
     sums: list[Tensor | None] = [None] * len(leaves)
     at_hidden = torch.zeros_like(hidden, dtype=_accumulator(hidden)) if hidden.requires_grad else None
     total: Tensor | None = None
     buffer: Tensor | None = None
     for part in _chunks(head, hidden, chunk_tokens):
         states = hidden.detach()[part].requires_grad_()
-        logits: Tensor = functional_call(head, leaves, (states,))
+        logits: Tensor = functional_call(head, called, (states,))
         if total is None:
             _check_own(logits, [states, *leaves.values()])
         half = logits.dtype == torch.float16

@@ -6,7 +6,6 @@ k-means of product quantization and for measuring; `-k "quantized or within"` ta
 
 from __future__ import annotations
 
-import collections
 import copy
 import math
 import os
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +25,6 @@ from lightning_embcompress.statistics import Statistics, collect_statistics
 
 pytestmark = pytest.mark.timeout(3600)
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 STREAMS, STEPS, WINDOWS = 40, 35, 40
 
 PAPER = {
@@ -85,13 +82,6 @@ class Problem:
         return self.say(name, plan.ratio, value, more)
 
 
-def words(split: str) -> Iterator[str]:
-    with (SHARED / "wikitext-2" / f"{split}.txt").open(encoding="utf-8") as lines:
-        for line in lines:
-            yield from line.split()
-            yield "<eos>"
-
-
 @torch.no_grad()
 def perplexity(model: nn.Module, text: Tensor) -> float:
     state, total, count = None, 0.0, 0
@@ -117,33 +107,19 @@ class _Loss:
 
 
 @pytest.fixture(scope="module")
-def problem() -> Iterator[Problem]:
-    file = SHARED / "models" / "wikitext2_lstm256.pt"
-    if not file.is_file():
-        pytest.skip(f"no trained model at {file}")
+def problem(wikitext: Any) -> Iterator[Problem]:
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
-    saved = torch.load(file, weights_only=True)
-    config = saved["config"]
+    config, counts = wikitext.saved["config"], wikitext.counts
     model = Model(config["vocab_size"], config["dim"], config["layers"]).eval()
-    model.load_state_dict({name: tensor.float() for name, tensor in saved["state_dict"].items()})
-
-    occurrences = collections.Counter(words("train"))
-    vocabulary = sorted(occurrences, key=lambda word: (-occurrences[word], word))
-    counts = torch.tensor([occurrences[word] for word in vocabulary])
-    index = {word: position for position, word in enumerate(vocabulary)}
-
-    def streams(split: str, count: int) -> Tensor:
-        ids = torch.tensor([index[word] for word in words(split)])
-        return ids[: len(ids) // count * count].view(count, -1).T.contiguous()
-
-    train = streams("train", 20)
+    model.load_state_dict(wikitext.state_dict)
+    train = wikitext.streams("train", 20)
     starts = range(0, 200 * STEPS, STEPS)
     batches = [(train[start : start + STEPS], train[start + 1 : start + STEPS + 1]) for start in starts]
     start = time.perf_counter()
     statistics = collect_statistics(model, batches, _Loss(), token_counts=counts)
     taken = time.perf_counter() - start
-    text = streams("valid", STREAMS)[: STEPS * WINDOWS]
+    text = wikitext.streams("valid", STREAMS)[: STEPS * WINDOWS]
     dense = perplexity(model, text)
     sys.stdout.write(f"\n{text.numel()} tokens of validation text, dense {dense:.2f}; statistics in {taken:.0f} s\n")
     yield Problem(model, counts, text, statistics, dense)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_embcompress import collect_statistics
-from lightning_embcompress.factorizations import METHODS
+from lightning_embcompress.factorizations import METHODS, Quantization
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.modules import LSTMLanguageModel, head_loss
 from lightning_embcompress.modules.full_softmax import full_softmax_loss
@@ -88,6 +88,22 @@ def test_every_method(method: str) -> None:
     assert any(bool(gradient.any()) for gradient in of_factors) == (method != "round_to_nearest")
     assert whole["hidden"].any()
     torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "learned"])
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"round_to_nearest"}))
+def test_factors_in_training_are_rounded_once(method: str, ranges: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = _compressed(method)
+    head.factorization = head.factorization.prepared(Quantization(bits=3, group_size=16, ranges=ranges))
+    assert head.factorization.is_prepared
+    hidden, targets = _data()
+    whole, chunked = _both(head, hidden, targets)
+    assert all(bool(gradient.any()) for name, gradient in whole.items() if name.startswith("factorization."))
+    torch.testing.assert_close(chunked, whole, rtol=1e-11, atol=1e-11)
+    seen = []
+    head.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)
+    assert sum(seen) == len(hidden)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 23, 1000, None])

@@ -1,0 +1,222 @@
+"""Perplexity of a compressed model before and after it is fine-tuned, beside the dense one after as many steps.
+
+`pytest tests/benchmarks/test_finetuning.py -s --benchmark-only`: a quarter of an hour a row on one core; `-k` chooses
+rows, such as `-k "dense or transform_coding"`. All rows take the same batches, optimizer and schedule.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from lightning_embcompress.factorizations import Quantization
+from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
+from lightning_embcompress.plan import compress, plan_of
+from lightning_embcompress.quantization import convert, prepare
+from lightning_embcompress.statistics import Statistics, collect_statistics
+
+pytestmark = pytest.mark.timeout(7200)
+
+BATCH_SIZE, SEQ_LEN, WINDOWS = 40, 35, 40
+STEPS = int(os.environ.get("EMBCOMPRESS_FINETUNING_STEPS", "600"))
+TABLES = ["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to a small model.
+
+    Attributes:
+        method: Of `compress`; None for the tables as they are.
+        ratio: Of `compress`.
+        options: Of the method.
+        bits: Of the factors while they train and afterwards; None for those that the method has.
+        group_size: Of their scales.
+        statistics: Whether the metric of the loss is used.
+        distilled: Whether the dense model teaches; the published recipe has only the text.
+        most: What the perplexity may be above that of the dense model after as many steps.
+    """
+
+    method: str | None = None
+    ratio: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    bits: int | None = None
+    group_size: int = 32
+    statistics: bool = False
+    distilled: bool = False
+    most: float | None = None
+
+
+def ours(ratio: float, most: float) -> Row:
+    return Row("transform_coding", ratio, statistics=True, distilled=True, most=most)
+
+
+def published(ratio: float, bits: int | None) -> Row:
+    return Row("group_reduce", ratio, {"variant": "paper", "groups": 20}, bits)
+
+
+ROWS = {
+    "dense": Row(),
+    "transform_coding-4x": ours(4, 0.0),
+    "transform_coding-20x": ours(20, 0.0),
+    "transform_coding-40x": ours(40, 0.005),
+    "transform_coding-80x": ours(80, 0.02),
+    "transform_coding-128x": ours(128, 0.05),
+    "published-4x": published(4, None),
+    "published-5x-int8": published(5.2, 8),
+    "published-5x-int4": published(5.8, 4),
+    "published-10x-int4": published(11.5, 4),
+    "integers-int4": Row(bits=4),
+    "integers-int3": Row(bits=3),
+    "integers-int2": Row(bits=2),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(wikitext: Any) -> LSTMLanguageModel:
+    config = wikitext.saved["config"]
+    model = LSTMLanguageModel(
+        config["vocab_size"], config["dim"], config["dim"], num_layers=config["layers"], dropout=0.2
+    )
+    model.load_state_dict(wikitext.state_dict)
+    return model.eval()
+
+
+def windows(streams: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets, `[batch_size, seq_len]`."""
+    starts = range(0, count * SEQ_LEN, SEQ_LEN)
+    return [(streams[at : at + SEQ_LEN].T, streams[at + 1 : at + SEQ_LEN + 1].T) for at in starts]
+
+
+@pytest.fixture(scope="module")
+def statistics(wikitext: Any, dense: LSTMLanguageModel) -> Statistics:
+    batches = windows(wikitext.streams("train", 20), 200)
+    state: Any = None
+
+    def loss(model: LSTMLanguageModel, batch: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal state
+        hidden, after = model.hidden_states(batch[0], state)
+        state = (after[0].detach(), after[1].detach())
+        return torch.nn.functional.cross_entropy(model.decoder(hidden).flatten(0, 1), batch[1].flatten())
+
+    return collect_statistics(copy.deepcopy(dense), batches, loss, token_counts=wikitext.counts)
+
+
+@torch.no_grad()
+def perplexity(model: LSTMLanguageModel, batches: list[tuple[Tensor, Tensor]]) -> float:
+    model.eval()
+    state, total, count = None, 0.0, 0
+    for inputs, targets in batches:
+        hidden, state = model.hidden_states(inputs, state)
+        logits = model.decoder(hidden).flatten(0, 1)
+        total += float(torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum"))
+        count += targets.numel()
+    return math.exp(total / count)
+
+
+def linear(optimizer: Any) -> LambdaLR:
+    """Up for a twentieth of the steps, and down to nothing."""
+    rise = STEPS / 20
+    return LambdaLR(optimizer, lambda step: min((step + 1) / rise, (STEPS - step) / (STEPS - rise)))
+
+
+def train(model: LSTMLanguageModel, teacher: LSTMLanguageModel | None, batches: list[Any]) -> float:
+    """Train for `STEPS` steps; gives seconds a step."""
+    torch.manual_seed(0)
+    module = CompressedLanguageModel(
+        model,
+        teacher=teacher,
+        cross_entropy_weight=1.0 if teacher is None else 0.5,
+        distillation_weight=0.0 if teacher is None else 0.5,
+        optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE),
+        factor_learning_rate=LEARNING_RATE if teacher is None else FACTOR_LEARNING_RATE,
+        lr_scheduler=linear,
+        lr_scheduler_interval="step",
+        frequency_bands=False,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return (time.perf_counter() - start) / STEPS
+
+
+LEARNING_RATE, FACTOR_LEARNING_RATE = 2e-4, 1e-3
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, float]:
+    return {}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_finetuning(
+    benchmark: Any, wikitext: Any, dense: LSTMLanguageModel, found: dict[str, float], name: str, request: Any
+) -> None:
+    row = ROWS[name]
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    text = windows(wikitext.streams("valid", BATCH_SIZE), WINDOWS)
+    batches = windows(wikitext.streams("train", BATCH_SIZE), STEPS)
+    model = copy.deepcopy(dense).train()
+    dense_bytes = sum(model.get_submodule(path).get_parameter("weight").nbytes for path in TABLES)
+    values: dict[str, float] = {}
+
+    def run() -> None:
+        values["dense"] = perplexity(copy.deepcopy(dense), text)
+        if row.method is not None:
+            known = request.getfixturevalue("statistics") if row.statistics else None
+            compress(model, row.method, ratio=row.ratio, token_counts=wikitext.counts, statistics=known, **row.options)
+        if row.bits is not None or row.method == "transform_coding":
+            quantization = Quantization(row.bits or 8, row.group_size)
+            prepare(model, quantization, TABLES if row.method is None else "auto")
+        values["before"] = perplexity(model, text)
+        model.train()
+        values["seconds"] = train(model, copy.deepcopy(dense) if row.distilled else None, batches)
+        if any(factors.is_prepared for factors in factorizations(model)):
+            convert(model)
+        values["after"] = perplexity(model, text)
+
+    benchmark.pedantic(run, rounds=1)
+    plan = plan_of(model)
+    ratio = dense_bytes / plan.stored_bytes if plan.tables else 1.0
+    benchmark.extra_info.update(values, ratio=ratio)
+    before, after = values["before"] / values["dense"] - 1, values["after"] / values["dense"] - 1
+    found[name] = values["after"]
+    sys.stdout.write(
+        f"\n  {name}: {ratio:.2f}x, dense {values['dense']:.2f}, before {values['before']:.2f} ({before:+.2%}), after "
+        f"{STEPS} steps {values['after']:.2f} ({after:+.2%}), {values['seconds']:.2f} s a step"
+    )
+    if "dense" in found:
+        sys.stdout.write(f"; {values['after'] / found['dense'] - 1:+.2%} of dense after as many")
+        if row.most is not None:
+            assert values["after"] <= (1 + row.most) * found["dense"]
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def factorizations(model: LSTMLanguageModel) -> list[Any]:
+    layers = [model.get_submodule(path) for path in TABLES]
+    return [layer.factorization for layer in layers if hasattr(layer, "factorization")]
