@@ -252,7 +252,7 @@ def conversion_report(model: nn.Module) -> dict[str, Any]:
     if body is not None:
         of_body = body.storage
         beside = {
-            "name": f"{len(body.weights)} weights beside the tables",
+            "weights": len(body.weights),
             "dtype": f"int{of_body.bits}" if isinstance(of_body, Quantization) else of_body,
             "group_size": of_body.group_size if isinstance(of_body, Quantization) else None,
             "stored_bytes": sizes[1],

@@ -77,8 +77,9 @@ def test_recipe_is_a_plain_configuration(name: str) -> None:
     assert {"seed_everything", "trainer", "model", "data"} <= set(recipe)
 
 
-def test_quickstart_runs(tmp_path: Path) -> None:
-    assert main(["run", "quickstart", "--trainer.fast_dev_run=true", f"--data.cache_dir={tmp_path / 'cache'}"]) == 0
+@pytest.mark.parametrize("name", ["quickstart", "qat"])
+def test_recipes_on_the_documentation_run(tmp_path: Path, name: str) -> None:
+    assert main(["run", name, "--trainer.fast_dev_run=true", f"--data.cache_dir={tmp_path / 'cache'}"]) == 0
 
 
 def test_one_billion_word_recipe_runs(benchmark_folder: Path, tmp_path: Path) -> None:

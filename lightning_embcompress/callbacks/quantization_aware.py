@@ -274,18 +274,22 @@ class QuantizationAware(ScheduledCallback):
         write_run_report(trainer, module, self._perplexities(trainer))
 
     def _say(self, report: dict[str, Any]) -> None:
-        for entry in [*report["tables"], *([report["body"]] if report["body"] else [])]:
+        said = [(f"Table {entry['name']!r} trains", entry) for entry in report["tables"]]
+        if report["body"]:
+            count = report["body"]["weights"]
+            said.append((f"Weights beside the tables ({count}) train", report["body"]))
+        for what, entry in said:
             rank_zero_info(
-                f"{entry['name']!r} trains for {entry['dtype']}: {entry['stored_bytes'] / 1e6:.3f} MB once it is "
-                f"converted, {entry['ratio']:.2f}x less than dense"
+                f"{what} for {entry['dtype']}: {entry['stored_bytes'] / 1e6:.3f} MB once converted, "
+                f"{entry['ratio']:.2f}x less than dense"
             )
         value = self._perplexity
         known = value["before"] is not None and value["after"] is not None
         measured = f"; validation perplexity {value['before']:.2f} before, {value['after']:.2f} now" if known else ""
         whole = report["model"]
         rank_zero_info(
-            f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once it is converted, {whole['ratio']:.2f}x less "
-            f"than dense{measured}"
+            f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once converted, {whole['ratio']:.2f}x less than "
+            f"dense{measured}"
         )
 
     def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:

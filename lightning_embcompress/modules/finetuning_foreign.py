@@ -135,7 +135,9 @@ class NestedCheckpoint:
         if isinstance(state, Mapping):
             own["state_dict"] = {name.removeprefix(PREFIX): value for name, value in state.items()}
         if isinstance(record, Mapping) and isinstance(record.get("tables"), list):
-            own[RECORD_KEY] = {**record, "tables": [_without_prefix(table) for table in record["tables"]]}
+            tables = [_without_prefix(table, "modules") for table in record["tables"]]
+            body = {"body": _without_prefix(record["body"], "weights")} if "body" in record else {}
+            own[RECORD_KEY] = {**record, "tables": tables, **body}
         load_checkpoint_into(model, own)
         if isinstance(state, Mapping) and not isinstance(model, LanguageModel):
             # Its hook may have changed what is loaded.
@@ -143,7 +145,7 @@ class NestedCheckpoint:
             self.checkpoint["state_dict"] = named
 
 
-def _without_prefix(table: Any) -> Any:
-    if not isinstance(table, Mapping) or not isinstance(table.get("modules"), list):
-        return table
-    return {**table, "modules": [str(path).removeprefix(PREFIX) for path in table["modules"]]}
+def _without_prefix(entry: Any, names: str) -> Any:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get(names), list):
+        return entry
+    return {**entry, names: [str(path).removeprefix(PREFIX) for path in entry[names]]}

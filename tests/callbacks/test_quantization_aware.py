@@ -240,8 +240,9 @@ def test_dense_tables_the_log_and_a_converted_checkpoint(
     table, body, whole = (said["quantization"][key] for key in ("tables", "body", "model"))
     assert [(one["name"], one["dtype"], one["group_size"]) for one in table] == [("encoder", "int8", 16)]
     assert (body["dtype"], body["stored_bytes"]) == ("float16", 2 * 16 * 16)
-    assert "'encoder' trains for int8: 0.00" in caplog.text
-    assert f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once it is converted" in caplog.text
+    assert "Table 'encoder' trains for int8: 0.00" in caplog.text
+    assert "Weights beside the tables (1) train for float16: 0.001 MB once converted, 2.00x" in caplog.text
+    assert f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once converted" in caplog.text
     assert said["perplexity"]["final"] == pytest.approx(torch.tensor(_val_loss(make_trainer, foreign, model)).exp())
     unconverted = tmp_path / "training.ckpt"
     trainer.save_checkpoint(unconverted)
