@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_embcompress.solvers.integer_quantizer import group_shape
 
-_DIGITS = 3
+DIGITS = 3
 # As bytes from 0 to 255 that stand for digits from -128 to 127, all digits 0.
 _MIDDLE = 0x808080
 # The largest number that is three such bytes.
@@ -146,13 +146,13 @@ def integer_product(states: Tensor, packed: Tensor, scales: Tensor, bits: int, c
     digits, units = _digits(states, layout)
     # [groups · m, 1, 1] and [groups · m, 1, digits].
     constant = (states @ layout.constant).T.float().reshape(-1, 1, 1)
-    units = units.float().unsqueeze(1).repeat(layout.constant.shape[1], 1, 1)
+    units = units.unsqueeze(1).repeat(layout.constant.shape[1], 1, 1)
     out = torch.empty(len(states), len(packed))
     # The sums as integers and as floats, and a copy of the bytes.
-    row_bytes = 8 * _DIGITS * len(units) + (packed.shape[1] if layout.masks else 0)
+    row_bytes = 8 * DIGITS * len(units) + (packed.shape[1] if layout.masks else 0)
     step = max(1, min(_TILE_ROWS, _TILE_BYTES // row_bytes) // group_rows) * group_rows
     for rows, sums in _tiles(packed, layout, digits, step):
-        found = torch.baddbmm(constant, units, sums.float().view(len(units), _DIGITS, -1))
+        found = torch.baddbmm(constant, units, sums.float().view(len(units), DIGITS, -1))
         factors = scales[rows.start // group_rows : -(-rows.stop // group_rows)]
         factors = factors.T.to(torch.float32, memory_format=torch.contiguous_format)
         if group_rows > 1:
@@ -160,6 +160,26 @@ def integer_product(states: Tensor, packed: Tensor, scales: Tensor, bits: int, c
         found = found.view(len(factors), len(states), -1)
         torch.sum(found.mul_(factors.unsqueeze(1)), dim=0, out=out[:, rows])
     return out
+
+
+def to_digits(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Round numbers to three digits to the base 256 of a unit that they share.
+
+    Args:
+        values: Numbers, float64.
+        dims: Dimensions whose numbers share a unit, so that the largest of them is that of three digits.
+
+    Returns:
+        `[*, 3]` uint8, the lowest first, which stand for digits from -128 to 127, and the units, of as many dimensions.
+    """
+    units = values.abs().amax(dim=dims, keepdim=True) / _LARGEST
+    numbers = (values / units.clamp(min=1e-300)).round().to(torch.int32) + _MIDDLE
+    return numbers.unsqueeze(-1).view(torch.uint8)[..., :DIGITS], units
+
+
+def digit_units(units: Tensor) -> Tensor:
+    """What every digit counts, `[units, 3]` float32."""
+    return (units.reshape(-1, 1) * 256.0 ** torch.arange(DIGITS, dtype=torch.float64)).float()
 
 
 def _digits(states: Tensor, layout: _Layout) -> tuple[list[Tensor], Tensor]:
@@ -171,9 +191,8 @@ def _digits(states: Tensor, layout: _Layout) -> tuple[list[Tensor], Tensor]:
     pieces = states[:, layout.columns] * layout.factors
     # What lies below the end of a piece counts for that piece, and against the next one.
     pieces[:, :, :-1] -= pieces[:, :, 1:].clone()
-    unit = pieces.abs().amax(dim=(0, 2, 3)) / _LARGEST
-    numbers = (pieces / unit.clamp(min=1e-300).view(-1, 1, 1)).round().to(torch.int32) + _MIDDLE
-    digits = (numbers.unsqueeze(-1).view(torch.uint8)[..., :_DIGITS] ^ 128).view(torch.int8)
+    numbers, unit = to_digits(pieces, dims=(0, 2, 3))
+    digits = (numbers ^ 128).view(torch.int8)
     # [parts, planes, 1, m, digits, bytes]
     digits = digits.permute(0, 2, 1, 4, 3).unsqueeze(2)
     slabs = []
@@ -181,7 +200,7 @@ def _digits(states: Tensor, layout: _Layout) -> tuple[list[Tensor], Tensor]:
         slab = digits[..., data] * member
         slab = slab[0] if len(member) == 1 else slab.sum(dim=0, dtype=torch.int8)
         slabs.append(slab.flatten(1, 3))
-    return slabs, unit.unsqueeze(1) * 256.0 ** torch.arange(_DIGITS, dtype=torch.float64)
+    return slabs, digit_units(unit)
 
 
 def _tiles(packed: Tensor, layout: _Layout, digits: list[Tensor], step: int) -> Iterator[tuple[slice, Tensor]]:
@@ -198,7 +217,7 @@ def _tiles(packed: Tensor, layout: _Layout, digits: list[Tensor], step: int) -> 
         begin = 0
         for slab, (data, _) in zip(digits, layout.slabs, strict=True):
             # Parts of rows are copied for a product of matrices, and not for those of vectors.
-            height = slab.shape[1] if slab.shape[1] > _DIGITS or len(layout.slabs) == 1 else 1
+            height = slab.shape[1] if slab.shape[1] > DIGITS or len(layout.slabs) == 1 else 1
             for few in torch.split(slab[-1], height):
                 torch._int_mm(few, signed[data, rows], out=sums[begin : begin + height])
                 begin += height

@@ -19,6 +19,13 @@ from torch.nn import functional as F
 
 from lightning_embcompress.factorizations.packed_product import integer_product, products_are_exact
 from lightning_embcompress.factorizations.packing import packed_bytes
+from lightning_embcompress.factorizations.repacked_product import (
+    LEAST_BITS,
+    can_repack,
+    repack,
+    repacked,
+    repacked_product,
+)
 from lightning_embcompress.solvers.gram import compute_dtype
 from lightning_embcompress.solvers.integer_quantizer import group_shape, scales_shape
 
@@ -26,8 +33,8 @@ from lightning_embcompress.solvers.integer_quantizer import group_shape, scales_
 _TILE = 2**17
 # In a graph every tile is nodes of its own, so that there are fewer of them.
 _EXPORTED_TILE = 2**24
-# States up to which integers are multiplied as they are; more of them are worth unpacking for.
-_FEW_STATES = 8
+# States up to which integers are multiplied, from a copy that is kept and as they are; more are worth unpacking for.
+_FEW_REPACKED, _FEW_STATES = 32, 8
 # Values of a matrix up to which it is unpacked even for one of them.
 _SMALL = 2**18
 
@@ -139,9 +146,10 @@ def read_packed_rows(
 def multiply_packed(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns: int, group_size: int) -> Tensor:
     """`h Wᵀ` from a packed matrix, some rows of it at a time.
 
-    Up to 8 states are multiplied with the bytes as they are, in integers (`packed_product`); for more, tiles of rows
-    are unpacked in the dtype of the states. In float32 errors against float64 are below 1e-3 for logits of 20, in
-    integers as well as in floats.
+    On the CPU up to 32 states are multiplied in integers: of 4 to 8 bits with a copy that is laid out for that, is made
+    for the first of them and takes a byte an integer (`repacked_product`); of 2 and 3 bits, and up to 8 of them, with
+    the bytes as they are (`packed_product`). For more, or for a small matrix, tiles of rows are unpacked in the dtype
+    of the states. Errors of float32 logits of 20 against float64 are 1e-5, of 2 and 3 bits below 1e-3.
 
     Args:
         hidden: `[*, columns]` floats. Under autocast they are cast as for `F.linear`.
@@ -201,10 +209,10 @@ class _Product(torch.autograd.Function):
 
 
 def _product(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns: int, group_size: int) -> Tensor:
-    if not _plain(packed) and _is_for_integers(hidden, packed) and products_are_exact():
-        states = hidden.detach().reshape(-1, columns)
-        found = integer_product(states, packed, scales, bits, columns, group_size)
-        return found.to(hidden.dtype).view(*hidden.shape[:-1], len(packed))
+    if not _plain(packed) and _is_for_integers(hidden, packed):
+        found = _in_integers(hidden.detach().reshape(-1, columns), packed, scales, bits, group_size)
+        if found is not None:
+            return found.to(hidden.dtype).view(*hidden.shape[:-1], len(packed))
     tiles = _unpacked_tiles(packed, scales, bits, columns, group_size, hidden.dtype)
     if _plain(packed):
         return torch.cat([F.linear(hidden, tile) for _, tile in tiles], dim=-1)
@@ -215,12 +223,26 @@ def _product(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns:
 
 
 def _is_for_integers(hidden: Tensor, packed: Tensor) -> bool:
-    """Whether states are few, and of not more than the 24 bits that are multiplied in integers."""
-    is_few = 0 < hidden.numel() <= _FEW_STATES * hidden.shape[-1]
-    # A small matrix is unpacked before its states are cut into digits.
-    is_large = len(packed) * hidden.shape[-1] > _SMALL
-    # Of rows of one byte `torch._int_mm` takes the strides for others.
-    return is_few and is_large and hidden.dtype != torch.float64 and packed.shape[1] > 1
+    """Whether there are states, of not more than the 24 bits that are multiplied in integers, for a large matrix."""
+    # A small matrix is unpacked before its states are cut into digits. Of rows of one byte `torch._int_mm` takes the
+    # strides for others.
+    is_large = len(packed) * hidden.shape[-1] > _SMALL and packed.shape[1] > 1
+    return is_large and hidden.numel() > 0 and hidden.dtype != torch.float64
+
+
+def _in_integers(states: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor | None:
+    """`[m, n]` float32 of not too many states; None if they are."""
+    count, columns = states.shape
+    # A change of tensors that were made for inference cannot be seen.
+    can_change = packed.is_inference() or scales.is_inference()
+    if count <= _FEW_REPACKED and bits >= LEAST_BITS and not can_change and can_repack():
+        matrix = repacked(packed, scales)
+        if matrix is None:
+            matrix = repack(packed, scales, unpack_rows(packed, bits, columns), bits, group_size)
+        return repacked_product(states, matrix)
+    if count <= _FEW_STATES and products_are_exact():
+        return integer_product(states, packed, scales, bits, columns, group_size)
+    return None
 
 
 def _unpacked_tiles(

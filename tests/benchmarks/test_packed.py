@@ -6,8 +6,8 @@ The comparison of lookups needs torchao.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +16,6 @@ from torch import nn
 
 from lightning_embcompress.factorizations import LowRank
 from lightning_embcompress.factorizations.quantized import Quantization
-
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import seconds  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -46,9 +43,20 @@ def _packed(rank: int, bits: int) -> Any:
     return _factors(rank).prepared(Quantization(bits)).converted()
 
 
+def _seconds(run: Callable[[], Any], rounds: int) -> float:
+    """Least time of several rounds, after one that warms up; of the processor, which others may share."""
+    run()
+    taken = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        run()
+        taken.append(time.thread_time() - start)
+    return min(taken)
+
+
 def _in_turns(first: Callable[[], Any], second: Callable[[], Any], pairs: int, rounds: int) -> tuple[float, float]:
     """Seconds of both, those of the pair whose ratio is the median."""
-    taken = [(seconds(first, rounds), seconds(second, rounds)) for _ in range(pairs)]
+    taken = [(_seconds(first, rounds), _seconds(second, rounds)) for _ in range(pairs)]
     return sorted(taken, key=lambda pair: pair[0] / pair[1])[pairs // 2]
 
 
@@ -57,14 +65,14 @@ def _in_turns(first: Callable[[], Any], second: Callable[[], Any], pairs: int, r
 def test_logits_of_one_state(benchmark, bits: int, least: float) -> None:
     floats, packed, hidden = _factors(RANK), _packed(RANK, bits), torch.randn(1, DIM)
     error = float((packed.logits(hidden).double() - hidden.double() @ packed.dense().double().T).abs().max())
-    slow, fast = _in_turns(lambda: floats.logits(hidden), lambda: packed.logits(hidden), 9, 10)
+    slow, fast = _in_turns(lambda: floats.logits(hidden), lambda: packed.logits(hidden), 9, 20)
     benchmark.pedantic(lambda: packed.logits(hidden), rounds=5)
     benchmark.extra_info.update(ratio=slow / fast, error=error)
     sys.stdout.write(
         f"\nlogits of one state, {VOCAB_SIZE} x {DIM}, rank {RANK}: float32 factors {slow * 1e3:.2f} ms, {bits} bits "
         f"{fast * 1e3:.2f} ms, {slow / fast:.1f} times as fast, error {error:.0e} (one thread)\n"
     )
-    assert error < 1e-3
+    assert error < 1e-4
     assert slow / fast >= least
 
 
