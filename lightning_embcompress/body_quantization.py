@@ -39,6 +39,7 @@ from lightning_embcompress.tables import all_modules, find_tables
 _KINDS = {nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
 _KINDS |= {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
 _MOST_WEIGHTS = 100_000
+_MOST_ROWS = 2**31
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,18 @@ class Body:
     """Which weights beside the tables are quantized, and how.
 
     Attributes:
-        weights: Their names, as `named_parameters` of the model has them that is not quantized.
+        weights: Their shapes by their names, as `named_parameters` of the model has them that is not quantized.
         storage: How they are stored.
         state: Whether they train, or are packed.
     """
 
-    weights: tuple[str, ...]
+    weights: Mapping[str, tuple[int, ...]]
     storage: Storage
     state: State
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        record = {"weights": list(self.weights)}
+        record = {"weights": {name: list(shape) for name, shape in self.weights.items()}}
         if isinstance(self.storage, Quantization):
             return {**record, "quantization": self.storage.record(self.state)}
         return {**record, "dtype": self.storage, "state": self.state}
@@ -70,13 +71,16 @@ class Body:
             ValueError: If it is something else.
         """
         weights = record.get("weights") if isinstance(record, Mapping) else None
-        if not isinstance(weights, list) or not 1 <= len(weights) <= _MOST_WEIGHTS:
-            raise ValueError("'body' of the compression plan must have 'weights', a list of names")
-        if not all(isinstance(name, str) for name in weights) or len(set(weights)) < len(weights):
-            raise ValueError("'weights' of the body in the compression plan must be names, none of them twice")
+        if not isinstance(weights, Mapping) or not 1 <= len(weights) <= _MOST_WEIGHTS:
+            raise ValueError("'body' of the compression plan must have 'weights', shapes by names")
+        for name, shape in weights.items():
+            known = isinstance(name, str) and isinstance(shape, list | tuple) and len(shape) == 2
+            if not known or not all(type(size) is int and 1 <= size <= _MOST_ROWS for size in shape):
+                raise ValueError(f"'weights' of the body in the compression plan: {str(name)[:80]!r} has no shape")
+        shapes = {name: tuple(shape) for name, shape in weights.items()}
         if record.keys() == {"weights", "quantization"}:
             try:
-                return cls(tuple(weights), *Quantization.from_record(record["quantization"]))
+                return cls(shapes, *Quantization.from_record(record["quantization"]))
             except ValueError as error:
                 raise ValueError(f"'body' of the compression plan: {error}") from error
         dtype, state = record.get("dtype"), record.get("state")
@@ -86,7 +90,7 @@ class Body:
                 "'body' of the compression plan must have a 'quantization', or a 'dtype' of float16 or bfloat16 and a "
                 "'state' of fake or packed"
             )
-        return cls(tuple(weights), dtype, state)
+        return cls(shapes, dtype, state)
 
 
 def body_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,7 +164,7 @@ def prepare_body(model: nn.Module, storage: Storage) -> Body:
             lists[id(weight)] = parametrized(FakeQuantizedWeight(weight, storage), weight)
         _install(model, name, lists[id(weight)])
     huggingface.follow(model)
-    return Body(tuple(weights), storage, "fake")
+    return Body({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
 
 
 def check_body_preparation(model: nn.Module, storage: Storage) -> dict[str, nn.Parameter]:
@@ -171,7 +175,7 @@ def check_body_preparation(model: nn.Module, storage: Storage) -> dict[str, nn.P
     """
     if (there := body_of(model)) is not None:
         done = "packed" if there.state == "packed" else "prepared for quantization"
-        raise ValueError(f"the weights beside the tables ({there.weights[0]!r}, ...) are {done} already")
+        raise ValueError(f"the weights beside the tables ({next(iter(there.weights))!r}, ...) are {done} already")
     weights = body_weights(model)
     if not weights:
         raise ValueError("the model has no linear or recurrent weights beside its tables")
@@ -237,7 +241,7 @@ def body_of(model: nn.Module) -> Body | None:
     state: State = "packed"
     if isinstance(reading, FakeQuantizedWeight):
         state = "frozen" if reading.frozen else "fake"
-    return Body(tuple(lists), reading.storage, state)
+    return Body({name: tuple(shape_of(kept)) for name, kept in lists.items()}, reading.storage, state)
 
 
 def body_bytes(model: nn.Module) -> tuple[int, int]:
@@ -260,10 +264,16 @@ def check_body(model: nn.Module, body: Body | None) -> None:
     Raises:
         ValueError: Naming the first that it has not.
     """
-    for name in () if body is None else body.weights:
-        if _weight_shape(model, name) is None:
+    for name, shape in {} if body is None else body.weights.items():
+        own = _weight_shape(model, name)
+        if own is None:
             raise ValueError(
                 f"the plan quantizes the weight {name!r}, but the model has no linear or recurrent weight of that name"
+            )
+        if tuple(own) != shape:
+            raise ValueError(
+                f"the plan's weight {name!r} has the shape {list(shape)}, the model's {list(own)}: build the "
+                "model with the sizes that the checkpoint was trained with"
             )
 
 
@@ -287,6 +297,19 @@ def apply_body(model: nn.Module, body: Body | None) -> None:
             lists[id(weight)] = _empty(weight, body)
         _install(model, name, lists[id(weight)])
     huggingface.follow(model)
+
+
+def load_body(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of quantized weights alone.
+
+    Args:
+        model: A model that has the structure of its body already.
+        state: Tensors that `check_body_tensors` has seen.
+    """
+    for name, kept in _lists(model).items():
+        prefix = _prefix(name)
+        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        kept.load_state_dict(own)
 
 
 def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> None:
@@ -327,19 +350,17 @@ def body_shapes(
         expected = {key: shape for key, shape in expected.items() if not key.startswith(prefix)}
         expected[name] = tuple(shape_of(kept))
     for name in () if body is None else body.weights:
+        assert body is not None
         expected.pop(name, None)
-        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(model, body, name).items()}
+        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(body, name).items()}
     return expected
 
 
-def check_body_tensors(
-    model: nn.Module, body: Body | None, state: Mapping[str, Any], where: str, complete: bool = True
-) -> None:
+def check_body_tensors(body: Body | None, state: Mapping[str, Any], where: str, complete: bool = True) -> None:
     """Check the tensors of a body before a model is changed for them.
 
     Args:
-        model: What they will be loaded into.
-        body: Its body in the file.
+        body: Which weights are quantized in the file.
         state: A state dict; tensors of other modules are not looked at.
         where: What messages call it.
         complete: Whether all must be there.
@@ -349,7 +370,8 @@ def check_body_tensors(
             finite.
     """
     for name in () if body is None else body.weights:
-        expected = _expected(model, body, name)
+        assert body is not None
+        expected = _expected(body, name)
         found = {key: value for key, value in state.items() if key.startswith(_prefix(name)) or key == name}
         if not found and not complete:
             continue
@@ -375,11 +397,8 @@ def _is_finite(value: Tensor, expected: Tensor, body: Body | None, key: str) -> 
     return value.is_meta or bool(value.isfinite().all())
 
 
-def _expected(model: nn.Module, body: Body | None, name: str) -> dict[str, Tensor]:
-    shape = _weight_shape(model, name)
-    assert shape is not None
-    assert body is not None
-    empty = _empty(nn.Parameter(torch.empty(shape, device="meta")), body)
+def _expected(body: Body, name: str) -> dict[str, Tensor]:
+    empty = _empty(nn.Parameter(torch.empty(body.weights[name], device="meta")), body)
     return {_prefix(name) + key: tensor for key, tensor in empty.state_dict().items()}
 
 

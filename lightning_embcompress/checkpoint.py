@@ -32,7 +32,7 @@ def write_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     plan = plan_of(module)
     if plan.tables or plan.body:
         tables = [replace(table, modules=tuple(map(_unwrapped, table.modules))) for table in plan.tables]
-        body = plan.body and replace(plan.body, weights=tuple(map(_unwrapped, plan.body.weights)))
+        body = plan.body and replace(plan.body, weights={_unwrapped(n): s for n, s in plan.body.weights.items()})
         checkpoint[RECORD_KEY] = replace(plan, tables=tuple(tables), body=body).to_dict()
 
 
@@ -70,7 +70,7 @@ def restore_structure(
     check_plan(module, plan)
     if state:
         check_factors(plan.tables, state, where, complete)
-        check_body_tensors(module, plan.body, state, where, complete)
+        check_body_tensors(plan.body, state, where, complete)
     if plan != plan_of(module):
         apply_plan(module, plan)
 
@@ -109,10 +109,10 @@ def _check_record_is_there(module: nn.Module, state: Mapping[str, Any]) -> None:
                 "way, and call keep_structure(model) before you train a model that was compressed by hand"
             )
     body = body_of(module)
-    if body is not None and not set(body.weights) & state.keys():
+    if body is not None and not body.weights.keys() & state.keys():
         raise ValueError(
-            f"the checkpoint has no weight {body.weights[0]!r}, and does not say how it is quantized: it was saved "
-            "without the callback. Load it with model.load_state_dict into a model that was quantized in the same way"
+            f"the checkpoint has no weight {next(iter(body.weights))!r}, and does not say how it is quantized: it was "
+            "saved without the callback. Load it with model.load_state_dict into a model that was quantized likewise"
         )
 
 

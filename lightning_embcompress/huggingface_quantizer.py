@@ -132,13 +132,13 @@ def _fitted(plan: Plan, model: Any) -> Plan:
     if plan.body is None:
         return fitted
     known = dict(model.named_parameters(remove_duplicate=False))
-    weights = []
-    for name in plan.body.weights:
-        names = [one for one in (name, base + name, name.removeprefix(base)) if one in known]
+    weights = {}
+    for name, shape in plan.body.weights.items():
+        own = next((one for one in (name, base + name, name.removeprefix(base)) if one in known), None)
         # One outside of the base model belongs to a head that this model may not have.
-        if names or name.startswith(base):
-            weights.append(names[0] if names else name)
-    return replace(fitted, body=replace(plan.body, weights=tuple(weights)) if weights else None)
+        if own is not None or name.startswith(base):
+            weights[own or name] = shape
+    return replace(fitted, body=replace(plan.body, weights=weights) if weights else None)
 
 
 def _is_missing(tensor: torch.Tensor) -> bool:

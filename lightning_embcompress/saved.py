@@ -35,10 +35,11 @@ _CHUNK_BYTES = 2**22
 def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model with its compressed tables: safetensors and JSON, nothing that is unpickled.
 
-    Factors that are prepared for quantization are stored as the integers that they train for; the model itself stays as
-    it is, and can go on training. Tensors that several layers share are stored once. Both files are written under temporary names and renamed, so
-    that an interruption leaves what was there before. `config.json` has the checksum of the weights it belongs to: if
-    the process is killed between the two, loading says so.
+    Factors, and weights beside the tables, that are prepared for quantization are stored as the integers that they
+    train for; the model itself stays as it is, and can go on training. Tensors that several layers share are stored
+    once. Both files are written under temporary names and renamed, so that an interruption leaves what was there
+    before. `config.json` has the checksum of the weights it belongs to: if the process is killed between the two,
+    loading says so.
 
     Args:
         model: Any module, compressed or not.
@@ -308,7 +309,7 @@ def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mappi
                 f"and {expected.get(name, 'missing')} in the model"
             )
     check_factors(plan.tables, tensors, repr(str(directory / WEIGHTS_FILE)))
-    check_body_tensors(model, plan.body, tensors, repr(str(directory / WEIGHTS_FILE)))
+    check_body_tensors(plan.body, tensors, repr(str(directory / WEIGHTS_FILE)))
 
 
 def _without(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:

@@ -32,6 +32,7 @@ from lightning_embcompress.factorizations import Quantization
 from lightning_embcompress.parametrized_weights import Storage, storage_of
 from lightning_embcompress.plan import Plan, model_bytes
 from lightning_embcompress.quantization import convert, prepare
+from lightning_embcompress.shell.skeleton import build_skeleton
 from lightning_embcompress.solvers.integer_quantizer import from_codes, group_scales, to_codes
 
 
@@ -87,11 +88,12 @@ def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
     parameters = {id(parameter) for parameter in model.parameters()}
     weights = body_weights(model)
     assert len(weights) == MODELS[name][2]
+    shapes = {own: tuple(weight.shape) for own, weight in weights.items()}
     with torch.no_grad():
         for weight in {id(weight): weight for weight in body_weights(dense).values()}.values():
             weight.copy_(_rounded(weight, storage))
     body = prepare_body(model, storage)
-    assert body_of(model) == body == Body(tuple(weights), storage, "fake")
+    assert body_of(model) == body == Body(shapes, storage, "fake")
     assert {id(parameter) for parameter in model.parameters()} == parameters
     read = _read(model, x)
     torch.testing.assert_close(read, _read(dense, x))
@@ -104,7 +106,7 @@ def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
             torch.testing.assert_close(weight.grad, by_name[own].grad)
     twin = copy.deepcopy(model)
     with converted_body(model):
-        assert body_of(model) == Body(tuple(weights), storage, "packed")
+        assert body_of(model) == Body(shapes, storage, "packed")
         stored = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         torch.testing.assert_close(_read(model, x), read)
     assert body_of(model) == body
@@ -169,7 +171,9 @@ def test_learned_and_frozen_ranges() -> None:
     model, x = _built("RNN")
     prepare_body(model, storage_of("int4", group_size=16))
     freeze_body_ranges(model)
-    assert body_of(model) == Body(("weight_ih_l0", "weight_hh_l0"), storage_of("int4", 16), "frozen")
+    assert body_of(model) == Body(
+        {"weight_ih_l0": (17, 24), "weight_hh_l0": (17, 17)}, storage_of("int4", 16), "frozen"
+    )
     scales = model.state_dict()["parametrizations.weight_ih_l0.0.scales"].clone()
     with torch.no_grad():
         model.get_parameter("parametrizations.weight_ih_l0.original").mul_(3)
@@ -230,7 +234,11 @@ def test_what_cannot_be_quantized() -> None:
             again(model)  # type: ignore[operator]
     with pytest.raises(ValueError, match="packed already"):
         prepare(model, tables=[], body="int8")
-    assert body_of(model) == Body(("0.weight", "1.weight_ih_l0", "1.weight_hh_l0", "2.weight"), "bfloat16", "packed")
+    lstm = {"1.weight_ih_l0": (16, 4), "1.weight_hh_l0": (16, 4)}
+    assert body_of(model) == Body({"0.weight": (8, 4), **lstm, "2.weight": (5, 8)}, "bfloat16", "packed")
+
+
+SHAPES = {"1.weight_ih_l0": (64, 24), "1.weight_hh_l0": (64, 16)}
 
 
 def _language() -> nn.Sequential:
@@ -251,10 +259,10 @@ def saved(tmp_path: Path) -> tuple[nn.Sequential, Path]:
 def test_files_hold_the_integers(saved: tuple[nn.Sequential, Path]) -> None:
     model, folder = saved
     x = torch.randn(3, 2, 24)
-    assert body_of(model) == Body(("1.weight_ih_l0", "1.weight_hh_l0"), storage_of("int4", 16), "fake")
+    assert body_of(model) == Body(SHAPES, storage_of("int4", 16), "fake")
     fresh = _language()
     plan = load_compressed(folder, fresh)
-    assert plan.body == Body(("1.weight_ih_l0", "1.weight_hh_l0"), storage_of("int4", 16), "packed")
+    assert plan.body == Body(SHAPES, storage_of("int4", 16), "packed")
     torch.testing.assert_close(fresh[1](x), model[1](x))
     packed = sum(tensor.nbytes for key, tensor in load_file(folder / "model.safetensors").items() if "parametr" in key)
     assert packed == body_bytes(fresh)[1] == (24 + 16) * 64 // 2 + 2 * (64 * 2 + 64)
@@ -283,14 +291,21 @@ def _body(**changes: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_body(weights=["1.weight_ih_l0", "1.other"]), "quantizes the weight '1.other', but the model has no"),
-        (_body(weights=["1.weight_ih_l0", "1.bias_ih_l0"]), "'1.bias_ih_l0', but the model has no linear"),
-        (_body(weights=[]), "must have 'weights', a list of names"),
-        (_body(weights=["1.weight_ih_l0"] * 2), "none of them twice"),
-        (_body(weights=["1.weight_ih_l0"]), "does not fit the model: '1.parametrizations.weight_hh_l0.original0' is"),
+        (_body(weights={"1.weight_ih_l0": [64, 24], "1.other": [4, 4]}), "weight '1.other', but the model has no"),
+        (_body(weights={"1.bias_ih_l0": [64, 1]}), "'1.bias_ih_l0', but the model has no linear"),
+        (
+            _body(weights={"1.weight_ih_l0": [64, 23]}),
+            r"'1.weight_ih_l0' has the shape \[64, 23\], the model's \[64, 24\]",
+        ),
+        (_body(weights={}), "must have 'weights', shapes by names"),
+        (_body(weights={"1.weight_ih_l0": [64, -1]}), "'1.weight_ih_l0' has no shape"),
+        (
+            _body(weights={"1.weight_ih_l0": [64, 24]}),
+            "not fit the model: '1.parametrizations.weight_hh_l0.original0' is",
+        ),
         (_body(dtype="int9", state="packed"), "must have a 'quantization', or a 'dtype' of float16"),
         (_body(quantization={"bits": 4}), "'body' of the compression plan: the structure's 'quantization' must have"),
-        (lambda config, tensors: config["plan"].update(body=3), "must have 'weights', a list of names"),
+        (lambda config, tensors: config["plan"].update(body=3), "must have 'weights', shapes by names"),
         (lambda config, tensors: tensors.pop(HH + "original1"), "'1.parametrizations.weight_hh_l0.original1' is miss"),
         (lambda config, tensors: tensors[HH + "original1"].fill_(255), "NaN or infinite values in .*hh_l0.original1"),
         (
@@ -326,6 +341,18 @@ def test_checkpoints_without_a_record(saved: tuple[nn.Sequential, Path]) -> None
     restore_structure(model, dense)
     assert body_of(model) is None
     model.load_state_dict(dense["state_dict"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_dict_alone_is_made_dense(saved: tuple[nn.Sequential, Path], packed: bool) -> None:
+    model, _ = saved
+    if packed:
+        convert(model)
+    skeleton = build_skeleton(model.state_dict(), plan_of(model), "it")
+    assert plan_of(skeleton) == plan_of(model)
+    for one in (model, skeleton):
+        densify(one)
+    torch.testing.assert_close(dict(skeleton.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tables", ["auto", []])

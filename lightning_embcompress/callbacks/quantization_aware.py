@@ -189,7 +189,7 @@ class QuantizationAware(ScheduledCallback):
         own = [tables[name] for name in self._prepared if name in tables]
         packed = [name for name in self._prepared if name in tables and not tables[name].is_prepared]
         if self.body is not None and body is not None and body.state == "packed":
-            packed.append(body.weights[0])
+            packed.append(next(iter(body.weights)))
         if packed:
             raise ValueError(
                 f"{', '.join(map(repr, packed))} was converted, and has no numbers left to train: resume from a "

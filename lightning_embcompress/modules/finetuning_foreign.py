@@ -146,6 +146,9 @@ class NestedCheckpoint:
 
 
 def _without_prefix(entry: Any, names: str) -> Any:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get(names), list):
-        return entry
-    return {**entry, names: [str(path).removeprefix(PREFIX) for path in entry[names]]}
+    named = entry.get(names) if isinstance(entry, Mapping) else None
+    if isinstance(named, Mapping):
+        return {**entry, names: {str(path).removeprefix(PREFIX): value for path, value in named.items()}}
+    if isinstance(named, list):
+        return {**entry, names: [str(path).removeprefix(PREFIX) for path in named]}
+    return entry

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.body_quantization import body_shapes, check_body_tensors, load_body
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, apply_plan
-from lightning_embcompress.records import check_factors
+from lightning_embcompress.records import check_factors, dtype_of
 from lightning_embcompress.storage import identity_of
 from lightning_embcompress.tables import all_modules
 
@@ -38,6 +39,8 @@ class Skeleton(nn.Module):
             node = child
         if isinstance(value, nn.Module):
             node._modules[leaf] = value
+        elif isinstance(value, nn.Parameter):
+            node._parameters[leaf] = value
         else:
             node._buffers[leaf] = value
 
@@ -62,10 +65,12 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
     """
     # What layers share may be stored under any of their names.
     check_factors(plan.tables, state, where, complete=False)
+    check_body_tensors(plan.body, state, where)
     state = _cast(state, dtype)
     skeleton = Skeleton()
     compressed = {path: table for table in plan.tables for path in table.modules}
-    tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed)}
+    beside = body_shapes(nn.Module(), plan.body, {}).keys()
+    tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed) and name not in beside}
     weights: dict[str, Tensor] = {}
     # First, and in the order of the plan, so that tables keep their names: a file may have its tensors in any order.
     for table in plan.tables:
@@ -86,8 +91,13 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
         skeleton.put(path, _layer(parameters[identity_of(weight)], biases.get(path), is_last))
     for name, tensor in tensors.items():
         skeleton.put(name, tensor)
+    if plan.body is not None:
+        number = next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.empty(()))
+        for name, shape in plan.body.weights.items():
+            skeleton.put(name, nn.Parameter(torch.empty(shape, dtype=number.dtype)))
     apply_plan(skeleton, plan)
     _load_factors(skeleton, plan, state, where)
+    load_body(skeleton, state)
     return skeleton
 
 
@@ -181,9 +191,13 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[s
 
 def _factor_dtype(table: TablePlan, state: Mapping[str, Tensor], where: str) -> torch.dtype:
     """The dtype of the factors in the file, which may have been cast since the plan was made."""
-    for name, tensor in state.items():
-        if _owner(name, dict.fromkeys(table.modules, table)) and tensor.is_floating_point():
+    own = [tensor for name, tensor in state.items() if _owner(name, dict.fromkeys(table.modules, table))]
+    for tensor in own:
+        if tensor.is_floating_point():
             return tensor.dtype
+    if own:
+        # Packed integers have none of their own.
+        return dtype_of(table.dtype)
     raise ValueError(f"{where} is damaged: it has no factors of table {table.name!r}, which is compressed in its plan")
 
 
