@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import torch
 from torch import nn
 
 from lightning_embcompress.body_quantization import (
@@ -19,8 +20,11 @@ from lightning_embcompress.body_quantization import (
 )
 from lightning_embcompress.factorizations import Factorization, FullTable, Quantization
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.parametrized_weights import Storage, storage_of
 from lightning_embcompress.plan import Plan, model_bytes, plan_of
+from lightning_embcompress.solvers.metric import Metric
+from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.storage import check_whole
 from lightning_embcompress.tables import Table, all_modules, check_finite, find_tables, put_back, replace_table
 
@@ -37,7 +41,8 @@ def prepare(
     """Let tables train as they will be once they are stored in fewer bits (quantization-aware training), in place.
 
     The factors stay numbers, and are read as the integers they will become; of an embedding only the rows that a step
-    reads. Parameters stay the same objects. Codes of `transform_coding` keep their own widths, and are trained from now
+    reads. Parameters stay the same objects, but get other values where factors are balanced first
+    (`Factorization.balance`). Codes of `transform_coding` keep their own widths, and are trained from now
     on. Checkpoints are of the numbers; `convert`, `save_compressed` and `save_pretrained` store the integers.
 
     Args:
@@ -125,8 +130,7 @@ def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | 
     chosen, found = tables_to_prepare(model, tables)
     changes = [(modules, factors.prepared(quantization)) for modules, factors in chosen]
     for table in found:
-        assert isinstance(table.weight, nn.Parameter)
-        changes.append((table.modules, FullTable.of(table.weight).prepared(quantization)))
+        changes.append((table.modules, FullTable.of(cast(nn.Parameter, table.weight)).prepared(quantization)))
     return changes
 
 
@@ -176,19 +180,30 @@ def converted(model: nn.Module) -> Iterator[None]:
             put_back(model, before)
 
 
-def quantize(model: nn.Module, quantization: Quantization | None = None, tables: str | Sequence[str] = "auto") -> Plan:
-    """Quantize without training: every factor to its nearest integers, in place.
+def quantize(
+    model: nn.Module,
+    quantization: Quantization | None = None,
+    tables: str | Sequence[str] = "auto",
+    statistics: Statistics | None = None,
+) -> Plan:
+    """Quantize tables without training, in place.
+
+    Factors whose product is the table are balanced, and rounded so that what one component loses the next ones make
+    up for (`solvers.error_feedback`, after GPTQ), with statistics in the metric of the loss; others are rounded to the
+    nearest integers.
 
     Args:
         model: As for `prepare`.
         quantization: As for `prepare`.
         tables: As for `prepare`; tables of codes stay what they are.
+        statistics: What `collect_statistics` has found for the model, dense or compressed; None where all errors are
+            to count the same.
 
     Returns:
         The plan of the model.
 
     Raises:
-        ValueError: As `prepare`.
+        ValueError: As `prepare`, or if the statistics are of another model. The model is as it was.
 
     Example:
         >>> from lightning_embcompress import compress
@@ -198,10 +213,18 @@ def quantize(model: nn.Module, quantization: Quantization | None = None, tables:
         True
     """
     check_whole(model, "quantized")
+    quantization = quantization or Quantization()
     if tables == "auto":
         tables = [modules[0] for modules, factors in compressed_tables(model) if not factors.is_packed] or tables
-    changes = prepared_tables(model, quantization or Quantization(), tables)
-    return _carry_out(model, [(modules, factors.converted()) for modules, factors in changes])
+    chosen, dense = tables_to_prepare(model, tables)
+    chosen += [(table.modules, FullTable.of(cast(nn.Parameter, table.weight))) for table in dense]
+    metrics: list[Metric | None] = [None] * len(chosen)
+    if statistics is not None:
+        # Of a compressed table only its shape is asked for.
+        shapes = [Table(paths, torch.empty(one.vocab_size, one.dim, device="meta")) for paths, one in chosen]
+        metrics = [metric_of(model, table, statistics) for table in shapes]
+    pairs = zip(chosen, metrics, strict=True)
+    return _carry_out(model, [(paths, factors.quantized(quantization, metric)) for (paths, factors), metric in pairs])
 
 
 def is_prepared(model: nn.Module) -> bool:

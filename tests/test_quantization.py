@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress import compress, densify, load_compressed, save_compressed
+from lightning_embcompress import collect_statistics, compress, densify, load_compressed, save_compressed
 from lightning_embcompress.factorizations import LatentCodes, LowRank, Quantization, SharedBasisBlocks
+from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.plan import Plan, apply_plan, model_bytes, plan_of
 from lightning_embcompress.quantization import convert, converted_plan, prepare, quantize
 from lightning_embcompress.report import table_report
+from lightning_embcompress.tables import find_tables
 
 VOCAB_SIZE, DIM = 400, 24
 COUNTS = (4000 / torch.arange(1, VOCAB_SIZE + 1)).long()
@@ -126,6 +128,40 @@ def test_without_training() -> None:
         prepare(model, tables=["decoder"])
     convert(model)
     assert isinstance(model.decoder.factorization, SharedBasisBlocks)
+
+
+def test_statistics_say_what_errors_cost() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    with torch.no_grad():
+        model.encoder.weight.mul_(torch.logspace(0, -2, DIM))
+    batches = [torch.randint(VOCAB_SIZE, (8, 10)) for _ in range(5)]
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    statistics = collect_statistics(model, batches, loss, token_counts=COUNTS)
+    (decoder,) = find_tables(model, ["decoder"])
+    metric = metric_of(model, decoder, statistics)
+    compress(model, "low_rank", ratio=1.3, tables=["decoder"])
+    dense = model.decoder.factorization.dense()
+    lost = []
+    for known in (None, statistics):
+        smaller = copy.deepcopy(model)
+        quantize(smaller, Quantization(3), tables=["decoder"], statistics=known)
+        lost.append(metric.loss(dense, smaller.decoder.factorization.dense()))
+    assert lost[1] < 0.7 * lost[0]
+    before = model.decoder.factorization
+    other = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 30))
+    of_another = collect_statistics(other, [batches[0] % 30], loss)
+    with pytest.raises(ValueError, match="statistics"):
+        quantize(
+            model,
+            statistics=collect_statistics(
+                nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 30)), [batches[0] % 30], loss
+            ),
+        )
+    assert model.decoder.factorization is before
 
 
 def test_nothing_changes_where_one_of_several_tables_is_refused() -> None:

@@ -95,6 +95,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     """The dataclass of its options; all of them have defaults."""
     uses_metric: ClassVar[bool] = False
     """Whether `decompose` and `refined` take a `metric`, what an error costs (see `solvers.metric`)."""
+    shared_factors: ClassVar[tuple[str, ...]] = ()
+    """Names of the factors that all tokens share, of a class in which tokens have numbers of their own beside them."""
     divides: ClassVar[bool] = False
     """Whether its solver divides a table's work over processes, see `solvers.division`."""
 
@@ -261,7 +263,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     def prepared(self, quantization: Quantization) -> Factorization[Any]:
         """Let it train as it will be once its factors are stored in fewer bits.
 
-        The parameters stay the same objects, in the same order, so that optimizers go on with them.
+        The parameters stay the same objects, in the same order. Factors whose product is the table are balanced first
+        (`balance`), so that their numbers, not their product, are others.
 
         Args:
             quantization: How they will be stored.
@@ -272,10 +275,16 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         Raises:
             ValueError: If it is prepared, or packed already.
         """
-        if self.quantization is not None:
-            raise ValueError(f"its factors are {'packed' if self.is_packed else 'prepared for quantization'} already")
+        if self.quantization is None:
+            self.balance()
         self.hold(quantization, "fake")
         return self
+
+    def balance(self) -> None:
+        """Move scale and directions between factors so that less is lost when they are rounded, in place.
+
+        The table stays the same, see `solvers.balance`; for methods without such factors nothing is done.
+        """
 
     def hold(self, quantization: Quantization, state: State) -> None:
         """Put what is quantized in the place of the parameters.
@@ -283,14 +292,24 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         Args:
             quantization: How they are quantized.
             state: Whether they train. With `"packed"` they are empty, ready to be loaded into.
+
+        Raises:
+            ValueError: If they are quantized already.
         """
-        self._replace_factors(lambda parameter: in_place_of(parameter, quantization, state))
+        if self.quantization is not None:
+            raise ValueError(f"its factors are {'packed' if self.is_packed else 'prepared for quantization'} already")
+
+        def make(name: str, parameter: nn.Parameter) -> nn.Module:
+            of = quantization.shared if name in self.shared_factors else quantization
+            return in_place_of(parameter, of, state)
+
+        self._replace_factors(make)
         self.quantization, self.state = quantization, state
 
-    def _replace_factors(self, make: Callable[[Any], nn.Module]) -> None:
-        modules: dict[str, nn.Module | None] = {name: make(own) for name, own in self._parameters.items()}
+    def _replace_factors(self, make: Callable[[str, Any], nn.Module]) -> None:
+        modules: dict[str, nn.Module | None] = {name: make(name, own) for name, own in self._parameters.items()}
         for name, child in self._modules.items():
-            parts = [make(part) for part in _parts(child)]
+            parts = [make(name, part) for part in _parts(child)]
             modules[name] = nn.ModuleList(parts) if isinstance(child, _LISTS) else parts[0]
         self._parameters, self._modules = {}, modules
 
@@ -303,14 +322,31 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         """
         if not self.is_prepared:
             raise ValueError("there is nothing to convert: it is not prepared for quantization")
-        packed = copy.copy(self)
-        # A copy of its own of what torch keeps in dictionaries.
-        for name in ("_parameters", "_buffers", "_modules"):
-            packed.__dict__[name] = dict(self.__dict__[name])
-        packed._replace_factors(lambda factor: factor.packed())
+        packed = self._copied()
+        packed._replace_factors(lambda _, factor: factor.packed())
         packed.state = "packed"
-        packed.provenance = dict(self.provenance)
         return packed
+
+    def _copied(self) -> Self:
+        """Another one that has the same tensors."""
+        other = copy.copy(self)
+        for name in ("_parameters", "_buffers", "_modules"):
+            other.__dict__[name] = dict(self.__dict__[name])
+        other.provenance = dict(self.provenance)
+        return other
+
+    @torch.no_grad()
+    def quantized(self, quantization: Quantization, metric: Metric | None = None) -> Factorization[Any]:
+        """Packed integers without training; this one stays as it is.
+
+        Args:
+            quantization: How factors are stored.
+            metric: What an error costs; of methods that have no use for it, every factor is rounded by itself.
+
+        Raises:
+            ValueError: If it is prepared, or packed already.
+        """
+        return self._copied().prepared(quantization).converted()
 
     def plain(self) -> tuple[Factorization[Any], dict[str, Tensor]]:
         """What reads the same without a quantization, for those who read all of it many times at once.
@@ -324,8 +360,8 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         """
         if not self.is_prepared:
             raise ValueError("it is not prepared for quantization, and has no other form to be read in")
-        plain = copy.copy(self)
-        plain.__dict__["_parameters"], plain.__dict__["_modules"] = {}, {}
+        plain = self._copied()
+        plain._parameters, plain._modules = {}, {}
         for name, child in self._modules.items():
             weights = [part.weight for part in _parts(child)]
             setattr(plain, name, nn.ParameterList(weights) if isinstance(child, _LISTS) else weights[0])

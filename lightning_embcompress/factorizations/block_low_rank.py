@@ -20,7 +20,15 @@ from lightning_embcompress.factorizations.base import (
 from lightning_embcompress.factorizations.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.factorizations.low_rank import aligned_bases
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
-from lightning_embcompress.factorizations.quantized import multiply, read_rows, whole
+from lightning_embcompress.factorizations.quantized import (
+    PackedFactor,
+    Quantization,
+    balance_product,
+    multiply,
+    read_rows,
+    store_product,
+    whole,
+)
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks, plain_metric
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
@@ -115,6 +123,7 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
     options_class = GroupReduceOptions
     divides = True
     uses_metric = True
+    shared_factors = ("basis",)
 
     def __init__(
         self,
@@ -170,6 +179,37 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
     def bases(self) -> tuple[Tensor, ...]:
         """`[rank, dim]` basis of every block; of no rows for a block that is kept as its rows."""
         return torch.split(whole(self.basis), self.basis_ranks)
+
+    def balance(self) -> None:
+        """See `Factorization.balance`."""
+        for coefficients, basis, dense in zip(self.coefficients, self.bases(), self.dense_blocks, strict=True):
+            if not dense:
+                balance_product([coefficients], basis)
+
+    @torch.no_grad()
+    def quantized(self, quantization: Quantization, metric: Metric | None = None) -> Self:
+        """Every block balanced, and rounded with error feedback in the metric, see `Factorization.quantized`."""
+        packed = self._copied()
+        packed.hold(quantization, "packed")
+        parts: list[Any] = list(packed.coefficients)
+        shared: Any = packed.basis
+        stored = []
+        for part, own, numbers, rows in zip(
+            parts, self.coefficients, self.bases(), torch.split(self.order, self.sizes), strict=True
+        ):
+            if not len(numbers):
+                part.fill(own)
+                continue
+            alone = PackedFactor(numbers.shape, shared.quantization, numbers.dtype, numbers.device)
+            store_product([part], alone, [own], numbers, metric, [rows])
+            stored.append(alone)
+        if sum(len(alone.scales) for alone in stored) == len(shared.scales) and stored:
+            shared.codes.copy_(torch.cat([alone.codes for alone in stored]))
+            shared.scales.copy_(torch.cat([alone.scales for alone in stored]))
+        elif stored:
+            # Rows so short that they share a scale with those of other blocks.
+            shared.fill(torch.cat([alone.whole() for alone in stored]))
+        return packed
 
     def structure(self) -> dict[str, Any]:
         """Shape, and size and rank of every block."""

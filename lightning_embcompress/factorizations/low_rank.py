@@ -19,7 +19,14 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
-from lightning_embcompress.factorizations.quantized import multiply, read_rows, whole
+from lightning_embcompress.factorizations.quantized import (
+    Quantization,
+    balance_product,
+    multiply,
+    read_rows,
+    store_product,
+    whole,
+)
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import low_rank_in_metric, weighted_low_rank
@@ -73,6 +80,7 @@ class LowRank(Factorization[LowRankOptions]):
     options_class = LowRankOptions
     divides = True
     uses_metric = True
+    shared_factors = ("basis",)
 
     def __init__(
         self,
@@ -100,6 +108,18 @@ class LowRank(Factorization[LowRankOptions]):
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ = (h Bᵀ) Uᵀ`, see `Factorization.logits`."""
         return multiply(multiply(hidden, self.basis), self.coefficients)
+
+    def balance(self) -> None:
+        """See `Factorization.balance`."""
+        balance_product([self.coefficients], self.basis)
+
+    def quantized(self, quantization: Quantization, metric: Metric | None = None) -> Self:
+        """Balanced, and rounded with error feedback in the metric, see `Factorization.quantized`."""
+        packed = self._copied()
+        packed.hold(quantization, "packed")
+        rows = [torch.arange(self.vocab_size)]
+        store_product([packed.coefficients], packed.basis, [self.coefficients], self.basis, metric, rows)
+        return packed
 
     def structure(self) -> dict[str, Any]:
         """Shape and rank."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.factorizations.packed_rows import multiply_packed, pack_rows, read_packed_rows
+from lightning_embcompress.solvers.balance import balanced_factors
+from lightning_embcompress.solvers.error_feedback import quantize_factors
 from lightning_embcompress.solvers.gram import row_chunks
 from lightning_embcompress.solvers.integer_quantizer import (
     fake_quantize,
@@ -25,6 +27,7 @@ from lightning_embcompress.solvers.integer_quantizer import (
     scales_shape,
     to_codes,
 )
+from lightning_embcompress.solvers.metric import Metric
 
 State: TypeAlias = Literal["fake", "frozen", "packed"]
 """Of a factorization that is quantized: trained with ranges that follow it, with ranges that stay, or packed."""
@@ -42,6 +45,8 @@ class Quantization:
         scale_dtype: `float16` or `bfloat16`.
         ranges: While training a group's range is that of its values (`minmax`), or its scale is a parameter that is
             trained too (`learned`; LSQ, Esser et al. 2020).
+        shared_bits: Least bits of factors that all tokens share beside their own, such as a basis: those are few, and
+            what they lose all rows lose.
 
     Raises:
         ValueError: If one is out of its range.
@@ -55,11 +60,13 @@ class Quantization:
     group_size: int = 64
     scale_dtype: Literal["float16", "bfloat16"] = "float16"
     ranges: Literal["minmax", "learned"] = "minmax"
+    shared_bits: int = 8
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if type(self.bits) is not int or not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be an integer from 2 to 8, it is {self.bits!r}")
+        for name, bits in (("bits", self.bits), ("shared_bits", self.shared_bits)):
+            if type(bits) is not int or not 2 <= bits <= 8:
+                raise ValueError(f"{name} must be an integer from 2 to 8, it is {bits!r}")
         if type(self.group_size) is not int or not 16 <= self.group_size <= 256:
             raise ValueError(f"group_size must be an integer from 16 to 256, it is {self.group_size!r}")
         if self.scale_dtype not in _SCALE_DTYPES:
@@ -71,6 +78,11 @@ class Quantization:
     def scales(self) -> torch.dtype:
         """Dtype of the scales."""
         return _SCALE_DTYPES[self.scale_dtype]
+
+    @property
+    def shared(self) -> Quantization:
+        """That of factors that all tokens share beside their own."""
+        return replace(self, bits=max(self.bits, self.shared_bits))
 
     def bytes_of(self, shape: Sequence[int]) -> int:
         """Bytes of a packed factor of a shape."""
@@ -230,10 +242,8 @@ class FakeQuantizedFactor(QuantizedFactor):
     def packed(self) -> PackedFactor:
         """What it is once it is not trained any more."""
         packed = PackedFactor(self.shape, self.quantization, self.weight.dtype, self.weight.device)
-        of = self.quantization
-        scales = self._ranges() if self.scales is None else self.scales.detach().to(of.scales)
-        packed.set_scales(scales)
-        packed.set_codes(to_codes(self.weight.detach().view(self.matrix), scales, of.bits, of.group_size))
+        scales = self._ranges() if self.scales is None else self.scales.detach().to(self.quantization.scales)
+        packed.fill(self.weight, scales)
         return packed
 
 
@@ -288,6 +298,15 @@ class PackedFactor(QuantizedFactor):
         """Keep `[rows, columns]` codes."""
         self.codes.copy_(pack_rows(codes, self.quantization.bits))
 
+    def fill(self, numbers: Tensor, scales: Tensor | None = None) -> None:
+        """Keep the nearest integers of numbers; None for the scales that lose least."""
+        of = self.quantization
+        matrix = numbers.detach().reshape(self.matrix)
+        if scales is None:
+            scales = group_scales(matrix, of.bits, of.group_size, of.scales, search=True)
+        self.set_scales(scales)
+        self.set_codes(to_codes(matrix, scales, of.bits, of.group_size))
+
     def group_scales(self) -> Tensor:
         """Scales of all groups, in their dtype of 16 bits."""
         return self.scales.view(self.quantization.scales)
@@ -307,6 +326,53 @@ class PackedFactor(QuantizedFactor):
         """`[*, rows]`, the product of `[*, columns]` with all rows, of which a few at a time are unpacked."""
         of = self.quantization
         return multiply_packed(hidden, self.codes, self.group_scales(), of.bits, self.matrix[1], of.group_size)
+
+
+@torch.no_grad()
+def balance_product(coefficients: Sequence[Tensor], basis: Tensor) -> None:
+    """Balance coefficients of blocks and the basis of which they read the leading rows, in place.
+
+    Args:
+        coefficients: `[n_b, rank_b]` of every block.
+        basis: `[rank, dim]`.
+    """
+    if not basis.numel() or basis.is_meta:
+        return
+    moved, turned = balanced_factors([own.detach() for own in coefficients], basis.detach())
+    for own, values in zip(coefficients, moved, strict=True):
+        own.copy_(values)
+    basis.copy_(turned)
+
+
+def store_product(
+    packed: Sequence[Any], basis: Any, coefficients: Sequence[Tensor], numbers: Tensor, metric: Metric | None, rows: Any
+) -> None:
+    """Fill a packed product of coefficients and a basis with what loses least, see `solvers.error_feedback`.
+
+    Args:
+        packed: `PackedFactor` of the coefficients of every block.
+        basis: `PackedFactor` of the basis, of which all blocks read the leading rows.
+        coefficients: `[n_b, rank_b]` of every block.
+        numbers: `[rank, dim]` basis.
+        metric: What an error costs; None where all directions and rows count the same.
+        rows: For every block, which rows of the table it has.
+    """
+    of, shared = packed[0].quantization, basis.quantization
+    found = quantize_factors(
+        [own.detach() for own in coefficients],
+        numbers.detach(),
+        None if metric is None else metric.matrix,
+        None if metric is None else [metric.weights[ids.cpu()] for ids in rows],
+        bits=of.bits,
+        basis_bits=shared.bits,
+        group_size=of.group_size,
+        scale_dtype=of.scales,
+    )
+    for factor, codes, scales in zip(packed, found.codes, found.scales, strict=True):
+        factor.set_scales(scales)
+        factor.set_codes(codes)
+    basis.set_scales(found.basis_scales)
+    basis.set_codes(found.basis_codes)
 
 
 Factor: TypeAlias = Tensor | QuantizedFactor

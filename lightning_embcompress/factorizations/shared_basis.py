@@ -23,7 +23,15 @@ from lightning_embcompress.factorizations.base import (
 )
 from lightning_embcompress.factorizations.blocks import RowBlocks
 from lightning_embcompress.factorizations.packing import pack_bits, packed_bytes, unpack_bits
-from lightning_embcompress.factorizations.quantized import Quantization, State, multiply, read_rows, whole
+from lightning_embcompress.factorizations.quantized import (
+    Quantization,
+    State,
+    balance_product,
+    multiply,
+    read_rows,
+    store_product,
+    whole,
+)
 from lightning_embcompress.factorizations.shared_basis_layout import (
     KIND,
     SCALE_STEPS,
@@ -124,6 +132,7 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
     options_class = TransformCodingOptions
     divides = True
     uses_metric = True
+    shared_factors = ("basis", "means")
     packed_codes: Tensor
     codes: Tensor
     scale_codes: Tensor
@@ -336,6 +345,22 @@ class SharedBasisBlocks(RowBlocks[TransformCodingOptions]):
         from lightning_embcompress.factorizations.latent_codes import LatentCodes
 
         return LatentCodes.of(self) if self.is_coded else super().prepared(quantization)
+
+    def balance(self) -> None:
+        """See `Factorization.balance`."""
+        if not self.is_coded:
+            balance_product(list(self.coefficients), self.basis)
+
+    @torch.no_grad()
+    def quantized(self, quantization: Quantization, metric: Metric | None = None) -> Self:
+        """Balanced, and rounded with error feedback in the metric, see `Factorization.quantized`."""
+        packed = self._copied()
+        packed.hold(quantization, "packed")
+        means: Any = packed.means
+        means.fill(self.means)
+        rows = torch.split(self.order, self.sizes)
+        store_product(list(packed.coefficients), packed.basis, list(self.coefficients), self.basis, metric, rows)
+        return packed
 
     def hold(self, quantization: Quantization, state: State) -> None:
         """See `Factorization.hold`.

@@ -106,8 +106,8 @@ def _feedback_factor(cost: Tensor) -> Tensor:
 def _rounded(weight: Tensor, expanded: Tensor, factor: Tensor, bits: int) -> Tensor:
     """Integers of some rows, column after column."""
     columns = weight.shape[1]
-    # Columns as rows: each step reads and writes what lies together.
-    weight, expanded = weight.T.contiguous(), expanded.T.contiguous()
+    # Columns as rows: each step reads and writes what lies together. A copy, also of a matrix of one column.
+    weight, expanded = weight.T.clone(memory_format=torch.contiguous_format), expanded.T.contiguous()
     for start in range(0, columns, _COLUMNS):
         stop = min(start + _COLUMNS, columns)
         errors = torch.empty(stop - start, weight.shape[1], dtype=weight.dtype, device=weight.device)
