@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
@@ -210,7 +210,7 @@ def convert_body(model: nn.Module) -> Body:
 @contextmanager
 def converted_body(model: nn.Module) -> Iterator[None]:
     """Pack the weights that are prepared for a while: afterwards the model is as it was, and goes on training."""
-    before = _lists(model)
+    before = readings(model)
     body = body_of(model)
     if body is None or body.state == "packed":
         yield
@@ -225,7 +225,7 @@ def converted_body(model: nn.Module) -> Iterator[None]:
 
 def freeze_body_ranges(model: nn.Module) -> None:
     """Keep the ranges of the weights that are prepared as they are from now on."""
-    for kept in _lists(model).values():
+    for kept in readings(model).values():
         reading = kept[0]
         if isinstance(reading, FakeQuantizedWeight):
             reading.freeze(kept.original)
@@ -233,7 +233,7 @@ def freeze_body_ranges(model: nn.Module) -> None:
 
 def body_of(model: nn.Module) -> Body | None:
     """Read off a model which of its weights beside the tables are quantized; None if none is."""
-    lists = _lists(model)
+    lists = readings(model)
     if not lists:
         return None
     reading = next(iter(lists.values()))[0]
@@ -253,7 +253,7 @@ def body_bytes(model: nn.Module) -> tuple[int, int]:
         >>> body_bytes(model)
         (131072, 33792)
     """
-    lists = {id(kept): kept for kept in _lists(model).values()}.values()
+    lists = {id(kept): kept for kept in readings(model).values()}.values()
     dense = sum(shape_of(kept).numel() * dtype_of(kept).itemsize for kept in lists)
     return dense, sum(tensor.nbytes for kept in lists for tensor in kept.state_dict().values())
 
@@ -294,45 +294,9 @@ def apply_body(model: nn.Module, body: Body | None) -> None:
     for name in body.weights:
         weight = parameters[name]
         if id(weight) not in lists:
-            lists[id(weight)] = _empty(weight, body)
+            lists[id(weight)] = empty_weight(weight, body)
         _install(model, name, lists[id(weight)])
     huggingface.follow(model)
-
-
-def load_body(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the tensors of quantized weights alone.
-
-    Args:
-        model: A model that has the structure of its body already.
-        state: Tensors that `check_body_tensors` has seen.
-    """
-    for name, kept in _lists(model).items():
-        prefix = _prefix(name)
-        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        kept.load_state_dict(own)
-
-
-def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> None:
-    """Make weights usable whose tensors were put into place one by one, in a model that was on the meta device.
-
-    Args:
-        model: The model.
-        is_missing: Whether a tensor was not loaded.
-
-    Raises:
-        ValueError: If one was not.
-    """
-    for name, kept in _lists(model).items():
-        for key, tensor in kept.state_dict(keep_vars=True).items():
-            if is_missing(tensor):
-                raise ValueError(
-                    f"{_prefix(name) + key!r} was not loaded: it is missing from the model's files, or was to stay on "
-                    "disk. Take all files of one save_pretrained, and load them to memory"
-                )
-        reading = kept[0]
-        if isinstance(reading, PackedWeight):
-            # Not stored: it follows from the model.
-            reading.unit = torch.empty_like(reading.unit, device=next(iter(kept.state_dict().values())).device)
 
 
 def restore_body(model: nn.Module) -> None:
@@ -340,74 +304,13 @@ def restore_body(model: nn.Module) -> None:
     _restore(model, fill=True)
 
 
-def body_shapes(
-    model: nn.Module, body: Body | None, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's tensors once it has the structure of a body, from those that it has now."""
-    expected = dict(shapes)
-    for name, kept in _lists(model).items():
-        prefix = _prefix(name)
-        expected = {key: shape for key, shape in expected.items() if not key.startswith(prefix)}
-        expected[name] = tuple(shape_of(kept))
-    for name in () if body is None else body.weights:
-        assert body is not None
-        expected.pop(name, None)
-        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(body, name).items()}
-    return expected
-
-
-def check_body_tensors(body: Body | None, state: Mapping[str, Any], where: str, complete: bool = True) -> None:
-    """Check the tensors of a body before a model is changed for them.
-
-    Args:
-        body: Which weights are quantized in the file.
-        state: A state dict; tensors of other modules are not looked at.
-        where: What messages call it.
-        complete: Whether all must be there.
-
-    Raises:
-        ValueError: If a tensor is missing or one too many, of another shape or dtype, or has values that are not
-            finite.
-    """
-    for name in () if body is None else body.weights:
-        assert body is not None
-        expected = _expected(body, name)
-        found = {key: value for key, value in state.items() if key.startswith(_prefix(name)) or key == name}
-        if not found and not complete:
-            continue
-        if unlike := sorted(expected.keys() ^ found.keys()):
-            raise ValueError(f"{where} does not fit its plan: {unlike[0]!r} is missing, or one too many")
-        for key, tensor in expected.items():
-            value = found[key]
-            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.shape != tensor.shape:
-                raise ValueError(f"{where} does not fit its plan: {key!r} is not a tensor of {list(tensor.shape)}")
-            if tensor.dtype == torch.uint8 and value.dtype != torch.uint8:
-                raise ValueError(f"{where} is damaged: {key!r} holds {value.dtype} instead of packed bytes (uint8)")
-            if not _is_finite(value, tensor, body, key):
-                raise ValueError(f"{where} has NaN or infinite values in {key!r}: take an earlier one")
-
-
-def _is_finite(value: Tensor, expected: Tensor, body: Body | None, key: str) -> bool:
-    assert body is not None
-    if expected.dtype == torch.uint8:
-        numbers = body.storage if isinstance(body.storage, str) else body.storage.scale_dtype
-        if isinstance(body.storage, Quantization) and key.endswith("original0"):
-            return True
-        value = value.contiguous().view(HALVES[numbers])
-    return value.is_meta or bool(value.isfinite().all())
-
-
-def _expected(body: Body, name: str) -> dict[str, Tensor]:
-    empty = _empty(nn.Parameter(torch.empty(body.weights[name], device="meta")), body)
-    return {_prefix(name) + key: tensor for key, tensor in empty.state_dict().items()}
-
-
-def _prefix(name: str) -> str:
+def prefix_of(name: str) -> str:
+    """With what the tensors of a quantized weight begin in a state dict."""
     path, _, own = name.rpartition(".")
     return f"{path}.parametrizations.{own}." if path else f"parametrizations.{own}."
 
 
-def _lists(model: nn.Module) -> dict[str, ParametrizationList]:
+def readings(model: nn.Module) -> dict[str, ParametrizationList]:
     """What reads quantized weights, by the names of the weights."""
     found: dict[str, ParametrizationList] = {}
     for path, module in all_modules(model).items():
@@ -432,7 +335,8 @@ def _weight_shape(model: nn.Module, name: str) -> torch.Size | None:
     return weight.shape if weight is not None and weight.dim() == 2 else None
 
 
-def _empty(weight: nn.Parameter, body: Body) -> ParametrizationList:
+def empty_weight(weight: nn.Parameter, body: Body) -> ParametrizationList:
+    """What reads a weight of a body, ready to be loaded into."""
     if body.state != "packed":
         return parametrized(FakeQuantizedWeight(weight, body.storage, body.state == "frozen"), weight)
     reading = PackedWeight(weight.shape, body.storage, weight.dtype, weight.device)
@@ -440,7 +344,7 @@ def _empty(weight: nn.Parameter, body: Body) -> ParametrizationList:
 
 
 def _replace(model: nn.Module, make: Callable[[ParametrizationList], ParametrizationList]) -> None:
-    before = _lists(model)
+    before = readings(model)
     after = {id(kept): make(kept) for kept in before.values()}
     for name, kept in before.items():
         _install(model, name, after[id(kept)])
@@ -454,7 +358,7 @@ def _install(model: nn.Module, name: str, kept: ParametrizationList) -> None:
 @torch.no_grad()
 def _restore(model: nn.Module, fill: bool) -> None:
     parameters: dict[int, nn.Parameter] = {}
-    for name, kept in _lists(model).items():
+    for name, kept in readings(model).items():
         path, _, own = name.rpartition(".")
         module = model.get_submodule(path)
         if id(kept) not in parameters:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_embcompress.body_quantization import body_of, check_body_tensors
+from lightning_embcompress.body_files import check_body_tensors
+from lightning_embcompress.body_quantization import body_of
 from lightning_embcompress.checkpoint_io import check_whole_file, read_without_tensors
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, apply_plan, check_plan, plan_of

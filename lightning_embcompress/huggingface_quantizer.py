@@ -77,7 +77,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
             ValueError: If a factor was missing from the files, or they are damaged.
         """
         from lightning_embcompress import huggingface
-        from lightning_embcompress.body_quantization import finish_loading
+        from lightning_embcompress.body_files import finish_loading
 
         for table in self.plan.tables:
             factorization = _loaded(table, model.get_submodule(table.name).factorization)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_embcompress import huggingface
-from lightning_embcompress.body_quantization import body_shapes, check_body_tensors
+from lightning_embcompress.body_files import body_shapes, check_body_tensors
 from lightning_embcompress.factorizations import factorization_from_spec
 from lightning_embcompress.files import explaining_failure, read_json, replacing, synchronize
 from lightning_embcompress.layers import CompressedLayer

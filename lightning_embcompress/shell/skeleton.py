@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.body_quantization import body_shapes, check_body_tensors, load_body
+from lightning_embcompress.body_files import body_shapes, check_body_tensors, load_body
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.plan import Plan, TablePlan, apply_plan
 from lightning_embcompress.records import check_factors, dtype_of
