@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 from lightning_embcompress.registration import register
 
 if TYPE_CHECKING:
-    from lightning_embcompress.callbacks import EmbeddingCompression, GroupReduce, TensorTrain, TransformCoding
+    from lightning_embcompress.callbacks import (
+        EmbeddingCompression,
+        GroupReduce,
+        QuantizationAware,
+        TensorTrain,
+        TransformCoding,
+    )
     from lightning_embcompress.checkpoint import keep_structure, load_from_checkpoint, structure_from_checkpoint
+    from lightning_embcompress.factorizations import Quantization
+    from lightning_embcompress.modules import CompressedLanguageModel
     from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
+    from lightning_embcompress.quantization import convert, prepare, quantize
     from lightning_embcompress.reference import open_reference
     from lightning_embcompress.saved import load_compressed, save_compressed
     from lightning_embcompress.sharding import compress_or_restore, shard_tables
@@ -19,9 +28,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressedLanguageModel",
     "EmbeddingCompression",
     "GroupReduce",
     "Plan",
+    "Quantization",
+    "QuantizationAware",
     "Statistics",
     "TensorTrain",
     "TransformCoding",
@@ -29,21 +41,27 @@ __all__ = [
     "collect_statistics",
     "compress",
     "compress_or_restore",
+    "convert",
     "densify",
     "keep_structure",
     "load_compressed",
     "load_from_checkpoint",
     "open_reference",
     "plan_of",
+    "prepare",
+    "quantize",
     "save_compressed",
     "shard_tables",
     "structure_from_checkpoint",
 ]
 
 _HOMES = {
-    "callbacks": ("EmbeddingCompression", "GroupReduce", "TensorTrain", "TransformCoding"),
+    "callbacks": ("EmbeddingCompression", "GroupReduce", "QuantizationAware", "TensorTrain", "TransformCoding"),
     "checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
+    "factorizations": ("Quantization",),
+    "modules": ("CompressedLanguageModel",),
     "plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
+    "quantization": ("convert", "prepare", "quantize"),
     "reference": ("open_reference",),
     "saved": ("load_compressed", "save_compressed"),
     "sharding": ("compress_or_restore", "shard_tables"),

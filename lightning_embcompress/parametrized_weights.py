@@ -15,8 +15,7 @@ from torch.nn.utils.parametrize import (
 )
 
 from lightning_embcompress.factorizations.packed_rows import read_packed_rows
-from lightning_embcompress.factorizations.quantized import PackedFactor, Quantization, matrix_shape
-from lightning_embcompress.factorizations.quantized import _as_stored as rounded_to
+from lightning_embcompress.factorizations.quantized import PackedFactor, Quantization, matrix_shape, rounded_to
 from lightning_embcompress.solvers.integer_quantizer import fake_quantize, group_scales, scales_shape, to_codes
 
 Storage: TypeAlias = Quantization | Literal["float16", "bfloat16"]

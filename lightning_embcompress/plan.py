@@ -373,7 +373,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for table in plan.tables:
         dtype, device, trains = _table_place(named[table.modules[0]])
         factorizations.append(factorization_from_spec(table.spec, dtype, device))
-        factorizations[-1].requires_grad_(trains)
+        if not trains:
+            factorizations[-1].requires_grad_(False)
         factorizations[-1].provenance = table.provenance
     restore_dense(model, fill=False)
     for table, factorization in zip(plan.tables, factorizations, strict=True):

@@ -155,12 +155,7 @@ def test_statistics_say_what_errors_cost() -> None:
     other = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 30))
     of_another = collect_statistics(other, [batches[0] % 30], loss)
     with pytest.raises(ValueError, match="statistics"):
-        quantize(
-            model,
-            statistics=collect_statistics(
-                nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 30)), [batches[0] % 30], loss
-            ),
-        )
+        quantize(model, statistics=of_another)
     assert model.decoder.factorization is before
 
 

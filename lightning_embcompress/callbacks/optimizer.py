@@ -78,8 +78,7 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
                 if isinstance(optimizer, Adagrad):
                     # Made with its state in older versions of torch, and never given one later.
                     for parameter in come:
-                        start = torch.full_like(parameter, group["initial_accumulator_value"])
-                        optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": start}
+                        optimizer.state[parameter] = _adagrad_state(parameter, group)
             if places == sorted(places):
                 # A table that became two left one place, its factors have two.
                 parameters.sort(key=lambda parameter: order.get(id(parameter), math.inf))
@@ -106,6 +105,29 @@ def _beside(after: Sequence[nn.Parameter], known: set[int]) -> Iterator[tuple[nn
             beside = id(parameter)
         else:
             yield parameter, beside
+
+
+def start_anew(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor]) -> None:
+    """Forget what optimizers have gathered of parameters whose values were replaced by others.
+
+    Args:
+        optimizers: All optimizers of the run.
+        parameters: Which have other values now.
+    """
+    changed = {id(parameter) for parameter in parameters}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in changed:
+                    continue
+                optimizer.state.pop(parameter, None)
+                if isinstance(optimizer, Adagrad):
+                    optimizer.state[parameter] = _adagrad_state(parameter, group)
+
+
+def _adagrad_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    start = torch.full_like(parameter, group["initial_accumulator_value"])
+    return {"step": torch.tensor(0.0), "sum": start}
 
 
 def _one_for_one(model: nn.Module, replaced: Mapping[str, nn.Module]) -> dict[int, Factorization[Any]]:

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_embcompress.callbacks.optimizer import splice
+from lightning_embcompress.callbacks.optimizer import splice, start_anew
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.tables import replace_table
 
@@ -49,7 +49,10 @@ def changing_in_training(trainer: Trainer, module: LightningModule, paths: Seque
         paths: Of the layers, in the order of `module.named_modules()`.
     """
     before = {path: nn.ParameterList(module.get_submodule(path).parameters()) for path in paths}
+    known = {parameter: parameter._version for parameters in before.values() for parameter in parameters}
     yield
+    # What was gathered of numbers is nothing to those that took their places.
+    start_anew(trainer.optimizers, [parameter for parameter, version in known.items() if parameter._version > version])
     _go_on_training(trainer, module, before)
 
 

@@ -20,13 +20,12 @@ from lightning_embcompress.factorizations.base import (
 from lightning_embcompress.factorizations.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.factorizations.low_rank import aligned_bases
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
+from lightning_embcompress.factorizations.products import balance_product, store_product
 from lightning_embcompress.factorizations.quantized import (
     PackedFactor,
     Quantization,
-    balance_product,
     multiply,
     read_rows,
-    store_product,
     whole,
 )
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks, plain_metric

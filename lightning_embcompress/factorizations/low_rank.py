@@ -19,12 +19,11 @@ from lightning_embcompress.factorizations.base import (
     positive_integers,
     stored_bytes,
 )
+from lightning_embcompress.factorizations.products import balance_product, store_product
 from lightning_embcompress.factorizations.quantized import (
     Quantization,
-    balance_product,
     multiply,
     read_rows,
-    store_product,
     whole,
 )
 from lightning_embcompress.solvers.division import agree, deal

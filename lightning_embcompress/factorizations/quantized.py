@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.factorizations.packed_rows import multiply_packed, pack_rows, read_packed_rows
-from lightning_embcompress.solvers.balance import balanced_factors
-from lightning_embcompress.solvers.error_feedback import quantize_factors
 from lightning_embcompress.solvers.gram import row_chunks
 from lightning_embcompress.solvers.integer_quantizer import (
     fake_quantize,
@@ -27,7 +25,6 @@ from lightning_embcompress.solvers.integer_quantizer import (
     scales_shape,
     to_codes,
 )
-from lightning_embcompress.solvers.metric import Metric
 
 State: TypeAlias = Literal["fake", "frozen", "packed"]
 """Of a factorization that is quantized: trained with ranges that follow it, with ranges that stay, or packed."""
@@ -170,7 +167,8 @@ class FakeQuantizedFactor(QuantizedFactor):
         self.register_buffer("scales", None)
         if quantization.ranges == "learned":
             del self._buffers["scales"]
-            self.scales = nn.Parameter(self._ranges().to(weight.dtype), requires_grad=weight.requires_grad)
+            trains = weight.requires_grad and not frozen
+            self.scales = nn.Parameter(self._ranges().to(weight.dtype), requires_grad=trains)
         elif frozen:
             self.freeze()
 
@@ -216,7 +214,7 @@ class FakeQuantizedFactor(QuantizedFactor):
         group_rows, _ = group_shape(columns, of.group_size)
         group = torch.div(flat, group_rows, rounding_mode="floor")
         if self.scales is not None:
-            scales = _as_stored(F.embedding(group, self.scales), of.scales)
+            scales = rounded_to(F.embedding(group, self.scales), of.scales)
         elif group_rows == 1:
             scales = self._scales_of(found)
         else:
@@ -231,7 +229,7 @@ class FakeQuantizedFactor(QuantizedFactor):
         weight = self.weight.view(self.matrix)
         if not weight.numel():
             return self.weight
-        scales = self._scales_of(weight) if self.scales is None else _as_stored(self.scales, of.scales)
+        scales = self._scales_of(weight) if self.scales is None else rounded_to(self.scales, of.scales)
         return fake_quantize(weight, scales, of.bits, of.group_size).view(self.shape)
 
     def multiply(self, hidden: Tensor) -> Tensor:
@@ -328,53 +326,6 @@ class PackedFactor(QuantizedFactor):
         return multiply_packed(hidden, self.codes, self.group_scales(), of.bits, self.matrix[1], of.group_size)
 
 
-@torch.no_grad()
-def balance_product(coefficients: Sequence[Tensor], basis: Tensor) -> None:
-    """Balance coefficients of blocks and the basis of which they read the leading rows, in place.
-
-    Args:
-        coefficients: `[n_b, rank_b]` of every block.
-        basis: `[rank, dim]`.
-    """
-    if not basis.numel() or basis.is_meta:
-        return
-    moved, turned = balanced_factors([own.detach() for own in coefficients], basis.detach())
-    for own, values in zip(coefficients, moved, strict=True):
-        own.copy_(values)
-    basis.copy_(turned)
-
-
-def store_product(
-    packed: Sequence[Any], basis: Any, coefficients: Sequence[Tensor], numbers: Tensor, metric: Metric | None, rows: Any
-) -> None:
-    """Fill a packed product of coefficients and a basis with what loses least, see `solvers.error_feedback`.
-
-    Args:
-        packed: `PackedFactor` of the coefficients of every block.
-        basis: `PackedFactor` of the basis, of which all blocks read the leading rows.
-        coefficients: `[n_b, rank_b]` of every block.
-        numbers: `[rank, dim]` basis.
-        metric: What an error costs; None where all directions and rows count the same.
-        rows: For every block, which rows of the table it has.
-    """
-    of, shared = packed[0].quantization, basis.quantization
-    found = quantize_factors(
-        [own.detach() for own in coefficients],
-        numbers.detach(),
-        None if metric is None else metric.matrix,
-        None if metric is None else [metric.weights[ids.cpu()] for ids in rows],
-        bits=of.bits,
-        basis_bits=shared.bits,
-        group_size=of.group_size,
-        scale_dtype=of.scales,
-    )
-    for factor, codes, scales in zip(packed, found.codes, found.scales, strict=True):
-        factor.set_scales(scales)
-        factor.set_codes(codes)
-    basis.set_scales(found.basis_scales)
-    basis.set_codes(found.basis_codes)
-
-
 Factor: TypeAlias = Tensor | QuantizedFactor
 """A parameter, or what stands in its place."""
 _Readable: TypeAlias = FakeQuantizedFactor | PackedFactor
@@ -426,5 +377,6 @@ class _Rounded(torch.autograd.Function):
         return gradients[0], None
 
 
-def _as_stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_to(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they are stored, with the gradient to those that are trained."""
     return cast(Tensor, _Rounded.apply(scales, dtype))  # type: ignore[no-untyped-call]

@@ -23,13 +23,12 @@ from lightning_embcompress.factorizations.base import (
 )
 from lightning_embcompress.factorizations.blocks import RowBlocks
 from lightning_embcompress.factorizations.packing import pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.factorizations.products import balance_product, store_product
 from lightning_embcompress.factorizations.quantized import (
     Quantization,
     State,
-    balance_product,
     multiply,
     read_rows,
-    store_product,
     whole,
 )
 from lightning_embcompress.factorizations.shared_basis_layout import (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_embcompress.callbacks.optimizer import pull_back, splice
+from lightning_embcompress.callbacks.optimizer import pull_back, splice, start_anew
 from lightning_embcompress.factorizations import METHODS, LowRank
 from lightning_embcompress.plan import compress
 
@@ -162,3 +162,23 @@ def test_the_table_in_one_of_several_optimizers() -> None:
     factors = [parameter for path in old for parameter in model.get_submodule(path).factorization.parameters()]
     assert [id(parameter) for parameter in tables.param_groups[0]["params"]] == [id(factor) for factor in factors]
     assert (len(others.state), len(tables.state)) == (states, 4)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Adagrad])
+def test_what_has_other_values_starts_anew(kind: type[torch.optim.Optimizer]) -> None:
+    changed, kept = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = kind([changed, kept], lr=0.1)
+    for _ in range(2):
+        (changed.sum() + kept.sum()).backward()
+        optimizer.step()
+    before = dict(optimizer.state[kept])
+    start_anew([optimizer], [changed])
+    fresh = kind([changed], lr=0.1)
+    found, expected = (some.state.get(changed, {}) for some in (optimizer, fresh))
+    assert {name: value.tolist() for name, value in found.items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
+    assert optimizer.state[kept] == before
+    optimizer.step()
+    assert optimizer.state[changed]["step"] == 1
+    assert optimizer.state[kept]["step"] == 3
