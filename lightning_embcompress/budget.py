@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -317,13 +317,28 @@ def check_counts(token_counts: Any, requests: Sequence[Request]) -> Tensor | Non
                     "minlength=vocab_size)), or use 'low_rank', which needs none"
                 )
         return None
+    return checked_counts(token_counts, {request.table.name: request.table.shape[0] for request in requests})
+
+
+def checked_counts(token_counts: Any, sizes: Mapping[str, int]) -> Tensor:
+    """Check token counts against tables.
+
+    Args:
+        token_counts: How often every token occurs.
+        sizes: Rows of the tables, by their names.
+
+    Returns:
+        `[vocab_size]` tensor on the CPU.
+
+    Raises:
+        ValueError: If they are of the wrong length, negative or not finite.
+    """
     counts = torch.as_tensor(token_counts).detach().cpu()
-    for request in requests:
-        vocab_size = request.table.shape[0]
+    for name, vocab_size in sizes.items():
         if counts.shape != (vocab_size,):
             raise ValueError(
-                f"token_counts must have one entry for each of the {vocab_size} rows of table {request.table.name!r}, "
-                f"its shape is {tuple(counts.shape)}"
+                f"token_counts must have one entry for each of the {vocab_size} rows of table {name!r}, its shape is "
+                f"{tuple(counts.shape)}"
             )
     bad = (~torch.isfinite(counts.double()) | (counts < 0)).nonzero().flatten().tolist()
     if bad:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_embcompress.budget import checked_counts
 from lightning_embcompress.captured import EmbeddingCall, HeadCall, wide
 from lightning_embcompress.distribution import sum_over_processes
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
@@ -388,17 +389,6 @@ def _checked_loss(loss: Any) -> Tensor:
 
 
 def _checked_counts(token_counts: Any, name: str, vocab_size: int) -> Tensor:
-    counts = torch.as_tensor(token_counts).detach().cpu()
-    if counts.shape != (vocab_size,):
-        raise ValueError(
-            f"token_counts must have one entry for each of the {vocab_size} rows of table {name!r}, its shape is "
-            f"{tuple(counts.shape)}"
-        )
+    counts = checked_counts(token_counts, {name: vocab_size})
     wide = counts.double()
-    bad = (~torch.isfinite(wide) | (wide < 0)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"token_counts must be finite and not negative; entry {bad[0]} is {counts[bad[0]].item()} "
-            f"({len(bad)} such entries)"
-        )
     return counts.long() if torch.equal(wide, wide.round()) else wide

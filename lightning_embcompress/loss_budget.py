@@ -26,8 +26,6 @@ _CLOSE = 0.8
 ANY_RATIO = 1.5
 """A ratio for tables whose size is searched for: none that is of use cannot be made smaller by so much."""
 _TRIES = 10
-# Methods whose coefficients are floats: what they lose at a size is that of ranks, not of bits.
-_FLOATS = ("group_reduce", "weighted_low_rank")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,9 @@ def share(model: nn.Module, requests: Sequence[Request], statistics: Statistics)
         for request in known:
             vocab_size, dim = request.table.shape
             blocks = min(_GROUPS, vocab_size)
-            widths = () if request.method_name in _FLOATS else TransformCodingOptions().widths
+            # Of floats only ranks are to be decided, not bits.
+            floats = request.method.factorization.options_class.keeps_floats
+            widths = () if floats else TransformCodingOptions().widths
             budget, always = bit_budget(vocab_size, dim, request.table.weight.element_size(), 0, widths)
             assert request.metric is not None
             curves.append(rate_curve(request.table.weight.detach(), request.metric, budget, blocks))
@@ -104,10 +104,8 @@ def share(model: nn.Module, requests: Sequence[Request], statistics: Statistics)
 
 def uses_loss(method: str, options: dict[str, Any]) -> bool:
     """Whether a method takes the metric of the loss, with these options."""
-    factorization = get_method(method).factorization
-    # Initial groups by k-means are of the published algorithm.
-    variant = options.get("variant") or ("paper" if options.get("grouping") == "kmeans" else "loss")
-    return factorization.uses_metric and method != "low_rank" and variant != "paper"
+    chosen = get_method(method)
+    return chosen.factorization.uses_metric and bool(chosen.options(**options).uses_metric)
 
 
 def asks_for_loss(method: str, options: Mapping[str, Any]) -> str:

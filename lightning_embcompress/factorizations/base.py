@@ -45,11 +45,18 @@ class Options:
 
     size_options: ClassVar[tuple[str, ...]] = ()
     """Names of the options that say how large the factors are, in place of a ratio."""
+    keeps_floats: ClassVar[bool] = False
+    """Whether the bytes of a number are those of the table, so that only their count is to be decided."""
 
     @property
     def fixes_size(self) -> bool:
         """Whether the options leave nothing for a ratio to decide."""
         return any(getattr(self, name) is not None for name in self.size_options)
+
+    @property
+    def uses_metric(self) -> bool:
+        """Whether a metric of what errors cost is made use of, by a method that takes one."""
+        return True
 
 
 def plain(value: Any) -> Any:

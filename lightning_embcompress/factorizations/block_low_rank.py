@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,12 @@ class GroupReduceOptions(Options):
     refine_rounds: int = 5
     move_fraction: float = 0.1
     grouping: Literal["equal", "kmeans"] = "equal"
+    keeps_floats: ClassVar[bool] = True
+
+    @property
+    def uses_metric(self) -> bool:
+        """Not for the published algorithm, of which initial groups by k-means are a part."""
+        return self.variant != "paper" and self.grouping != "kmeans"
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -48,6 +48,12 @@ class LowRankOptions(Options):
     rank: int | None = None
     weighted: bool = True
     size_options: ClassVar[tuple[str, ...]] = ("rank",)
+    keeps_floats: ClassVar[bool] = True
+
+    @property
+    def uses_metric(self) -> bool:
+        """Not for the plain SVD."""
+        return self.weighted
 
     def __post_init__(self) -> None:
         """Check the rank."""
