@@ -32,7 +32,8 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
     """`SharedBasisBlocks` with codes, while the codes are trained.
 
     Behind every code stands a number, and the nearest level is read in its place; behind basis and means, which are
-    stored in 8 bits, and scales, in steps of `2^{1/16}`, too. Gradients go straight through the rounding (Bengio et
+    stored in 8 bits, and scales, in steps of `2^{1/16}`, too. All of these numbers are about as large as 1, so that one
+    learning rate suits them. Gradients go straight through the rounding (Bengio et
     al. 2013), so that codes change when their numbers have come nearer to another level. Of an embedding only the rows
     that are asked for are rounded.
 
@@ -61,6 +62,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
     uses_metric = True
     divides = True
     levels: Tensor
+    units: Tensor
 
     def __init__(
         self,
@@ -88,6 +90,8 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         self.log_scales = parameter(sum(self.ranks))
         levels = torch.zeros(sum(2**bits for bits in self.widths), dtype=dtype, device=device)
         self.register_buffer("levels", levels)
+        # Of basis and means.
+        self.register_buffer("units", torch.ones(2, dtype=dtype, device=device))
 
     @classmethod
     @torch.no_grad()
@@ -103,8 +107,10 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         latent._index(coded.block_of_row)
         latent.levels.copy_(coded.levels)
         basis, means, scales = coded._read()
-        latent.basis.copy_(basis)
-        latent.means.copy_(means)
+        for unit, own, values in zip(latent.units, (latent.basis, latent.means), (basis, means), strict=True):
+            mean = values.double().square().mean().sqrt() if values.numel() else values.new_zeros(())
+            unit.fill_(float(mean) or 1.0)
+            own.copy_(values / unit)
         smallest = torch.finfo(coded.dtype).tiny
         latent.log_scales.copy_(torch.cat([latent.log_scales[:0], *scales]).clamp(min=smallest).log2())
         for numbers, codes, offsets in zip(latent.coefficients, coded._block_codes(), coded._offsets(), strict=True):
@@ -157,13 +163,16 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         codes = [
             nearest_codes(numbers, runs, tables) for numbers, runs in zip(self.coefficients, self.segments, strict=True)
         ]
-        coded.store(codes, self.basis, self.means, torch.exp2(self.log_scales.double()))
+        basis, means = self.basis * self.units[0], self.means * self.units[1]
+        coded.store(codes, basis, means, torch.exp2(self.log_scales.double()))
         coded.provenance, coded.predicted_loss = dict(self.provenance), self.predicted_loss
         return coded
 
     def _read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Basis, means and scales as they will be stored."""
-        basis, means = _straight(self.basis, as_stored), _straight(self.means, as_stored)
+        basis, means = (
+            _straight(own * unit, as_stored) for unit, own in zip(self.units, (self.basis, self.means), strict=True)
+        )
         return basis, means, torch.exp2(_straight(self.log_scales, _stored_logarithms))
 
     def _values(self, numbers: Tensor, block: int) -> Tensor:
