@@ -60,7 +60,6 @@ def test_sizes_that_cannot_be_read(size: str | int) -> None:
 
 
 _SIZES: dict[str, dict[str, Any]] = {
-    "round_to_nearest": {"bits": 5},
     "cp": {"rank": 9},
     "low_rank": {"rank": 3},
     "product_quantization": {"subspaces": 5, "bits": 4},

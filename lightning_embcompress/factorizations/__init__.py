@@ -13,7 +13,7 @@ import torch
 from lightning_embcompress.factorizations.base import Factorization, dense_bytes, plain
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.cp import CP, CPOptions
-from lightning_embcompress.factorizations.full_table import FullTable, FullTableOptions
+from lightning_embcompress.factorizations.full_table import FullTable
 from lightning_embcompress.factorizations.latent_codes import LatentCodes
 from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOptions
 from lightning_embcompress.factorizations.product_quantization import ProductQuantization, ProductQuantizationOptions
@@ -32,7 +32,6 @@ __all__ = [
     "CPOptions",
     "Factorization",
     "FullTable",
-    "FullTableOptions",
     "GroupReduceOptions",
     "LatentCodes",
     "LowRank",
@@ -110,7 +109,6 @@ METHODS: dict[str, Method] = {
     "product_quantization": Method(
         ProductQuantization, "Rows put together from the centroids of their parts (PQ, MGQE)", True
     ),
-    "round_to_nearest": Method(FullTable, "Plain integers of all numbers, a scale for each group: a baseline"),
     "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
     "tensor_train_matrix": Method(TensorTrainMatrix, "One tensor train for the whole table (TT embedding)"),
     "transform_coding": Method(
@@ -200,7 +198,11 @@ def check_spec(spec: Mapping[str, Any]) -> None:
 
 
 def _kinds() -> dict[str, type[Factorization[Any]]]:
-    return {one.kind: one for method in METHODS.values() for one in (method.factorization, *method.others)}
+    # Dense tables that are quantized as they are come of no method.
+    found: list[type[Factorization[Any]]] = [FullTable]
+    for method in METHODS.values():
+        found += (method.factorization, *method.others)
+    return {one.kind: one for one in found}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,49 +1,27 @@
-"""A table as it is: with its numbers in few bits it is the baseline that every decomposition has to beat."""
+"""A table as it is, to be quantized: the baseline that every decomposition has to beat."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting, positive_integers
-from lightning_embcompress.factorizations.quantized import Quantization, multiply, read_rows
+from lightning_embcompress.factorizations.base import (
+    Factorization,
+    Options,
+    dense_bytes,
+    is_exporting,
+    positive_integers,
+    stored_bytes,
+)
+from lightning_embcompress.factorizations.quantized import multiply, read_rows
 
 
-@dataclass(frozen=True)
-class FullTableOptions(Options):
-    """Options of rounding to the nearest integer.
-
-    Attributes:
-        bits: Bits of a value, 2 to 8; None for the most that fit.
-        group_size: Neighbouring values of a row that share a scale of 16 bits, 16 to 256.
-        scale_dtype: `float16` or `bfloat16`.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    size_options: ClassVar[tuple[str, ...]] = ("bits",)
-
-    bits: int | None = None
-    group_size: int = 32
-    scale_dtype: Literal["float16", "bfloat16"] = "float16"
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        self.quantization(2 if self.bits is None else self.bits)
-
-    def quantization(self, bits: int) -> Quantization:
-        """What these options are at a width."""
-        return Quantization(bits, self.group_size, self.scale_dtype)
-
-
-class FullTable(Factorization[FullTableOptions]):
+class FullTable(Factorization[Options]):
     """A table with all its numbers, which can be quantized like the factors of any other method.
 
     Args:
@@ -53,14 +31,15 @@ class FullTable(Factorization[FullTableOptions]):
         device: Device of the numbers.
 
     Example:
-        >>> table = torch.randn(1000, 64)
-        >>> integers = FullTable.decompose(table, max_bytes=table.nbytes // 7)
-        >>> integers.quantization.bits, integers.rows(torch.tensor([3, 999])).shape
-        (4, torch.Size([2, 64]))
+        >>> from lightning_embcompress.factorizations import Quantization
+        >>> table = nn.Parameter(torch.randn(1000, 64))
+        >>> packed = FullTable.of(table).quantized(Quantization(bits=4, group_size=32))
+        >>> packed.rows(torch.tensor([3, 999])).shape, round(table.nbytes / packed.stored_bytes(), 2)
+        (torch.Size([2, 64]), 7.06)
     """
 
     kind = "full_table"
-    options_class = FullTableOptions
+    options_class = Options
 
     def __init__(
         self, vocab_size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -98,16 +77,10 @@ class FullTable(Factorization[FullTableOptions]):
         return cls(vocab_size, dim, dtype, device)
 
     @classmethod
-    def _bytes(cls, vocab_size: int, dim: int, quantization: Quantization) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: Options | None = None) -> int:
+        """Bytes of all its numbers, see `Factorization.smallest_bytes`."""
         empty = cls(vocab_size, dim, device=torch.device("meta"))
-        empty.hold(quantization, "packed")
-        return empty.stored_bytes()
-
-    @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: FullTableOptions | None = None) -> int:
-        """Bytes at the width asked for, or at 2 bits, see `Factorization.smallest_bytes`."""
-        options = options or FullTableOptions()
-        return cls._bytes(vocab_size, dim, options.quantization(options.bits or 2))
+        return stored_bytes(dense_bytes(vocab_size, dim, itemsize), 1, empty.structure())
 
     @classmethod
     @torch.no_grad()
@@ -116,36 +89,23 @@ class FullTable(Factorization[FullTableOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: FullTableOptions | None = None,
+        options: Options | None = None,
         advance: Callable[[float], None] = lambda _: None,
-    ) -> Factorization[Any]:
-        """The nearest integers of the largest width that fits, see `Factorization.decompose`.
+    ) -> Self:
+        """A copy of the table, see `Factorization.decompose`."""
+        advance(1.0)
+        return cls.of(nn.Parameter(weight.detach().clone()))
 
-        Raises:
-            ValueError: If not even 2 bits fit.
-        """
-        options = options or FullTableOptions()
-        vocab_size, dim = weight.shape
-        widths = range(8, 1, -1) if options.bits is None else (options.bits,)
-        for bits in widths:
-            quantization = options.quantization(bits)
-            if options.bits is not None or cls._bytes(vocab_size, dim, quantization) <= max_bytes:
-                packed = cls.of(nn.Parameter(weight.detach(), requires_grad=False)).prepared(quantization).converted()
-                advance(1.0)
-                return packed
-        raise ValueError(f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} at 2 bits")
-
+    @torch.no_grad()
     def refined(
         self,
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: FullTableOptions | None = None,
+        options: Options | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
-        """Round the table as it is now, in place, see `Factorization.refined`."""
-        assert self.quantization is not None
-        rounded = self.of(nn.Parameter(target.detach(), requires_grad=False)).prepared(self.quantization).converted()
-        self.load_state_dict(rounded.state_dict())
+        """Take the numbers of another table, in place, see `Factorization.refined`."""
+        self.weight.copy_(target)
         advance(1.0)
         return self

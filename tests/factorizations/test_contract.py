@@ -22,8 +22,6 @@ from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.solvers.gram import row_weights
 
 _METHODS = sorted(METHODS)
-# Of integers nothing trains.
-_TRAINED = [method for method in _METHODS if method != "round_to_nearest"]
 # Of one entry, relative to the norms of the vectors whose product it is.
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -165,7 +163,7 @@ def test_low_rank_of_any_rank(vocab_size: int, dim: int, data: st.DataObject) ->
     torch.testing.assert_close(factors.dense(), factors.coefficients @ factors.basis, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", _TRAINED)
+@pytest.mark.parametrize("method", _METHODS)
 @pytest.mark.parametrize("role", [CompressedEmbedding, CompressedLinear])
 def test_gradients_are_those_of_finite_differences(method: str, role: type[nn.Module]) -> None:
     layer = role(_decomposed(method, 14, 4, 1.5, torch.float64))
@@ -180,7 +178,7 @@ def test_gradients_are_those_of_finite_differences(method: str, role: type[nn.Mo
     assert torch.autograd.gradcheck(read, (given_input, *layer.parameters()))
 
 
-@pytest.mark.parametrize("method", _TRAINED)
+@pytest.mark.parametrize("method", _METHODS)
 def test_every_parameter_gets_a_gradient_from_any_batch(method: str) -> None:
     """Like the weight of an `nn.Embedding`, and as DistributedDataParallel asks for."""
     factors = _decomposed(method, 60, 8)
@@ -390,7 +388,7 @@ def test_is_usable_under_autocast(method: str) -> None:
     assert all(p.grad.abs().sum() > 0 for p in factors.parameters() if p.numel())
 
 
-@pytest.mark.parametrize("method", _TRAINED)
+@pytest.mark.parametrize("method", _METHODS)
 def test_the_dense_table_is_never_built(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     factors = _decomposed(method, 3000, 32, ratio=8)
     largest = 0

@@ -25,12 +25,12 @@ from lightning_embcompress.factorizations import (
     check_spec,
     factorization_from_spec,
 )
-from lightning_embcompress.factorizations.quantized import FakeQuantizedFactor, PackedFactor
+from lightning_embcompress.factorizations.quantized import FakeQuantizedFactor
 from lightning_embcompress.factorizations.shared_basis import plain_metric
 from lightning_embcompress.solvers.integer_quantizer import from_codes, group_scales, to_codes
 from lightning_embcompress.solvers.metric import Metric
 
-_METHODS = sorted(set(METHODS) - {"round_to_nearest"})
+_METHODS = sorted(METHODS)
 
 
 def _table(vocab_size: int = 90, dim: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -276,21 +276,18 @@ def test_damaged_structures_are_refused(change: Any) -> None:
         check_spec(spec)
 
 
-def test_round_to_nearest_takes_the_widest_integers_that_fit() -> None:
-    table = _table(2000, 64)
-    widths = []
-    for ratio in (3.5, 5, 7, 10, 12):
-        packed = FullTable.decompose(table, int(table.nbytes / ratio))
-        assert packed.stored_bytes() <= table.nbytes / ratio
-        assert packed.quantization is not None
-        widths.append(packed.quantization.bits)
-        scales = group_scales(table, widths[-1], 32, torch.float16)
-        codes = to_codes(table, scales, widths[-1], 32)
-        assert torch.equal(packed.dense(), from_codes(codes, scales, widths[-1], 32, torch.float32))
-    assert widths == [8, 5, 4, 2, 2]
-    with pytest.raises(ValueError, match="at 2 bits"):
-        FullTable.decompose(table, table.nbytes // 20)
-    assert isinstance(packed.weight, PackedFactor)  # type: ignore[attr-defined]
-    refined = packed.refined(2 * table, table.nbytes)
-    assert refined is packed
-    torch.testing.assert_close(packed.dense(), 2 * FullTable.decompose(table, table.nbytes // 12).dense())
+def test_a_full_table_is_quantized_as_it_is() -> None:
+    table = nn.Parameter(_table(2000, 64))
+    full = FullTable.of(table)
+    assert next(full.parameters()) is table
+    assert full.stored_bytes() == FullTable.smallest_bytes(2000, 64, 4)
+    for bits in (8, 4, 3):
+        packed = full.quantized(Quantization(bits, 32))
+        scales = group_scales(table, bits, 32, torch.float16)
+        codes = to_codes(table, scales, bits, 32)
+        assert torch.equal(packed.dense(), from_codes(codes, scales, bits, 32, torch.float32))
+        assert packed.stored_bytes() < table.nbytes / (32 / (bits + 0.55))
+    copied = FullTable.decompose(table, 0)
+    assert torch.equal(copied.rows(torch.tensor([5])), table[5:6])
+    copied.refined(2 * table, 0)
+    assert torch.equal(copied.dense(), 2 * table)
