@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -44,6 +44,10 @@ from lightning_embcompress.tables import (
 PLAN_VERSION = 4
 """Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`."""
 _ADDED: dict[str, Any] = {"untied": None, "predicted_loss": None}
+
+
+Placed: TypeAlias = tuple[tuple[str, ...], Factorization[Any]]
+"""Paths of the modules that read a table, and what they read."""
 
 
 @dataclass(frozen=True)
@@ -281,29 +285,38 @@ def plan_of(model: nn.Module) -> Plan:
     Returns:
         One entry a table in the order of `model.named_modules()`; an empty plan for a model that is not compressed.
     """
+    return Plan(
+        tuple(
+            TablePlan(
+                modules=paths,
+                method=factors.provenance.get("method", factors.kind),
+                options=factors.provenance.get("options", {}),
+                spec=factors.spec(),
+                dtype=str(factors.dtype).removeprefix("torch."),
+                stored_bytes=factors.stored_bytes(),
+                weighted_error=factors.provenance.get("weighted_error"),
+                untied=factors.provenance.get("untied"),
+                predicted_loss=factors.provenance.get("predicted_loss"),
+            )
+            for paths, factors in compressed_tables(model)
+        ),
+        body=body_of(model),
+    )
+
+
+def compressed_tables(model: nn.Module) -> list[Placed]:
+    """Compressed tables of a model: paths of the modules that read one, and what they read.
+
+    Returns:
+        One entry a table in the order of `model.named_modules()`.
+    """
     modules: dict[int, list[str]] = {}
     factorizations: dict[int, Factorization[Any]] = {}
     for path, module in all_modules(model).items():
         if isinstance(module, CompressedLayer):
             modules.setdefault(id(module.factorization), []).append(path)
             factorizations[id(module.factorization)] = module.factorization
-    return Plan(
-        tuple(
-            TablePlan(
-                modules=tuple(paths),
-                method=factorizations[key].provenance.get("method", factorizations[key].kind),
-                options=factorizations[key].provenance.get("options", {}),
-                spec=factorizations[key].spec(),
-                dtype=str(factorizations[key].dtype).removeprefix("torch."),
-                stored_bytes=factorizations[key].stored_bytes(),
-                weighted_error=factorizations[key].provenance.get("weighted_error"),
-                untied=factorizations[key].provenance.get("untied"),
-                predicted_loss=factorizations[key].provenance.get("predicted_loss"),
-            )
-            for key, paths in modules.items()
-        ),
-        body=body_of(model),
-    )
+    return [(tuple(paths), factorizations[key]) for key, paths in modules.items()]
 
 
 def model_bytes(model: nn.Module) -> dict[str, float]:

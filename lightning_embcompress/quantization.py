@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,17 +19,13 @@ from lightning_embcompress.body_quantization import (
     prepare_body,
 )
 from lightning_embcompress.factorizations import Factorization, FullTable, Quantization
-from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.parametrized_weights import Storage, storage_of
-from lightning_embcompress.plan import Plan, model_bytes, plan_of
+from lightning_embcompress.plan import Placed, Plan, compressed_tables, model_bytes, plan_of
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.storage import check_whole
-from lightning_embcompress.tables import Table, all_modules, check_finite, find_tables, put_back, replace_table
-
-Change: TypeAlias = tuple[tuple[str, ...], Factorization[Any]]
-"""Paths of the modules of a table, and what they read from now on."""
+from lightning_embcompress.tables import Table, check_finite, find_tables, put_back, replace_table
 
 
 def prepare(
@@ -97,7 +93,7 @@ def body_storage(body: str, quantization: Quantization) -> Storage:
     return storage_of(body, quantization.group_size, quantization.scale_dtype, quantization.ranges)
 
 
-def tables_to_prepare(model: nn.Module, tables: str | Sequence[str]) -> tuple[list[Change], list[Table]]:
+def tables_to_prepare(model: nn.Module, tables: str | Sequence[str]) -> tuple[list[Placed], list[Table]]:
     """Compressed and dense tables that can be prepared; none of them is changed.
 
     Raises:
@@ -121,7 +117,7 @@ def tables_to_prepare(model: nn.Module, tables: str | Sequence[str]) -> tuple[li
     return chosen, found
 
 
-def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Change]:
+def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Placed]:
     """What `prepare` puts in the place of tables; all are checked before the first is prepared.
 
     Raises:
@@ -295,22 +291,11 @@ def layers_to_prepare(model: nn.Module, tables: str | Sequence[str], body: str |
     return chosen, list(dict.fromkeys(weights))
 
 
-def compressed_tables(model: nn.Module) -> list[Change]:
-    """Compressed tables of a model: paths of the modules that read one, and what they read."""
-    modules: dict[int, list[str]] = {}
-    factorizations: dict[int, Factorization[Any]] = {}
-    for path, module in all_modules(model).items():
-        if isinstance(module, CompressedLayer):
-            modules.setdefault(id(module.factorization), []).append(path)
-            factorizations[id(module.factorization)] = module.factorization
-    return [(tuple(paths), factorizations[key]) for key, paths in modules.items()]
-
-
-def _conversions(model: nn.Module) -> list[Change]:
+def _conversions(model: nn.Module) -> list[Placed]:
     return [(modules, factors.converted()) for modules, factors in compressed_tables(model) if factors.is_prepared]
 
 
-def _carry_out(model: nn.Module, changes: Sequence[Change]) -> Plan:
+def _carry_out(model: nn.Module, changes: Sequence[Placed]) -> Plan:
     for modules, factors in changes:
         replace_table(model, modules, factors)
     return plan_of(model)

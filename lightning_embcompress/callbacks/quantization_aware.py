@@ -22,10 +22,9 @@ from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.distribution import failing_together
 from lightning_embcompress.factorizations import Quantization
 from lightning_embcompress.parametrized_weights import storage_of
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.plan import compressed_tables, plan_of
 from lightning_embcompress.quantization import (
     check_preparation,
-    compressed_tables,
     conversion_report,
     layers_to_prepare,
     prepare,
