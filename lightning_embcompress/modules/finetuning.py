@@ -30,7 +30,7 @@ from lightning_embcompress.modules.finetuning_foreign import (
     step_output,
 )
 from lightning_embcompress.modules.finetuning_original import Original
-from lightning_embcompress.modules.finetuning_parts import Freeze, Parts, Watch
+from lightning_embcompress.modules.finetuning_parts import Freeze, Parts, Watch, unfreeze, warn_of_frozen
 from lightning_embcompress.modules.finetuning_sources import architecture_of, build, open_model
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.saved import save_compressed
@@ -58,10 +58,11 @@ class CompressedLanguageModel(LanguageModel):
     The model keeps its own ways: an LSTM's state is carried over from batch to batch (also the teacher's, and over a
     resumed epoch), batches are what the model takes, the hooks of a module of another class are called. Its optimizer
     is replaced by the one given here. In evaluation mode, in which callbacks collect statistics, ``training_step`` is
-    that of the model alone. Logged are ``train_loss``, and where there are several terms ``train_cross_entropy``,
-    ``train_distillation`` and ``train_reconstruction``, each without its weight; ``val_loss``, ``val_perplexity``, with
-    ``frequency_bands`` also ``val_perplexity/rank_1-100`` and so on, and the same for test. Of a module of another
-    class these are measured from the cross-entropy over the vocabulary that its ``validation_step`` computes.
+    that of the model alone. Logged are ``train_loss``, and where that is not the cross-entropy as it is
+    ``train_cross_entropy``, ``train_distillation`` and ``train_reconstruction``, each without its weight; ``val_loss``,
+    ``val_perplexity``, with ``frequency_bands`` also ``val_perplexity/rank_1-100`` and so on, and the same for test. Of
+    a module of another class these are measured from the cross-entropy over the vocabulary that its
+    ``validation_step`` computes; what it logs under these names itself is then ``val_loss/model`` and so on.
 
     Checkpoints have the model's structure and arguments: ``CompressedLanguageModel.load_from_checkpoint(path)`` needs
     none of the files that it came from; one of another class than this package's is given as ``model`` once more.
@@ -84,7 +85,8 @@ class CompressedLanguageModel(LanguageModel):
             the tokens in the batch.
         statistics: Of the model, or the file that ``Statistics.save`` has written; None for the plain relative error.
         freeze: ``body`` to train the tables alone (with the biases of their layers), ``factors`` to train all but
-            them, None for both.
+            them, None for both. What an earlier fine-tuning has frozen is trained again; other parameters of a module
+            that are frozen stay so.
         factor_learning_rate: Of the tables; None for the optimizer's.
         body_learning_rate: Of everything else; None for the optimizer's. Schedulers scale each from its own start.
         tables: ``auto``, or names of the modules that are the tables, see ``lightning_embcompress.tables.find_tables``.
@@ -169,6 +171,8 @@ class CompressedLanguageModel(LanguageModel):
         )
         self.parts = parts
         self.weights_of_terms = weighted
+        # Whether the loss is what the model's own step gives.
+        self._alone = weighted == {"cross_entropy": 1, "distillation": 0, "reconstruction": 0}
         self.teacher_top_k, self.temperature = teacher_top_k, temperature
         self.reconstruction_rows = reconstruction_rows
         self.freeze_part = freeze
@@ -180,6 +184,8 @@ class CompressedLanguageModel(LanguageModel):
             if is_overridden(name, opened):
                 # On the instance: Lightning asks which of them a module has.
                 setattr(self, name, getattr(opened, name))
+        unfreeze(opened)
+        warn_of_frozen(opened, parts, freeze)
         parts.freeze(opened, freeze)
 
     @override
@@ -243,8 +249,18 @@ class CompressedLanguageModel(LanguageModel):
         self.model.teardown(stage)
 
     def _log_of_model(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        several = self.training and sum(map(bool, self.weights_of_terms.values())) > 1
-        self.log("train_cross_entropy" if several and name == "train_loss" else name, value, *args, **kwargs)
+        if self.training and name == "train_loss" and not self._alone:
+            name = "train_cross_entropy"
+        elif not self._is_ours and self._is_measured(name):
+            name += "/model"
+        self.log(name, value, *args, **kwargs)
+
+    def _is_measured(self, name: str) -> bool:
+        """Whether a value of evaluation is logged here."""
+        stage, _, what = name.partition("_")
+        perplexity = {"val": self.val_perplexity, "test": self.test_perplexity}.get(stage)
+        own = what in ("loss", "perplexity") or what.startswith("perplexity/")
+        return own and not self.training and perplexity is not None and perplexity.update_called
 
     @override
     def on_fit_start(self) -> None:
@@ -256,8 +272,7 @@ class CompressedLanguageModel(LanguageModel):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the weighted sum of the terms, logged as ``train_loss``."""
         weights = self.weights_of_terms
-        alone = not weights["distillation"] and not weights["reconstruction"] and weights["cross_entropy"] == 1
-        if alone or not self.training:
+        if self._alone or not self.training:
             return step_output(self.model.training_step, batch, batch_idx)
         said = None
         if weights["distillation"]:

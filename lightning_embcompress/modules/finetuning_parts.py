@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
@@ -18,6 +19,10 @@ from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 
 Freeze: TypeAlias = Literal["body", "factors"]
 """The part of a model that is not trained: everything but its tables, or its tables."""
+
+
+# A model's names of what a fine-tuning has frozen in it, under which it keeps them itself: also in a copy.
+_FROZEN = "_embcompress_frozen"
 
 
 class Parts:
@@ -74,8 +79,12 @@ class Parts:
             ValueError: If nothing is left to train.
         """
         body, factors = self.split(model)
-        for parameter in {"body": body, "factors": factors}.get(str(part), []):
-            parameter.requires_grad_(False)
+        chosen = {id(parameter) for parameter in {"body": body, "factors": factors}.get(str(part), [])}
+        frozen = model.__dict__.setdefault(_FROZEN, [])
+        for name, parameter in model.named_parameters():
+            if id(parameter) in chosen and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                frozen.append(name)
         if part == "factors":
             if not any(parameter.requires_grad for parameter in body):
                 raise ValueError(
@@ -105,6 +114,31 @@ class Parts:
             if rate is not None:
                 group["lr"] = rate
         return groups
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Train again what an earlier fine-tuning of the same module has frozen."""
+    parameters = dict(model.named_parameters())
+    for name in model.__dict__.pop(_FROZEN, []):
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+
+
+def warn_of_frozen(model: nn.Module, parts: Parts, part: Freeze | None) -> None:
+    """Say which parameters of a model are not trained, besides those that are to be frozen."""
+    body, factors = parts.split(model)
+    meant = {id(parameter) for parameter in {"body": body, "factors": factors}.get(str(part), [])}
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not parameter.requires_grad and id(parameter) not in meant
+    ]
+    if names:
+        rank_zero_warn(
+            f"{len(names)} parameters of {type(model).__name__} are frozen and stay so, although freeze={part!r}:"
+            f" {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}. To train them call"
+            " requires_grad_(True) of the model before."
+        )
 
 
 def rows_of(layer: nn.Module) -> int:

@@ -131,7 +131,9 @@ def _read(source: Source, name: str) -> LightningModule:
             f"{name}={source.name!r} is not a checkpoint of an LSTMLanguageModel or a HuggingFaceCausalLM, as far as"
             f" its hyper-parameters say: build the model, and give it as {name} and the checkpoint as weights."
         )
-    opened = apart_from_recipe(lambda: load_from_checkpoint(kind, source.path, map_location="cpu"))
+    # A part that was frozen there is trained again, unless it is to be frozen here too.
+    changed: dict[str, Any] = {} if kind in _CLASSES.values() else {"freeze": None, "teacher_shares_body": False}
+    opened = apart_from_recipe(lambda: load_from_checkpoint(kind, source.path, map_location="cpu", **changed))
     inner = getattr(opened, "model", None)
     # A fine-tuning of a model: what was fine-tuned is meant, and not its teacher or its losses.
     return inner if isinstance(inner, LightningModule) else opened

@@ -277,6 +277,38 @@ def test_freezing_and_learning_rates_with_a_schedule(start: SimpleNamespace, fre
     assert [len(group["params"]) for group in optimizer.param_groups] == [4, 5]
 
 
+def test_what_was_frozen_before_is_trained_again(start: SimpleNamespace, tmp_path: Path) -> None:
+    first = _tuned(start, freeze="body")
+    trainer = _trainer(tmp_path)
+    trainer.strategy.connect(first)
+    trainer.save_checkpoint(tmp_path / "first.ckpt", weights_only=True)
+    kept = CompressedLanguageModel.load_from_checkpoint(tmp_path / "first.ckpt")
+    assert not kept.model.lstm.weight_ih_l0.requires_grad
+    for again in (_tuned(start, tmp_path / "first.ckpt"), _tuned(start, copy.deepcopy(first.model))):
+        assert all(parameter.requires_grad for parameter in again.parameters())
+    factors = _tuned(start, first.model, freeze="factors")
+    assert factors.model.lstm.weight_ih_l0.requires_grad
+    assert not factors.model.decoder.bias.requires_grad
+    # What somebody else has frozen stays so.
+    own = _lstm(WORDS)
+    own.lstm.weight_hh_l0.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"1 parameters of LSTMLanguageModel are frozen .*'lstm.weight_hh_l0'"):
+        _tuned(start, own)
+    for _ in range(2):
+        tuned = _tuned(start, own, freeze="body")
+    with pytest.warns(UserWarning, match="'lstm.weight_hh_l0'"):
+        tuned = _tuned(start, tuned.model)
+    frozen = [name for name, parameter in tuned.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.lstm.weight_hh_l0"]
+
+
+def test_a_weight_of_the_cross_entropy_alone(start: SimpleNamespace) -> None:
+    model = _tuned(start, cross_entropy_weight=0.5)
+    _fit(start, model)
+    logged = model.trainer.callback_metrics
+    assert logged["train_loss"].item() == pytest.approx(0.5 * logged["train_cross_entropy"].item())
+
+
 def test_resuming_within_an_epoch_is_exact(start: SimpleNamespace, tmp_path: Path) -> None:
     """The teacher's text goes on too; the rows that are drawn are the same."""
     arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "reconstruction_weight": 0.1}

@@ -188,3 +188,38 @@ def test_modules_that_cannot_be_tuned(tmp_path: Path) -> None:
     model = CompressedLanguageModel(_foreign(lost=True), frequency_bands=False)
     with pytest.warns(UserWarning, match="computes no cross-entropy over 60 classes"):
         _trainer(tmp_path, fast_dev_run=True).fit(model)
+
+
+class Logging(Foreign):
+    """Logs under the names of this package, also at the end of an epoch."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", 100.0)
+        self.log("val_perplexity", 100.0)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.0), (0.0, 1.0)])
+def test_what_a_module_logs_under_the_same_names(tmp_path: Path, weights: tuple[float, float]) -> None:
+    seed_everything(0, verbose=False)
+    small = Logging()
+    teacher = copy.deepcopy(small) if weights[1] else None
+    model = CompressedLanguageModel(
+        small,
+        teacher=teacher,
+        cross_entropy_weight=weights[0],
+        distillation_weight=weights[1],
+        optimizer=_sgd,
+        frequency_bands=False,
+    )
+    trainer = _trainer(tmp_path, fast_dev_run=True)
+    trainer.fit(model)
+    logged = trainer.callback_metrics
+    assert {"train_loss", "train_cross_entropy"} <= logged.keys()
+    if teacher is None:
+        assert logged["train_loss"].item() == pytest.approx(0.5 * logged["train_cross_entropy"].item())
+    assert logged["val_loss"].item() == pytest.approx(logged["val_perplexity"].log().item())
+    assert logged["val_loss"] < 5
+    assert logged["val_perplexity/model"] == 100
