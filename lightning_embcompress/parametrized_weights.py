@@ -37,8 +37,8 @@ def storage_of(
         ValueError: If there is no such one, or groups are not possible.
 
     Example:
-        >>> storage_of("int8", group_size=128)
-        Quantization(bits=8, group_size=128, scale_dtype='float16', ranges='minmax')
+        >>> storage_of("int8", group_size=128).bytes_of((10, 128)), storage_of("float16")
+        (1300, 'float16')
     """
     if name in ("float16", "bfloat16"):
         return "float16" if name == "float16" else "bfloat16"
@@ -94,7 +94,8 @@ class FakeQuantizedWeight(nn.Module):
             return rounded_to(original, HALVES[self.storage])
         weight, of = original.reshape(self.matrix), self.storage
         scales = self._ranges(original) if self.scales is None else rounded_to(self.scales, of.scales)
-        return fake_quantize(weight, scales, of.bits, of.group_size).view(original.shape)
+        kept = self.scales is not None
+        return fake_quantize(weight, scales, of.bits, of.group_size, clips=kept).view(original.shape)
 
 
 class PackedWeight(nn.Module):

@@ -402,6 +402,13 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         ValueError: If a module is missing, is of another kind or of another shape.
     """
     named = all_modules(model)
+    owned = tuple(f"{path}." for table in plan.tables for path in table.modules)
+    for name in plan.body.weights if plan.body is not None else ():
+        if name.startswith(owned):
+            raise ValueError(
+                f"the plan is damaged: it names {shown(name)} among the weights beside the tables, but it is one of a "
+                "table"
+            )
     for table in plan.tables:
         shape = (table.spec.get("vocab_size"), table.spec.get("dim"))
         for path in table.modules:

@@ -19,9 +19,11 @@ from lightning_embcompress.body_quantization import (
     prepare_body,
 )
 from lightning_embcompress.factorizations import Factorization, FullTable, Quantization
+from lightning_embcompress.factorizations.quantized import matrix_shape
 from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.parametrized_weights import Storage, storage_of
 from lightning_embcompress.plan import Placed, Plan, compressed_tables, model_bytes, plan_of
+from lightning_embcompress.solvers.integer_quantizer import group_scales
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.storage import check_whole
@@ -85,7 +87,7 @@ def check_preparation(
     if body is not None:
         check_body_preparation(model, body_storage(body, quantization))
     if body is None or tables:
-        tables_to_prepare(model, tables)
+        _check_numbers(*tables_to_prepare(model, tables), quantization)
 
 
 def body_storage(body: str, quantization: Quantization) -> Storage:
@@ -115,6 +117,30 @@ def tables_to_prepare(model: nn.Module, tables: str | Sequence[str]) -> tuple[li
     for table in found:
         check_finite(table)
     return chosen, found
+
+
+def _check_numbers(compressed: Sequence[Placed], dense: Sequence[Table], quantization: Quantization) -> None:
+    """Look whether all numbers of tables can be quantized.
+
+    Raises:
+        ValueError: If one is not finite, or too large for the scales.
+    """
+    numbers = [(paths[0], list(factors.parameters())) for paths, factors in compressed if not factors.is_packed]
+    numbers += [(table.name, [cast(nn.Parameter, table.weight)]) for table in dense]
+    for name, parameters in numbers:
+        for parameter in parameters:
+            matrix = parameter.detach().reshape(matrix_shape(parameter.shape))
+            scales = group_scales(matrix, quantization.bits, quantization.group_size, quantization.scales)
+            if not bool(matrix.isfinite().all()):
+                raise ValueError(
+                    f"table {name!r} has NaN or infinite values, and cannot be quantized: look for what made training "
+                    "diverge"
+                )
+            if not bool(scales.isfinite().all()):
+                raise ValueError(
+                    f"table {name!r} has values that are too large for scales in {quantization.scale_dtype}: use "
+                    "scale_dtype='bfloat16'"
+                )
 
 
 def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Placed]:
@@ -191,7 +217,7 @@ def quantize(
     Args:
         model: As for `prepare`.
         quantization: As for `prepare`.
-        tables: As for `prepare`; tables of codes stay what they are.
+        tables: As for `prepare`; with `"auto"` tables that are integers or codes already stay what they are.
         statistics: What `collect_statistics` has found for the model, dense or compressed; None where all errors are
             to count the same.
 
@@ -213,6 +239,10 @@ def quantize(
     if tables == "auto":
         tables = [modules[0] for modules, factors in compressed_tables(model) if not factors.is_packed] or tables
     chosen, dense = tables_to_prepare(model, tables)
+    for paths, factors in chosen:
+        if factors.is_packed:
+            raise ValueError(f"table {paths[0]!r} is stored in codes already: leave it out of tables")
+    _check_numbers(chosen, dense, quantization)
     chosen += [(table.modules, FullTable.of(cast(nn.Parameter, table.weight))) for table in dense]
     metrics: list[Metric | None] = [None] * len(chosen)
     if statistics is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.factorizations import METHODS, Factorization, check_spec, factorization_from_spec
+from lightning_embcompress.factorizations.quantized import PackedFactor
 
 if TYPE_CHECKING:
     from lightning_embcompress.plan import TablePlan
@@ -163,6 +164,10 @@ def _try(table: TablePlan, found: Mapping[str, Tensor], where: str) -> None:
         trial.load_state_dict(dict(found), assign=True)
     except RuntimeError as error:
         raise ValueError(f"{where} is damaged: {' '.join(str(error).split())}") from error
+    for name, module in trial.named_modules():
+        if isinstance(module, PackedFactor) and not bool(module.group_scales().isfinite().all()):
+            scales = f"{table.name}.factorization.{name}.scales"
+            raise ValueError(f"{where} has NaN or infinite scales in {scales!r}: it is damaged; take an earlier one")
 
 
 def shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress import collect_statistics, compress, densify, load_compressed, save_compressed
+from lightning_embcompress.body_quantization import Body
 from lightning_embcompress.factorizations import LatentCodes, LowRank, Quantization, SharedBasisBlocks
 from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.plan import Plan, apply_plan, model_bytes, plan_of
 from lightning_embcompress.quantization import convert, converted_plan, prepare, quantize
+from lightning_embcompress.records import check_factors
 from lightning_embcompress.report import table_report
 from lightning_embcompress.tables import find_tables
 
@@ -220,3 +223,52 @@ def test_export() -> None:
         program = torch.export.export(layer.eval(), (IDS,))
         torch.testing.assert_close(program.module()(IDS), layer(IDS), rtol=1e-4, atol=1e-4)
     assert isinstance(layer.encoder.factorization, LowRank)
+
+
+def test_numbers_that_cannot_be_quantized_are_named_before_anything_changes() -> None:
+    model = Model()
+    compress(model, "low_rank", ratio=2)
+    with torch.no_grad():
+        model.decoder.factorization.coefficients[3, 0] = torch.nan
+    before = model.encoder.factorization.coefficients.clone()
+    with pytest.raises(ValueError, match="table 'decoder' has NaN or infinite values"):
+        prepare(model, Quantization(4))
+    assert torch.equal(model.encoder.factorization.coefficients, before)
+    assert not model.encoder.factorization.is_prepared
+    model = Model()
+    with torch.no_grad():
+        model.encoder.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"table 'encoder' has values that are too large .* scale_dtype='bfloat16'"):
+        prepare(model, Quantization(4), tables=["encoder"])
+    prepare(model, Quantization(4, scale_dtype="bfloat16"), tables=["encoder"])
+    compress(model, "transform_coding", ratio=8, token_counts=COUNTS, tables=["decoder"])
+    with pytest.raises(ValueError, match="table 'decoder' is stored in codes already"):
+        quantize(model, tables=["decoder"])
+
+
+def test_frozen_codes_stay_frozen() -> None:
+    model = Model()
+    compress(model, "transform_coding", ratio=8, token_counts=COUNTS)
+    model.requires_grad_(False)
+    prepare(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    convert(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_damaged_files_are_refused_before_the_model_is_changed(tmp_path: Path) -> None:
+    model = Model()
+    compress(model, "low_rank", ratio=2)
+    quantize(model, Quantization(4))
+    plan = plan_of(model)
+    state = model.state_dict()
+    state["encoder.factorization.coefficients.scales"] = torch.full_like(
+        state["encoder.factorization.coefficients.scales"], 255
+    )
+    with pytest.raises(ValueError, match=r"NaN or infinite scales in 'encoder.factorization.coefficients.scales'"):
+        check_factors(plan.tables, state, "the file")
+    body = Body({"encoder.weight": (VOCAB_SIZE, DIM)}, Quantization(4), "packed")
+    fresh = Model()
+    with pytest.raises(ValueError, match="'encoder.weight' among the weights beside the tables"):
+        apply_plan(fresh, replace(plan, body=body))
+    assert isinstance(fresh.encoder, nn.Embedding)

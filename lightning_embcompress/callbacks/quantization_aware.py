@@ -194,7 +194,7 @@ class QuantizationAware(ScheduledCallback):
                 f"{', '.join(map(repr, packed))} was converted, and has no numbers left to train: resume from a "
                 "checkpoint of the training, which is not converted"
             )
-        return len(own) == len(self._prepared) and (self.body is None) == (body is None)
+        return len(own) == len(self._prepared) and (self.body is None or body is not None)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         before = [callback for callback in _compressing(trainer) if not callback._compressed]

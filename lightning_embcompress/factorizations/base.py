@@ -335,10 +335,13 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         return packed
 
     def _copied(self) -> Self:
-        """Another one that has the same tensors."""
+        """Another one that has the same parameters."""
         other = copy.copy(self)
-        for name in ("_parameters", "_buffers", "_modules"):
+        for name in ("_parameters", "_modules"):
             other.__dict__[name] = dict(self.__dict__[name])
+        # Loading writes in place: an index that both had would be that of one of them.
+        buffers = {name: None if tensor is None else tensor.clone() for name, tensor in self._buffers.items()}
+        other.__dict__["_buffers"] = buffers
         other.provenance = dict(self.provenance)
         return other
 
@@ -367,8 +370,9 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         """
         if not self.is_prepared:
             raise ValueError("it is not prepared for quantization, and has no other form to be read in")
-        plain = self._copied()
-        plain._parameters, plain._modules = {}, {}
+        # For a moment: it shares all there is.
+        plain = copy.copy(self)
+        plain.__dict__["_parameters"], plain.__dict__["_modules"] = {}, {}
         for name, child in self._modules.items():
             weights = [part.weight for part in _parts(child)]
             setattr(plain, name, nn.ParameterList(weights) if isinstance(child, _LISTS) else weights[0])
@@ -380,7 +384,13 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         return plain, values
 
     def freeze_ranges(self) -> None:
-        """Keep the scales of all groups as they are from now on; of a factorization that is prepared."""
+        """Keep the scales of all groups as they are from now on.
+
+        Raises:
+            ValueError: If it is not prepared.
+        """
+        if not self.is_prepared:
+            raise ValueError("there are no ranges to freeze: it is not prepared for quantization")
         for module in self.modules():
             if isinstance(module, FakeQuantizedFactor):
                 module.freeze()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
 from lightning_embcompress.solvers.group_reduce import BlockSolution, equal_frequency_groups, group_reduce
 from lightning_embcompress.solvers.grouping import kmeans_groups
+from lightning_embcompress.solvers.integer_quantizer import group_shape
 from lightning_embcompress.solvers.low_rank import project
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.rank_allocation import is_dense, smallest_elements
@@ -193,7 +195,14 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
 
     @torch.no_grad()
     def quantized(self, quantization: Quantization, metric: Metric | None = None) -> Self:
-        """Every block balanced, and rounded with error feedback in the metric, see `Factorization.quantized`."""
+        """Every block balanced, and rounded with error feedback in the metric, see `Factorization.quantized`.
+
+        Where rows of the basis are so short that those of two blocks share a scale, every factor is rounded by itself.
+        """
+        group_rows, _ = group_shape(self.dim, quantization.group_size)
+        if any(sum(self.basis_ranks[:block]) % group_rows for block, rank in enumerate(self.basis_ranks) if rank):
+            copied: Any = copy.deepcopy(self).prepared(quantization).converted()
+            return cast(Self, copied)
         packed = self._copied()
         packed.hold(quantization, "packed")
         parts: list[Any] = list(packed.coefficients)
@@ -208,12 +217,9 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
             alone = PackedFactor(numbers.shape, shared.quantization, numbers.dtype, numbers.device)
             store_product([part], alone, [own], numbers, metric, [rows])
             stored.append(alone)
-        if sum(len(alone.scales) for alone in stored) == len(shared.scales) and stored:
+        if stored:
             shared.codes.copy_(torch.cat([alone.codes for alone in stored]))
             shared.scales.copy_(torch.cat([alone.scales for alone in stored]))
-        elif stored:
-            # Rows so short that they share a scale with those of other blocks.
-            shared.fill(torch.cat([alone.whole() for alone in stored]))
         return packed
 
     def structure(self) -> dict[str, Any]:

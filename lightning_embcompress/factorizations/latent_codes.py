@@ -24,6 +24,7 @@ from lightning_embcompress.factorizations.shared_basis_layout import (
     level_tables,
     nearest_codes,
 )
+from lightning_embcompress.solvers.gram import row_chunks
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.scalar_quantizer import nearest_level
 
@@ -116,7 +117,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         for numbers, codes, offsets in zip(latent.coefficients, coded._block_codes(), coded._offsets(), strict=True):
             numbers.copy_(latent.levels[(codes.int() + offsets).long()])
         latent.provenance, latent.predicted_loss = dict(coded.provenance), coded.predicted_loss
-        return latent
+        return latent.requires_grad_(coded.may_train)
 
     def structure(self) -> dict[str, Any]:
         """Shape, sizes of blocks, and the widths of their components."""
@@ -160,13 +161,16 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         coded._index(self.block_of_row)
         coded.levels.copy_(self.levels)
         tables = level_tables(self.levels, self.widths)
-        codes = [
-            nearest_codes(numbers, runs, tables) for numbers, runs in zip(self.coefficients, self.segments, strict=True)
-        ]
+        codes = []
+        for numbers, runs in zip(self.coefficients, self.segments, strict=True):
+            codes.append(torch.empty(numbers.shape, dtype=torch.uint8, device=numbers.device))
+            # A few rows at a time: on the way codes take eight bytes each.
+            for chunk in row_chunks(*numbers.shape):
+                codes[-1][chunk] = nearest_codes(numbers[chunk], runs, tables).to(torch.uint8)
         basis, means = self.basis * self.units[0], self.means * self.units[1]
         coded.store(codes, basis, means, torch.exp2(self.log_scales.double()))
         coded.provenance, coded.predicted_loss = dict(self.provenance), self.predicted_loss
-        return coded
+        return coded.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
 
     def _read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Basis, means and scales as they will be stored."""

@@ -66,7 +66,7 @@ class Quantization:
                 raise ValueError(f"{name} must be an integer from 2 to 8, it is {bits!r}")
         if type(self.group_size) is not int or not 16 <= self.group_size <= 256:
             raise ValueError(f"group_size must be an integer from 16 to 256, it is {self.group_size!r}")
-        if self.scale_dtype not in _SCALE_DTYPES:
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in _SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be 'float16' or 'bfloat16', it is {self.scale_dtype!r}")
         if self.ranges not in ("minmax", "learned"):
             raise ValueError(f"ranges must be 'minmax' or 'learned', it is {self.ranges!r}")
@@ -221,7 +221,9 @@ class FakeQuantizedFactor(QuantizedFactor):
             # The last group may be short: its last row once more changes no range.
             mates = group.unsqueeze(1) * group_rows + torch.arange(group_rows, device=flat.device)
             scales = self._scales_of(F.embedding(mates.clamp(max=rows - 1), weight.detach()).view(-1, columns))
-        return fake_quantize(found, scales, of.bits, of.group_size).view(*place.shape, columns)
+        return fake_quantize(found, scales, of.bits, of.group_size, clips=self.scales is not None).view(
+            *place.shape, columns
+        )
 
     def whole(self) -> Tensor:
         """All of it, as it will be stored."""
@@ -230,7 +232,7 @@ class FakeQuantizedFactor(QuantizedFactor):
         if not weight.numel():
             return self.weight
         scales = self._scales_of(weight) if self.scales is None else rounded_to(self.scales, of.scales)
-        return fake_quantize(weight, scales, of.bits, of.group_size).view(self.shape)
+        return fake_quantize(weight, scales, of.bits, of.group_size, clips=self.scales is not None).view(self.shape)
 
     def multiply(self, hidden: Tensor) -> Tensor:
         """`[*, rows]`, the product of `[*, columns]` with all rows."""
@@ -307,6 +309,11 @@ class PackedFactor(QuantizedFactor):
 
     def group_scales(self) -> Tensor:
         """Scales of all groups, in their dtype of 16 bits."""
+        if not self.scales.numel():
+            # Of no columns: bytes of no strides cannot be seen as others.
+            return self.scales.new_empty(
+                self.scales.shape[0], self.scales.shape[1] // 2, dtype=self.quantization.scales
+            )
         return self.scales.view(self.quantization.scales)
 
     def rows(self, place: Tensor) -> Tensor:

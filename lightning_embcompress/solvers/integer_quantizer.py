@@ -174,19 +174,21 @@ def from_codes(codes: Tensor, scales: Tensor, bits: int, group_size: int, dtype:
     return (integers * expanded).to(dtype).view(codes.shape)
 
 
-def fake_quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+def fake_quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int, *, clips: bool = False) -> Tensor:
     """What `from_codes(to_codes(weight))` gives, with gradients.
 
     Gradients go straight through to the weight (Bengio et al. 2013). Where scales are learned, to those values that
     are within the range, and to the scales those of LSQ (Esser et al., Learned Step Size Quantization, ICLR 2020, eq. 3
     and section 2.2), `round(w / s) − w / s` within the range and its end outside, times `1 / √(N Q)` with `N` values in
-    a group and the largest integer `Q`. Scales that are not learned follow the values, so nothing is outside.
+    a group and the largest integer `Q`. Scales that are those of the values have nothing outside their range; with
+    those that are kept while the values move, `clips` says so.
 
     Args:
         weight: `[n, columns]` rows of a matrix.
         scales: Of their groups, or a row of scales for every row.
         bits: Bits of an integer, 2 to 8.
         group_size: Values that share a scale.
+        clips: Whether values outside the range get no gradient, also where scales are not learned.
 
     Returns:
         `[n, columns]` in the dtype of the weight.
@@ -199,7 +201,7 @@ def fake_quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int) ->
         >>> fake_quantize(weight, group_scales(weight.detach(), 3, 64), 3, 64)
         tensor([[ 1.7139, -3.4277]], grad_fn=<...>)
     """
-    result: Tensor = _FakeQuantize.apply(weight, scales, bits, group_size)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(weight, scales, bits, group_size, clips)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -244,19 +246,19 @@ class _FakeQuantize(torch.autograd.Function):
     """Rounding whose gradient is written out: nothing is kept for it but the weight and, where learned, the scales."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
-        ctx.learned = scales.requires_grad
+    def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int, group_size: int, clips: bool) -> Tensor:
+        ctx.learned, ctx.clips = scales.requires_grad, clips
         ctx.bits, ctx.group_size = bits, group_size
-        if ctx.learned:
+        if ctx.learned or clips:
             ctx.save_for_backward(weight, scales)
         exact, expanded = _beside(weight.to(compute_dtype(weight.dtype)), scales, group_size)
         return integers_of(exact, expanded, bits).mul_(expanded).to(weight.dtype).view(weight.shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (gradient,) = gradients
-        if not ctx.learned:
-            return gradient, None, None, None
+        if not ctx.learned and not ctx.clips:
+            return gradient, None, None, None, None
         weight, scales = ctx.saved_tensors
         dtype, (n, columns) = compute_dtype(weight.dtype), weight.shape
         least, most = -(2 ** (ctx.bits - 1)), 2 ** (ctx.bits - 1) - 1
@@ -264,12 +266,14 @@ class _FakeQuantize(torch.autograd.Function):
         known = torch.where(scales == 0, torch.finfo(torch.float32).tiny, scales.to(dtype))
         ratio = weight.to(dtype) / expand_scales(known, n, columns, ctx.group_size)
         inside = (ratio >= least) & (ratio <= most)
+        if not ctx.learned:
+            return torch.where(inside, gradient, 0.0), None, None, None, None
         slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(least, most))
         shares = _sum_groups(gradient.to(dtype) * slope, scales.shape[0], ctx.group_size)
         group_rows, group_columns = group_shape(columns, ctx.group_size)
-        values = group_columns * (1 if scales.shape[0] == n else group_rows)
-        shares = shares / math.sqrt(values * most)
-        return torch.where(inside, gradient, 0.0), shares.to(scales.dtype), None, None
+        # The same for rows that were gathered, with a row of scales for each.
+        shares = shares / math.sqrt(group_columns * group_rows * most)
+        return torch.where(inside, gradient, 0.0), shares.to(scales.dtype), None, None, None
 
 
 def _beside(values: Tensor, scales: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import (
     METHODS,
+    BlockLowRank,
     Factorization,
     FullTable,
     LatentCodes,
@@ -291,3 +292,66 @@ def test_a_full_table_is_quantized_as_it_is() -> None:
     assert torch.equal(copied.rows(torch.tensor([5])), table[5:6])
     copied.refined(2 * table, 0)
     assert torch.equal(copied.dense(), 2 * table)
+
+
+def test_blocks_without_components() -> None:
+    table = _table(400, 16)
+    counts = (4000 / torch.arange(1, 401)).long()
+    factors = METHODS["group_reduce"].factorization.decompose(
+        table, table.nbytes // 14, counts, METHODS["group_reduce"].options(variant="loss", groups=6)
+    )
+    assert 0 in factors.ranks
+    for packed in (factors.quantized(Quantization(4)), copy.deepcopy(factors).prepared(Quantization(4)).converted()):
+        dense = packed.dense()
+        assert torch.equal(packed.rows(torch.arange(400)), dense)
+        torch.testing.assert_close(packed.logits(torch.eye(16)), dense.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dim", "group_size", "ranks"), [(16, 64, [2, 3]), (16, 64, [4, 2]), (128, 256, [1, 2])])
+def test_rows_of_a_basis_that_share_a_scale(dim: int, group_size: int, ranks: list[int]) -> None:
+    torch.manual_seed(0)
+    factors = BlockLowRank(80, dim, [40, 40], ranks)
+    with torch.no_grad():
+        for parameter in factors.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    dense = factors.dense()
+    packed = factors.quantized(Quantization(8, group_size))
+    assert torch.equal(factors.dense(), dense)
+    for block in (slice(0, 40), slice(40, 80)):
+        assert (packed.dense()[block] - dense[block]).norm() < 0.03 * dense[block].norm()
+
+
+def test_copies_share_nothing_that_loading_writes() -> None:
+    factors, other = _solved("group_reduce"), _solved("group_reduce")
+    moved = other.state_dict()
+    moved["packed_block_index"] = moved["packed_block_index"].flip(0)
+    packed = factors.quantized(Quantization(8))
+    dense, index = packed.dense(), packed.packed_block_index.clone()
+    factors.packed_block_index.zero_()
+    assert torch.equal(packed.packed_block_index, index)
+    assert torch.equal(packed.dense(), dense)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "learned"])
+def test_values_outside_of_frozen_ranges_stay(ranges: Any) -> None:
+    factor = FakeQuantizedFactor(nn.Parameter(_table(8, 32)), Quantization(4, 32, ranges=ranges))
+    factor.freeze()
+    with torch.no_grad():
+        factor.weight[2, 3] = 100.0
+    factor.whole().sum().backward()
+    gradient = factor.weight.grad
+    assert gradient is not None
+    assert gradient[2, 3] == 0
+    assert gradient[0].any()
+    with pytest.raises(ValueError, match="no ranges to freeze"):
+        _solved("low_rank").freeze_ranges()
+
+
+def test_learned_scales_get_the_same_gradient_by_rows_and_as_a_whole() -> None:
+    factor = FakeQuantizedFactor(nn.Parameter(_table(64, 8)), Quantization(4, 64, ranges="learned"))
+    assert isinstance(factor.scales, nn.Parameter)
+    found = []
+    for read in (factor.whole(), factor.rows(torch.arange(64))):
+        (gradient,) = torch.autograd.grad(read.square().sum(), factor.scales)
+        found.append(gradient)
+    torch.testing.assert_close(*found)

@@ -188,7 +188,7 @@ def test_gradients_of_learned_scales_are_those_of_lsq(shape: tuple[int, int], by
     assert of_weight.grad is not None
     assert 0 < int((of_weight.grad == 0).sum()) < weight.numel() / 2
     torch.testing.assert_close(weight.grad, of_weight.grad)
-    values = min(shape[1], group_size) * (1 if by_row else group_rows)
+    values = min(shape[1], group_size) * group_rows
     torch.testing.assert_close(scales.grad, of_scales.grad / math.sqrt(values * 3))
 
 
