@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_embcompress.body_quantization import Body, empty_weight, prefix_of, readings
 from lightning_embcompress.factorizations import Quantization
-from lightning_embcompress.parametrized_weights import HALVES, PackedWeight, shape_of
+from lightning_embcompress.factorizations.quantized import HALVES
+from lightning_embcompress.parametrized_weights import PackedWeight, shape_of
 
 
 def body_shapes(

@@ -20,10 +20,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lightning_embcompress import huggingface
-from lightning_embcompress.factorizations.quantized import Quantization, State
+from lightning_embcompress.factorizations.quantized import HALVES, Quantization, State
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.parametrized_weights import (
-    HALVES,
     FakeQuantizedWeight,
     PackedWeight,
     Storage,

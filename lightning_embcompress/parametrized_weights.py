@@ -15,14 +15,11 @@ from torch.nn.utils.parametrize import (
 )
 
 from lightning_embcompress.factorizations.packed_rows import read_packed_rows
-from lightning_embcompress.factorizations.quantized import PackedFactor, Quantization, matrix_shape, rounded_to
+from lightning_embcompress.factorizations.quantized import HALVES, PackedFactor, Quantization, matrix_shape, rounded_to
 from lightning_embcompress.solvers.integer_quantizer import fake_quantize, group_scales, scales_shape, to_codes
 
 Storage: TypeAlias = Quantization | Literal["float16", "bfloat16"]
 """How a weight is stored: integers in groups, or numbers of 16 bits."""
-
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Dtypes of 16 bits by their names."""
 
 
 def storage_of(

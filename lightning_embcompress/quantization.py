@@ -196,7 +196,8 @@ def converted(model: nn.Module) -> Iterator[None]:
     before = {path: model.get_submodule(path) for modules, _ in changes for path in modules}
     with converted_body(model):
         try:
-            _carry_out(model, changes)
+            for modules, factors in changes:
+                replace_table(model, modules, factors, for_a_while=True)
             yield
         finally:
             put_back(model, before)

@@ -102,7 +102,9 @@ def check_finite(table: Table) -> None:
         )
 
 
-def replace_table(model: nn.Module, modules: Sequence[str], factorization: Factorization[Any]) -> None:
+def replace_table(
+    model: nn.Module, modules: Sequence[str], factorization: Factorization[Any], for_a_while: bool = False
+) -> None:
     """Put compressed layers that share one factorization in the place of the modules that read a table.
 
     Bias, `padding_idx`, `max_norm` and the scale of a scaled embedding stay what they were. A layer that was compiled
@@ -112,8 +114,10 @@ def replace_table(model: nn.Module, modules: Sequence[str], factorization: Facto
         model: The module that holds them.
         modules: Paths of the modules; dense or compressed already.
         factorization: What they read from now on.
+        for_a_while: Whether `put_back` will follow, so that nothing is to be said.
     """
-    _say_compiled(model, modules)
+    if not for_a_while:
+        _say_compiled(model, modules)
     for path in modules:
         old = model.get_submodule(path)
         new: CompressedLayer

@@ -107,22 +107,27 @@ def _beside(after: Sequence[nn.Parameter], known: set[int]) -> Iterator[tuple[nn
             yield parameter, beside
 
 
-def start_anew(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor]) -> None:
+def start_anew(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor]) -> bool:
     """Forget what optimizers have gathered of parameters whose values were replaced by others.
 
     Args:
         optimizers: All optimizers of the run.
         parameters: Which have other values now.
+
+    Returns:
+        Whether there was anything to forget.
     """
     changed = {id(parameter) for parameter in parameters}
+    found = False
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in changed:
                     continue
-                optimizer.state.pop(parameter, None)
+                found = bool(optimizer.state.pop(parameter, None)) or found
                 if isinstance(optimizer, Adagrad):
                     optimizer.state[parameter] = _adagrad_state(parameter, group)
+    return found
 
 
 def _adagrad_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

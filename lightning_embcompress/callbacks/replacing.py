@@ -52,7 +52,9 @@ def changing_in_training(trainer: Trainer, module: LightningModule, paths: Seque
     known = {parameter: parameter._version for parameters in before.values() for parameter in parameters}
     yield
     # What was gathered of numbers is nothing to those that took their places.
-    start_anew(trainer.optimizers, [parameter for parameter, version in known.items() if parameter._version > version])
+    changed = [parameter for parameter, version in known.items() if parameter._version > version]
+    if start_anew(trainer.optimizers, changed):
+        rank_zero_info(f"The optimizer's state of {len(changed)} balanced factors was dropped: they start with none.")
     _go_on_training(trainer, module, before)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.factorizations.packed_rows import multiply_packed, pack_rows, read_packed_rows
+from lightning_embcompress.factorizations.packing import packed_bytes
 from lightning_embcompress.solvers.gram import row_chunks
 from lightning_embcompress.solvers.integer_quantizer import (
     fake_quantize,
@@ -29,7 +30,8 @@ from lightning_embcompress.solvers.integer_quantizer import (
 State: TypeAlias = Literal["fake", "frozen", "packed"]
 """Of a factorization that is quantized: trained with ranges that follow it, with ranges that stay, or packed."""
 
-_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Dtypes of 16 bits by their names."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Quantization:
                 raise ValueError(f"{name} must be an integer from 2 to 8, it is {bits!r}")
         if type(self.group_size) is not int or not 16 <= self.group_size <= 256:
             raise ValueError(f"group_size must be an integer from 16 to 256, it is {self.group_size!r}")
-        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in _SCALE_DTYPES:
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in HALVES:
             raise ValueError(f"scale_dtype must be 'float16' or 'bfloat16', it is {self.scale_dtype!r}")
         if self.ranges not in ("minmax", "learned"):
             raise ValueError(f"ranges must be 'minmax' or 'learned', it is {self.ranges!r}")
@@ -74,7 +76,7 @@ class Quantization:
     @property
     def scales(self) -> torch.dtype:
         """Dtype of the scales."""
-        return _SCALE_DTYPES[self.scale_dtype]
+        return HALVES[self.scale_dtype]
 
     @property
     def shared(self) -> Quantization:
@@ -84,7 +86,7 @@ class Quantization:
     def bytes_of(self, shape: Sequence[int]) -> int:
         """Bytes of a packed factor of a shape."""
         rows, columns = matrix_shape(shape)
-        return rows * _row_bytes(columns, self.bits) + 2 * math.prod(scales_shape(rows, columns, self.group_size))
+        return rows * packed_bytes(columns, self.bits) + 2 * math.prod(scales_shape(rows, columns, self.group_size))
 
     def record(self, state: State) -> dict[str, Any]:
         """As JSON, with the state of the factors."""
@@ -116,10 +118,6 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """
     kept = max(1, len(shape) - 2)
     return math.prod(shape[:kept]), math.prod(shape[kept:])
-
-
-def _row_bytes(columns: int, bits: int) -> int:
-    return (columns * bits + 7) // 8
 
 
 class QuantizedFactor(nn.Module):
@@ -272,7 +270,7 @@ class PackedFactor(QuantizedFactor):
         super().__init__(shape, quantization)
         rows, columns = self.matrix
         groups = scales_shape(rows, columns, quantization.group_size)
-        codes = torch.zeros(rows, _row_bytes(columns, quantization.bits), dtype=torch.uint8, device=device)
+        codes = torch.zeros(rows, packed_bytes(columns, quantization.bits), dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)
         # As bytes: casting the model casts no scales, and the file stays what it is.
         self.register_buffer("scales", torch.zeros(groups[0], 2 * groups[1], dtype=torch.uint8, device=device))
