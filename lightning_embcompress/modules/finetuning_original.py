@@ -11,6 +11,9 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_embcompress.body_quantization import body_of
+from lightning_embcompress.callbacks.quantization_aware import QuantizationAware
+from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.distillation import TeacherScores
 from lightning_embcompress.modules.finetuning_parts import Parts
@@ -87,6 +90,8 @@ class Original:
                 f" path or a module as teacher, or set {terms[0]}_weight=0. One that was given as a module is not kept"
                 " in checkpoints: pass it again, as in load_from_checkpoint(path, teacher=model)."
             )
+        if self.shares_body and self._distils:
+            _check_body(model, trainer)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 f"{terms[0]} works on one device and under DDP, not under {type(trainer.strategy).__name__}, which"
@@ -110,7 +115,7 @@ class Original:
             ]
 
     def _checked(self, model: LightningModule, opened: LightningModule) -> LightningModule:
-        theirs = Parts(opened, self.parts.paths if self.shares_body else "auto")
+        theirs = self._parts_of(opened)
         if theirs.vocab_size != self.parts.vocab_size:
             raise ValueError(
                 f"The teacher has another vocabulary, of {theirs.vocab_size} tokens, than the model, of"
@@ -122,6 +127,14 @@ class Original:
                 " module, as copy.deepcopy(model) before it is compressed, or a path."
             )
         return opened
+
+    def _parts_of(self, opened: LightningModule) -> Parts:
+        """Where the teacher's tables are: where the model's are, if its modules are called the same."""
+        paths, layers = self.parts.paths, dict(opened.named_modules(remove_duplicate=False))
+        same = all(isinstance(layers.get(path), nn.Embedding | nn.Linear | CompressedLayer) for path in paths)
+        if self.shares_body or (same and self.parts.head(opened) is not None):
+            return Parts(opened, paths)
+        return Parts(opened)
 
     def _table(self, original: LightningModule, paths: Sequence[str]) -> nn.Module:
         try:
@@ -142,9 +155,12 @@ class Original:
         Raises:
             ValueError: If the teacher's body is not that of the model, where it is to be shared.
         """
+        if self.shares_body and self._distils:
+            # Once more: a checkpoint may have brought it.
+            _check_body(model, model.trainer)
         opened, self._opened = self._opened, None
         if opened is not None and self._distils:
-            parts = Parts(opened, self.parts.paths if self.shares_body else "auto")
+            parts = self._parts_of(opened)
             if self.shares_body:
                 opened = over_shared_body(model, opened, parts)
             self.teacher = Teacher(opened, parts)
@@ -206,6 +222,19 @@ class Original:
         """The teacher, if it follows the text as language models of this package do."""
         model = None if self.teacher is None else self.teacher.model
         return [model] if isinstance(model, LanguageModel) else []
+
+
+def _check_body(model: LightningModule, trainer: Trainer) -> None:
+    """Refuse a body that is, or will be, another one than that which a teacher could share."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    given = [one.body for one in callbacks if isinstance(one, QuantizationAware) and one.body is not None]
+    if given or body_of(model) is not None:
+        what = f"body={given[0]!r}) quantizes" if given else "body=...) has quantized"
+        raise ValueError(
+            f"teacher_shares_body=True, but QuantizationAware({what} the very body that the teacher is read over: its"
+            " scores would no longer be those of the original, and the run could not be resumed. Set"
+            " teacher_shares_body=False, so that the teacher is a whole model, or leave body out of the quantization."
+        )
 
 
 def _check_fingerprints(teacher: LightningModule, model: LightningModule, trainer: Trainer) -> None:

@@ -17,14 +17,13 @@ from lightning_embcompress.checkpoint import write_record
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.distillation import TeacherScores, joined_scores, teacher_scores
 from lightning_embcompress.modules.finetuning_parts import Parts, Watch
+from lightning_embcompress.modules.head_loss import token_chunks
 from lightning_embcompress.tables import put_back
 
 # Of a model that was stored in float16, a parameter of the body differs by less from what it was.
 _SAME_BODY = 1e-2
 # What modules keep in a checkpoint of where they are in a text.
 _CARRIED = ("lstm_state",)
-# Logits of a teacher that are there at once, where its head can be called on a part of the positions.
-_CHUNK_ELEMENTS = 2**22
 
 
 class Teacher:
@@ -67,8 +66,9 @@ class Teacher:
             found = self.parts.head(self.model)
             assert found is not None
             head, hidden = found, watch.hidden_states()
-        rows = max(1, _CHUNK_ELEMENTS // self.parts.vocab_size)
-        return joined_scores([teacher_scores(head(part), top_k, temperature) for part in torch.split(hidden, rows)])
+        # Logits of all positions need not be there at once.
+        parts = token_chunks(head, hidden)
+        return joined_scores([teacher_scores(head(hidden[part]), top_k, temperature) for part in parts])
 
     def layers(self) -> dict[str, nn.Module]:
         """The layers that read its tables, by their paths."""
@@ -133,7 +133,12 @@ def over_shared_body(student: LightningModule, original: LightningModule, parts:
     for owner in (student._trainer, student.__dict__.get("log")):
         shared[id(owner)] = owner
     view = copy.deepcopy(student, shared)
-    put_back(view, {path: original.get_submodule(path) for path in parts.paths})
+    tables = {path: original.get_submodule(path) for path in parts.paths}
+    dtypes = {one.dtype for one in parts.split(student)[0] if one.is_floating_point()}
+    if len(dtypes) == 1 and any(one.dtype not in dtypes for table in tables.values() for one in table.parameters()):
+        # A body in another precision. Not in place: the original may be somebody's, or its tables be compared with.
+        tables = {path: table.to(*dtypes) for path, table in copy.deepcopy(tables).items()}
+    put_back(view, tables)
     return view
 
 

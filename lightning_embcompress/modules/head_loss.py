@@ -9,6 +9,7 @@ forgotten. The head is called as it is, whatever it is made of, and autograd dif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -29,8 +30,9 @@ _LEAST_TOKENS = 64
 SummedLoss: TypeAlias = Callable[[Tensor, slice, Tensor], Tensor]
 """Sum of losses of the logits of some positions, whose gradient it writes, see `head_loss_sum`."""
 
-# Of the gradient at float16 logits: small probabilities would be zero, and sums over many tokens infinite.
-_HALF_SCALE = 16.0
+# Of the gradient at float16 logits: small probabilities would be zero. Sums over the tokens of a chunk, as that of a
+# bias, must stay below 2^16: no loss scale of the training changes them.
+_HALF_SCALE, _HALF_BOUND = 16.0, 2**15
 
 
 def head_softmax_loss(
@@ -150,8 +152,14 @@ def _is_gathered_by_calls(head: nn.Module) -> bool:
     )
 
 
-def _chunks(head: nn.Module, hidden: Tensor, chunk_tokens: int | None) -> Iterator[slice]:
-    """Which tokens the head is called with; once with none, if there are none."""
+def token_chunks(head: nn.Module, hidden: Tensor, chunk_tokens: int | None = None) -> Iterator[slice]:
+    """Which tokens a head is called with at a time; once with none, if there are none.
+
+    Args:
+        head: See `head_softmax_loss`.
+        hidden: What it reads, shape ``[N, dim]``.
+        chunk_tokens: See `head_softmax_loss`.
+    """
     if chunk_tokens is None:
         vocab_size = getattr(head, "out_features", None)
         elements = _MOST_ELEMENTS
@@ -168,7 +176,7 @@ def _chunks(head: nn.Module, hidden: Tensor, chunk_tokens: int | None) -> Iterat
 
 def _without_gradients(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_tokens: int | None) -> Tensor:
     total: Tensor | None = None
-    for part in _chunks(head, hidden, chunk_tokens):
+    for part in token_chunks(head, hidden, chunk_tokens):
         mean, count = full_softmax_loss(head(hidden[part]), targets[part])
         total = mean * count if total is None else total + mean * count
     assert total is not None
@@ -186,7 +194,11 @@ def _with_gradients(
     at_hidden = torch.zeros_like(hidden, dtype=_accumulator(hidden)) if hidden.requires_grad else None
     total: Tensor | None = None
     buffer: Tensor | None = None
-    for part in _chunks(head, hidden, chunk_tokens):
+    parts = list(token_chunks(head, hidden, chunk_tokens))
+    most = max(part.stop - part.start for part in parts)
+    # A power of two, so that nothing is rounded by it.
+    half_scale = min(_HALF_SCALE, 2.0 ** math.floor(math.log2(_HALF_BOUND / max(1, most))))
+    for part in parts:
         states = hidden.detach()[part].requires_grad_()
         logits: Tensor = functional_call(head, called, (states,))
         if total is None:
@@ -197,7 +209,7 @@ def _with_gradients(
         gradient = buffer[: len(logits)]
         loss = summed(logits.detach(), part, gradient)
         total = loss if total is None else total + loss
-        scale = _HALF_SCALE if half else 1.0
+        scale = half_scale if half else 1.0
         given = gradient.mul_(scale).to(logits.dtype)
         inputs = ([] if at_hidden is None else [states]) + list(leaves.values())
         found = list(torch.autograd.grad(logits, inputs, given, allow_unused=True))

@@ -15,13 +15,15 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_embcompress import GroupReduce, compress
+from lightning_embcompress import GroupReduce, QuantizationAware, compress
 from lightning_embcompress.data import TextFiles
+from lightning_embcompress.factorizations import Quantization
 from lightning_embcompress.loss_metric import metric_of
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
 from lightning_embcompress.modules.distillation import distilled_loss, teacher_scores
 from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction
 from lightning_embcompress.plan import plan_of
+from lightning_embcompress.quantization import prepare
 from lightning_embcompress.statistics import Statistics
 from lightning_embcompress.tables import find_tables
 
@@ -400,3 +402,28 @@ def test_models_and_teachers_that_cannot_work(start: SimpleNamespace, tmp_path: 
         with pytest.raises(error, match=message):
             _fit(start, model)
         torch.testing.assert_close(_state(model), before, rtol=0, atol=0)
+
+
+def test_a_body_that_is_quantized_cannot_be_shared(start: SimpleNamespace) -> None:
+    arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "freeze": "body"}
+    model = _tuned(start, teacher_shares_body=True, **arguments)
+    before = _state(model)
+    with pytest.raises(ValueError, match=r"teacher_shares_body=True, but QuantizationAware\(body='int8'\)"):
+        _fit(start, model, QuantizationAware(at_epoch=2, body="int8"), max_epochs=3)
+    torch.testing.assert_close(_state(model), before, rtol=0, atol=0)
+    prepare(model.model, Quantization(8), [], body="int8")
+    with pytest.raises(ValueError, match=r"but QuantizationAware\(body=...\) has quantized"):
+        _fit(start, model)
+    _fit(start, _tuned(start, **arguments), QuantizationAware(body="int8"), limit_train_batches=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_body_that_is_shared_in_another_precision(start: SimpleNamespace, precision: Any) -> None:
+    dense = LSTMLanguageModel.load_from_checkpoint(start.folder / "dense.ckpt")
+    runs = []
+    for shares in (True, False):
+        arguments: dict[str, Any] = {"teacher": dense, "teacher_shares_body": shares, "freeze": "body"}
+        model = _tuned(start, **arguments, distillation_weight=1.0, reconstruction_weight=0.1)
+        runs.append(_fit(start, model, precision=precision, limit_train_batches=3))
+        assert dense.encoder.weight.dtype == torch.float32
+    assert runs[0] == pytest.approx(runs[1], rel=0.05)

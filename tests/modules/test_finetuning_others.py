@@ -223,3 +223,29 @@ def test_what_a_module_logs_under_the_same_names(tmp_path: Path, weights: tuple[
     assert logged["val_loss"].item() == pytest.approx(logged["val_perplexity"].log().item())
     assert logged["val_loss"] < 5
     assert logged["val_perplexity/model"] == 100
+
+
+class WithSide(Foreign):
+    """Has a linear layer as large as its head, which no search could tell from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(DIM, VOCAB_SIZE)
+
+
+def test_tables_that_are_named_are_those_of_the_teacher_too(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    dense = WithSide()
+    model = CompressedLanguageModel(
+        copy.deepcopy(dense),
+        teacher=dense,
+        tables=["tokens", "head"],
+        distillation_weight=1.0,
+        optimizer=_sgd,
+        frequency_bands=False,
+    )
+    trainer = _trainer(tmp_path, fast_dev_run=True)
+    trainer.fit(model)
+    assert model._original.teacher is not None
+    assert model._original.teacher.parts.paths == model.parts.paths == ["tokens", "head"]
+    assert trainer.callback_metrics["train_distillation"].item() == pytest.approx(0, abs=1e-5)

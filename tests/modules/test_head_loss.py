@@ -349,3 +349,13 @@ def test_mistakes() -> None:
 def test_several_processes(torchrun: Callable[..., str]) -> None:
     """DDP and FSDP2 with tables that are tied, frozen or units of their own."""
     assert torchrun(Path(__file__).parent / "workers" / "head_loss.py").count("as one process") == 2
+
+
+def test_many_tokens_of_one_chunk_in_float16() -> None:
+    """The gradient of the bias adds up those of all tokens, which no scale of the training makes smaller."""
+    head, tokens = _linear(dtype=torch.float16), 12_000
+    hidden = torch.zeros(tokens, DIM, dtype=torch.float16, requires_grad=True)
+    loss, _ = head_softmax_loss(head, hidden, torch.zeros(tokens, dtype=torch.long), chunk_tokens=tokens)
+    (gradient,) = torch.autograd.grad(loss, head.bias)
+    expected = F.softmax(head.bias.detach().float(), -1) - F.one_hot(torch.tensor(0), VOCAB_SIZE)
+    torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=1e-4)
