@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,9 +24,10 @@ from lightning_embcompress.modules.distillation import (
     distilled_head_loss,
     distilled_loss,
 )
-from lightning_embcompress.modules.finetuning_arguments import check_arguments
+from lightning_embcompress.modules.finetuning_arguments import check_arguments, check_effect, plain_path
 from lightning_embcompress.modules.finetuning_foreign import (
     FORWARDED,
+    MODE_HOOKS,
     NestedCheckpoint,
     evaluate_foreign,
     loss_of,
@@ -144,11 +148,15 @@ class CompressedLanguageModel(LanguageModel):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         """Open the model, and check what can be checked without the teacher's files."""
+        model, weights, teacher, statistics = (plain_path(one) for one in (model, weights, teacher, statistics))
         check_distillation(teacher_top_k, temperature)
         weighted = {"cross_entropy": cross_entropy_weight, "distillation": distillation_weight}
         weighted["reconstruction"] = reconstruction_weight
         rates = {"factor_learning_rate": factor_learning_rate, "body_learning_rate": body_learning_rate}
         check_arguments(weighted, rates, freeze, reconstruction_rows, teacher_shares_body)
+        if architecture is None:
+            # Of a checkpoint, a teacher that was given as a module is missing, and weights may have been set to 0.
+            check_effect(weighted, teacher, teacher_shares_body, reconstruction_rows, statistics)
         opened = build(architecture) if model is None and architecture is not None else open_model(model, weights)
         if not opened.automatic_optimization:
             raise ValueError(
@@ -178,12 +186,16 @@ class CompressedLanguageModel(LanguageModel):
         self.freeze_part = freeze
         self.learning_rates = (body_learning_rate, factor_learning_rate)
         self.model = opened
+        self._warned_of_targets = False
         self._is_ours = isinstance(opened, LanguageModel)
         self._original = Original(opened, parts, teacher, teacher_shares_body, statistics)
         for name in FORWARDED:
             if is_overridden(name, opened):
                 # On the instance: Lightning asks which of them a module has.
                 setattr(self, name, getattr(opened, name))
+        for name in MODE_HOOKS:
+            if is_overridden(name, opened):
+                setattr(self, name, partial(self._change_mode, name))
         unfreeze(opened)
         warn_of_frozen(opened, parts, freeze)
         parts.freeze(opened, freeze)
@@ -274,6 +286,7 @@ class CompressedLanguageModel(LanguageModel):
         weights = self.weights_of_terms
         if self._alone or not self.training:
             return step_output(self.model.training_step, batch, batch_idx)
+        output: Any = None
         said = None
         if weights["distillation"]:
             # First: what it takes is gone again before the model's own graph is there.
@@ -295,7 +308,7 @@ class CompressedLanguageModel(LanguageModel):
             self.log("train_reconstruction", term.detach(), batch_size=1)
             loss = loss + weights["reconstruction"] * term
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=1)
-        return loss
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
     def _from_logits(self, batch: Any, said: TeacherScores) -> Tensor:
         """Cross-entropy and distillation, where the model is a language model of this package."""
@@ -317,6 +330,14 @@ class CompressedLanguageModel(LanguageModel):
         assert head is not None
         targets = watch.targets
         if targets is None:
+            if not self._warned_of_targets:
+                rank_zero_warn(
+                    f"The training_step of {type(self.model).__name__} computes no cross-entropy over the very"
+                    " positions that its head is called with, as where logits are shifted, so which of them have no"
+                    " target is not known: distillation counts all, padding too. Call the head with the positions"
+                    " alone that the loss reads."
+                )
+                self._warned_of_targets = True
             targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         weight = self.weights_of_terms["distillation"]
         found = distilled_head_loss(head, hidden, targets, said, self.temperature, 0.0, weight)
@@ -367,6 +388,16 @@ class CompressedLanguageModel(LanguageModel):
             return super().test_step(batch, batch_idx)
         measured = (self.test_perplexity, self.test_bands)
         return evaluate_foreign(self.model, self.parts, self.model.test_step, batch, batch_idx, *measured)
+
+    def _change_mode(self, name: str) -> None:
+        # Its own mode first: the model may change nothing but itself.
+        self.training = name.endswith("_train")
+        getattr(self.model, name)()
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        """Let the model begin."""
+        self.model.on_predict_epoch_start()
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Any:

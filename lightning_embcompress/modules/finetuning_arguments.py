@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from typing import Any
 
 
 def check_arguments(
@@ -44,3 +46,43 @@ def check_arguments(
             " body, and if that is trained the teacher moves with its student, to where both agree and neither is"
             " right. Set freeze='body', or teacher_shares_body=False to keep the whole teacher."
         )
+
+
+def check_effect(weights: Mapping[str, float], teacher: Any, shares: bool, rows: int | None, statistics: Any) -> None:
+    """Refuse arguments that nothing would be done with.
+
+    Args:
+        weights: Of the terms of the loss, by their names.
+        teacher: The dense original; None for none.
+        shares: Whether its tables are read over the model's own body.
+        rows: Rows that are drawn for the reconstruction.
+        statistics: By which it is measured; None for none.
+
+    Raises:
+        ValueError: Naming the argument, its value and the remedy.
+    """
+    if teacher is not None and not weights["distillation"] and not weights["reconstruction"]:
+        raise ValueError(
+            f"teacher={_short(teacher)} has no effect with distillation_weight=0 and reconstruction_weight=0: set one"
+            " of them, as in distillation_weight=1, or leave the teacher out."
+        )
+    if shares and teacher is None:
+        raise ValueError(
+            "teacher_shares_body=True has no effect with teacher=None: give the dense original as teacher, or leave it"
+            " out."
+        )
+    for name, value in (("reconstruction_rows", rows), ("statistics", statistics)):
+        if value is not None and not weights["reconstruction"]:
+            raise ValueError(
+                f"{name}={_short(value)} has no effect with reconstruction_weight=0: set that, as in"
+                f" reconstruction_weight=1, or leave {name} out."
+            )
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, str | int) else type(value).__name__
+
+
+def plain_path(given: Any) -> Any:
+    """A path as a string, which checkpoints can keep; anything else as it is."""
+    return os.fspath(given) if isinstance(given, os.PathLike) else given

@@ -41,6 +41,7 @@ FORWARDED = (
     "on_validation_end",
     "on_validation_batch_start",
     "on_validation_batch_end",
+    "on_validation_model_zero_grad",
     "on_test_start",
     "on_test_end",
     "on_test_batch_start",
@@ -60,6 +61,15 @@ FORWARDED = (
     "lr_scheduler_step",
 )
 """Hooks that only the model has: all but those that its holder has too, and those of sharded models."""
+
+MODE_HOOKS = (
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "on_test_model_eval",
+    "on_test_model_train",
+    "on_predict_model_eval",
+)
+"""Hooks that change the mode of a model: its holder's goes with it."""
 
 
 def step_output(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:

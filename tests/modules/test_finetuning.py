@@ -182,7 +182,7 @@ def test_the_teacher_stays_what_it_is_and_out_of_everything(start: SimpleNamespa
     assert all(name.startswith("model.") for name in model.state_dict())
     assert copy.deepcopy(model)._original.teacher is model._original.teacher
     with pytest.raises(ValueError, match="has parameters that are the model's own"):
-        CompressedLanguageModel(dense, teacher=dense)
+        CompressedLanguageModel(dense, teacher=dense, distillation_weight=1.0)
 
 
 def test_tables_over_the_same_body_are_the_teacher(start: SimpleNamespace) -> None:
@@ -363,6 +363,10 @@ def test_tables_that_a_callback_compresses_while_it_is_tuned(start: SimpleNamesp
         ({"freeze": "factors", "reconstruction_weight": 1.0}, "freeze='factors' leaves them as they are"),
         ({"reconstruction_rows": 0}, "reconstruction_rows=0"),
         ({"teacher_shares_body": True}, "the teacher moves with its student"),
+        ({"teacher": "dense.ckpt"}, r"teacher='.*dense.ckpt' has no effect with distillation_weight=0"),
+        ({"teacher_shares_body": True, "freeze": "body"}, "teacher_shares_body=True has no effect with teacher=None"),
+        ({"reconstruction_rows": 8}, "reconstruction_rows=8 has no effect with reconstruction_weight=0"),
+        ({"statistics": "x.pt"}, "statistics='x.pt' has no effect with reconstruction_weight=0"),
         ({"weights": "x.ckpt"}, "leave one of them out"),
         ({"tables": ["nowhere"]}, "no module 'nowhere'"),
     ],
@@ -374,7 +378,7 @@ def test_arguments_that_cannot_work(start: SimpleNamespace, arguments: dict[str,
 
 def test_models_and_teachers_that_cannot_work(start: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another vocabulary, of 59 tokens, than the model, of 58"):
-        _tuned(start, teacher=_lstm(59))
+        _tuned(start, teacher=_lstm(59), distillation_weight=1.0)
     with pytest.raises(FileNotFoundError, match="no file or directory"):
         CompressedLanguageModel("nowhere.ckpt")
     with pytest.raises(TypeError, match="model is a Linear, which is neither"):
@@ -427,3 +431,23 @@ def test_a_body_that_is_shared_in_another_precision(start: SimpleNamespace, prec
         runs.append(_fit(start, model, precision=precision, limit_train_batches=3))
         assert dense.encoder.weight.dtype == torch.float32
     assert runs[0] == pytest.approx(runs[1], rel=0.05)
+
+
+def test_paths_are_kept_as_strings(start: SimpleNamespace, tmp_path: Path) -> None:
+    dense, arguments = start.folder / "dense.ckpt", {"reconstruction_weight": 1.0, "statistics": tmp_path / "x.pt"}
+    model = CompressedLanguageModel(_lstm(WORDS), weights=dense, teacher=dense, **arguments)
+    assert (model.hparams["teacher"], model.hparams["statistics"]) == (str(dense), str(tmp_path / "x.pt"))
+    torch.testing.assert_close(_state(model.model), torch.load(dense, weights_only=True)["state_dict"])
+    with pytest.raises(FileNotFoundError, match=r"x\.pt"):
+        _fit(start, model)
+
+
+def test_a_checkpoint_of_a_run_with_a_module_as_teacher(start: SimpleNamespace, tmp_path: Path) -> None:
+    dense = LSTMLanguageModel.load_from_checkpoint(start.folder / "dense.ckpt")
+    model = _tuned(start, teacher=dense, teacher_shares_body=True, freeze="body", distillation_weight=1.0)
+    trainer = _trainer(tmp_path)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "tuned.ckpt", weights_only=True)
+    for weight in (0.0, 1.0):
+        loaded = CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt", distillation_weight=weight)
+        torch.testing.assert_close(_state(loaded), _state(model), rtol=0, atol=0)

@@ -39,9 +39,9 @@ def _blocks(number: int = 8) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
 
 
-def _gpt2() -> HuggingFaceCausalLM:
+def _gpt2(vocab_size: int = VOCAB_SIZE) -> HuggingFaceCausalLM:
     seed_everything(0, verbose=False)
-    return HuggingFaceCausalLM(config=CONFIG, vocab_size=VOCAB_SIZE)
+    return HuggingFaceCausalLM(config=CONFIG, vocab_size=vocab_size)
 
 
 def test_a_model_of_transformers(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_modules_that_cannot_be_tuned(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="is no HuggingFaceCausalLM"):
         CompressedLanguageModel(_foreign()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another vocabulary"):
-        CompressedLanguageModel(_foreign(), teacher=HuggingFaceCausalLM(config=CONFIG, vocab_size=61))
+        CompressedLanguageModel(_foreign(), teacher=_gpt2(61), distillation_weight=1.0)
     model = CompressedLanguageModel(_foreign(lost=True), frequency_bands=False)
     with pytest.warns(UserWarning, match="computes no cross-entropy over 60 classes"):
         _trainer(tmp_path, fast_dev_run=True).fit(model)
@@ -249,3 +249,47 @@ def test_tables_that_are_named_are_those_of_the_teacher_too(tmp_path: Path) -> N
     assert model._original.teacher is not None
     assert model._original.teacher.parts.paths == model.parts.paths == ["tokens", "head"]
     assert trainer.callback_metrics["train_distillation"].item() == pytest.approx(0, abs=1e-5)
+
+
+class Shifted(Foreign):
+    """Scores all positions and leaves the last out; it changes its mode itself."""
+
+    def training_step(self, batch: Tensor) -> Any:
+        logits = self.head(self.mix(self.tokens(batch))[0])
+        return {"loss": F.cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:]), "seen": batch}
+
+    def predict_step(self, batch: Tensor) -> Tensor:
+        return self.head(self.mix(self.tokens(batch))[0])
+
+    predict_dataloader = Foreign.train_dataloader
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert outputs["seen"] is batch
+        self.calls.append("batch")
+
+    def on_predict_epoch_start(self) -> None:
+        self.calls.append("predict")
+
+    def on_validation_model_eval(self) -> None:
+        self.calls.append("eval")
+        self.eval()
+
+    def on_validation_model_train(self) -> None:
+        self.calls.append("train")
+        self.train()
+
+
+def test_logits_that_are_shifted_and_hooks(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    small = Shifted()
+    arguments: dict[str, Any] = {"teacher": copy.deepcopy(small), "distillation_weight": 1.0, "optimizer": _sgd}
+    model = CompressedLanguageModel(small, **arguments, frequency_bands=False)
+    trainer = _trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, limit_val_batches=1)
+    with pytest.warns(UserWarning, match="of Shifted computes no cross-entropy over the very positions") as known:
+        trainer.fit(model)
+    assert sum("very positions" in str(one.message) for one in known) == 1
+    assert small.calls == ["epoch", "batch", "batch", "eval", "train"] * 2
+    assert model.training
+    assert trainer.callback_metrics["train_distillation"] > 0
+    trainer.predict(model)
+    assert small.calls[-1] == "predict"
