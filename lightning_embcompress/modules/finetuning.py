@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -26,12 +23,12 @@ from lightning_embcompress.modules.distillation import (
 )
 from lightning_embcompress.modules.finetuning_arguments import check_arguments, check_effect, plain_path
 from lightning_embcompress.modules.finetuning_foreign import (
-    FORWARDED,
-    MODE_HOOKS,
     NestedCheckpoint,
     evaluate_foreign,
+    forward_hooks,
     loss_of,
     step_output,
+    warn_of_unknown_targets,
 )
 from lightning_embcompress.modules.finetuning_original import Original
 from lightning_embcompress.modules.finetuning_parts import Freeze, Parts, Watch, unfreeze, warn_of_frozen
@@ -189,13 +186,7 @@ class CompressedLanguageModel(LanguageModel):
         self._warned_of_targets = False
         self._is_ours = isinstance(opened, LanguageModel)
         self._original = Original(opened, parts, teacher, teacher_shares_body, statistics)
-        for name in FORWARDED:
-            if is_overridden(name, opened):
-                # On the instance: Lightning asks which of them a module has.
-                setattr(self, name, getattr(opened, name))
-        for name in MODE_HOOKS:
-            if is_overridden(name, opened):
-                setattr(self, name, partial(self._change_mode, name))
+        forward_hooks(self, opened)
         unfreeze(opened)
         warn_of_frozen(opened, parts, freeze)
         parts.freeze(opened, freeze)
@@ -331,12 +322,7 @@ class CompressedLanguageModel(LanguageModel):
         targets = watch.targets
         if targets is None:
             if not self._warned_of_targets:
-                rank_zero_warn(
-                    f"The training_step of {type(self.model).__name__} computes no cross-entropy over the very"
-                    " positions that its head is called with, as where logits are shifted, so which of them have no"
-                    " target is not known: distillation counts all, padding too. Call the head with the positions"
-                    " alone that the loss reads."
-                )
+                warn_of_unknown_targets(self.model)
                 self._warned_of_targets = True
             targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         weight = self.weights_of_terms["distillation"]
@@ -388,11 +374,6 @@ class CompressedLanguageModel(LanguageModel):
             return super().test_step(batch, batch_idx)
         measured = (self.test_perplexity, self.test_bands)
         return evaluate_foreign(self.model, self.parts, self.model.test_step, batch, batch_idx, *measured)
-
-    def _change_mode(self, name: str) -> None:
-        # Its own mode first: the model may change nothing but itself.
-        self.training = name.endswith("_train")
-        getattr(self.model, name)()
 
     @override
     def on_predict_epoch_start(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_embcompress.callbacks.passes import step_arguments
@@ -72,6 +74,21 @@ MODE_HOOKS = (
 """Hooks that change the mode of a model: its holder's goes with it."""
 
 
+def forward_hooks(holder: LightningModule, model: LightningModule) -> None:
+    """Let a module that holds a model have those hooks that only the model has."""
+    for name in (*FORWARDED, *MODE_HOOKS):
+        if is_overridden(name, model):
+            # On the instance: Lightning asks which of them a module has.
+            hook = partial(_change_mode, holder, name) if name in MODE_HOOKS else getattr(model, name)
+            setattr(holder, name, hook)
+
+
+def _change_mode(holder: LightningModule, name: str) -> None:
+    # The holder's own mode first: the model may change nothing but itself.
+    holder.training = name.endswith("_train")
+    getattr(holder.model, name)()
+
+
 def step_output(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:
     """Call a step of a module, which may leave the index of the batch out."""
     return step(*step_arguments(step, batch, batch_idx))
@@ -81,6 +98,15 @@ def loss_of(output: Any) -> Tensor | None:
     """The loss of what a training step returns; None if it skips the step."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
+
+
+def warn_of_unknown_targets(model: LightningModule) -> None:
+    """Say that distillation cannot leave out the positions that have no target."""
+    rank_zero_warn(
+        f"The training_step of {type(model).__name__} computes no cross-entropy over the very positions that its head"
+        " is called with, as where logits are shifted, so which of them have no target is not known: distillation"
+        " counts all, padding too. Call the head with the positions alone that the loss reads."
+    )
 
 
 def evaluate_foreign(

@@ -137,7 +137,7 @@ def over_shared_body(student: LightningModule, original: LightningModule, parts:
     dtypes = {one.dtype for one in parts.split(student)[0] if one.is_floating_point()}
     if len(dtypes) == 1 and any(one.dtype not in dtypes for table in tables.values() for one in table.parameters()):
         # A body in another precision. Not in place: the original may be somebody's, or its tables be compared with.
-        tables = {path: table.to(*dtypes) for path, table in copy.deepcopy(tables).items()}
+        tables = {path: table.to(dtype=next(iter(dtypes))) for path, table in copy.deepcopy(tables).items()}
     put_back(view, tables)
     return view
 
