@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from lightning_embcompress.collector import find_layers
+from lightning_embcompress.factorizations.quantized import FakeQuantizedFactor
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.parametrized_weights import FakeQuantizedWeight
 
 Freeze: TypeAlias = Literal["body", "factors"]
 """The part of a model that is not trained: everything but its tables, or its tables."""
@@ -118,16 +120,20 @@ class Parts:
 
 def unfreeze(model: nn.Module) -> None:
     """Train again what an earlier fine-tuning of the same module has frozen."""
-    parameters = dict(model.named_parameters())
-    for name in model.__dict__.pop(_FROZEN, []):
-        if name in parameters:
-            parameters[name].requires_grad_(True)
+    known = tuple(f"{name}." for name in model.__dict__.pop(_FROZEN, []))
+    for name, parameter in model.named_parameters():
+        # Where quantization was prepared since, what was a parameter is a module of about the same name.
+        if parameter.is_floating_point() and f"{name.replace('.parametrizations.', '.')}.".startswith(known):
+            parameter.requires_grad_(True)
 
 
 def warn_of_frozen(model: nn.Module, parts: Parts, part: Freeze | None) -> None:
     """Say which parameters of a model are not trained, besides those that are to be frozen."""
     body, factors = parts.split(model)
     meant = {id(parameter) for parameter in {"body": body, "factors": factors}.get(str(part), [])}
+    # Ranges that stay what they are.
+    quantized = [one for one in model.modules() if isinstance(one, FakeQuantizedFactor | FakeQuantizedWeight)]
+    meant |= {id(one.scales) for one in quantized}
     names = [
         name
         for name, parameter in model.named_parameters()

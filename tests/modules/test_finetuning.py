@@ -291,6 +291,12 @@ def test_what_was_frozen_before_is_trained_again(start: SimpleNamespace, tmp_pat
     factors = _tuned(start, first.model, freeze="factors")
     assert factors.model.lstm.weight_ih_l0.requires_grad
     assert not factors.model.decoder.bias.requires_grad
+    # Quantization gives what was frozen other names.
+    for freeze in ("body", "factors"):
+        quantized = _tuned(start, freeze=freeze).model
+        prepare(quantized, Quantization(4, ranges="learned"), body="int8")
+        again = _tuned(start, quantized)
+        assert all(parameter.requires_grad for parameter in again.parameters())
     # What somebody else has frozen stays so.
     own = _lstm(WORDS)
     own.lstm.weight_hh_l0.requires_grad_(False)
