@@ -163,7 +163,7 @@ def train(model: LSTMLanguageModel, teacher: LSTMLanguageModel | None, batches: 
     return (time.perf_counter() - start) / STEPS
 
 
-LEARNING_RATE, FACTOR_LEARNING_RATE = 2e-4, 1e-3
+LEARNING_RATE, FACTOR_LEARNING_RATE = 2e-4, 2e-4
 
 
 @pytest.fixture(scope="module")
