@@ -198,11 +198,11 @@ def check_spec(spec: Mapping[str, Any]) -> None:
 
 
 def _kinds() -> dict[str, type[Factorization[Any]]]:
-    # Dense tables that are quantized as they are come of no method.
-    found: list[type[Factorization[Any]]] = [FullTable]
+    found: list[type[Factorization[Any]]] = []
     for method in METHODS.values():
         found += (method.factorization, *method.others)
-    return {one.kind: one for one in found}
+    # Dense tables that are quantized as they are come of no method.
+    return {one.kind: one for one in (*found, FullTable)}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

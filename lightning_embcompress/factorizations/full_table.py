@@ -35,7 +35,7 @@ class FullTable(Factorization[Options]):
         >>> table = nn.Parameter(torch.randn(1000, 64))
         >>> packed = FullTable.of(table).quantized(Quantization(bits=4, group_size=32))
         >>> packed.rows(torch.tensor([3, 999])).shape, round(table.nbytes / packed.stored_bytes(), 2)
-        (torch.Size([2, 64]), 7.06)
+        (torch.Size([2, 64]), 7.04)
     """
 
     kind = "full_table"
