@@ -202,7 +202,8 @@ def _kinds() -> dict[str, type[Factorization[Any]]]:
     for method in METHODS.values():
         found += (method.factorization, *method.others)
     # Dense tables that are quantized as they are come of no method.
-    return {one.kind: one for one in (*found, FullTable)}
+    found.append(FullTable)
+    return {one.kind: one for one in found}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
