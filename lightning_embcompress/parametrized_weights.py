@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import (
 
 from lightning_embcompress.factorizations.packed_rows import read_packed_rows
 from lightning_embcompress.factorizations.quantized import HALVES, PackedFactor, Quantization, matrix_shape, rounded_to
-from lightning_embcompress.solvers.integer_quantizer import fake_quantize, group_scales, scales_shape, to_codes
+from lightning_embcompress.solvers.integer_quantizer import fake_quantize, group_scales, scales_shape
 
 Storage: TypeAlias = Quantization | Literal["float16", "bfloat16"]
 """How a weight is stored: integers in groups, or numbers of 16 bits."""
@@ -130,8 +130,7 @@ class PackedWeight(nn.Module):
         if scales is None:
             scales = group_scales(matrix, of.bits, of.group_size, of.scales)
         packed = PackedFactor(self.shape, of, self.unit.dtype, weight.device)
-        packed.set_scales(scales.detach().to(of.scales))
-        packed.set_codes(to_codes(matrix, scales.detach().to(of.scales), of.bits, of.group_size))
+        packed.fill(matrix, scales.detach().to(of.scales))
         return packed.codes, packed.scales
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lightning_embcompress.factorizations.base import Factorization, integer, positive_integers
 from lightning_embcompress.factorizations.blocks import RowBlocks
-from lightning_embcompress.factorizations.quantized import Quantization
+from lightning_embcompress.factorizations.quantized import Quantization, straight_through
 from lightning_embcompress.factorizations.shared_basis import (
     SharedBasisBlocks,
     TransformCodingOptions,
@@ -34,9 +34,8 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
 
     Behind every code stands a number, and the nearest level is read in its place; behind basis and means, which are
     stored in 8 bits, and scales, in steps of `2^{1/16}`, too. All of these numbers are about as large as 1, so that one
-    learning rate suits them. Gradients go straight through the rounding (Bengio et
-    al. 2013), so that codes change when their numbers have come nearer to another level. Of an embedding only the rows
-    that are asked for are rounded.
+    learning rate suits them. Gradients go straight through the rounding (Bengio et al. 2013), so that codes change when
+    their numbers have come nearer to another level. Of an embedding only the rows that are asked for are rounded.
 
     Args:
         vocab_size: Rows of the table.
@@ -175,9 +174,10 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
     def _read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Basis, means and scales as they will be stored."""
         basis, means = (
-            _straight(own * unit, as_stored) for unit, own in zip(self.units, (self.basis, self.means), strict=True)
+            straight_through(own * unit, as_stored)
+            for unit, own in zip(self.units, (self.basis, self.means), strict=True)
         )
-        return basis, means, torch.exp2(_straight(self.log_scales, _stored_logarithms))
+        return basis, means, torch.exp2(straight_through(self.log_scales, _stored_logarithms))
 
     def _values(self, numbers: Tensor, block: int) -> Tensor:
         """Levels that are nearest to numbers of a block."""
@@ -191,7 +191,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
             ]
             return torch.cat(found, dim=1)
 
-        return _straight(numbers, nearest) if numbers.numel() else numbers
+        return straight_through(numbers, nearest) if numbers.numel() else numbers
 
     def plain(self) -> tuple[SharedBasisBlocks, dict[str, Tensor]]:
         """See `Factorization.plain`: blocks whose coefficients are the levels times their scales."""
@@ -268,19 +268,3 @@ def _stored_logarithms(logarithms: Tensor) -> Tensor:
         return logarithms
     largest = logarithms.max()
     return largest - ((largest - logarithms) * SCALE_STEPS).round().clamp(max=255) / SCALE_STEPS
-
-
-class _Straight(torch.autograd.Function):
-    """What a function of rounding makes of numbers; the gradient goes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-        return rounded(values.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _straight(values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    return cast(Tensor, _Straight.apply(values, rounded))  # type: ignore[no-untyped-call]

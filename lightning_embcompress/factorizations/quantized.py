@@ -8,7 +8,7 @@ what stands in its place: a `FakeQuantizedFactor`, which trains numbers and read
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
@@ -370,18 +370,21 @@ def in_place_of(parameter: nn.Parameter, quantization: Quantization, state: Stat
     return FakeQuantizedFactor(parameter, quantization, frozen=state == "frozen")
 
 
-class _Rounded(torch.autograd.Function):
-    """Round to a narrower dtype and back; the gradient goes straight through."""
-
+class _Straight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return values.to(dtype).to(values.dtype)
+    def forward(ctx: Any, values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        return rounded(values.detach())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 
-def rounded_to(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as they are stored, with the gradient to those that are trained."""
-    return cast(Tensor, _Rounded.apply(scales, dtype))  # type: ignore[no-untyped-call]
+def straight_through(values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function of rounding makes of numbers; the gradient goes straight through (Bengio et al. 2013)."""
+    return cast(Tensor, _Straight.apply(values, rounded))  # type: ignore[no-untyped-call]
+
+
+def rounded_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers as they are in a narrower dtype, with the gradient to those that are trained."""
+    return straight_through(values, lambda wide: wide.to(dtype).to(wide.dtype))
