@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import AUTOMATIC, AUTOMATIC_METHODS, Factorization, Method, get_method
-from lightning_embcompress.factorizations.base import Options, plain
+from lightning_embcompress.factorizations.base import Options
+from lightning_embcompress.factorizations.specs import plain
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.metric import Metric

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_embcompress.compare import print_table
 from lightning_embcompress.factorizations import Factorization, get_method
-from lightning_embcompress.factorizations.base import TENSOR_HEADER_BYTES, dense_bytes
+from lightning_embcompress.factorizations.specs import TENSOR_HEADER_BYTES, dense_bytes
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies

@@ -20,7 +20,7 @@ from lightning_embcompress.budget import (
     parse_loss,
 )
 from lightning_embcompress.factorizations import Factorization, factorization_from_spec, get_method
-from lightning_embcompress.factorizations.base import dense_bytes
+from lightning_embcompress.factorizations.specs import dense_bytes
 from lightning_embcompress.layers import CompressedLayer
 from lightning_embcompress.loss_budget import (
     ANY_RATIO,

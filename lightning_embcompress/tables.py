@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress import huggingface
 from lightning_embcompress.factorizations import Factorization, nearest
-from lightning_embcompress.factorizations.base import dense_bytes
+from lightning_embcompress.factorizations.specs import dense_bytes
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.scaled_embeddings import scale_of
 from lightning_embcompress.solvers.gram import row_chunks

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_embcompress.budget import Request, Tie, plan_requests
 from lightning_embcompress.callbacks.collecting import collect_in_training
-from lightning_embcompress.factorizations.base import plain
+from lightning_embcompress.factorizations.specs import plain
 from lightning_embcompress.loss_budget import (
     ANY_RATIO,
     Shares,

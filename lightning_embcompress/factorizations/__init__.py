@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_embcompress.factorizations.base import Factorization, dense_bytes, plain
+from lightning_embcompress.factorizations.base import Factorization
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank, GroupReduceOptions
 from lightning_embcompress.factorizations.cp import CP, CPOptions
 from lightning_embcompress.factorizations.full_table import FullTable
@@ -19,6 +19,7 @@ from lightning_embcompress.factorizations.low_rank import LowRank, LowRankOption
 from lightning_embcompress.factorizations.product_quantization import ProductQuantization, ProductQuantizationOptions
 from lightning_embcompress.factorizations.quantized import Quantization
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, TransformCodingOptions
+from lightning_embcompress.factorizations.specs import dense_bytes, plain
 from lightning_embcompress.factorizations.tensor_train import TensorTrain, TensorTrainOptions
 from lightning_embcompress.factorizations.tensor_train_matrix import TensorTrainMatrix, TensorTrainMatrixOptions
 from lightning_embcompress.factorizations.tucker import Tucker, TuckerOptions

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.quantized import (
-    Factor,
-    FakeQuantizedFactor,
-    PackedFactor,
-    Quantization,
-    State,
-    in_place_of,
-    pieces,
-    whole,
-)
+from lightning_embcompress.factorizations.quantized import Factor, PackedFactor, pieces
+from lightning_embcompress.factorizations.specs import stored_bytes
+from lightning_embcompress.factorizations.states import QuantizationStates
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units
 from lightning_embcompress.solvers.metric import Metric
-
-# Name, dtype, shape and offsets of one tensor in the header of a safetensors file.
-TENSOR_HEADER_BYTES = 96
-
 
 # Elements of a piece of the table that is built on the way to the logits: 2 MiB of float32 stay in a core's cache.
 _PIECE_ELEMENTS = 2**19
@@ -59,30 +44,11 @@ class Options:
         return True
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it: of NumPy's scalars and arrays, and tensors, their numbers; of sequences, a list.
-
-    Plans and checkpoints record the options that were given, and nothing is read from them but plain values.
-
-    Example:
-        >>> import numpy
-        >>> plain({"ranks": (numpy.int64(3), 4)})
-        {'ranks': [3, 4]}
-    """
-    if isinstance(value, np.generic | np.ndarray | Tensor):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
-    return value
-
-
 OptionsT = TypeVar("OptionsT", bound=Options)
 """The options of a method."""
 
 
-class Factorization(nn.Module, ABC, Generic[OptionsT]):
+class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
     """A table `W ∈ R^{vocab_size × dim}`, stored in fewer bytes, that is read by rows or multiplied from the right.
 
     One instance serves an embedding (`rows`), a softmax projection (`logits`), or both at once when they are tied.
@@ -102,8 +68,6 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     """The dataclass of its options; all of them have defaults."""
     uses_metric: ClassVar[bool] = False
     """Whether `decompose` and `refined` take a `metric`, what an error costs (see `solvers.metric`)."""
-    shared_factors: ClassVar[tuple[str, ...]] = ()
-    """Names of the factors that all tokens share, of a class in which tokens have numbers of their own beside them."""
     divides: ClassVar[bool] = False
     """Whether its solver divides a table's work over processes, see `solvers.division`."""
 
@@ -116,10 +80,6 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
         """What the mean loss is predicted to grow by for the errors, in nats; None if that is not known."""
         self.provenance: dict[str, Any] = {}
         """How the factors were found (method, options, error), as JSON; kept in plans."""
-        self.quantization: Quantization | None = None
-        """How the factors are quantized; None for those that are as they were found."""
-        self.state: State = "fake"
-        """Whether they train, or are packed; of factors that are quantized."""
 
     @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
@@ -240,162 +200,6 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
             return parameter
         return next(module.unit for module in self.modules() if isinstance(module, PackedFactor))
 
-    def whole_factors(self) -> list[Tensor]:
-        """All factors, in the order of `parameters()` of those that are not quantized."""
-        own = [parameter for parameter in self._parameters.values() if parameter is not None]
-        return [*own, *(whole(part) for child in self.children() for part in _parts(child))]
-
-    @property
-    def may_train(self) -> bool:
-        """Whether what takes its place is to train: not if its parameters were frozen; packed integers have none."""
-        trains = [parameter.requires_grad for parameter in self.parameters()]
-        return any(trains) or not trains
-
-    @property
-    def num_values(self) -> int:
-        """Numbers that the table is made of, packed or not."""
-        packed = sum(module.shape.numel() for module in self.modules() if isinstance(module, PackedFactor))
-        return packed + sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether it trains what will be stored in fewer bits: `converted` gives that."""
-        return self.quantization is not None and self.state != "packed"
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether its factors are packed integers, which do not train."""
-        return self.quantization is not None and self.state == "packed"
-
-    def prepared(self, quantization: Quantization) -> Factorization[Any]:
-        """Let it train as it will be once its factors are stored in fewer bits.
-
-        The parameters stay the same objects, in the same order. Factors whose product is the table are balanced first
-        (`balance`), so that their numbers, not their product, are others.
-
-        Args:
-            quantization: How they will be stored.
-
-        Returns:
-            `self`; of some classes another factorization, with other parameters.
-
-        Raises:
-            ValueError: If it is prepared, or packed already.
-        """
-        if self.quantization is None:
-            self.balance()
-        self.hold(quantization, "fake")
-        return self
-
-    def balance(self) -> None:
-        """Move scale and directions between factors so that less is lost when they are rounded, in place.
-
-        The table stays the same, see `solvers.balance`; for methods without such factors nothing is done.
-        """
-
-    def hold(self, quantization: Quantization, state: State) -> None:
-        """Put what is quantized in the place of the parameters.
-
-        Args:
-            quantization: How they are quantized.
-            state: Whether they train. With `"packed"` they are empty, ready to be loaded into.
-
-        Raises:
-            ValueError: If they are quantized already.
-        """
-        if self.quantization is not None:
-            raise ValueError(f"its factors are {'packed' if self.is_packed else 'prepared for quantization'} already")
-
-        def make(name: str, parameter: nn.Parameter) -> nn.Module:
-            of = quantization.shared if name in self.shared_factors else quantization
-            return in_place_of(parameter, of, state)
-
-        self._replace_factors(make)
-        self.quantization, self.state = quantization, state
-
-    def _replace_factors(self, make: Callable[[str, Any], nn.Module]) -> None:
-        modules: dict[str, nn.Module | None] = {name: make(name, own) for name, own in self._parameters.items()}
-        for name, child in self._modules.items():
-            parts = [make(name, part) for part in _parts(child)]
-            modules[name] = nn.ModuleList(parts) if isinstance(child, _LISTS) else parts[0]
-        self._parameters, self._modules = {}, modules
-
-    @torch.no_grad()
-    def converted(self) -> Factorization[Any]:
-        """What it is once it is not trained any more: packed integers; this one stays as it is.
-
-        Raises:
-            ValueError: If it is not prepared.
-        """
-        if not self.is_prepared:
-            raise ValueError("there is nothing to convert: it is not prepared for quantization")
-        packed = self._copied()
-        packed._replace_factors(lambda _, factor: factor.packed())
-        packed.state = "packed"
-        return packed
-
-    def _copied(self) -> Self:
-        """Another one that has the same parameters."""
-        other = copy.copy(self)
-        for name in ("_parameters", "_modules"):
-            other.__dict__[name] = dict(self.__dict__[name])
-        # Loading writes in place: an index that both had would be that of one of them.
-        buffers = {name: None if tensor is None else tensor.clone() for name, tensor in self._buffers.items()}
-        other.__dict__["_buffers"] = buffers
-        other.provenance = dict(self.provenance)
-        return other
-
-    @torch.no_grad()
-    def quantized(self, quantization: Quantization, metric: Metric | None = None) -> Factorization[Any]:
-        """Packed integers without training; this one stays as it is.
-
-        Args:
-            quantization: How factors are stored.
-            metric: What an error costs; of methods that have no use for it, every factor is rounded by itself.
-
-        Raises:
-            ValueError: If it is prepared, or packed already.
-        """
-        return self._copied().prepared(quantization).converted()
-
-    def plain(self) -> tuple[Factorization[Any], dict[str, Tensor]]:
-        """What reads the same without a quantization, for those who read all of it many times at once.
-
-        Returns:
-            A factorization of numbers, and the values that its parameters are to have, by their names: computed here,
-            once, with a gradient to the parameters of this one.
-
-        Raises:
-            ValueError: If it is not prepared.
-        """
-        if not self.is_prepared:
-            raise ValueError("it is not prepared for quantization, and has no other form to be read in")
-        # For a moment: it shares all there is.
-        plain = copy.copy(self)
-        plain.__dict__["_parameters"], plain.__dict__["_modules"] = {}, {}
-        for name, child in self._modules.items():
-            weights = [part.weight for part in _parts(child)]
-            setattr(plain, name, nn.ParameterList(weights) if isinstance(child, _LISTS) else weights[0])
-        plain.quantization = None
-        values = {}
-        for name, child in self._modules.items():
-            for index, part in enumerate(_parts(child)):
-                values[f"{name}.{index}" if isinstance(child, _LISTS) else name] = whole(part)
-        return plain, values
-
-    def freeze_ranges(self) -> None:
-        """Keep the scales of all groups as they are from now on.
-
-        Raises:
-            ValueError: If it is not prepared.
-        """
-        if not self.is_prepared:
-            raise ValueError("there are no ranges to freeze: it is not prepared for quantization")
-        for module in self.modules():
-            if isinstance(module, FakeQuantizedFactor):
-                module.freeze()
-        self.state = "frozen"
-
     @torch.no_grad()
     def dense(self) -> Tensor:
         """The whole table, `[vocab_size, dim]`: for leaving the compressed form, never for using it."""
@@ -507,72 +311,6 @@ class Factorization(nn.Module, ABC, Generic[OptionsT]):
     def extra_repr(self) -> str:
         """Shape for `print(module)`."""
         return f"vocab_size={self.vocab_size}, dim={self.dim}"
-
-
-_LISTS = nn.ParameterList | nn.ModuleList
-
-
-def _parts(child: Any) -> list[Any]:
-    """Factors of a list of them, or the one that it is."""
-    return list(child) if isinstance(child, _LISTS) else [child]
-
-
-def stored_bytes(tensor_bytes: int, num_tensors: int, spec: dict[str, Any]) -> int:
-    """Bytes that tensors and their structure take in a file."""
-    return tensor_bytes + num_tensors * TENSOR_HEADER_BYTES + len(json.dumps(spec, separators=(",", ":")))
-
-
-def dense_bytes(vocab_size: int, dim: int, itemsize: int) -> int:
-    """Bytes of a table as it is."""
-    return vocab_size * dim * itemsize
-
-
-# Torch counts elements in 64 bits.
-_MOST = 2**62
-
-
-def integer(spec: dict[str, Any], name: str, least: int = 0) -> int:
-    """Read an integer from a structure that came from a file.
-
-    Raises:
-        ValueError: If it is missing, something else, or out of its range.
-    """
-    value = spec.get(name)
-    # A bool is an int to Python.
-    if type(value) is not int or not least <= value <= _MOST:
-        wanted = "a positive integer" if least == 1 else f"an integer from {least} up"
-        raise ValueError(f"the structure's {name!r} must be {wanted}, it is {reprlib.repr(value)}")
-    return value
-
-
-def positive_integers(spec: dict[str, Any], *names: str) -> list[int]:
-    """Read positive integers from a structure that came from a file.
-
-    Raises:
-        ValueError: If one is missing or is not a positive integer.
-    """
-    return [integer(spec, name, least=1) for name in names]
-
-
-def integers(spec: dict[str, Any], name: str, most_entries: int = 65) -> list[int]:
-    """Read a list of integers that are not negative from a structure that came from a file.
-
-    Args:
-        spec: The structure.
-        name: Which of its entries.
-        most_entries: How many there can be: 64 modes of two have more elements than can be counted, and one more rank.
-
-    Raises:
-        ValueError: If it is missing, something else, or has values that are out of their range.
-    """
-    value = spec.get(name)
-    if not isinstance(value, list) or not all(type(number) is int and 0 <= number <= _MOST for number in value):
-        raise ValueError(
-            f"the structure's {name!r} must be a list of integers that are not negative, it is {reprlib.repr(value)}"
-        )
-    if len(value) > most_entries:
-        raise ValueError(f"the structure's {name!r} must have at most {most_entries} entries, it has {len(value)}")
-    return value
 
 
 def is_exporting() -> bool:

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Factorization,
-    Options,
-    integers,
-    positive_integers,
-    stored_bytes,
-)
+from lightning_embcompress.factorizations.base import Factorization, Options
 from lightning_embcompress.factorizations.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.factorizations.low_rank import aligned_bases
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
@@ -30,6 +24,7 @@ from lightning_embcompress.factorizations.quantized import (
     whole,
 )
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks, plain_metric
+from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
 from lightning_embcompress.solvers.group_reduce import BlockSolution, equal_frequency_groups, group_reduce

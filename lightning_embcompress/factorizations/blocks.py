@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_embcompress.factorizations.base import Factorization, OptionsT, integers, is_exporting
+from lightning_embcompress.factorizations.base import Factorization, OptionsT, is_exporting
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.factorizations.specs import integers
 
 # Every block has factors of its own.
 MOST_BLOCKS = 2**16

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import integers, positive_integers, stored_bytes
 from lightning_embcompress.factorizations.folding import FoldedTable, FoldingOptions
+from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.solvers.cp import cp, cp_coefficients, cp_logits, khatri_rao, largest_cp_rank
 
 

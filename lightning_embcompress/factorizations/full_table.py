@@ -10,15 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Factorization,
-    Options,
-    dense_bytes,
-    is_exporting,
-    positive_integers,
-    stored_bytes,
-)
+from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
 from lightning_embcompress.factorizations.quantized import multiply, read_rows
+from lightning_embcompress.factorizations.specs import dense_bytes, positive_integers, stored_bytes
 
 
 class FullTable(Factorization[Options]):

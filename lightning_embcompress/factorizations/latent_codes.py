@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import Factorization, integer, positive_integers
+from lightning_embcompress.factorizations.base import Factorization
 from lightning_embcompress.factorizations.blocks import RowBlocks
 from lightning_embcompress.factorizations.quantized import Quantization, straight_through
 from lightning_embcompress.factorizations.shared_basis import (
@@ -24,6 +24,7 @@ from lightning_embcompress.factorizations.shared_basis_layout import (
     level_tables,
     nearest_codes,
 )
+from lightning_embcompress.factorizations.specs import integer, positive_integers
 from lightning_embcompress.solvers.gram import row_chunks
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.scalar_quantizer import nearest_level

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Factorization,
-    Options,
-    integer,
-    is_exporting,
-    positive_integers,
-    stored_bytes,
-)
+from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
 from lightning_embcompress.factorizations.products import balance_product, store_product
 from lightning_embcompress.factorizations.quantized import (
     Quantization,
@@ -26,6 +19,7 @@ from lightning_embcompress.factorizations.quantized import (
     read_rows,
     whole,
 )
+from lightning_embcompress.factorizations.specs import integer, positive_integers, stored_bytes
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import low_rank_in_metric, weighted_low_rank

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Factorization,
-    Options,
-    is_exporting,
-    positive_integers,
-    stored_bytes,
-)
+from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.factorizations.quantized import whole
+from lightning_embcompress.factorizations.specs import positive_integers, stored_bytes
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.product_descent import descend

@@ -13,14 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Factorization,
-    Options,
-    integer,
-    integers,
-    is_exporting,
-    positive_integers,
-)
+from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
 from lightning_embcompress.factorizations.blocks import RowBlocks
 from lightning_embcompress.factorizations.packing import pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.factorizations.products import balance_product, store_product
@@ -43,6 +36,7 @@ from lightning_embcompress.factorizations.shared_basis_layout import (
     segments_of,
     structure,
 )
+from lightning_embcompress.factorizations.specs import integer, integers, positive_integers
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units, run_of
 from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies

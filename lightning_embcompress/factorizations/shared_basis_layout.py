@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_embcompress.factorizations.base import stored_bytes
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
+from lightning_embcompress.factorizations.specs import stored_bytes
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.rate_allocation import Overheads
 from lightning_embcompress.solvers.scalar_quantizer import nearest_level

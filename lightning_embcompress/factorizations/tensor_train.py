@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Factorization,
-    Options,
-    integers,
-    is_exporting,
-    positive_integers,
-    stored_bytes,
-)
+from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
 from lightning_embcompress.factorizations.quantized import pieces, read_rows, whole
+from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.tensor_train import (
     core_sizes,

@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import (
-    Factorization,
-    Options,
-    integers,
-    is_exporting,
-    positive_integers,
-    stored_bytes,
-)
+from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
+from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.solvers.tensor_train_matrix import (
     balanced_shape,
     contracted_logits,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.factorizations.base import integers, positive_integers, stored_bytes
 from lightning_embcompress.factorizations.folding import FoldedTable, FoldingOptions
 from lightning_embcompress.factorizations.low_rank import alignment
+from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.solvers.tucker import (
     possible_ranks,
     proportional_ranks,

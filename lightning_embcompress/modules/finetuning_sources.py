@@ -17,7 +17,7 @@ from torch import nn
 from lightning_embcompress import huggingface
 from lightning_embcompress.checkpoint import load_from_checkpoint, restore_structure, restores_structure
 from lightning_embcompress.checkpoint_io import read_without_tensors
-from lightning_embcompress.factorizations.base import plain
+from lightning_embcompress.factorizations.specs import plain
 from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM

@@ -16,7 +16,7 @@ from lightning_embcompress.factorizations import (
     ProductQuantizationOptions,
     product_quantization,
 )
-from lightning_embcompress.factorizations.base import TENSOR_HEADER_BYTES
+from lightning_embcompress.factorizations.specs import TENSOR_HEADER_BYTES
 from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
 from lightning_embcompress.solvers.product_quantization import subspace_sizes
 
