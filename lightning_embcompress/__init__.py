@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from lightning_embcompress.checkpoint import keep_structure, load_from_checkpoint, structure_from_checkpoint
     from lightning_embcompress.factorizations import Quantization
+    from lightning_embcompress.fused_loss import fused_cross_entropy
     from lightning_embcompress.modules import CompressedLanguageModel
     from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
     from lightning_embcompress.quantization import convert, prepare, quantize
@@ -43,6 +44,7 @@ __all__ = [
     "compress_or_restore",
     "convert",
     "densify",
+    "fused_cross_entropy",
     "keep_structure",
     "load_compressed",
     "load_from_checkpoint",
@@ -59,6 +61,7 @@ _HOMES = {
     "callbacks": ("EmbeddingCompression", "GroupReduce", "QuantizationAware", "TensorTrain", "TransformCoding"),
     "checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
     "factorizations": ("Quantization",),
+    "fused_loss": ("fused_cross_entropy",),
     "modules": ("CompressedLanguageModel",),
     "plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
     "quantization": ("convert", "prepare", "quantize"),

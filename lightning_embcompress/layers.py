@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.scaled_embeddings import Scale
 
 
@@ -116,6 +117,40 @@ class CompressedLinear(CompressedLayer):
         # Under autocast the logits are narrower than the bias: as in `nn.Linear`, their dtype is the result's.
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
+    def tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        """All logits of `[N, in_features]` hidden states, for at most `tile_rows` words of the vocabulary at a time."""
+        tiles = self.factorization.tiles(hidden, tile_rows)
+        return tiles if self.bias is None else tiles.plus(self.bias)
+
     def extra_repr(self) -> str:
         """Arguments for `print(module)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def head_tiles(head: nn.Module, hidden: Tensor, tile_rows: int) -> Tiles:
+    """All logits of a softmax head, compressed or dense, a tile of the vocabulary at a time.
+
+    Args:
+        head: A `CompressedLinear`, or an `nn.Linear`.
+        hidden: `[N, in_features]`.
+        tile_rows: Most tokens of the vocabulary in a tile.
+
+    Raises:
+        TypeError: If it is something else, of which nobody knows what it computes.
+
+    Example:
+        >>> tiles = head_tiles(nn.Linear(16, 100), torch.randn(2, 16), tile_rows=30)
+        >>> [tiles.logits(tile).shape[1] for tile in tiles.tiles]
+        [25, 25, 25, 25]
+    """
+    if isinstance(head, CompressedLinear):
+        return head.tiles(hidden, tile_rows)
+    if type(head) is not nn.Linear:
+        raise TypeError(
+            f"{type(head).__name__} is neither a CompressedLinear nor a torch.nn.Linear, so that its logits are not "
+            "known tile by tile: call it, and compute the loss from its logits"
+        )
+    maker = TileMaker(tile_rows)
+    maker.add_product(head.weight, maker.share(hidden))
+    tiles = maker.made()
+    return tiles if head.bias is None else tiles.plus(head.bias)

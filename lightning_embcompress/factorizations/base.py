@@ -16,6 +16,7 @@ from typing_extensions import Self
 from lightning_embcompress.factorizations.quantized import Factor, PackedFactor, pieces
 from lightning_embcompress.factorizations.specs import stored_bytes
 from lightning_embcompress.factorizations.states import QuantizationStates
+from lightning_embcompress.factorizations.tiles import Tiles, tiles_of_rows
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import compute_dtype, row_chunks, row_units
 from lightning_embcompress.solvers.metric import Metric
@@ -207,6 +208,28 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
         for chunk in row_chunks(self.vocab_size, self.dim):
             out[chunk] = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
         return out
+
+    def tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        """All logits, a tile of the vocabulary at a time, in the order in which the table is kept.
+
+        Args:
+            hidden: `[N, dim]`.
+            tile_rows: Most rows of a tile.
+
+        Returns:
+            Tiles, and what they read; factors that are prepared for quantization are rounded here, once.
+        """
+        if not self.is_prepared:
+            return self._tiles(hidden, tile_rows)
+        plain, values = self.plain()
+        for name, value in values.items():
+            module, _, own = name.rpartition(".")
+            plain.get_submodule(module)._parameters[own] = value  # type: ignore[assignment]
+        return plain._tiles(hidden, tile_rows)
+
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        """Those of one that is not prepared; to be overridden where tokens have numbers of their own."""
+        return tiles_of_rows(self, hidden, tile_rows)
 
     def logits_of_rows(
         self,

@@ -25,6 +25,7 @@ from lightning_embcompress.factorizations.quantized import (
 )
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks, plain_metric
 from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
 from lightning_embcompress.solvers.group_reduce import BlockSolution, equal_frequency_groups, group_reduce
@@ -177,6 +178,14 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
             ],
             dim=-1,
         )
+
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        maker = TileMaker(tile_rows)
+        states = maker.share(hidden)
+        reduced = torch.split(multiply(hidden, self.basis), self.basis_ranks, dim=-1)
+        for part, coefficients, dense in zip(reduced, self.coefficients, self.dense_blocks, strict=True):
+            maker.add_product(coefficients, states if dense else maker.share(part))
+        return self.tiles_in_block_order(maker)
 
     def bases(self) -> tuple[Tensor, ...]:
         """`[rank, dim]` basis of every block; of no rows for a block that is kept as its rows."""

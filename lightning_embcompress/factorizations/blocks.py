@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_embcompress.factorizations.base import Factorization, OptionsT, is_exporting
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.factorizations.specs import integers
+from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 
 # Every block has factors of its own.
 MOST_BLOCKS = 2**16
@@ -141,6 +142,10 @@ class RowBlocks(Factorization[OptionsT]):
                 rows = block if rows is None else torch.where(here.unsqueeze(-1), block, rows)
         assert rows is not None
         return rows
+
+    def tiles_in_block_order(self, maker: TileMaker) -> Tiles:
+        """What a maker of tiles has collected of all blocks, one after the other."""
+        return maker.made() if self.in_order else maker.made(self.order, self.position)
 
     def in_vocabulary_order(self, blocks: Tensor) -> Tensor:
         """Bring `[*, vocab_size]` logits from block order to vocabulary order."""

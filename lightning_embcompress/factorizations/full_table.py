@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
 from lightning_embcompress.factorizations.quantized import multiply, read_rows
 from lightning_embcompress.factorizations.specs import dense_bytes, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 
 
 class FullTable(Factorization[Options]):
@@ -59,6 +60,11 @@ class FullTable(Factorization[Options]):
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""
         return multiply(hidden, self.weight)
+
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        maker = TileMaker(tile_rows)
+        maker.add_product(self.weight, maker.share(hidden))
+        return maker.made()
 
     def structure(self) -> dict[str, Any]:
         """Its shape."""

@@ -20,6 +20,7 @@ from lightning_embcompress.factorizations.quantized import (
     whole,
 )
 from lightning_embcompress.factorizations.specs import integer, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.solvers.division import agree, deal
 from lightning_embcompress.solvers.gram import row_weights
 from lightning_embcompress.solvers.low_rank import low_rank_in_metric, weighted_low_rank
@@ -107,6 +108,11 @@ class LowRank(Factorization[LowRankOptions]):
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ = (h Bᵀ) Uᵀ`, see `Factorization.logits`."""
         return multiply(multiply(hidden, self.basis), self.coefficients)
+
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        maker = TileMaker(tile_rows)
+        maker.add_product(self.coefficients, maker.share(multiply(hidden, self.basis)))
+        return maker.made()
 
     def balance(self) -> None:
         """See `Factorization.balance`."""

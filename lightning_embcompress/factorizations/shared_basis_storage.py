@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_embcompress.factorizations.shared_basis_layout import (
     structure,
 )
 from lightning_embcompress.factorizations.specs import integer, integers, positive_integers
+from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.solvers.metric import Metric
 
 # Coefficients that are looked up at a time on the way to the logits: 1 MiB of float32.
@@ -197,6 +198,23 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
             pieces += [part + constant[..., block : block + 1] for part in found]
         return self.in_vocabulary_order(torch.cat(pieces, dim=-1))
 
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        basis, means, scales = self._read()
+        reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
+        maker = TileMaker(tile_rows)
+        codes = self._block_codes() if self.is_coded else []
+        offsets = self._offsets() if self.is_coded else []
+        levels = maker.share(self.levels) if self.is_coded else ()
+        for block, rank in enumerate(self.ranks):
+            states = reduced[:, :rank]
+            shift = constant[:, block : block + 1]
+            if self.is_coded:
+                reads = (*maker.share(states * scales[block], shift), *levels)
+                maker.add(self.sizes[block], reads, _code_tile(codes[block], offsets[block]))
+            else:
+                maker.add_product(self.coefficients[block], maker.share(states, shift))
+        return self.tiles_in_block_order(maker)
+
     def _code_products(self, states: Tensor, codes: Tensor, offsets: Tensor) -> list[Tensor]:
         """Products with the coefficients of a block, a piece at a time; their values are never there as a whole."""
 
@@ -308,6 +326,16 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
         if self.is_coded:
             raise ValueError("codes have widths of their own, and no other quantization")
         super().hold(quantization, state)
+
+
+def _code_tile(codes: Tensor, offsets: Tensor) -> Callable[[int, int], Callable[..., Tensor]]:
+    def logits_of(start: int, stop: int) -> Callable[..., Tensor]:
+        def logits(states: Tensor, shift: Tensor, levels: Tensor) -> Tensor:
+            return F.linear(states, _looked_up(levels, codes[start:stop].int() + offsets)) + shift
+
+        return logits
+
+    return logits_of
 
 
 def _looked_up(levels: Tensor, index: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from lightning_embcompress.factorizations.base import Factorization, Options, is_exporting
 from lightning_embcompress.factorizations.quantized import pieces, read_rows, whole
 from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
+from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.tensor_train import (
     core_sizes,
@@ -143,6 +144,13 @@ class TensorTrain(Factorization[TensorTrainOptions]):
             parts = pieces(self.cores, _CHUNK_TOKENS)
             logits = torch.cat([train_logits(cores, states, self.shape, self.ranks) for cores in parts], dim=-1)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        maker = TileMaker(tile_rows)
+        maker.add_product(
+            self.cores, maker.share(hidden), lambda cores: train_rows(cores, self.shape, self.ranks, self.dim)
+        )
+        return maker.made()
 
     def _read(self, start: int, stop: int, cores: Tensor) -> Tensor:
         return train_rows(cores, self.shape, self.ranks, self.dim)

@@ -1,0 +1,196 @@
+"""Logits a tile of the vocabulary at a time, in the order in which a table is kept, for who needs no others at once.
+
+A loss or the best tokens need every logit once, and all of them never. What all tiles share, such as the product of the
+hidden states with a basis, is computed once; a tile reads some of that and rows that are its own. So the gradient of
+its own rows is complete when the tile is done, and only that of what is shared is added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lightning_embcompress.factorizations.quantized import Factor
+
+
+class Tile(NamedTuple):
+    """A run of rows, and how its logits are computed.
+
+    Attributes:
+        start: First row, in the order in which the table is kept.
+        stop: Row behind the last one.
+        reads: Which of the shared tensors it reads, as places in `Tiles.shared`.
+        owns: Runs of rows that no other tile reads, each a place in `Tiles.owned`, the first row, and that behind the
+            last one.
+        logits: Gives `[N, stop - start]` when called with what it reads and what it owns, in this order. It computes
+            from nothing else that requires a gradient.
+    """
+
+    start: int
+    stop: int
+    reads: tuple[int, ...]
+    owns: tuple[tuple[int, int, int], ...]
+    logits: Callable[..., Tensor]
+
+
+class Tiles(NamedTuple):
+    """All logits of some hidden states, none of them computed yet.
+
+    Attributes:
+        shared: What more than one tile reads, with a graph to the hidden states and the parameters.
+        owned: Parameters of which every row belongs to one tile.
+        tiles: One after the other, all rows in sum.
+        order: `[vocab_size]` ids of the rows as they are kept; None where that is their own order.
+        position: `[vocab_size]` where the row of every id is; None as for `order`.
+    """
+
+    shared: Sequence[Tensor]
+    owned: Sequence[Tensor]
+    tiles: Sequence[Tile]
+    order: Tensor | None = None
+    position: Tensor | None = None
+
+    def logits(self, tile: Tile) -> Tensor:
+        """Those of one tile, `[N, stop - start]`."""
+        own = [self.owned[place][start:stop] for place, start, stop in tile.owns]
+        return tile.logits(*(self.shared[place] for place in tile.reads), *own)
+
+    def plus(self, bias: Tensor) -> Tiles:
+        """The same with a bias, `[vocab_size]`, in the order of ids."""
+        place = len(self.owned)
+        own = bias if self.order is None else bias.index_select(0, self.order)
+        tiles = [
+            Tile(tile.start, tile.stop, tile.reads, (*tile.owns, (place, tile.start, tile.stop)), _plus(tile.logits))
+            for tile in self.tiles
+        ]
+        return self._replace(owned=[*self.owned, own], tiles=tiles)
+
+
+def _plus(logits: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def sums(*read: Tensor) -> Tensor:
+        *others, bias = read
+        found = logits(*others)
+        # Under autocast logits are narrower than the bias: as in `nn.Linear`, their dtype is the result's.
+        return found + bias.to(found.dtype)
+
+    return sums
+
+
+class TileMaker:
+    """Collects tiles of products `h_b U_bᵀ`, block by block.
+
+    Args:
+        tile_rows: Most rows of a tile.
+    """
+
+    def __init__(self, tile_rows: int) -> None:
+        """Start with none."""
+        self.tile_rows = tile_rows
+        self.shared: list[Tensor] = []
+        self.owned: list[Tensor] = []
+        self.tiles: list[Tile] = []
+        self._rows = 0
+
+    def share(self, *tensors: Tensor) -> tuple[int, ...]:
+        """Places of tensors that several tiles read."""
+        first = len(self.shared)
+        self.shared += tensors
+        return tuple(range(first, len(self.shared)))
+
+    def add(self, size: int, reads: Sequence[int], logits_of: Callable[[int, int], Callable[..., Tensor]]) -> None:
+        """Add tiles of `size` rows that own nothing; `logits_of` gives how those from one row to another are read."""
+        for start, stop in self._runs(size):
+            self._append(stop - start, reads, (), logits_of(start, stop))
+
+    def add_product(
+        self, factor: Factor, reads: Sequence[int], rows: Callable[[Tensor], Tensor] = lambda own: own
+    ) -> None:
+        """Add tiles of the product of states with rows of a factor, or with what `rows` computes from these.
+
+        Args:
+            factor: `[size, *]`.
+            reads: The place of the states, and of a constant that is added, if there is one.
+            rows: Gives `[n, columns of the states]` for `n` rows of the factor.
+        """
+        if isinstance(factor, Tensor):
+            self.owned.append(factor)
+            for start, stop in self._runs(factor.shape[0]):
+                self._append(stop - start, reads, ((len(self.owned) - 1, start, stop),), _product(rows))
+        else:
+            self.add(factor.matrix[0], reads, lambda start, stop: _unpacked_product(factor, rows, start, stop))
+
+    def made(self, order: Tensor | None = None, position: Tensor | None = None) -> Tiles:
+        """All of them."""
+        return Tiles(self.shared, self.owned, self.tiles, order, position)
+
+    def _runs(self, size: int) -> list[tuple[int, int]]:
+        # Of equal size: a short rest costs more than its rows.
+        number = -(-size // self.tile_rows)
+        return [(size * index // number, size * (index + 1) // number) for index in range(number)]
+
+    def _append(
+        self, rows: int, reads: Sequence[int], owns: tuple[tuple[int, int, int], ...], logits: Callable[..., Tensor]
+    ) -> None:
+        self.tiles.append(Tile(self._rows, self._rows + rows, tuple(reads), owns, logits))
+        self._rows += rows
+
+
+def _product(rows: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def product(states: Tensor, *others: Tensor) -> Tensor:
+        *constant, own = others
+        found = F.linear(states, rows(own))
+        return found + constant[0] if constant else found
+
+    return product
+
+
+def _unpacked_product(factor: Any, rows: Callable[[Tensor], Tensor], start: int, stop: int) -> Callable[..., Tensor]:
+    def product(states: Tensor, *constant: Tensor) -> Tensor:
+        own = factor.rows(torch.arange(start, stop, device=states.device))
+        return _product(rows)(states, *constant, own)
+
+    return product
+
+
+class _Rows(nn.Module):
+    """Rows of a factorization as a call, so that other tensors can take the place of its parameters."""
+
+    def __init__(self, factorization: Any) -> None:
+        super().__init__()
+        self.factorization = factorization
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        rows: Tensor = self.factorization.rows(torch.arange(start, stop, device=self.factorization.device))
+        return rows
+
+
+def tiles_of_rows(factorization: Any, hidden: Tensor, tile_rows: int) -> Tiles:
+    """Tiles of any factorization: its rows are computed, multiplied and forgotten.
+
+    All parameters are shared by all tiles: those of which a token has rows of its own are better owned.
+
+    Args:
+        factorization: Any that is not prepared for quantization.
+        hidden: `[N, dim]`.
+        tile_rows: Most rows of a tile.
+    """
+    reader = _Rows(factorization)
+    names = [name for name, _ in reader.named_parameters()]
+    maker = TileMaker(tile_rows)
+    reads = maker.share(hidden, *(parameter for _, parameter in reader.named_parameters()))
+
+    def logits_of(start: int, stop: int) -> Callable[..., Tensor]:
+        def logits(states: Tensor, *parameters: Tensor) -> Tensor:
+            values = dict(zip(names, parameters, strict=True))
+            rows: Tensor = functional_call(reader, values, (start, stop))
+            return F.linear(states, rows)
+
+        return logits
+
+    maker.add(factorization.vocab_size, reads, logits_of)
+    return maker.made()
