@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.factorizations.tiles import Tile, Tiles
+from lightning_embcompress.factorizations.tiles import Places, Tile, Tiles
 from lightning_embcompress.layers import head_tiles
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 
@@ -83,7 +83,7 @@ def fused_cross_entropy(
         raise ValueError(f"label_smoothing must be from 0 to 1, it is {label_smoothing}")
     if tile_rows is not None and tile_rows < 1:
         raise ValueError(f"tile_rows must be at least 1, it is {tile_rows}; leave it out to go by memory")
-    flat, ids = hidden.flatten(0, -2), targets.flatten()
+    flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.flatten()
     scored = ids.ne(ignore_index)
     if not bool(scored.all()):
         flat, ids = flat[scored], ids[scored]
@@ -109,32 +109,6 @@ def _tile_rows(tokens: int) -> int:
     return max(_LEAST_ROWS, _TILE_ELEMENTS // max(1, tokens))
 
 
-class _Targets(NamedTuple):
-    """Where the targets are among the tiles.
-
-    Attributes:
-        tokens: Tokens by the places of their targets, int64, `[N]`.
-        places: Those places, in the order in which the table is kept.
-        ends: For every tile, how many of the targets lie before its end.
-    """
-
-    tokens: Tensor
-    places: Tensor
-    ends: list[int]
-
-    @classmethod
-    def find(cls, targets: Tensor, tiles: Tiles) -> _Targets:
-        own = targets if tiles.position is None else tiles.position[targets]
-        places, tokens = own.sort()
-        stops = torch.tensor([tile.stop for tile in tiles.tiles], device=places.device)
-        return cls(tokens, places, torch.searchsorted(places, stops).tolist())
-
-    def of(self, index: int, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Tokens whose targets are in a tile, and which of its columns those are."""
-        part = slice(self.ends[index - 1] if index else 0, self.ends[index])
-        return self.tokens[part], self.places[part] - tile.start
-
-
 def _tiled_losses(tiles: Tiles, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss of every token, in nats.
 
@@ -149,7 +123,7 @@ def _tiled_losses(tiles: Tiles, targets: Tensor, label_smoothing: float = 0.0) -
     function: Any = _TiledLosses
     shared = len(tiles.shared)
     losses: Tensor = function.apply(
-        tiles.tiles, shared, _Targets.find(targets, tiles), label_smoothing, *tiles.shared, *tiles.owned
+        tiles.tiles, shared, Places.of(targets, tiles), label_smoothing, *tiles.shared, *tiles.owned
     )
     return losses
 
@@ -167,11 +141,11 @@ class _TiledLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tiles: list[Tile], count: int, targets: _Targets, label_smoothing: float, *tensors: Tensor
+        ctx: Any, tiles: list[Tile], count: int, targets: Places, label_smoothing: float, *tensors: Tensor
     ) -> Tensor:
         shared, owned = tensors[:count], tensors[count:]
-        tokens = len(targets.tokens)
-        device = targets.tokens.device
+        tokens = len(targets.queries)
+        device = targets.queries.device
         normalizer = scores = total = torch.empty(0, device=device)
         vocab_size = tiles[-1].stop
         for index, tile in enumerate(tiles):
@@ -180,7 +154,7 @@ class _TiledLosses(torch.autograd.Function):
             if index == 0:
                 normalizer = logits.new_full((tokens,), -torch.inf)
                 scores, total = logits.new_zeros(tokens), logits.new_zeros(tokens)
-            found, columns = targets.of(index, tile)
+            found, columns = targets.inside(index, tile)
             scores[found] = logits[found, columns]
             if label_smoothing:
                 total += logits.sum(dim=1)
@@ -226,7 +200,7 @@ class _TiledLosses(torch.autograd.Function):
             values = logits.detach().to(_accumulator(logits)).sub_(normalizer.unsqueeze(1)).exp_()
             if ctx.label_smoothing:
                 values -= ctx.label_smoothing / vocab_size
-            found, columns = ctx.targets.of(index, tile)
+            found, columns = ctx.targets.inside(index, tile)
             values[found, columns] -= 1 - ctx.label_smoothing
             values *= scale
             parts = iter(torch.autograd.grad(logits, leaves, values.to(logits.dtype), allow_unused=True))

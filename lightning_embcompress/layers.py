@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.decoding import Best, decoding_rows, log_prob, sample, topk
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.scaled_embeddings import Scale
@@ -121,6 +122,111 @@ class CompressedLinear(CompressedLayer):
         """All logits of `[N, in_features]` hidden states, for at most `tile_rows` words of the vocabulary at a time."""
         tiles = self.factorization.tiles(hidden, tile_rows)
         return tiles if self.bias is None else tiles.plus(self.bias)
+
+    def topk(self, hidden: Tensor, k: int, *, approximate: bool = False) -> Best:
+        """The tokens with the largest logits, without a logit being brought into the order of ids.
+
+        On a CPU, for up to four states and float32 factors of the kinds that are multiplied as they are, products in
+        integers of 8 bits find those that can be among the best, and only these are computed in float32: the result is
+        that of all logits. A copy of the factors in 8 bits is made for it when it is first called, and kept.
+
+        Args:
+            hidden: `[*, in_features]`.
+            k: How many.
+            approximate: Whether to take the products in 8 bits as they are; then some of the best may be missed.
+
+        Returns:
+            `logits` and `ids`, `[*, k]`, the largest first.
+
+        Raises:
+            ValueError: If there are not so many tokens.
+
+        Example:
+            >>> from lightning_embcompress.factorizations import LowRank
+            >>> head = CompressedLinear(LowRank.decompose(torch.randn(100, 16), 4000))
+            >>> hidden = torch.randn(2, 16)
+            >>> torch.equal(head.topk(hidden, 3).ids, head(hidden).topk(3).indices)
+            True
+        """
+        flat = hidden.reshape(-1, self.in_features)
+        shape = hidden.shape[:-1]
+        found = [topk(self._decoded(part), k, approximate) for part in self._parts(flat)]
+        logits, ids = (torch.cat(parts).view(*shape, k) for parts in zip(*found, strict=True))
+        return Best(logits, ids)
+
+    def log_prob(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logarithms of the probabilities of tokens, in nats, without a gradient.
+
+        Args:
+            hidden: `[*, in_features]`.
+            ids: `[*]`, a token for every state, or `[*, m]`, some of them.
+
+        Returns:
+            Of the shape of `ids`, float32 at least.
+
+        Raises:
+            ValueError: If the shapes do not fit, or an id is out of range.
+
+        Example:
+            >>> from lightning_embcompress.factorizations import LowRank
+            >>> head = CompressedLinear(LowRank.decompose(torch.randn(100, 16), 4000))
+            >>> hidden, ids = torch.randn(2, 16), torch.tensor([5, 7])
+            >>> expected = head(hidden).log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
+            >>> torch.testing.assert_close(head.log_prob(hidden, ids), expected.detach())
+        """
+        shape = hidden.shape[:-1]
+        if ids.shape[: len(shape)] != shape or ids.ndim > len(shape) + 1:
+            raise ValueError(
+                f"hidden states of shape {tuple(hidden.shape)} need ids of shape {tuple(shape)}, or of one dimension "
+                f"more; they have {tuple(ids.shape)}"
+            )
+        flat = hidden.reshape(-1, self.in_features)
+        asked = ids.reshape(len(flat), -1) if ids.numel() else ids.new_empty(len(flat), 0)
+        return log_prob(self.tiles(flat, decoding_rows(len(flat))), asked).view(ids.shape)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw a token for every state.
+
+        Args:
+            hidden: `[*, in_features]`.
+            temperature: What logits are divided by.
+            top_k: Draw from so many of the likeliest tokens only.
+            top_p: Draw from the fewest of the likeliest tokens, of those that `top_k` leaves, whose probabilities add
+                up to so much.
+            generator: Where random numbers come from; None for that of the device.
+
+        Returns:
+            `[*]` int64.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+
+        Example:
+            >>> from lightning_embcompress.factorizations import LowRank
+            >>> head = CompressedLinear(LowRank.decompose(torch.randn(100, 16), 4000))
+            >>> head.sample(torch.randn(2, 16), temperature=0.8, top_p=0.9).shape
+            torch.Size([2])
+        """
+        found = [
+            sample(self._decoded(part), temperature, top_k, top_p, generator)
+            for part in self._parts(hidden.reshape(-1, self.in_features))
+        ]
+        return torch.cat(found).view(hidden.shape[:-1])
+
+    def _parts(self, states: Tensor) -> tuple[Tensor, ...]:
+        """A few states at a time, so that all of their logits fit into memory."""
+        return torch.split(states, decoding_rows(self.out_features))
+
+    def _decoded(self, states: Tensor) -> Tiles:
+        return self.tiles(states, decoding_rows(len(states)))
 
     def extra_repr(self) -> str:
         """Arguments for `print(module)`."""

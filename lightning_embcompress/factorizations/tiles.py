@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_embcompress.factorizations.quantized import Factor
+from lightning_embcompress.factorizations.quantized import Factor, PackedFactor, multiply
 
 
 class Tile(NamedTuple):
@@ -29,6 +29,7 @@ class Tile(NamedTuple):
             last one.
         logits: Gives `[N, stop - start]` when called with what it reads and what it owns, in this order. It computes
             from nothing else that requires a gradient.
+        is_product: Whether that is the product of the first tensor read with the first rows owned, and what is added.
     """
 
     start: int
@@ -36,6 +37,7 @@ class Tile(NamedTuple):
     reads: tuple[int, ...]
     owns: tuple[tuple[int, int, int], ...]
     logits: Callable[..., Tensor]
+    is_product: bool = False
 
 
 class Tiles(NamedTuple):
@@ -65,10 +67,36 @@ class Tiles(NamedTuple):
         place = len(self.owned)
         own = bias if self.order is None else bias.index_select(0, self.order)
         tiles = [
-            Tile(tile.start, tile.stop, tile.reads, (*tile.owns, (place, tile.start, tile.stop)), _plus(tile.logits))
+            tile._replace(owns=(*tile.owns, (place, tile.start, tile.stop)), logits=_plus(tile.logits))
             for tile in self.tiles
         ]
         return self._replace(owned=[*self.owned, own], tiles=tiles)
+
+
+class Places(NamedTuple):
+    """Where some ids are among tiles.
+
+    Attributes:
+        queries: Places of the ids in the tensor that was given, by where their rows are, int64.
+        rows: Those rows, in the order in which the table is kept.
+        ends: For every tile, how many of them lie before its end.
+    """
+
+    queries: Tensor
+    rows: Tensor
+    ends: Sequence[int]
+
+    @classmethod
+    def of(cls, ids: Tensor, tiles: Tiles) -> Places:
+        """Find `[N]` ids."""
+        rows, queries = (ids if tiles.position is None else tiles.position[ids]).sort()
+        stops = torch.tensor([tile.stop for tile in tiles.tiles], device=rows.device)
+        return cls(queries, rows, torch.searchsorted(rows, stops).tolist())
+
+    def inside(self, index: int, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Those in a tile: their places, and the columns of the tile's logits that they are."""
+        part = slice(self.ends[index - 1] if index else 0, self.ends[index])
+        return self.queries[part], self.rows[part] - tile.start
 
 
 def _plus(logits: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -107,21 +135,21 @@ class TileMaker:
         for start, stop in self._runs(size):
             self._append(stop - start, reads, (), logits_of(start, stop))
 
-    def add_product(
-        self, factor: Factor, reads: Sequence[int], rows: Callable[[Tensor], Tensor] = lambda own: own
-    ) -> None:
+    def add_product(self, factor: Factor, reads: Sequence[int], rows: Callable[[Tensor], Tensor] | None = None) -> None:
         """Add tiles of the product of states with rows of a factor, or with what `rows` computes from these.
 
         Args:
             factor: `[size, *]`.
             reads: The place of the states, and of a constant that is added, if there is one.
-            rows: Gives `[n, columns of the states]` for `n` rows of the factor.
+            rows: Gives `[n, columns of the states]` for `n` rows of the factor; None for those rows.
         """
         if isinstance(factor, Tensor):
             self.owned.append(factor)
             for start, stop in self._runs(factor.shape[0]):
-                self._append(stop - start, reads, ((len(self.owned) - 1, start, stop),), _product(rows))
+                owns = ((len(self.owned) - 1, start, stop),)
+                self._append(stop - start, reads, owns, _product(rows), is_product=rows is None)
         else:
+            assert isinstance(factor, PackedFactor)
             self.add(factor.matrix[0], reads, lambda start, stop: _unpacked_product(factor, rows, start, stop))
 
     def made(self, order: Tensor | None = None, position: Tensor | None = None) -> Tiles:
@@ -134,25 +162,35 @@ class TileMaker:
         return [(size * index // number, size * (index + 1) // number) for index in range(number)]
 
     def _append(
-        self, rows: int, reads: Sequence[int], owns: tuple[tuple[int, int, int], ...], logits: Callable[..., Tensor]
+        self,
+        rows: int,
+        reads: Sequence[int],
+        owns: tuple[tuple[int, int, int], ...],
+        logits: Callable[..., Tensor],
+        is_product: bool = False,
     ) -> None:
-        self.tiles.append(Tile(self._rows, self._rows + rows, tuple(reads), owns, logits))
+        self.tiles.append(Tile(self._rows, self._rows + rows, tuple(reads), owns, logits, is_product))
         self._rows += rows
 
 
-def _product(rows: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def _product(rows: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor]:
     def product(states: Tensor, *others: Tensor) -> Tensor:
         *constant, own = others
-        found = F.linear(states, rows(own))
+        found = F.linear(states, own if rows is None else rows(own))
         return found + constant[0] if constant else found
 
     return product
 
 
-def _unpacked_product(factor: Any, rows: Callable[[Tensor], Tensor], start: int, stop: int) -> Callable[..., Tensor]:
+def _unpacked_product(
+    factor: PackedFactor, rows: Callable[[Tensor], Tensor] | None, start: int, stop: int
+) -> Callable[..., Tensor]:
     def product(states: Tensor, *constant: Tensor) -> Tensor:
-        own = factor.rows(torch.arange(start, stop, device=states.device))
-        return _product(rows)(states, *constant, own)
+        if rows is None and (start, stop) == (0, factor.matrix[0]):
+            # Of a few states products in integers are faster.
+            found = multiply(states, factor)
+            return found + constant[0] if constant else found
+        return _product(rows)(states, *constant, factor.rows(torch.arange(start, stop, device=states.device)))
 
     return product
 

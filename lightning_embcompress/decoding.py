@@ -1,0 +1,248 @@
+"""What decoding needs of a softmax, straight from the tiles of its logits: the best tokens, samples, log-probabilities.
+
+Nothing is brought into the order of ids but what is returned, which for one state and a large vocabulary takes a good
+part of the time that the product does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_embcompress.factorizations.screening import can_screen, screen_of
+from lightning_embcompress.factorizations.tiles import Places, Tile, Tiles
+
+# Logits that are there at once.
+_ELEMENTS = 2**24
+# States for which products in integers are faster than those in floats.
+_FEW_STATES = 4
+# Probabilities that are added up at a time.
+_RUN = 1024
+_FIRST = 64
+
+
+class Best(NamedTuple):
+    """The best tokens of every state, the best one first.
+
+    Attributes:
+        logits: `[*, k]`.
+        ids: `[*, k]` int64.
+    """
+
+    logits: Tensor
+    ids: Tensor
+
+
+def decoding_rows(states: int) -> int:
+    """Rows of a tile for so many states, or states for so many rows."""
+    return max(1, _ELEMENTS // max(1, states))
+
+
+@torch.no_grad()
+def topk(tiles: Tiles, k: int, approximate: bool = False) -> Best:
+    """The `k` tokens with the largest logits.
+
+    On a CPU, for up to four states and factors in floats, products in integers of 8 bits bound the logits first, and
+    only tokens that can be among the best are multiplied as they are, see `factorizations.screening`.
+
+    Args:
+        tiles: Of `[N, dim]` states.
+        k: How many.
+        approximate: Whether the products in integers are good enough.
+
+    Raises:
+        ValueError: If there are not so many tokens.
+    """
+    vocab_size = tiles.tiles[-1].stop
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"k must be from 1 to the {vocab_size} tokens of the vocabulary, it is {k}")
+    if _can_screen(tiles):
+        found = [_screened(tiles, state, k, approximate) for state in range(len(tiles.shared[0]))]
+        logits, rows = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return Best(logits, _ids(tiles, rows))
+    best: tuple[Tensor, Tensor] | None = None
+    for tile in tiles.tiles:
+        logits, columns = tiles.logits(tile).topk(min(k, tile.stop - tile.start))
+        rows = columns + tile.start
+        if best is not None:
+            logits, rows = torch.cat([best[0], logits], dim=1), torch.cat([best[1], rows], dim=1)
+            logits, places = logits.topk(min(k, logits.shape[1]))
+            rows = rows.gather(1, places)
+        best = logits, rows
+    assert best is not None
+    return Best(best[0], _ids(tiles, best[1]))
+
+
+def _ids(tiles: Tiles, rows: Tensor) -> Tensor:
+    return rows if tiles.order is None else tiles.order[rows]
+
+
+def _can_screen(tiles: Tiles) -> bool:
+    return (
+        0 < len(tiles.shared[0]) <= _FEW_STATES
+        and not torch.is_autocast_enabled(tiles.shared[0].device.type)
+        and all(tile.is_product and can_screen(tiles.owned[tile.owns[0][0]]) for tile in tiles.tiles)
+    )
+
+
+def _screened(tiles: Tiles, state: int, k: int, approximate: bool) -> tuple[Tensor, Tensor]:
+    """Logits and rows of the best tokens of one state."""
+    logits, errors = [], []
+    # By the factor, of which there may be several tiles.
+    products: dict[int, Tensor] = {}
+    for tile in tiles.tiles:
+        place, start, stop = tile.owns[0]
+        states = tiles.shared[tile.reads[0]][state : state + 1]
+        screen = screen_of(tiles.owned[place])
+        if place not in products:
+            products[place] = screen.products(states)[0]
+        # Of no columns: what a tile adds to the product.
+        logits.append(products[place][start:stop] + _of_state(tiles, tile, state, slice(None), columns=0))
+        errors.append(screen.errors[start:stop] * states.norm())
+    rounded = torch.cat(logits)
+    best, rows = rounded.topk(k)
+    if approximate:
+        return best, rows
+    error = torch.cat(errors)
+    # The k-th largest logit is not below this.
+    least = (best - error[rows]).min()
+    candidates = (rounded + error >= least).nonzero().flatten()
+    exact = rounded.new_empty(len(candidates))
+    ends = torch.searchsorted(candidates, torch.tensor([tile.stop for tile in tiles.tiles])).tolist()
+    begin = 0
+    for tile, end in zip(tiles.tiles, ends, strict=True):
+        if end > begin:
+            some = candidates[begin:end] - tile.start
+            exact[begin:end] = _of_state(tiles, tile, state, some)
+        begin = end
+    best, places = exact.topk(k)
+    return best, candidates[places]
+
+
+def _of_state(tiles: Tiles, tile: Tile, state: int, rows: Tensor | slice, columns: int | None = None) -> Tensor:
+    """Logits of one state and some rows of a tile; with `columns=0` what is added to the product."""
+    reads = [tiles.shared[place][state : state + 1] for place in tile.reads]
+    own = [tiles.owned[place][start:stop][rows] for place, start, stop in tile.owns]
+    reads[0], own[0] = reads[0][:, :columns], own[0][:, :columns]
+    return tile.logits(*reads, *own)[0]
+
+
+@torch.no_grad()
+def log_prob(tiles: Tiles, ids: Tensor) -> Tensor:
+    """Logarithms of the probabilities of tokens, in nats.
+
+    Args:
+        tiles: Of `[N, dim]` states.
+        ids: `[N, m]` tokens of every state.
+
+    Returns:
+        `[N, m]`, float32 at least.
+    """
+    vocab_size = tiles.tiles[-1].stop
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        raise ValueError(f"ids must be from 0 to {vocab_size - 1}, they go from {int(ids.min())} to {int(ids.max())}")
+    asked = Places.of(ids.flatten(), tiles)
+    normalizer = scores = torch.empty(0)
+    for index, tile in enumerate(tiles.tiles):
+        logits = _wide(tiles.logits(tile))
+        if index == 0:
+            normalizer, scores = logits.new_full((len(logits),), -torch.inf), logits.new_empty(ids.numel())
+        queries, columns = asked.inside(index, tile)
+        scores[queries] = logits[torch.div(queries, max(1, ids.shape[1]), rounding_mode="floor"), columns]
+        normalizer = torch.logaddexp(normalizer, torch.logsumexp(logits, dim=1))
+    return scores.view(ids.shape) - normalizer.unsqueeze(1)
+
+
+@torch.no_grad()
+def sample(
+    tiles: Tiles,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token for every state.
+
+    Args:
+        tiles: Of `[N, dim]` states.
+        temperature: What logits are divided by.
+        top_k: Draw from so many of the likeliest tokens only.
+        top_p: Draw from the fewest of the likeliest tokens, of those that `top_k` leaves, whose probabilities add up to
+            so much.
+        generator: Where random numbers come from; None for that of the device.
+
+    Returns:
+        `[N]` int64.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, it is {temperature}; for the likeliest tokens use topk")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, it is {top_p}")
+    vocab_size = tiles.tiles[-1].stop
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, it is {top_k}")
+    if top_k is not None and top_k < vocab_size:
+        best = topk(tiles, top_k)
+        chances = _softmax(best.logits, temperature)
+        places = _draw(_nucleus(chances, chances.sum(dim=1, keepdim=True), top_p), generator)
+        return best.ids.gather(1, places.unsqueeze(1)).squeeze(1)
+    parts = [tiles.logits(tile) for tile in tiles.tiles]
+    chances = _softmax(torch.cat(parts, dim=1), temperature)
+    del parts
+    if top_p is None or top_p == 1:
+        return _ids(tiles, _draw(chances, generator))
+    kept = min(_FIRST, vocab_size)
+    total = chances.new_ones(len(chances), 1)
+    largest, rows = chances.topk(kept)
+    while kept < vocab_size and bool((largest.sum(dim=1) < top_p).any()):
+        kept = min(4 * kept, vocab_size)
+        largest, rows = chances.topk(kept)
+    places = _draw(_nucleus(largest, total, top_p), generator)
+    return _ids(tiles, rows.gather(1, places.unsqueeze(1)).squeeze(1))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    wide = _wide(logits)
+    return torch.softmax(wide if temperature == 1 else wide / temperature, dim=1)
+
+
+def _nucleus(chances: Tensor, total: Tensor, top_p: float | None) -> Tensor:
+    """Of chances that fall, the first ones that add up to a part of the total; 0 for the others, but the first."""
+    if top_p is None:
+        return chances
+    before = chances.cumsum(dim=1) - chances
+    inside = before < top_p * total
+    inside[:, 0] = True
+    return chances * inside
+
+
+def _draw(chances: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Places drawn by chances, `[N, n]` that need not add up to 1: one random number a state.
+
+    A run of them is drawn first, then one of it, so that sums of many small numbers are as exact as those of few.
+    """
+    count, size = chances.shape
+    if not count:
+        return torch.empty(0, dtype=torch.long, device=chances.device)
+    number = -(-size // _RUN)
+    padded = torch.nn.functional.pad(chances, (0, number * _RUN - size)).view(count, number, _RUN)
+    ends = padded.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    uniform = torch.rand(count, 1, dtype=torch.float64, device=chances.device, generator=generator)
+    at = uniform * ends[:, -1:]
+    run = torch.searchsorted(ends, at, right=True).clamp(max=number - 1)
+    at -= torch.where(run > 0, ends.gather(1, (run - 1).clamp(min=0)), 0.0)
+    mine = padded.gather(1, run.unsqueeze(2).expand(-1, 1, _RUN)).squeeze(1)
+    place = torch.searchsorted(mine.double().cumsum(dim=1), at, right=True)
+    # Rounding must not lead to one that has no chance.
+    columns = torch.arange(1, _RUN + 1, device=chances.device)
+    last = (columns * (mine > 0)).amax(dim=1, keepdim=True) - 1
+    return (run * _RUN + torch.minimum(place, last)).squeeze(1)
