@@ -112,11 +112,20 @@ class CompressedLinear(CompressedLayer):
         self.out_features = factorization.vocab_size
         self.register_parameter("bias", bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Logits of hidden states, `[*, in_features] -> [*, out_features]`."""
-        logits: Tensor = self.factorization.logits(input)
+    def forward(self, input: Tensor, *, as_kept: bool = False) -> Tensor:
+        """Logits of hidden states, `[*, in_features] -> [*, out_features]`.
+
+        With `as_kept` they stay in the order in which the factorization keeps its rows, see `Factorization.kept_at`.
+        """
+        logits: Tensor = self.factorization.logits_as_kept(input) if as_kept else self.factorization.logits(input)
+        if self.bias is None:
+            return logits
+        bias: Tensor = self.bias
+        kept_at = self.factorization.kept_at if as_kept else None
+        if kept_at is not None:
+            bias = torch.empty_like(bias).index_copy(0, kept_at, bias)
         # Under autocast the logits are narrower than the bias: as in `nn.Linear`, their dtype is the result's.
-        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+        return logits + bias.to(logits.dtype)
 
     def tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
         """All logits of `[N, in_features]` hidden states, for at most `tile_rows` words of the vocabulary at a time."""

@@ -104,6 +104,19 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
             `[*, vocab_size]` in vocabulary order.
         """
 
+    @property
+    def kept_at(self) -> Tensor | None:
+        """`[vocab_size]` where the row of every id is kept; None where it is the id itself."""
+        return None
+
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """The same product in the order in which the rows are kept: column `kept_at[i]` is that of id `i`.
+
+        Of many states bringing all logits into the order of ids, and their gradients back, can take as long as the
+        product itself: a loss looks for its targets where they are.
+        """
+        return self.logits(hidden)
+
     @abstractmethod
     def structure(self) -> dict[str, Any]:
         """The structure of the factors without their values, as JSON: enough for `from_spec` to build it empty."""

@@ -164,12 +164,8 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
                 rows.append(block if dense else block @ basis)
         return rows
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`h Wᵀ`, see `Factorization.logits`: one product with all bases side by side, then one a block."""
-        return self.in_vocabulary_order(self.block_logits(hidden))
-
-    def block_logits(self, hidden: Tensor) -> Tensor:
-        """Logits in block order: column `position[i]` is token `i`, column `k` is token `order[k]`."""
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_as_kept`: one product with all bases side by side, then one a block."""
         reduced = torch.split(multiply(hidden, self.basis), self.basis_ranks, dim=-1)
         return torch.cat(
             [

@@ -147,8 +147,18 @@ class RowBlocks(Factorization[OptionsT]):
         """What a maker of tiles has collected of all blocks, one after the other."""
         return maker.made() if self.in_order else maker.made(self.order, self.position)
 
-    def in_vocabulary_order(self, blocks: Tensor) -> Tensor:
-        """Bring `[*, vocab_size]` logits from block order to vocabulary order."""
+    @property
+    def kept_at(self) -> Tensor | None:
+        """See `Factorization.kept_at`."""
+        return None if self.in_order else self.position
+
+    @abstractmethod
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """`h Wᵀ` in block order, see `Factorization.logits_as_kept`."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`h Wᵀ`, see `Factorization.logits`."""
+        blocks = self.logits_as_kept(hidden)
         if self.in_order:
             return blocks
         if is_exporting():

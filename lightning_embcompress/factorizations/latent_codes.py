@@ -219,8 +219,8 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
                 rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`h Wᵀ`, see `Factorization.logits`: one product with the basis, then one a block."""
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_as_kept`: one product with the basis, then one a block."""
         basis, means, scales = self._read()
         reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
         blocks = [
@@ -228,7 +228,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
             + constant[..., block : block + 1]
             for block, (rank, scale) in enumerate(zip(self.ranks, torch.split(scales, self.ranks), strict=True))
         ]
-        return self.in_vocabulary_order(torch.cat(blocks, dim=-1))
+        return torch.cat(blocks, dim=-1)
 
     @classmethod
     def smallest_bytes(

@@ -182,8 +182,8 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
             rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`h Wᵀ`, see `Factorization.logits`: one product with the basis, then one a block."""
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_as_kept`: one product with the basis, then one a block."""
         basis, means, scales = self._read()
         reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
         pieces: list[Tensor] = []
@@ -196,7 +196,7 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
             else:
                 found = [multiply(states, self.coefficients[block])]
             pieces += [part + constant[..., block : block + 1] for part in found]
-        return self.in_vocabulary_order(torch.cat(pieces, dim=-1))
+        return torch.cat(pieces, dim=-1)
 
     def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
         basis, means, scales = self._read()

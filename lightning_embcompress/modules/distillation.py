@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
-from lightning_embcompress.modules.head_loss import head_loss_sum
+from lightning_embcompress.modules.head_loss import head_loss_sum, kept_order
 
 # 2^20 float32 logits = 4 MiB; the loss needs three such buffers, which stay in the cache.
 _CHUNK_ELEMENTS = 2**20
@@ -209,6 +209,11 @@ def distilled_head_loss(
         True
     """
     flat, ids = hidden.flatten(0, -2), targets.flatten()
+    # All logits of a teacher are in the order of ids.
+    kept_at = None if teacher.ids is None else kept_order(head)
+    if kept_at is not None and teacher.ids is not None:
+        ids = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, kept_at[ids.clamp(min=0)])
+        teacher = teacher._replace(ids=kept_at[teacher.ids])
     parts: list[tuple[Tensor, Tensor]] = []
 
     def summed(logits: Tensor, part: slice, gradient: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ def distilled_head_loss(
         parts.append((terms[0], terms[1]))
         return total
 
-    total = head_loss_sum(head, flat, summed, chunk_tokens)
+    total = head_loss_sum(head, flat, summed, chunk_tokens, as_kept=kept_at is not None)
     cross_entropy, divergence = (torch.stack(terms).sum() for terms in zip(*parts, strict=True))
     return _means(total, cross_entropy, divergence, ids)
 

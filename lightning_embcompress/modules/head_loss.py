@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
+from lightning_embcompress.fused_loss import fused_cross_entropy
 from lightning_embcompress.layers import CompressedLinear
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.full_softmax import full_softmax_loss, summed_loss
@@ -45,6 +46,9 @@ def head_softmax_loss(
     float64 parameters): with gradients enabled, the loss takes the memory of one chunk and of these gradients, and no
     more time than with all logits. Hooks of the head see every chunk. Without gradients each chunk goes through
     :func:`torch.nn.functional.cross_entropy`, by which others recognise a loss.
+
+    Of a vocabulary of more than 262,144 words (2^24 logits for 64 tokens), the logits are computed tile by tile, see
+    :func:`~lightning_embcompress.fused_cross_entropy`, unless `chunk_tokens` is given or the head has hooks.
 
     A head that FSDP has sharded is called once, with all tokens, as its parameters are there for one call only.
 
@@ -85,13 +89,52 @@ def head_softmax_loss(
     count = ids.ne(IGNORE_INDEX).sum()
     parameters = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        total = head_loss_sum(head, flat, lambda logits, part, out: summed_loss(logits, ids[part], out), chunk_tokens)
+        if chunk_tokens is None and _is_too_wide(head):
+            return fused_cross_entropy(head, flat, ids, reduction="sum") / count.clamp(min=1), count
+        kept_at = kept_order(head)
+        if kept_at is not None:
+            ids = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, kept_at[ids.clamp(min=0)])
+        total = head_loss_sum(
+            head,
+            flat,
+            lambda logits, part, out: summed_loss(logits, ids[part], out),
+            chunk_tokens,
+            as_kept=kept_at is not None,
+        )
     else:
         total = _without_gradients(head, flat, ids, chunk_tokens)
     return total / count.clamp(min=1), count
 
 
-def head_loss_sum(head: nn.Module, hidden: Tensor, summed: SummedLoss, chunk_tokens: int | None = None) -> Tensor:
+def kept_order(head: nn.Module) -> Tensor | None:
+    """`[vocab_size]` where the logits of ids are that a head gives as its rows are kept; None if it has no other order.
+
+    Nor if it has hooks, which are to see the logits as they are outside of a loss.
+    """
+    if not isinstance(head, CompressedLinear) or _is_watched(head):
+        return None
+    return head.factorization.kept_at
+
+
+def _is_too_wide(head: nn.Module) -> bool:
+    """Whether the logits of the fewest tokens of a call are too many, but known tile by tile."""
+    if not isinstance(head, CompressedLinear | nn.Linear) or type(head) not in (CompressedLinear, nn.Linear):
+        return False
+    return not _is_watched(head) and _LEAST_TOKENS * head.out_features > _MOST_ELEMENTS
+
+
+def _is_watched(head: nn.Module) -> bool:
+    return bool(head._forward_hooks or head._forward_pre_hooks)
+
+
+def head_loss_sum(
+    head: nn.Module,
+    hidden: Tensor,
+    summed: SummedLoss,
+    chunk_tokens: int | None = None,
+    *,
+    as_kept: bool = False,
+) -> Tensor:
     """Return the sum of any loss whose gradient at the logits of a head is known, computed as `head_softmax_loss` is.
 
     Args:
@@ -100,6 +143,7 @@ def head_loss_sum(head: nn.Module, hidden: Tensor, summed: SummedLoss, chunk_tok
         summed: Called for every chunk with its logits ``[n, vocab_size]``, without a graph, with which of the positions
             they are, and with a tensor of the same shape to write the gradient to; gives the sum of the losses.
         chunk_tokens: See `head_softmax_loss`.
+        as_kept: Whether logits come in the order in which a compressed head keeps its rows, see `kept_order`.
 
     Returns:
         The sum, a scalar that can be differentiated once.
@@ -119,7 +163,7 @@ def head_loss_sum(head: nn.Module, hidden: Tensor, summed: SummedLoss, chunk_tok
     """
     head, tensors = _read_once(head)
     parameters = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    total, gradients = _with_gradients(head, hidden, summed, tensors, chunk_tokens)
+    total, gradients = _with_gradients(head, hidden, summed, tensors, chunk_tokens, as_kept)
     function: Any = _Differentiated
     result: Tensor = function.apply(total, gradients, hidden, *parameters.values())
     return result
@@ -132,8 +176,7 @@ def _read_once(head: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """
     parameters: dict[str, Tensor] = dict(head.named_parameters())
     # Whoever watches the head must see it called.
-    watched = head._forward_hooks or head._forward_pre_hooks
-    if not isinstance(head, CompressedLinear) or not head.factorization.is_prepared or watched:
+    if not isinstance(head, CompressedLinear) or not head.factorization.is_prepared or _is_watched(head):
         return head, parameters
     factorization, values = head.factorization.plain()
     rounded = {f"factorization.{name}": value for name, value in values.items()}
@@ -184,7 +227,12 @@ def _without_gradients(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_t
 
 
 def _with_gradients(
-    head: nn.Module, hidden: Tensor, summed: SummedLoss, tensors: dict[str, Tensor], chunk_tokens: int | None
+    head: nn.Module,
+    hidden: Tensor,
+    summed: SummedLoss,
+    tensors: dict[str, Tensor],
+    chunk_tokens: int | None,
+    as_kept: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Sum of the losses, and its gradients at the hidden states and at those tensors that require one."""
     # Other tensors of the same values: hooks of the parameters are called once, by the backward pass.
@@ -200,7 +248,7 @@ def _with_gradients(
     half_scale = min(_HALF_SCALE, 2.0 ** math.floor(math.log2(_HALF_BOUND / max(1, most))))
     for part in parts:
         states = hidden.detach()[part].requires_grad_()
-        logits: Tensor = functional_call(head, called, (states,))
+        logits: Tensor = functional_call(head, called, (states,), {"as_kept": True} if as_kept else None)
         if total is None:
             _check_own(logits, [states, *leaves.values()])
         half = logits.dtype == torch.float16

@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_embcompress import collect_statistics
 from lightning_embcompress.factorizations import METHODS, Quantization
+from lightning_embcompress.factorizations.blocks import RowBlocks
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.modules import LSTMLanguageModel, head_loss
+from lightning_embcompress.modules.distillation import distilled_head_loss, distilled_loss, teacher_scores
 from lightning_embcompress.modules.full_softmax import full_softmax_loss
 from lightning_embcompress.modules.head_loss import head_softmax_loss
 
@@ -359,3 +361,41 @@ def test_many_tokens_of_one_chunk_in_float16() -> None:
     (gradient,) = torch.autograd.grad(loss, head.bias)
     expected = F.softmax(head.bias.detach().float(), -1) - F.one_hot(torch.tensor(0), VOCAB_SIZE)
     torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_logits_stay_in_the_order_of_the_blocks(
+    method: str, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = _compressed(method)
+    hidden, targets = _data()
+    teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), top_k)
+    whole = [
+        full_softmax_loss(head(hidden), targets)[0],
+        distilled_loss(head(hidden), targets, teacher).loss,
+    ]
+    assert head.factorization.kept_at is not None
+    if top_k is not None:
+        monkeypatch.setattr(RowBlocks, "logits", None)
+    chunked = [
+        head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)[0],
+        distilled_head_loss(head, hidden, targets, teacher, chunk_tokens=CHUNK).loss,
+    ]
+    torch.testing.assert_close(chunked, whole)
+    inputs = [hidden, *head.parameters()]
+    for one, other in zip(chunked, whole, strict=True):
+        found, expected = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (one, other))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("head", [_compressed("group_reduce"), _linear()])
+def test_a_large_vocabulary_is_computed_in_tiles(head: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets = _data()
+    expected = _both(head, hidden, targets)[0]
+    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", head_loss._LEAST_TOKENS * VOCAB_SIZE - 1)
+    monkeypatch.setattr(head_loss, "_with_gradients", None)
+    loss, count = head_softmax_loss(head, hidden, targets)
+    (3 * loss).backward()
+    found = {"loss": loss.detach(), "count": count, **_gradients(head, hidden)}
+    torch.testing.assert_close(found, expected)
