@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_embcompress.quantization import convert, prepare, quantize
     from lightning_embcompress.reference import open_reference
     from lightning_embcompress.saved import load_compressed, save_compressed
+    from lightning_embcompress.serving import optimize_for_inference
     from lightning_embcompress.sharding import compress_or_restore, shard_tables
     from lightning_embcompress.statistics import Statistics, collect_statistics
 
@@ -49,6 +50,7 @@ __all__ = [
     "load_compressed",
     "load_from_checkpoint",
     "open_reference",
+    "optimize_for_inference",
     "plan_of",
     "prepare",
     "quantize",
@@ -67,6 +69,7 @@ _HOMES = {
     "quantization": ("convert", "prepare", "quantize"),
     "reference": ("open_reference",),
     "saved": ("load_compressed", "save_compressed"),
+    "serving": ("optimize_for_inference",),
     "sharding": ("compress_or_restore", "shard_tables"),
     "statistics": ("Statistics", "collect_statistics"),
 }

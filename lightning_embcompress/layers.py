@@ -230,6 +230,14 @@ class CompressedLinear(CompressedLayer):
         ]
         return torch.cat(found).view(hidden.shape[:-1])
 
+    def product_factors(self) -> list[Tensor]:
+        """Parameters whose rows are multiplied with states as they are; none while they are being quantized."""
+        if self.factorization.is_prepared:
+            return []
+        states = torch.empty(0, self.in_features, dtype=self.factorization.dtype, device=self.factorization.device)
+        tiles = self.factorization.tiles(states, self.out_features)
+        return [tiles.owned[tile.owns[0][0]] for tile in tiles.tiles if tile.is_product]
+
     def _parts(self, states: Tensor) -> tuple[Tensor, ...]:
         """A few states at a time, so that all of their logits fit into memory."""
         return torch.split(states, decoding_rows(self.out_features))

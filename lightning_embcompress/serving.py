@@ -1,0 +1,53 @@
+"""A compressed model that only predicts: factors laid out for the products of one state, or a few."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_embcompress.factorizations.screening import can_screen, screen_of
+from lightning_embcompress.layers import CompressedLinear
+
+
+@torch.no_grad()
+def optimize_for_inference(model: nn.Module) -> int:
+    """Lay out the factors of compressed softmax heads, in place, for decoding a token or a few at a time.
+
+    Rows of a factor are short, and a product of one state with them adds up within every row. Column by column it is
+    added up over many rows at once, at nearly twice the speed on a CPU. Shapes, values, state dicts and files stay what
+    they are; only the strides of parameters change, so that looking up many rows of a tied table takes longer. The
+    copies in 8 bits by which `CompressedLinear.topk` finds the best tokens are made too, a quarter of the bytes of
+    float32 factors.
+
+    Training goes on to work, but not faster. Parameters in memory that processes share are copied out of it.
+
+    Args:
+        model: Any module with compressed heads; heads whose factors are codes, packed integers or tensor cores stay as
+            they are.
+
+    Returns:
+        Number of heads whose factors were laid out.
+
+    Example:
+        >>> from lightning_embcompress import compress
+        >>> head = nn.Sequential(nn.Linear(64, 2000))
+        >>> plan = compress(head, "low_rank", ratio=4, tables=["0"])
+        >>> optimize_for_inference(head)
+        1
+    """
+    known = set()
+    heads = 0
+    for module in model.modules():
+        if not isinstance(module, CompressedLinear):
+            continue
+        factors = module.product_factors()
+        heads += bool(factors)
+        for factor in factors:
+            if id(factor) in known:
+                continue
+            known.add(id(factor))
+            with torch.inference_mode(mode=False):
+                factor.data = factor.data.T.contiguous().T
+            if can_screen(factor):
+                screen_of(factor)
+    return heads
