@@ -46,8 +46,9 @@ def optimize_for_inference(model: nn.Module) -> int:
             if id(factor) in known:
                 continue
             known.add(id(factor))
-            with torch.inference_mode(mode=False):
-                factor.data = factor.data.T.contiguous().T
+            if factor.stride(0) != 1:
+                with torch.inference_mode(mode=False):
+                    factor.data = factor.data.T.contiguous().T
             if can_screen(factor):
                 screen_of(factor)
     return heads

@@ -57,7 +57,7 @@ def test_nothing_but_strides_changes(method: str, tied: bool, tmp_path: Path) ->
     model(ids).sum().backward()
     before(ids).sum().backward()
     for one, other in zip(model.parameters(), before.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
     densify(model)
     torch.testing.assert_close(model(ids), before(ids))
 
