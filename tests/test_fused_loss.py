@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,3 +311,31 @@ def test_tiles_are_the_logits(method: str, tile_rows: int) -> None:
     if tiles.position is not None:
         logits = logits[:, tiles.position]
     torch.testing.assert_close(logits, head(hidden))
+
+
+def test_deterministic_algorithms_are_enough() -> None:
+    head = _head("group_reduce")
+    hidden, targets = _data()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        _check(head, hidden, targets, reduction="none", label_smoothing=0.1)
+        assert torch.equal(*(fused_cross_entropy(head, hidden, targets) for _ in range(2)))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.full
+def test_memory_does_not_grow() -> None:
+    head = _head("group_reduce", torch.float32)
+    hidden, targets = _data(torch.float32)
+    resident = []
+    for step in range(10_000):
+        fused_cross_entropy(head, hidden, targets, tile_rows=ROWS).backward()
+        head.topk(hidden[:2], 3)
+        head.zero_grad()
+        hidden.grad = None
+        if step in (2_000, 9_999):
+            gc.collect()
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert resident[1] - resident[0] < 2**20
