@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_embcompress.decoding import Best, decoding_rows, log_prob, sample, topk
 from lightning_embcompress.factorizations import Factorization
+from lightning_embcompress.factorizations.base import is_exporting
 from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.scaled_embeddings import Scale
 
@@ -44,12 +46,21 @@ class CompressedEmbedding(CompressedLayer):
         norm_type: The p of that norm.
         scale: What rows are multiplied by, if the embedding was of a class that does so; the factors are those of the
             table as it is stored, which a tied softmax reads without the scale.
+        sparse: Whether the gradients of all factors are sparse tensors, as that of the weight of an `nn.Embedding` with
+            `sparse=True`. Factors with rows for every token get those of the ids that are looked up and no others, so
+            that a step of `torch.optim.SparseAdam`, or of `SGD` without momentum, takes no longer for a larger
+            vocabulary. Factors that all tokens share get all of their rows. A softmax that reads the same table adds
+            dense gradients to them, and the sum is dense. `DistributedDataParallel` knows sparse gradients of
+            `nn.Embedding` alone: under it the first lookup is refused.
 
     Example:
         >>> from lightning_embcompress.factorizations import LowRank
-        >>> layer = CompressedEmbedding(LowRank(vocab_size=100, dim=16, rank=4))
+        >>> layer = CompressedEmbedding(LowRank(vocab_size=100, dim=16, rank=4), sparse=True)
         >>> layer(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 3, 16])
+        >>> layer(torch.tensor([7, 5, 7])).sum().backward()
+        >>> layer.factorization.coefficients.grad.coalesce().indices()
+        tensor([[5, 7]])
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class CompressedEmbedding(CompressedLayer):
         max_norm: float | None = None,
         norm_type: float = 2.0,
         scale: Scale | None = None,
+        sparse: bool = False,
     ) -> None:
         """Keep the factorization and what the embedding had beside its weight."""
         super().__init__(factorization)
@@ -68,13 +80,20 @@ class CompressedEmbedding(CompressedLayer):
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale = scale
+        self.sparse = sparse
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the table for ids, `[*] -> [*, embedding_dim]`, in the dtype of the factors."""
+        """Rows of the table for ids, `[*] -> [*, embedding_dim]`, in the dtype of the factors.
+
+        Raises:
+            RuntimeError: If gradients are sparse, under `DistributedDataParallel`.
+        """
         # `input` as in `nn.Embedding`: foreign code may pass it by name.
         ids = input
         with torch.autocast(ids.device.type, enabled=False):
-            rows: Tensor = self.factorization.rows(ids)
+            rows: Tensor = self.factorization.rows(ids, sparse=self.sparse and not is_exporting())
+            if self.sparse and rows.requires_grad:
+                _refuse_data_parallel(type(self).__name__)
             if self.padding_idx is not None:
                 rows = torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
             if self.max_norm is not None:
@@ -86,7 +105,18 @@ class CompressedEmbedding(CompressedLayer):
         """Arguments for `print(module)`."""
         padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
         scale = f", scale={self.scale.value:g}" if self.scale is not None else ""
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}{scale}"
+        sparse = ", sparse=True" if self.sparse else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}{scale}{sparse}"
+
+
+def _refuse_data_parallel(name: str) -> None:
+    """Say what `DistributedDataParallel` would end with in the backward pass, in words that name no layer."""
+    if DistributedDataParallel._get_active_ddp_module() is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            f"{name} has sparse=True, but DistributedDataParallel takes sparse gradients of nn.Embedding alone: set "
+            "`sparse = False` on the layer and train its factors with an optimizer of dense gradients, such as Adam; "
+            "or train on one device"
+        )
 
 
 class CompressedLinear(CompressedLayer):

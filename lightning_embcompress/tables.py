@@ -107,8 +107,8 @@ def replace_table(
 ) -> None:
     """Put compressed layers that share one factorization in the place of the modules that read a table.
 
-    Bias, `padding_idx`, `max_norm` and the scale of a scaled embedding stay what they were. A layer that was compiled
-    by `layer.compile()` is followed by one that is not, and it is said.
+    Bias, `padding_idx`, `max_norm`, `sparse` and the scale of a scaled embedding stay what they were. A layer that was
+    compiled by `layer.compile()` is followed by one that is not, and it is said.
 
     Args:
         model: The module that holds them.
@@ -123,7 +123,9 @@ def replace_table(
         new: CompressedLayer
         if isinstance(old, nn.Embedding | CompressedEmbedding):
             scale = scale_of(old) if isinstance(old, nn.Embedding) else old.scale
-            new = CompressedEmbedding(factorization, old.padding_idx, old.max_norm, old.norm_type, scale)
+            new = CompressedEmbedding(
+                factorization, old.padding_idx, old.max_norm, old.norm_type, scale, sparse=old.sparse
+            )
         else:
             assert isinstance(old, nn.Linear | CompressedLinear)
             new = CompressedLinear(factorization, old.bias)
@@ -166,7 +168,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             else:
                 new = nn.Embedding(table.vocab_size, table.dim, padding_idx=old.padding_idx, _weight=weight)
                 new.weight = weight
-            new.max_norm, new.norm_type = old.max_norm, old.norm_type
+            new.max_norm, new.norm_type, new.sparse = old.max_norm, old.norm_type, old.sparse
         else:
             assert isinstance(old, CompressedLinear)
             # Made on the meta device: its own weight is thrown away at once.
@@ -334,10 +336,10 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
             if "_orig_mod" in module._modules:
                 remedy = _remedy_of_wrapped(path)
             raise ValueError(f"{where} is a {type(module).__module__}.{type(module).__qualname__}: {remedy}")
-        if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
+        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
             raise ValueError(
-                f"{where} has sparse=True or scale_grad_by_freq=True, which factors cannot honour; both only concern "
-                "gradients: set them to False before compressing"
+                f"{where} has scale_grad_by_freq=True: gradients of rows are divided by how often a batch has them, "
+                "and factors that many rows share have no such gradient; set it to False before compressing"
             )
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise ValueError(f"{where} has hooks, which would be lost; remove them and register them after compression")

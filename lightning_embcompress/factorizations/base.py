@@ -83,11 +83,13 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
         """How the factors were found (method, options, error), as JSON; kept in plans."""
 
     @abstractmethod
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table.
 
         Args:
             ids: `[*]` token ids.
+            sparse: Whether the gradients of all factors are sparse tensors: of a factor with rows for every token with
+                the rows of these ids alone.
 
         Returns:
             `[*, dim]` in the dtype of the factors.

@@ -153,14 +153,14 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
         self.basis_ranks = [0 if dense else rank for rank, dense in zip(ranks, self.dense_blocks, strict=True)]
         self.basis = nn.Parameter(torch.zeros(sum(self.basis_ranks), dim, dtype=dtype, device=device))
 
-    def rows_of_blocks(self, places: Sequence[Tensor | None]) -> list[Tensor]:
+    def rows_of_blocks(self, places: Sequence[Tensor | None], sparse: bool = False) -> list[Tensor]:
         """Rows of a block share one product with its basis, see `RowBlocks.rows_of_blocks`."""
         rows = []
         for place, coefficients, basis, dense in zip(
-            places, self.coefficients, self.bases(), self.dense_blocks, strict=True
+            places, self.coefficients, self.bases(sparse), self.dense_blocks, strict=True
         ):
             if place is not None:
-                block = read_rows(coefficients, place)
+                block = read_rows(coefficients, place, sparse)
                 rows.append(block if dense else block @ basis)
         return rows
 
@@ -183,9 +183,9 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
             maker.add_product(coefficients, states if dense else maker.share(part))
         return self.tiles_in_block_order(maker)
 
-    def bases(self) -> tuple[Tensor, ...]:
+    def bases(self, sparse: bool = False) -> tuple[Tensor, ...]:
         """`[rank, dim]` basis of every block; of no rows for a block that is kept as its rows."""
-        return torch.split(whole(self.basis), self.basis_ranks)
+        return torch.split(whole(self.basis, sparse), self.basis_ranks)
 
     def balance(self) -> None:
         """See `Factorization.balance`."""

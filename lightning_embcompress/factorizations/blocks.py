@@ -97,17 +97,18 @@ class RowBlocks(Factorization[OptionsT]):
         return integers(spec, "sizes", MOST_BLOCKS)
 
     @abstractmethod
-    def rows_of_blocks(self, places: Sequence[Tensor | None]) -> list[Tensor]:
+    def rows_of_blocks(self, places: Sequence[Tensor | None], sparse: bool = False) -> list[Tensor]:
         """Rows of the table by where they are in their blocks.
 
         Args:
             places: For every block `[*]` places from 0 to its size; None for a block that is not asked for.
+            sparse: Whether gradients are sparse, see `Factorization.rows`.
 
         Returns:
             `[*, dim]` for every block that is asked for.
         """
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
             return self._exported_rows(ids)
@@ -124,7 +125,7 @@ class RowBlocks(Factorization[OptionsT]):
             start += size
         place = torch.empty_like(by_position)
         place[by_position] = torch.arange(by_position.numel(), device=place.device)
-        return F.embedding(place[inverse], torch.cat(self.rows_of_blocks(places)))
+        return F.embedding(place[inverse], torch.cat(self.rows_of_blocks(places, sparse)))
 
     def _exported_rows(self, ids: Tensor) -> Tensor:
         """Rows in a graph whose shapes do not depend on the ids: every id is looked up in every block."""

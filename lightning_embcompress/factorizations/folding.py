@@ -113,13 +113,13 @@ class FoldedTable(Factorization[FoldingOptionsT]):
     def _costs(self) -> tuple[int, int, int]:
         """Multiplications of all rows, and those of a contraction for one state; elements that the latter makes."""
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once.
 
         Raises:
             IndexError: If an id is out of range.
         """
-        factors = self.whole_factors()
+        factors = self.whole_factors(sparse)
         if is_exporting():
             rows = self._rows_of(ids.flatten().long(), False, *factors)
             return rows[:, : self.dim].reshape(*ids.shape, self.dim)

@@ -50,12 +50,12 @@ class FullTable(Factorization[Options]):
         table.weight = weight
         return table
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is read once."""
         if is_exporting():
             return read_rows(self.weight, ids)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, read_rows(self.weight, distinct))
+        return F.embedding(inverse, read_rows(self.weight, distinct, sparse))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""

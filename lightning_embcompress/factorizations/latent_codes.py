@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lightning_embcompress.factorizations.base import Factorization
 from lightning_embcompress.factorizations.blocks import RowBlocks
-from lightning_embcompress.factorizations.quantized import Quantization, straight_through
+from lightning_embcompress.factorizations.quantized import Quantization, read_rows, straight_through, whole
 from lightning_embcompress.factorizations.shared_basis import (
     SharedBasisBlocks,
     TransformCodingOptions,
@@ -172,13 +172,13 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         coded.provenance, coded.predicted_loss = dict(self.provenance), self.predicted_loss
         return coded.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
 
-    def _read(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Basis, means and scales as they will be stored."""
         basis, means = (
-            straight_through(own * unit, as_stored)
+            straight_through(whole(own, sparse) * unit, as_stored)
             for unit, own in zip(self.units, (self.basis, self.means), strict=True)
         )
-        return basis, means, torch.exp2(straight_through(self.log_scales, _stored_logarithms))
+        return basis, means, torch.exp2(straight_through(whole(self.log_scales, sparse), _stored_logarithms))
 
     def _values(self, numbers: Tensor, block: int) -> Tensor:
         """Levels that are nearest to numbers of a block."""
@@ -207,14 +207,14 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
             values[f"coefficients.{block}"] = self._values(numbers, block) * scale
         return plain, values
 
-    def rows_of_blocks(self, places: Sequence[Tensor | None]) -> list[Tensor]:
+    def rows_of_blocks(self, places: Sequence[Tensor | None], sparse: bool = False) -> list[Tensor]:
         """Rows of the table by their places in every block, see `RowBlocks.rows_of_blocks`."""
-        basis, means, scales = self._read()
+        basis, means, scales = self._read(sparse)
         rows = []
         for block, (place, scale) in enumerate(zip(places, torch.split(scales, self.ranks), strict=True)):
             if place is not None:
                 shape = (*place.shape, self.ranks[block])
-                numbers = F.embedding(place.reshape(-1), self.coefficients[block])
+                numbers = read_rows(self.coefficients[block], place.reshape(-1), sparse)
                 values = self._values(numbers, block).view(shape) * scale
                 rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows

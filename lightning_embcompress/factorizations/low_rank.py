@@ -98,12 +98,12 @@ class LowRank(Factorization[LowRankOptions]):
         self.coefficients = nn.Parameter(torch.zeros(vocab_size, rank, dtype=dtype, device=device))
         self.basis = nn.Parameter(torch.zeros(rank, dim, dtype=dtype, device=device))
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
             return read_rows(self.coefficients, ids) @ whole(self.basis)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, read_rows(self.coefficients, distinct) @ whole(self.basis))
+        return F.embedding(inverse, read_rows(self.coefficients, distinct, sparse) @ whole(self.basis, sparse))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ = (h Bᵀ) Uᵀ`, see `Factorization.logits`."""

@@ -240,13 +240,14 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
             parts.append(F.embedding(index, table.transpose(0, 1).reshape(-1, size)).reshape(-1, count * size))
         return torch.cat(parts, dim=1)
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
             rows = self._rows_of(self.codes.index_select(0, ids.flatten()), whole(self.codebook))
             return rows.reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, self._rows_of(self.codes.index_select(0, distinct), whole(self.codebook)))
+        codes, codebook = self.codes.index_select(0, distinct), whole(self.codebook, sparse)
+        return F.embedding(inverse, self._rows_of(codes, codebook))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""

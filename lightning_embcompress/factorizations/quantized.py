@@ -3,6 +3,9 @@
 A factorization reads its factors by `read_rows`, `multiply`, `pieces` and `whole`. They take a parameter as it is, or
 what stands in its place: a `FakeQuantizedFactor`, which trains numbers and reads them as they will be stored, or a
 `PackedFactor`, which has the integers alone. Only what is asked for is quantized, or unpacked.
+
+Where a lookup asks for sparse gradients, that of a factor read by rows has those rows alone, and that of a factor that
+is read as a whole has all of its rows: small as these are, all factors of a table then suit one optimizer.
 """
 
 from __future__ import annotations
@@ -201,18 +204,20 @@ class FakeQuantizedFactor(QuantizedFactor):
         elif self.scales is None:
             self.scales = self._ranges().to(self.weight.dtype)
 
-    def rows(self, place: Tensor) -> Tensor:
+    def rows(self, place: Tensor, sparse: bool = False) -> Tensor:
         """`[*, columns]` rows as they will be stored; no others are looked at, but those they share a scale with."""
         rows, columns = self.matrix
-        weight, of = self.weight.view(rows, columns), self.quantization
+        # Not a view where there need be none: sparse gradients have no views.
+        weight = self.weight if self.weight.ndim == 2 else self.weight.view(rows, columns)
+        of = self.quantization
         flat = place.reshape(-1)
-        found = F.embedding(flat, weight)
+        found = F.embedding(flat, weight, sparse=sparse)
         if not found.numel():
             return found.view(*place.shape, columns)
         group_rows, _ = group_shape(columns, of.group_size)
         group = torch.div(flat, group_rows, rounding_mode="floor")
         if self.scales is not None:
-            scales = rounded_to(F.embedding(group, self.scales), of.scales)
+            scales = rounded_to(F.embedding(group, self.scales, sparse=sparse), of.scales)
         elif group_rows == 1:
             scales = self._scales_of(found)
         else:
@@ -223,13 +228,13 @@ class FakeQuantizedFactor(QuantizedFactor):
             *place.shape, columns
         )
 
-    def whole(self) -> Tensor:
+    def whole(self, sparse: bool = False) -> Tensor:
         """All of it, as it will be stored."""
         of = self.quantization
-        weight = self.weight.view(self.matrix)
+        weight = whole(self.weight, sparse).view(self.matrix)
         if not weight.numel():
-            return self.weight
-        scales = self._scales_of(weight) if self.scales is None else rounded_to(self.scales, of.scales)
+            return weight.view(self.shape)
+        scales = self._scales_of(weight) if self.scales is None else rounded_to(whole(self.scales, sparse), of.scales)
         return fake_quantize(weight, scales, of.bits, of.group_size, clips=self.scales is not None).view(self.shape)
 
     def multiply(self, hidden: Tensor) -> Tensor:
@@ -336,11 +341,13 @@ Factor: TypeAlias = Tensor | QuantizedFactor
 _Readable: TypeAlias = FakeQuantizedFactor | PackedFactor
 
 
-def read_rows(factor: Factor, place: Tensor) -> Tensor:
-    """Rows of a factor, `[*, columns]` for places `[*]`."""
+def read_rows(factor: Factor, place: Tensor, sparse: bool = False) -> Tensor:
+    """Rows of a factor, `[*, columns]` for places `[*]`; with a sparse gradient that has no other rows, if asked."""
     if isinstance(factor, Tensor):
-        return F.embedding(place, factor)
-    return cast(_Readable, factor).rows(place)
+        return F.embedding(place, factor, sparse=sparse)
+    if isinstance(factor, FakeQuantizedFactor):
+        return factor.rows(place, sparse)
+    return cast(PackedFactor, factor).rows(place)
 
 
 def multiply(hidden: Tensor, factor: Factor) -> Tensor:
@@ -350,9 +357,13 @@ def multiply(hidden: Tensor, factor: Factor) -> Tensor:
     return cast(_Readable, factor).multiply(hidden)
 
 
-def whole(factor: Factor) -> Tensor:
-    """All of a factor: for those that are small, or about to leave."""
-    return factor if isinstance(factor, Tensor) else cast(_Readable, factor).whole()
+def whole(factor: Factor, sparse: bool = False) -> Tensor:
+    """All of a factor: for those that are small, or about to leave; with a sparse gradient of all rows, if asked."""
+    if isinstance(factor, Tensor):
+        return cast(Tensor, _SparseGradient.apply(factor)) if sparse else factor  # type: ignore[no-untyped-call]
+    if isinstance(factor, FakeQuantizedFactor):
+        return factor.whole(sparse)
+    return cast(PackedFactor, factor).whole()
 
 
 def pieces(factor: Factor, step: int) -> Iterator[Tensor]:
@@ -368,6 +379,20 @@ def in_place_of(parameter: nn.Parameter, quantization: Quantization, state: Stat
     if state == "packed":
         return PackedFactor(parameter.shape, quantization, parameter.dtype, parameter.device)
     return FakeQuantizedFactor(parameter, quantization, frozen=state == "frozen")
+
+
+class _SparseGradient(torch.autograd.Function):
+    """A tensor as it is; its gradient is a sparse one with all rows, which optimizers of sparse gradients take."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor) -> Tensor:
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        values = gradients[0].contiguous()
+        rows = torch.arange(len(values), device=values.device).unsqueeze(0)
+        return torch.sparse_coo_tensor(rows, values, values.shape, is_coalesced=True)
 
 
 class _Straight(torch.autograd.Function):

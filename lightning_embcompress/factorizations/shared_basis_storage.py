@@ -147,10 +147,10 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
         if self.is_coded and prefix + "packed_codes" in state_dict and not self.packed_codes.is_meta:
             self._unpack()
 
-    def _read(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Basis, means, and scales of every block, of codes."""
         if not self.is_coded:
-            return whole(self.basis), whole(self.means), [self.position.new_empty(0)] * len(self.sizes)
+            return whole(self.basis, sparse), whole(self.means, sparse), [self.position.new_empty(0)] * len(self.sizes)
         basis = (self.basis_codes.to(self.dtype) - 128) * self.basis_scales.unsqueeze(1)
         means = (self.mean_codes.to(self.dtype) - 128) * self.mean_scales.unsqueeze(1)
         scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
@@ -165,20 +165,21 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
             for runs in self.segments
         ]
 
-    def rows_of_blocks(self, places: Sequence[Tensor | None]) -> list[Tensor]:
+    def rows_of_blocks(self, places: Sequence[Tensor | None], sparse: bool = False) -> list[Tensor]:
         """Rows of the table by their places in every block, see `RowBlocks.rows_of_blocks`."""
-        basis, means, scales = self._read()
+        basis, means, scales = self._read(sparse)
         codes = self._block_codes() if self.is_coded else []
         offsets = self._offsets() if self.is_coded else []
+        levels = whole(self.levels, sparse) if self.is_coded else None
         rows = []
         for block, place in enumerate(places):
             if place is None:
                 continue
-            if self.is_coded:
+            if levels is not None:
                 index = F.embedding(place, codes[block]).int() + offsets[block]
-                values = _looked_up(self.levels, index) * scales[block]
+                values = _looked_up(levels, index) * scales[block]
             else:
-                values = read_rows(self.coefficients[block], place)
+                values = read_rows(self.coefficients[block], place, sparse)
             rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows
 

@@ -44,10 +44,11 @@ class QuantizationStates(nn.Module):
         self.state: State = "fake"
         """Whether they train, or are packed; of factors that are quantized."""
 
-    def whole_factors(self) -> list[Tensor]:
-        """All factors, in the order of `parameters()` of those that are not quantized."""
+    def whole_factors(self, sparse: bool = False) -> list[Tensor]:
+        """All factors, in the order of `parameters()` of those that are not quantized; their gradients may be sparse."""
         own = [parameter for parameter in self._parameters.values() if parameter is not None]
-        return [*own, *(whole(part) for child in self.children() for part in _parts(child))]
+        parts = [part for child in self.children() for part in _parts(child)]
+        return [whole(factor, sparse) for factor in [*own, *parts]]
 
     @property
     def may_train(self) -> bool:

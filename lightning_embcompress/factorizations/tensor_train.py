@@ -125,13 +125,14 @@ class TensorTrain(Factorization[TensorTrainOptions]):
         self.ranks = list(ranks)
         self.cores = nn.Parameter(torch.zeros(vocab_size, sum(core_sizes(shape, ranks)), dtype=dtype, device=device))
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
             rows = train_rows(read_rows(self.cores, ids.flatten()), self.shape, self.ranks, self.dim)
             return rows.reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, train_rows(read_rows(self.cores, distinct), self.shape, self.ranks, self.dim))
+        cores = read_rows(self.cores, distinct, sparse)
+        return F.embedding(inverse, train_rows(cores, self.shape, self.ranks, self.dim))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""

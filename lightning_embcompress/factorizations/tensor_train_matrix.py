@@ -151,13 +151,13 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
             for left, rows, columns, right in zip(ranks, vocab_shape, dim_shape, ranks[1:], strict=False)
         )
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`.
 
         Raises:
             IndexError: If an id is out of range.
         """
-        cores = self.whole_factors()
+        cores = self.whole_factors(sparse)
         if is_exporting():
             return rows_of_ids(cores, ids.flatten())[:, : self.dim].reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
