@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_embcompress.checkpoint import keep_structure, load_from_checkpoint, structure_from_checkpoint
     from lightning_embcompress.factorizations import Quantization
     from lightning_embcompress.fused_loss import fused_cross_entropy
+    from lightning_embcompress.generation import generate_from_best
     from lightning_embcompress.modules import CompressedLanguageModel
     from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
     from lightning_embcompress.quantization import convert, prepare, quantize
@@ -46,6 +47,7 @@ __all__ = [
     "convert",
     "densify",
     "fused_cross_entropy",
+    "generate_from_best",
     "keep_structure",
     "load_compressed",
     "load_from_checkpoint",
@@ -64,6 +66,7 @@ _HOMES = {
     "checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
     "factorizations": ("Quantization",),
     "fused_loss": ("fused_cross_entropy",),
+    "generation": ("generate_from_best",),
     "modules": ("CompressedLanguageModel",),
     "plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
     "quantization": ("convert", "prepare", "quantize"),

@@ -134,6 +134,9 @@ class CompressedLinear(CompressedLayer):
     """
 
     bias: nn.Parameter | None
+    best: int | None = None
+    """How many tokens of every state get a logit where no gradient is wanted, see `generation.only_best`; None for all.
+    """
 
     def __init__(self, factorization: Factorization[Any], bias: nn.Parameter | None = None) -> None:
         """Keep the factorization and the bias."""
@@ -147,6 +150,10 @@ class CompressedLinear(CompressedLayer):
 
         With `as_kept` they stay in the order in which the factorization keeps its rows, see `Factorization.kept_at`.
         """
+        if self.best is not None and not torch.is_grad_enabled():
+            found = self.topk(input, self.best)
+            none = found.logits.new_full((*input.shape[:-1], self.out_features), -torch.inf)
+            return none.scatter_(-1, found.ids, found.logits)
         logits: Tensor = self.factorization.logits_as_kept(input) if as_kept else self.factorization.logits(input)
         if self.bias is None:
             return logits

@@ -1,0 +1,92 @@
+"""`generate()` of transformers with a compressed softmax that computes the best tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lightning_embcompress.layers import CompressedLinear
+
+# What these make of the scores of the best tokens does not depend on others.
+_KNOWN = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
+
+
+def generate_from_best(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """Decode greedily, or by sampling from the `top_k` best, from those alone: for `generate(custom_generate=...)`.
+
+    What comes out is what `generate` gives without it, for a head that has to find the best tokens only, see
+    `CompressedLinear.topk`. Of all other tokens the scores are minus infinity, in `output_scores` too.
+
+    Args:
+        model: A causal language model of transformers with a compressed head.
+        input_ids: From `generate`, as everything below.
+        logits_processor: Only temperature, top k and top p, of which top k has to be one where tokens are sampled.
+        stopping_criteria: Any.
+        generation_config: Any of greedy search or sampling.
+        **model_kwargs: Go to the model.
+
+    Raises:
+        ValueError: If the head is not compressed, or scores of other tokens could matter.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from lightning_embcompress import compress
+        >>> sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=500, **sizes)).eval()
+        >>> plan = compress(model, "low_rank", ratio=2)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model.generate(ids, custom_generate=generate_from_best, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, CompressedLinear):
+        raise ValueError(
+            f"the head of {type(model).__name__} is a {type(head).__name__}, which is not compressed: compress its "
+            "table, or leave custom_generate out"
+        )
+    others = [type(one).__name__ for one in logits_processor if type(one).__name__ not in _KNOWN]
+    if others:
+        raise ValueError(f"{', '.join(others)} may need the scores of all tokens: leave custom_generate out")
+    count = 1
+    if generation_config.do_sample:
+        kept = [one.top_k for one in logits_processor if type(one).__name__ == "TopKLogitsWarper"]
+        if not kept:
+            raise ValueError("samples are drawn from all tokens: set top_k, or leave custom_generate out")
+        count = min(kept)
+    with only_best(head, min(count, head.out_features)):
+        return model._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
+
+
+@contextmanager
+def only_best(head: CompressedLinear, k: int) -> Iterator[None]:
+    """Let a head give minus infinity for all tokens but the `k` best of every state, where no gradient is wanted.
+
+    Example:
+        >>> from lightning_embcompress.factorizations import LowRank
+        >>> head = CompressedLinear(LowRank.decompose(torch.randn(100, 16), 4000))
+        >>> with torch.no_grad(), only_best(head, 3):
+        ...     int(head(torch.randn(2, 16)).isfinite().sum())
+        6
+    """
+    before = head.best
+    head.best = k
+    try:
+        yield
+    finally:
+        head.best = before
