@@ -155,14 +155,9 @@ _REFUSED: list[tuple[Callable[[], nn.Module], str | list[str], str]] = [
     (_parametrized, "auto", r"module 'encoder' of table 'encoder' is a .*ParametrizedEmbedding: only plain"),
     (_tied_elsewhere, "auto", r"module 'head' of table 'encoder' is a .*_Functional: only plain"),
     (
-        lambda: nn.ModuleDict({"encoder": nn.Embedding(100, 8, sparse=True)}),
-        "auto",
-        r"module 'encoder' of table 'encoder' has sparse=True .*set them to False",
-    ),
-    (
         lambda: nn.ModuleDict({"encoder": nn.Embedding(100, 8, scale_grad_by_freq=True)}),
         "auto",
-        r"module 'encoder' of table 'encoder' has .*scale_grad_by_freq=True.*set them to False",
+        r"module 'encoder' of table 'encoder' has scale_grad_by_freq=True: .*set it to False before compressing",
     ),
     (lambda: nn.Embedding(100, 8), "auto", r"the model is itself an Embedding.*put it into a module"),
     # The small projection beside compressed tables must not be taken for a table.

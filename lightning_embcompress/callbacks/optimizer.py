@@ -156,17 +156,21 @@ def pull_back(factorization: Factorization[Any], moment: Tensor) -> list[tuple[n
 
     Args:
         factorization: Of a table `[vocab_size, dim]`.
-        moment: `[vocab_size, dim]`.
+        moment: `[vocab_size, dim]`, dense or sparse.
 
     Returns:
         Every trained parameter, and its moment of the same shape.
     """
     factors = [parameter for parameter in factorization.parameters() if parameter.requires_grad]
     sums = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for parameter in factors]
-    for ids in torch.arange(factorization.vocab_size, device=factorization.device).tensor_split(_PARTS):
+    every = torch.arange(factorization.vocab_size, device=factorization.device)
+    if moment.is_sparse:
+        moment = moment.coalesce()
+        every, moment = moment.indices()[0], moment.values()
+    for ids, moments in zip(every.tensor_split(_PARTS), moment.tensor_split(_PARTS), strict=True):
         with torch.enable_grad():
             rows = factorization.rows(ids)
-        for total, part in zip(sums, _gradients(rows, factors, moment[ids].to(rows)), strict=True):
+        for total, part in zip(sums, _gradients(rows, factors, moments.to(rows)), strict=True):
             total += part
     return list(zip(factors, sums, strict=True))
 
