@@ -418,12 +418,8 @@ class _TwoOptimizers(LightningModule):
         return [SparseAdam(list(self.encoder.parameters()), lr=0.02), Adam(rest, lr=0.02)]
 
 
-def _fitted(folder: Path, resume: Path | None = None) -> tuple[_TwoOptimizers, Trainer]:
-    seed_everything(0, verbose=False)
-    model = _TwoOptimizers()
-    text = torch.randint(0, VOCAB_SIZE, (16, 7), generator=torch.Generator().manual_seed(2))
-    data = DataLoader(TensorDataset(text[:, :-1], text[:, 1:]), batch_size=4)
-    trainer = Trainer(
+def _trainer(folder: Path, **given: Any) -> Trainer:
+    return Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         max_epochs=4,
@@ -431,11 +427,22 @@ def _fitted(folder: Path, resume: Path | None = None) -> tuple[_TwoOptimizers, T
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[3], groups=3, monitor=None),
+            GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[3], groups=3),
             ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
         ],
+        **given,
     )
-    trainer.fit(model, data, ckpt_path=resume)
+
+
+def _data() -> DataLoader[Any]:
+    text = torch.randint(0, VOCAB_SIZE, (16, 7), generator=torch.Generator().manual_seed(2))
+    return DataLoader(TensorDataset(text[:, :-1], text[:, 1:]), batch_size=4)
+
+
+def _fitted(folder: Path, resume: Path | None = None) -> tuple[_TwoOptimizers, Trainer]:
+    seed_everything(0, verbose=False)
+    model, trainer = _TwoOptimizers(), _trainer(folder)
+    trainer.fit(model, _data(), ckpt_path=resume)
     return model, trainer
 
 
@@ -475,3 +482,13 @@ def test_data_parallel_training_is_refused_with_a_remedy() -> None:
     layer.sparse = False
     wrapped(IDS).sum().backward()
     assert not layer.factorization.basis.grad.is_sparse
+
+
+@pytest.mark.usefixtures("process_group")
+def test_callbacks_refuse_data_parallel_training_before_the_first_step(tmp_path: Path) -> None:
+    model = _TwoOptimizers()
+    before = copy.deepcopy(model.state_dict())
+    message = r"module 'encoder' of table 'encoder' has sparse=True, .* that GroupReduce puts .* set `sparse = False`"
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, strategy="ddp", devices=1).fit(model, _data())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

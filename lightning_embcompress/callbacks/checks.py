@@ -9,8 +9,11 @@ from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveragin
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS
+
+from lightning_embcompress.tables import Table
 
 
 def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: Sequence[int]) -> None:
@@ -61,6 +64,31 @@ def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: 
             f"{argument} asks for epoch {last}, but max_epochs={trainer.max_epochs} ends before it (epochs count from "
             f"0): train for at least {last + 1} epochs or choose an earlier one"
         )
+
+
+def check_gradients(trainer: Trainer, name: str, tables: Sequence[Table]) -> None:
+    """Refuse sparse gradients of tables where those of their factors cannot be had.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        name: Of the callback that asks.
+        tables: What it is to replace.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    if not isinstance(trainer.strategy, DDPStrategy):
+        return
+    for table in tables:
+        for path in table.modules:
+            layer = trainer.lightning_module.get_submodule(path)
+            if isinstance(layer, nn.Embedding) and layer.sparse:
+                raise ValueError(
+                    f"module {path!r} of table {table.name!r} has sparse=True, and DistributedDataParallel takes "
+                    f"sparse gradients of nn.Embedding alone, not of the factors that {name} puts in its place: set "
+                    "`sparse = False` on it and train it with an optimizer of dense gradients, such as Adam; or train "
+                    "on one device"
+                )
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_embcompress.budget import Request, Tie, check_budget, check_counts
 from lightning_embcompress.callbacks.asked import Asked
-from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
+from lightning_embcompress.callbacks.checks import check_gradients, check_optimizers, check_trainer, is_fast_dev_run
 from lightning_embcompress.callbacks.counting import counts_for, known_counts
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
@@ -245,6 +245,7 @@ class EmbeddingCompression(ScheduledCallback):
                 "the callback, restore them with densify(model), or name other modules as tables"
             )
         requests = self._asked.requests(module)
+        check_gradients(trainer, type(self).__name__, [request.table for request in requests])
         self._asked.check(trainer, module, requests)
         if len(_compressing(trainer)) > 1:
             check_order([callback._turn(module) for callback in _compressing(trainer) if not callback._compressed])

@@ -45,7 +45,7 @@ class QuantizationStates(nn.Module):
         """Whether they train, or are packed; of factors that are quantized."""
 
     def whole_factors(self, sparse: bool = False) -> list[Tensor]:
-        """All factors, in the order of `parameters()` of those that are not quantized; their gradients may be sparse."""
+        """All factors, in the order of `parameters()` of those that are not quantized; see `whole`."""
         own = [parameter for parameter in self._parameters.values() if parameter is not None]
         parts = [part for child in self.children() for part in _parts(child)]
         return [whole(factor, sparse) for factor in [*own, *parts]]
