@@ -12,13 +12,15 @@ from typing import Any, Literal
 import torch
 import transformers
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typing_extensions import override
 
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.base import LanguageModel, Stage
 from lightning_embcompress.modules.full_softmax import full_softmax_loss
+from lightning_embcompress.modules.head_loss import head_softmax_loss
+from lightning_embcompress.storage import is_sharded
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -106,6 +108,7 @@ class HuggingFaceCausalLM(LanguageModel):
         self.hparams.update(pretrained=None, config=_recorded(model.config))
         self.model: Any = model
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        self._head_is_last: bool | None = None
         if gradient_checkpointing:
             _checkpoint_activations(model)
 
@@ -140,14 +143,17 @@ class HuggingFaceCausalLM(LanguageModel):
         Returns:
             Logits, shape ``[batch_size, seq_len, vocab_size]``, in the dtype of the weights, or of autocast.
         """
+        scored: Tensor = self.model(**self._arguments(input_ids, attention_mask)).logits
+        return scored
+
+    def _arguments(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
             if self._takes_position_ids:
                 # Some models count the padding on the left as positions, if nobody tells them.
                 arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        scored: Tensor = self.model(**arguments).logits
-        return scored
+        return arguments
 
     @override
     def logits(self, inputs: Tensor, stage: Stage) -> Tensor:
@@ -166,18 +172,54 @@ class HuggingFaceCausalLM(LanguageModel):
             Logits, ``[batch_size, seq_len, vocab_size]``, and target ids, int64, ``[batch_size, seq_len]``, -100 where
             nothing is predicted, as at the last position of a mapping.
         """
-        if isinstance(batch, Mapping):
-            mask = batch.get("attention_mask")
-            return self.forward(batch["input_ids"], mask), _targets(batch.get("labels", batch["input_ids"]), mask)
-        inputs, targets = batch
-        return self.logits(inputs, stage), targets
+        arguments, targets = _read(batch)
+        return self.forward(*arguments), targets
+
+    @override
+    def head_inputs(self, batch: Any, stage: Stage) -> tuple[nn.Module, Tensor, Tensor] | None:
+        """The head and its hidden states, see `LanguageModel.head_inputs`; None where more is done to the logits."""
+        if not self._ends_with_its_head():
+            return None
+        arguments, targets = _read(batch)
+        states: Tensor = self.model.base_model(**self._arguments(*arguments)).last_hidden_state
+        return self.model.get_output_embeddings(), states, targets
+
+    def _ends_with_its_head(self) -> bool:
+        """Whether the logits are what the head makes of the last hidden state, and nobody but the head is to see them.
+
+        Models are asked for what they do, once: some scale their logits or cap them.
+        """
+        model = self.model
+        if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None:
+            return False
+        if is_sharded(model):
+            return False
+        if self._head_is_last is None:
+            modes = {module: module.training for module in model.modules()}
+            ids = torch.arange(2, device=next(model.parameters()).device).unsqueeze(0) % self.vocab_size
+            model.eval()
+            try:
+                with torch.no_grad():
+                    head = model.get_output_embeddings()
+                    states = getattr(model.base_model(**self._arguments(ids)), "last_hidden_state", None)
+                    known = head is not None and isinstance(states, Tensor)
+                    self._head_is_last = known and torch.equal(head(states), model(**self._arguments(ids)).logits)
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+        return self._head_is_last
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, logged as ``train_loss``."""
-        logits, targets = self.scores(batch, "train")
-        # The gradient takes the memory of the logits, which nobody else has.
-        loss, _ = full_softmax_loss(logits, targets, overwrite=True)
+        known = self.head_inputs(batch, "train")
+        if known is None:
+            logits, targets = self.scores(batch, "train")
+            # The gradient takes the memory of the logits, which nobody else has.
+            loss, _ = full_softmax_loss(logits, targets, overwrite=True)
+        else:
+            head, states, targets = known
+            loss, _ = head_softmax_loss(head, states, targets)
         self.log("train_loss", loss, prog_bar=True, batch_size=targets.shape[0])
         return loss
 
@@ -197,6 +239,15 @@ def _check_rows(table_size: int, vocab_size: int | None) -> None:
             f"The data has vocab_size={vocab_size} tokens, but the model's table only {table_size} rows. Use the "
             "tokenizer that belongs to the model or, to train from scratch, a config without a vocab_size of its own."
         )
+
+
+def _read(batch: Any) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+    """Ids and attention mask of a batch, and targets."""
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        return (batch["input_ids"], mask), _targets(batch.get("labels", batch["input_ids"]), mask)
+    inputs, targets = batch
+    return (inputs, None), targets
 
 
 def _targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -162,6 +162,35 @@ def test_the_training_loss_and_its_gradients() -> None:
     torch.testing.assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, gradients)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_no_step_has_all_logits(compressed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(config=GPT2)
+    if compressed:
+        compress(model.model, "low_rank", ratio=1.5)
+    model.model.transformer.wte.eval()
+    batch = _batch()
+    logits, targets = model.scores(batch, "train")
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    monkeypatch.setattr(model, "scores", None)
+    loss = model.training_step(batch, 0)
+    torch.testing.assert_close(loss, expected)
+    # What was not in training mode is not either afterwards.
+    assert model.model.training
+    assert not model.model.transformer.wte.training
+
+
+def test_logits_that_are_capped_are_computed_by_the_model() -> None:
+    own = {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 2.0}
+    config = {"model_type": "gemma2", **own, **_LLAMA}
+    model = _model(config=config)
+    batch = _batch()
+    assert model.head_inputs(batch, "train") is None
+    logits, targets = model.scores(batch, "train")
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.training_step(batch, 0), expected)
+    assert logits.abs().max() <= 2
+
+
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
