@@ -9,22 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_embcompress.callbacks.group_reduce import GroupReduce
-from lightning_embcompress.callbacks.optimizer import splice
 from lightning_embcompress.factorizations import METHODS, Factorization, Quantization
 from lightning_embcompress.factorizations.block_low_rank import BlockLowRank
 from lightning_embcompress.factorizations.full_table import FullTable
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.plan import compress, densify
+from lightning_embcompress.quantization import prepare
 from lightning_embcompress.saved import load_compressed, save_compressed
 
 VOCAB_SIZE, DIM = 120, 12
@@ -353,6 +349,11 @@ def test_models_keep_the_flag_and_files_have_none(tmp_path: Path) -> None:
         load_compressed(tmp_path / "model", fresh)
         assert fresh["encoder"].sparse == is_sparse
         assert torch.equal(fresh["encoder"](IDS), model["encoder"](IDS))
+    prepare(model, Quantization(group_size=16))
+    assert model["encoder"].sparse
+    model.zero_grad()
+    _backward(model["encoder"], IDS)
+    assert all(parameter.grad.is_sparse for parameter in model["encoder"].parameters())
     densify(model)
     assert type(model["encoder"]) is nn.Embedding
     assert model["encoder"].sparse
@@ -360,106 +361,17 @@ def test_models_keep_the_flag_and_files_have_none(tmp_path: Path) -> None:
     assert model["encoder"].weight.grad.is_sparse
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda parameters: SparseAdam(parameters, lr=0.05),
-        lambda parameters: SGD(parameters, lr=0.05),
-        lambda parameters: SGD(parameters, lr=0.05, momentum=0.5),
-        lambda parameters: Adagrad(parameters, lr=0.05, initial_accumulator_value=0.5),
-    ],
-)
-def test_optimizers_of_sparse_gradients_go_on_with_the_factors(make: Callable[[Any], Optimizer]) -> None:
-    model = _model()
-    optimizer = make(list(model["encoder"].parameters()))
-    for _ in range(2):
-        optimizer.zero_grad()
-        _backward(model["encoder"], IDS)
-        optimizer.step()
-    old = {"encoder": model["encoder"]}
-    compress(model, "group_reduce", ratio=1.5, tables="encoder", token_counts=torch.arange(VOCAB_SIZE, 0, -1), groups=3)
-    splice([optimizer], model, old)
-    before = copy.deepcopy(model["encoder"].state_dict())
-    for _ in range(2):
-        optimizer.zero_grad()
-        _backward(model["encoder"], IDS)
-        optimizer.step()
-    names = [name for name, _ in model["encoder"].named_parameters()]
-    assert any(not torch.equal(before[name], model["encoder"].state_dict()[name]) for name in names)
-    for group in optimizer.param_groups:
-        assert list(map(id, group["params"])) == list(map(id, model["encoder"].parameters()))
-
-
-class _TwoOptimizers(LightningModule):
-    """A language model whose embedding has an optimizer of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.encoder, self.decoder = _model().values()
-        self.norm = nn.LayerNorm(DIM)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.decoder(torch.tanh(self.norm(self.encoder(ids))))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        ids, targets = batch
-        loss = F.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        assert all(parameter.grad.is_sparse for parameter in self.encoder.parameters())
-        for optimizer in self.optimizers():
-            optimizer.step()
-        return loss
-
-    def configure_optimizers(self) -> list[Optimizer]:
-        rest = [*self.norm.parameters(), *self.decoder.parameters()]
-        return [SparseAdam(list(self.encoder.parameters()), lr=0.02), Adam(rest, lr=0.02)]
-
-
-def _trainer(folder: Path, **given: Any) -> Trainer:
-    return Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_epochs=4,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[3], groups=3),
-            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
-        ],
-        **given,
-    )
-
-
-def _data() -> DataLoader[Any]:
-    text = torch.randint(0, VOCAB_SIZE, (16, 7), generator=torch.Generator().manual_seed(2))
-    return DataLoader(TensorDataset(text[:, :-1], text[:, 1:]), batch_size=4)
-
-
-def _fitted(folder: Path, resume: Path | None = None) -> tuple[_TwoOptimizers, Trainer]:
-    seed_everything(0, verbose=False)
-    model, trainer = _TwoOptimizers(), _trainer(folder)
-    trainer.fit(model, _data(), ckpt_path=resume)
-    return model, trainer
-
-
-def test_training_with_two_optimizers_is_compressed_on_the_way_and_resumed(tmp_path: Path) -> None:
-    model, trainer = _fitted(tmp_path / "whole")
-    assert isinstance(model.encoder, CompressedEmbedding)
-    assert model.encoder.sparse
-    sparse, others = trainer.optimizers
-    assert list(map(id, sparse.param_groups[0]["params"])) == list(map(id, model.encoder.parameters()))
-    assert set(sparse.state) == set(model.encoder.parameters())
-    for epoch in (0, 1):
-        again, resumed = _fitted(tmp_path / f"resumed {epoch}", tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        for name, value in model.state_dict().items():
-            assert torch.equal(again.state_dict()[name], value), name
-        for one, other in zip((sparse, others), resumed.optimizers, strict=True):
-            states = zip(one.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True)
-            assert all(torch.equal(mine["exp_avg"], yours["exp_avg"]) for mine, yours in states)
+def test_scaled_embeddings_keep_the_flag() -> None:
+    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
+    model = nn.Sequential(bart.BartScaledWordEmbedding(VOCAB_SIZE, DIM, padding_idx=1, embed_scale=2.0))
+    model[0].sparse = True
+    compress(model, "low_rank", ratio=1.5)
+    assert model[0].sparse
+    _backward(model, IDS)
+    assert all(parameter.grad.is_sparse for parameter in model.parameters())
+    densify(model)
+    assert type(model[0]) is bart.BartScaledWordEmbedding
+    assert model[0].sparse
 
 
 @pytest.fixture
@@ -482,13 +394,3 @@ def test_data_parallel_training_is_refused_with_a_remedy() -> None:
     layer.sparse = False
     wrapped(IDS).sum().backward()
     assert not layer.factorization.basis.grad.is_sparse
-
-
-@pytest.mark.usefixtures("process_group")
-def test_callbacks_refuse_data_parallel_training_before_the_first_step(tmp_path: Path) -> None:
-    model = _TwoOptimizers()
-    before = copy.deepcopy(model.state_dict())
-    message = r"module 'encoder' of table 'encoder' has sparse=True, .* that GroupReduce puts .* set `sparse = False`"
-    with pytest.raises(ValueError, match=message):
-        _trainer(tmp_path, strategy="ddp", devices=1).fit(model, _data())
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
