@@ -8,9 +8,7 @@ directions leading for frequent words than for rare ones, and counts by Zipf's l
 
 from __future__ import annotations
 
-import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,18 +24,23 @@ from torch import Tensor
 from lightning_embcompress.compare import print_table
 from lightning_embcompress.factorizations import Factorization, get_method
 from lightning_embcompress.factorizations.specs import TENSOR_HEADER_BYTES, dense_bytes
+from lightning_embcompress.machine import Machine, machine_facts
+from lightning_embcompress.made_tables import bytes_allowed, drawn_ids, made_states
+from lightning_embcompress.made_tables import fill_table as fill_table
+from lightning_embcompress.made_tables import zipf_metric as zipf_metric
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
+from lightning_embcompress.peak_memory import PeakMemory
 from lightning_embcompress.progress import progress_bar
-from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
+from lightning_embcompress.report import say
+from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.sampling import draw
+from lightning_embcompress.speed_cases import Subject, cases_of
+from lightning_embcompress.speed_measure import measure
+from lightning_embcompress.speed_report import show_machine, show_rows, threads_of
 
-# Words of the training text.
-_TOKENS = 829_250_940
-# Groups of neighbouring frequency that have a spectrum of their own, and how far components trade places in them.
-_RUNS, _MIXING = 20, 48 / 1024
-# Ends of the spectra, as powers of ten: standard deviations of components, and of the hidden states or gradients.
-_SPECTRUM, _STATES = -1.5, -1.0
 _TABLES = ("embedding", "softmax")
+# Of a product that is added up.
+_GRAM_ROWS = 2**13
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class ObwBench:
         options: Its options.
         ratio: Dense bytes over stored bytes of each table.
         rows: Rows of a table on which the loss is measured, drawn by their weight.
+        tokens: Of the loss that is computed with the compressed softmax.
+        rounds: How often logits and this loss are computed in turn.
         seed: Of the tables.
 
     Raises:
@@ -67,26 +72,20 @@ class ObwBench:
     options: dict[str, Any] = field(default_factory=dict)
     ratio: float = 26.0
     rows: int = 20_000
+    tokens: int = 1024
+    rounds: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges, and whether the method can do it, before anything large is made."""
-        for name in ("vocab_size", "dim", "cells", "layers", "rows"):
+        for name in ("vocab_size", "dim", "cells", "layers", "rows", "tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, it is {getattr(self, name)}")
         if self.cells <= self.dim:
             raise ValueError(
                 f"cells must be more than dim={self.dim}, to which they are projected, they are {self.cells}"
             )
-        if not self.ratio > 1:
-            raise ValueError(f"ratio must be above 1, it is {self.ratio}")
-        method = get_method(self.method)
-        least = method.factorization.smallest_bytes(self.vocab_size, self.dim, 4, method.options(**self.options))
-        if least > self.max_bytes:
-            raise ValueError(
-                f"{self.method} needs {least} bytes for a table of {self.vocab_size} x {self.dim}, a ratio of "
-                f"{self.dense_bytes / least:.2f}, not {self.ratio:g}: ask for less, or take another method"
-            )
+        self.max_bytes  # noqa: B018
 
     @property
     def dense_bytes(self) -> int:
@@ -96,7 +95,7 @@ class ObwBench:
     @property
     def max_bytes(self) -> int:
         """Most bytes that a table may be stored in."""
-        return int(self.dense_bytes / self.ratio)
+        return bytes_allowed(self.method, self.options, self.vocab_size, self.dim, self.ratio)
 
 
 def run_obw_bench(
@@ -113,10 +112,13 @@ def run_obw_bench(
         on_table: Called with the entry of a table as soon as it is known.
 
     Returns:
-        JSON: `bench`, as it was asked for; `tables`, for each `name`, `dense_bytes`, `stored_bytes`, `file_bytes` (of a
-        file of the factors alone), `ratio`, `seconds`, `peak_bytes` (most memory beyond that before the solver; Linux
-        only, else null), `predicted_loss` (by the solver, null if it has none) and `measured_loss` (on some rows), in
-        nats; `both` tables together; `recurrent`, with `parameters`, `dense_bytes` and `stored_bytes`; and `model`, all
+        JSON: `bench`, as it was asked for; `machine`, see `machine_facts`, with `threads`; `tables`, for each `name`,
+        `dense_bytes`, `stored_bytes`, `file_bytes` (of a file of the factors alone), `ratio`, `seconds`, `peak_bytes`
+        (most memory beyond that before the solver; Linux only, else null), `predicted_loss` (by the solver, null if it
+        has none) and `measured_loss` (on some rows), in nats; `gram_seconds`, the time of one product `W^T W` in
+        float32, `gram_flops` a second in it, and `gram_products`, `seconds` over that; `logits` of one state and, of
+        the softmax, the `loss` of `tokens` with its gradients, see `speed_measure.measure`, and `rates` of the machine;
+        `both` tables together; `recurrent`, with `parameters`, `dense_bytes` and `stored_bytes`; and `model`, all
         together.
 
     Example:
@@ -141,6 +143,7 @@ def run_obw_bench(
     both = {name: sum(entry[name] for entry in tables) for name in ("dense_bytes", "stored_bytes", "file_bytes")}
     return {
         "bench": asdict(bench),
+        "machine": {**machine_facts(), "threads": torch.get_num_threads()},
         "tables": tables,
         "both": {**both, "ratio": both["dense_bytes"] / both["stored_bytes"]},
         "recurrent": {"parameters": parameters, "dense_bytes": 4 * parameters, "stored_bytes": 2 * parameters},
@@ -166,36 +169,6 @@ def recurrent_parameters(bench: ObwBench) -> int:
     return sum(parameter.numel() for parameter in model.lstm.parameters())
 
 
-def fill_table(table: Tensor, seed: int, advance: Callable[[float], None] = lambda _: None) -> None:
-    """Give a table values whose spectrum falls, in other directions for frequent rows than for rare ones.
-
-    Args:
-        table: `[vocab_size, dim]`, the most frequent rows first; it is written to.
-        seed: Of the values.
-        advance: Called with shares of the work that add up to 1.
-    """
-    vocab_size, dim = table.shape
-    generator = torch.Generator().manual_seed(seed)
-    parts = torch.split(table, -(-vocab_size // _RUNS))
-    for rows in parts:
-        order = (torch.arange(dim) + _MIXING * dim * torch.rand(dim, generator=generator)).argsort()
-        rows.normal_(generator=generator).mul_(torch.logspace(0, _SPECTRUM, dim)[order])
-        advance(1 / len(parts))
-
-
-def zipf_metric(vocab_size: int, dim: int, seed: int) -> tuple[Metric, Tensor]:
-    """What errors cost: counts by Zipf's law, and the second moment of states whose spectrum falls.
-
-    Returns:
-        The metric, and `[vocab_size]` counts.
-    """
-    frequencies = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
-    counts = (_TOKENS * frequencies / frequencies.sum()).long()
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(4 * dim, dim, generator=generator) * torch.logspace(0, _STATES, dim)
-    return Metric((states.T @ states / len(states)).double(), smoothed_frequencies(counts)), counts
-
-
 def _compress(bench: ObwBench, name: str, table: Tensor, seed: int) -> dict[str, Any]:
     method = get_method(bench.method)
     options = method.options(**bench.options)
@@ -203,10 +176,13 @@ def _compress(bench: ObwBench, name: str, table: Tensor, seed: int) -> dict[str,
         fill_table(table, seed, advance)
     metric, counts = zipf_metric(bench.vocab_size, bench.dim, seed)
     known = {"metric": metric} if method.factorization.uses_metric else {}
-    with progress_bar(f"Compressing the {name}", total=1) as advance, _PeakMemory() as memory:
+    gram_seconds = _gram_seconds(table)
+    with progress_bar(f"Compressing the {name}", total=1) as advance, PeakMemory(mapped=False) as memory:
         start = time.perf_counter()
         factors = method.factorization.decompose(table, bench.max_bytes, counts, options, advance, **known)
         seconds = time.perf_counter() - start
+    # Before and after: what else the machine does changes.
+    gram_seconds = (gram_seconds + _gram_seconds(table)) / 2
     stored = _file_bytes(factors)
     return {
         "dense_bytes": bench.dense_bytes,
@@ -214,10 +190,41 @@ def _compress(bench: ObwBench, name: str, table: Tensor, seed: int) -> dict[str,
         "file_bytes": stored,
         "ratio": bench.dense_bytes / factors.stored_bytes(),
         "seconds": seconds,
-        "peak_bytes": memory.peak,
+        "gram_seconds": gram_seconds,
+        "gram_products": seconds / gram_seconds,
+        "gram_flops": 2 * bench.vocab_size * bench.dim**2 / gram_seconds,
+        "peak_bytes": memory.bytes,
         "predicted_loss": factors.predicted_loss,
         "measured_loss": _measured_loss(factors, table, metric, bench.rows),
+        **_speed(bench, name, factors, table, seed),
     }
+
+
+@torch.no_grad()
+def _gram_seconds(table: Tensor) -> float:
+    """Time of `W^T W` in float32: what the least work of a solver that looks at every number is compared with."""
+    total = torch.zeros(table.shape[1], table.shape[1])
+    # Not of the time: what the first product of a shape prepares.
+    torch.addmm(total, table[:_GRAM_ROWS].T, table[:_GRAM_ROWS])
+    start = time.perf_counter()
+    for rows in torch.split(table, _GRAM_ROWS):
+        torch.addmm(total, rows.T, rows, out=total)
+    return time.perf_counter() - start
+
+
+def _speed(bench: ObwBench, name: str, factors: Factorization[Any], table: Tensor, seed: int) -> dict[str, Any]:
+    """Times of the logits of one state, beside the dense table, and of a softmax those of a loss."""
+    generator = torch.Generator().manual_seed(seed)
+    state, hidden = (made_states(count, bench.dim, generator) for count in (1, bench.tokens))
+    targets = drawn_ids(bench.tokens, bench.vocab_size, generator)
+    subject = Subject(table, factors, targets[:1], state, hidden, targets)
+    machine = Machine()
+    found = {"logits": measure(cases_of(subject, "logits"), machine, bench.rounds)}
+    if name == "softmax":
+        # Gradients of the dense table take as much memory as the table.
+        losses = [case for case in cases_of(subject, "loss", dense=False) if case.name.endswith("fused_cross_entropy")]
+        found["loss"] = measure(losses, machine, bench.rounds)
+    return {**found, "rates": machine.median_rates(bench.rounds)._asdict()}
 
 
 @torch.no_grad()
@@ -249,48 +256,19 @@ def _empty_table(bench: ObwBench, folder: Path | None) -> Iterator[Tensor]:
         yield torch.from_file(str(Path(inside, "table")), True, bench.vocab_size * bench.dim).view(shape)
 
 
-class _PeakMemory:
-    """Most resident bytes beyond those at the start of the block, without pages of mapped files; None off Linux."""
-
-    def __enter__(self) -> _PeakMemory:
-        self._file = Path("/proc/self/statm")
-        self.peak: int | None = 0 if self._file.is_file() else None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        if self.peak is not None:
-            self._start = self._resident()
-            self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        assert self.peak is not None
-        while True:
-            self.peak = max(self.peak, self._resident() - self._start)
-            if self._done.wait(0.01):
-                return
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        if self.peak is not None:
-            self._thread.join()
-
-    def _resident(self) -> int:
-        _, resident, shared = map(int, self._file.read_text().split()[:3])
-        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
 def show_obw_bench(report: dict[str, Any]) -> None:
     """Print what `run_obw_bench` returned."""
     bench = report["bench"]
     title = f"{bench['method']}, two tables of {bench['vocab_size']:,} x {bench['dim']:,}"
-    columns = ("", "MB dense", "MB stored", "ratio", "seconds", "MB at the peak", "predicted loss", "measured loss")
-    screen = ScreenTable(*columns, title=title)
+    columns = ("", "MB dense", "MB stored", "ratio", "seconds", "Gram products", "MB at the peak", "predicted loss")
+    screen = ScreenTable(*columns, "measured loss", title=title)
     for entry in report["tables"]:
         peak, predicted = entry["peak_bytes"], entry["predicted_loss"]
         screen.add_row(
             entry["name"],
             *_sizes(entry["dense_bytes"], entry["stored_bytes"]),
             f"{entry['seconds']:.1f}",
+            f"{entry['gram_products']:.1f} of {entry['gram_seconds']:.3g} s",
             "" if peak is None else f"{peak / 1e6:.0f}",
             "" if predicted is None else f"{predicted:.5f}",
             f"{entry['measured_loss']:.5f}",
@@ -301,6 +279,18 @@ def show_obw_bench(report: dict[str, Any]) -> None:
     screen.add_row("recurrent weights, float16", *_sizes(rest["dense_bytes"], rest["stored_bytes"]))
     screen.add_row("whole model", *_sizes(report["model"]["dense_bytes"], report["model"]["stored_bytes"]))
     print_table(screen)
+    show_machine(report["machine"])
+    threads = threads_of(report["machine"]["threads"])
+    for what, title in (
+        ("logits", "logits of 1 state"),
+        ("loss", f"loss of {bench['tokens']:,} tokens, forward and backward"),
+    ):
+        for entry in report["tables"]:
+            if what in entry:
+                show_rows(entry[what], f"{entry['name']}: {title}, {threads}")
+                for row in entry[what]:
+                    if what == "loss":
+                        say(f"{row['exponentials'] / 1e9:.2f} G exponentials take {row['bound']['exponentials']:.2f} s")
 
 
 def _sizes(dense: int, stored: int) -> tuple[str, str, str]:

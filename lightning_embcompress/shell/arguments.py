@@ -103,7 +103,7 @@ class Arguments:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as all mistakes, in place of the whole usage."""
-        raise UsageError(f"{message} (embcompress {self.prog.split()[-1]} --help)")
+        raise UsageError(f"{message} ({self.prog} --help)")
 
 
 def parse(command: str, arguments: Sequence[str]) -> Arguments:
@@ -116,17 +116,7 @@ def parse(command: str, arguments: Sequence[str]) -> Arguments:
         SystemExit: After `--help`.
     """
     parser = _PARSERS[command]()
-    # As in the names of methods' options, and of those of Lightning: both spellings are understood.
-    words = [re.sub(r"^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in arguments]
-    options: dict[str, Any] = {}
-    if command == "compress":
-        words, options = _method_options(parser, words)
-    given = parser.parse_args(words)
-    for text in getattr(given, "option", []):
-        name, separator, value = text.partition("=")
-        if not separator or not name.isidentifier():
-            parser.error(f"--option {text!r}: must be NAME=VALUE, such as --option groups=20")
-        options[name] = _value(parser, name, value)
+    given, options = parse_with_options(parser, arguments, has_method=command == "compress")
     max_tokens = getattr(given, "max_tokens", None)
     if max_tokens is not None and max_tokens < 1:
         parser.error(f"--max_tokens {max_tokens}: must be 1 or more")
@@ -140,6 +130,37 @@ def parse(command: str, arguments: Sequence[str]) -> Arguments:
         if problem:
             raise UsageError(problem)
     return Arguments(source, target, options, given)
+
+
+def parse_with_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], has_method: bool = True
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Read a command line that may have options of a method.
+
+    Args:
+        parser: Of all other options; with a method it has `--option`, a list.
+        arguments: The command line.
+        has_method: Whether what the parser does not know is an option of a method.
+
+    Returns:
+        Everything, by the names of the options, and the options of the method.
+
+    Raises:
+        UsageError: If the command line is wrong.
+        SystemExit: After `--help`.
+    """
+    # As in the names of methods' options, and of those of Lightning: both spellings are understood.
+    words = [re.sub(r"^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in arguments]
+    options: dict[str, Any] = {}
+    if has_method:
+        words, options = _method_options(parser, words)
+    given = parser.parse_args(words)
+    for text in getattr(given, "option", []):
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            parser.error(f"--option {text!r}: must be NAME=VALUE, such as --option groups=20")
+        options[name] = _value(parser, name, value)
+    return given, options
 
 
 def _method_options(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
