@@ -13,6 +13,7 @@ import torch
 
 # Two busy threads make tiny tensors many times slower: tests use one, benchmarks choose for themselves.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
