@@ -8,17 +8,21 @@ import os
 import threading
 from pathlib import Path
 
-_STATM = Path("/proc/self/statm")
+_PROCESS = Path("/proc/self")
 _MEMINFO = Path("/proc/meminfo")
 # Between two looks.
 _SECONDS = 0.002
+# What resets the most that the kernel remembers, see proc_pid_clear_refs(5).
+_RESET_PEAK = "5"
 
 
 class PeakMemory:
     """Most resident bytes of the process beyond those at the start of a block, on Linux.
 
-    A thread looks every 2 ms: what is shorter has to be repeated to be seen. Memory that was freed before, but that the
-    allocator has kept, is given back first: else work could use it unseen.
+    The kernel remembers them, exactly, but for one block at a time: blocks must not be nested. Where it cannot be asked
+    to start anew, and where mapped files do not count, a thread looks every 2 ms: what is shorter may go unseen.
+
+    Memory that was freed before, but that the allocator has kept, is given back first: else work could use it unseen.
 
     Args:
         mapped: Whether pages of mapped files count, which the system may drop when memory is short.
@@ -26,7 +30,7 @@ class PeakMemory:
     Example:
         >>> with PeakMemory() as memory:
         ...     _ = bytearray(64_000_000)
-        >>> memory.bytes is None or memory.bytes >= 0
+        >>> memory.bytes is None or memory.bytes > 60_000_000
         True
     """
 
@@ -39,19 +43,25 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         """Start to look."""
         _give_back()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        if _STATM.is_file():
-            self.bytes = 0
-            self._start = self._resident()
+        self._thread: threading.Thread | None = None
+        if not (_PROCESS / "statm").is_file():
+            return self
+        self.bytes = 0
+        self._exact = self._mapped and _forget_peak()
+        self._start = self._resident()
+        if not self._exact:
+            self._done = threading.Event()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop."""
-        self._done.set()
-        if self.bytes is not None:
+        if self._thread is not None:
+            self._done.set()
             self._thread.join()
+        elif self.bytes is not None:
+            self.bytes = max(0, _remembered_peak() - self._start)
 
     def _watch(self) -> None:
         assert self.bytes is not None
@@ -61,7 +71,7 @@ class PeakMemory:
                 return
 
     def _resident(self) -> int:
-        _, resident, shared = map(int, _STATM.read_text().split()[:3])
+        _, resident, shared = map(int, (_PROCESS / "statm").read_text().split()[:3])
         return (resident if self._mapped else resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -72,10 +82,29 @@ def available_memory() -> int | None:
         >>> available_memory() != 0
         True
     """
-    with contextlib.suppress(OSError):
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    return _kilobytes(_MEMINFO, "MemAvailable:") if _MEMINFO.is_file() else None
+
+
+def _remembered_peak() -> int:
+    found = _kilobytes(_PROCESS / "status", "VmHWM:")
+    assert found is not None
+    return found
+
+
+def _forget_peak() -> bool:
+    """Start anew; not every kernel can, nor lets every process."""
+    try:
+        (_PROCESS / "clear_refs").write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return _kilobytes(_PROCESS / "status", "VmHWM:") is not None
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    """A number of a file with a line for each, in bytes."""
+    for line in file.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
     return None
 
 

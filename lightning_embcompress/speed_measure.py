@@ -18,8 +18,8 @@ from torch.utils.flop_counter import flop_registry
 from lightning_embcompress.machine import Machine, Rates, Work
 from lightning_embcompress.peak_memory import PeakMemory
 
-# What is shorter is run several times a round, and for longer while memory is watched.
-_ROUND_SECONDS, _WATCHED_SECONDS = 0.01, 0.1
+# What is shorter is run several times a round.
+_ROUND_SECONDS = 0.01
 # After so long nothing is left to be prepared that would matter.
 _WARM_SECONDS = 2.0
 _MOST_RUNS = 100
@@ -161,12 +161,12 @@ def _first_run(case: Case, entry: dict[str, Any]) -> tuple[Work, int]:
     del found
     _clear(case)
     if alone < _WARM_SECONDS:
-        # The first run prepares what later ones find, and may be too short to be seen.
+        # The first run has prepared what later ones find.
         alone = _seconds(case, 1)
         with PeakMemory() as memory:
-            for _ in range(min(_MOST_RUNS, max(1, math.ceil(_WATCHED_SECONDS / alone)))):
-                case.run()
-                _clear(case)
+            found = case.run()
+        del found
+        _clear(case)
     entry["peak_bytes"] = None if memory.bytes is None else max(0, memory.bytes - gradients)
     flops = counter.total if case.flops is None else case.flops
     work = Work(flops, 0 if case.bytes is None else case.bytes + gradients, case.exponentials)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_embcompress.factorizations import LowRank
 from lightning_embcompress.obw_bench import ObwBench, fill_table, recurrent_parameters, run_obw_bench, zipf_metric
 
 SMALL: dict[str, Any] = {"vocab_size": 3000, "dim": 32, "cells": 64, "ratio": 12.0, "rows": 3000}
+SMALL |= {"tokens": 50, "rounds": 1}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,25 @@ def test_predicted_loss_is_measured(report: dict[str, Any]) -> None:
     for entry in report["tables"]:
         assert entry["predicted_loss"] == pytest.approx(entry["measured_loss"], rel=0.1)
         assert entry["seconds"] > 0
+
+
+def test_times_are_of_products_of_the_same_table(report: dict[str, Any]) -> None:
+    embedding, softmax = report["tables"]
+    for entry in (embedding, softmax):
+        assert entry["gram_products"] == entry["seconds"] / entry["gram_seconds"]
+        assert entry["gram_flops"] == 2 * 3000 * 32 * 32 / entry["gram_seconds"]
+        rows = {row["name"]: row for row in entry["logits"]}
+        assert rows["dense torch"]["flops"] == 2 * 3000 * 32
+        assert rows["compressed"]["ratio"] == rows["dense torch"]["seconds"] / rows["compressed"]["seconds"]
+        assert 0 < rows["compressed"]["error"] < 1
+        assert entry["rates"]["exponentials"] > 0
+    assert "loss" not in embedding
+    (loss,) = softmax["loss"]
+    assert loss["name"] == "compressed, fused_cross_entropy"
+    assert loss["exponentials"] == 2 * 50 * 3000
+    assert loss["error"] < 1e-4
+    assert (loss["peak_bytes"] is None) == (sys.platform != "linux")
+    assert report["machine"]["threads"] == torch.get_num_threads()
 
 
 def test_tables_differ_and_can_be_made_again(tmp_path: Path) -> None:
@@ -108,6 +129,7 @@ def test_the_full_size_is_as_published_and_fits_the_default() -> None:
         ({"method": "transform_codng"}, "transform_coding"),
         ({"method": "weighted_low_rank", "options": {"groups": 5}}, "groups"),
         ({"rows": 0}, "rows must be 1 or more"),
+        ({"tokens": 0}, "tokens must be 1 or more"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_made(given: dict[str, Any], said: str) -> None:
@@ -121,13 +143,15 @@ def _words(**given: Any) -> list[str]:
 
 def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "obw.json"
-    words = [*_words(method="group_reduce", groups=3), "--report", str(file)]
+    words = [*_words(method="group_reduce", groups=3, variant="loss"), "--option", "refine_rounds=1"]
+    words += ["--report", str(file)]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert "whole model" in printed
+    for said in ("whole model", "Gram products", "softmax: loss of 50 tokens", "G exponentials take"):
+        assert said in printed
     assert f"Written: {file}" in printed
     written = json.loads(file.read_text())
-    assert written["bench"]["options"] == {"groups": 3}
+    assert written["bench"]["options"] == {"groups": 3, "variant": "loss", "refine_rounds": 1}
     assert written["bench"]["method"] == "group_reduce"
     assert written["both"]["ratio"] >= 12
     assert f"{written['model']['ratio']:.2f}x" in printed
@@ -145,6 +169,7 @@ def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
         (["bench"], "NAME"),
         (["bench", "ptb"], "obw"),
         (_words(ratio=1e6), "ask for less"),
+        (_words(varant="loss"), "unknown option 'varant'"),
         ([*_words(), "--report", "no/such/folder.json"], "there is no folder"),
         ([*_words(), "--mapped-in", "no/such"], "is no folder"),
     ],
@@ -164,6 +189,6 @@ def test_mistakes_are_told_in_one_line(
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        cli.main(["bench", "--help"])
+        cli.main(["bench", "obw", "--help"])
     assert left.value.code == 0
     assert "--vocab_size" in capsys.readouterr().out

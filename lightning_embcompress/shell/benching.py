@@ -228,7 +228,12 @@ def _speed_parser() -> argparse.ArgumentParser:
     add("--vocab_size", type=int, default=50_257, help="words (default: %(default)s)")
     _add_speed(parser, _WHAT)
     add("--draw", choices=("zipf", "uniform"), default="zipf", help="how ids are drawn (default: %(default)s)")
-    add("--no_peers", dest="peers", action="store_false", help="leave other packages out")
+    add(
+        "--no_peers",
+        dest="peers",
+        action="store_false",
+        help="leave out other packages and nn.AdaptiveLogSoftmaxWithLoss",
+    )
     add("--plot", metavar="FILE", help="draw times against bytes, such as speed.png")
     return _with_results(parser)
 

@@ -30,7 +30,7 @@ def test_rows_take_at_most_3_times_their_products(benchmark, draw: str, threads:
     for what in bench.what:
         row = rows[what, "compressed", threads]
         sys.stdout.write(
-            f"\n{what} of 2,048 ids, {draw}, {threads} threads: {row['seconds'] * 1e3:.1f} ms, {row['times_bound']:.1f} "
-            f"times what {row['flops'] / 1e9:.2f} G operations take at least\n"
+            f"\n{what} of 2,048 ids, {draw}, {threads} threads: {row['seconds'] * 1e3:.1f} ms, "
+            f"{row['times_bound']:.1f} times what {row['flops'] / 1e9:.2f} G operations take at least\n"
         )
     assert all(rows[what, "compressed", threads]["times_bound"] <= 3 for what in bench.what)
