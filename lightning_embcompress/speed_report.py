@@ -9,6 +9,7 @@ from rich.table import Table as ScreenTable
 
 from lightning_embcompress.compare import print_table
 from lightning_embcompress.report import say
+from lightning_embcompress.sweep_report import label_plainly
 
 _COLUMNS = ("", "ms", "x dense", "MB stored", "MB at the peak", "error", "ms at least", "times that", "")
 # Markers of a plot, so that ten colours are enough.
@@ -183,5 +184,6 @@ def _figure(parts: int) -> tuple[Any, Sequence[Any]]:
 
 def _finish(axes: Any, title: str) -> None:
     axes.set(xlabel="MB of parameters as stored", ylabel="milliseconds", xscale="log", yscale="log")
+    label_plainly(axes)
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=6)
