@@ -108,9 +108,11 @@ def _screened(tiles: Tiles, state: int, k: int, approximate: bool) -> tuple[Tens
     error = torch.cat(errors)
     # The k-th largest logit is not below this.
     least = (best - error[rows]).min()
-    candidates = (rounded + error >= least).nonzero().flatten()
+    # Not "at least": NaN counts as the largest, and compares as nothing.
+    candidates = (rounded + error < least).logical_not_().nonzero().flatten()
     exact = rounded.new_empty(len(candidates))
-    ends = torch.searchsorted(candidates, torch.tensor([tile.stop for tile in tiles.tiles])).tolist()
+    stops = torch.tensor([tile.stop for tile in tiles.tiles], device=candidates.device)
+    ends = torch.searchsorted(candidates, stops).tolist()
     begin = 0
     for tile, end in zip(tiles.tiles, ends, strict=True):
         if end > begin:
@@ -177,7 +179,7 @@ def sample(
         `[N]` int64.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or logits are no numbers.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, it is {temperature}; for the likeliest tokens use topk")
@@ -212,7 +214,10 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
     wide = _wide(logits)
-    return torch.softmax(wide if temperature == 1 else wide / temperature, dim=1)
+    if temperature != 1:
+        # From the largest, so that none becomes infinite.
+        wide = (wide - wide.amax(dim=1, keepdim=True)) / temperature
+    return torch.softmax(wide, dim=1)
 
 
 def _nucleus(chances: Tensor, total: Tensor, top_p: float | None) -> Tensor:
@@ -229,6 +234,9 @@ def _draw(chances: Tensor, generator: torch.Generator | None) -> Tensor:
     """Places drawn by chances, `[N, n]` that need not add up to 1: one random number a state.
 
     A run of them is drawn first, then one of it, so that sums of many small numbers are as exact as those of few.
+
+    Raises:
+        ValueError: If they are no numbers.
     """
     count, size = chances.shape
     if not count:
@@ -236,6 +244,12 @@ def _draw(chances: Tensor, generator: torch.Generator | None) -> Tensor:
     number = -(-size // _RUN)
     padded = torch.nn.functional.pad(chances, (0, number * _RUN - size)).view(count, number, _RUN)
     ends = padded.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    if not bool(ends[:, -1].isfinite().all()):
+        state = int(ends[:, -1].isfinite().logical_not().nonzero()[0])
+        raise ValueError(
+            f"the logits of state {state} have no probabilities: one of them is NaN or +inf, or all are -inf; look for "
+            "such numbers in the hidden states, the factors and the bias"
+        )
     uniform = torch.rand(count, 1, dtype=torch.float64, device=chances.device, generator=generator)
     at = uniform * ends[:, -1:]
     run = torch.searchsorted(ends, at, right=True).clamp(max=number - 1)

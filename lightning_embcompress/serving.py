@@ -28,6 +28,9 @@ def optimize_for_inference(model: nn.Module) -> int:
     Returns:
         Number of heads whose factors were laid out.
 
+    Raises:
+        ValueError: If factors were made in `torch.inference_mode`.
+
     Example:
         >>> from lightning_embcompress import compress
         >>> head = nn.Sequential(nn.Linear(64, 2000))
@@ -37,10 +40,16 @@ def optimize_for_inference(model: nn.Module) -> int:
     """
     known = set()
     heads = 0
-    for module in model.modules():
-        if not isinstance(module, CompressedLinear):
-            continue
-        factors = module.product_factors()
+    found = {
+        name: module.product_factors() for name, module in model.named_modules() if isinstance(module, CompressedLinear)
+    }
+    for name, factors in found.items():
+        if any(factor.is_inference() for factor in factors):
+            raise ValueError(
+                f"factors of {name!r} were made in torch.inference_mode, where nobody can give them other strides: "
+                "build, load or compress the model outside of it"
+            )
+    for factors in found.values():
         heads += bool(factors)
         for factor in factors:
             if id(factor) in known:

@@ -108,6 +108,109 @@ def test_factors_that_change_are_screened_anew() -> None:
     assert not any("screen" in name for name in head.state_dict())
 
 
+@pytest.mark.skipif(not screening.can_repack(), reason="this processor has no exact products of bytes")
+@pytest.mark.parametrize("way", ["data.neg_", "data =", "casts", "fused Adam", "train"])
+def test_changes_that_no_version_counts_are_seen(way: str) -> None:
+    head = _head("low_rank")
+    factor = head.factorization.get_parameter("coefficients")
+    _check_topk(head, _hidden(1), 3)
+    version = factor._version
+    if way == "data.neg_":
+        factor.data.neg_()
+    elif way == "data =":
+        for _ in range(5):
+            # In memory that was there before, by chance.
+            factor.data = -factor.data
+    elif way == "casts":
+        head.bfloat16().float()
+    elif way == "fused Adam":
+        head(_hidden(1)).sum().backward()
+        torch.optim.Adam(head.parameters(), lr=1.0, fused=True).step()
+    else:
+        # A row that is not among those compared.
+        factor.data[1] = 100 * _hidden(1) @ head.factorization.get_parameter("basis").data.T
+        head.train()
+    if way != "fused Adam":
+        assert factor._version == version
+    _check_topk(head, _hidden(1), 3)
+
+
+def test_the_8_bit_form_goes_with_training() -> None:
+    head = _head("low_rank").eval()
+    factor = head.factorization.get_parameter("coefficients")
+    head.topk(_hidden(1), 3)
+    assert (factor in screening._kept) == screening.can_repack()
+    head.train()
+    assert factor not in screening._kept
+
+
+def test_what_is_computed_for_one_call_has_no_8_bit_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = _head("low_rank")
+    head.factorization = head.factorization.prepared(Quantization(bits=4, group_size=16))
+    monkeypatch.setattr("lightning_embcompress.decoding.screen_of", None)
+    _check_topk(head, _hidden(1), 3)
+
+
+def test_factors_of_inference_mode() -> None:
+    with torch.inference_mode():
+        head = _head("low_rank")
+        _check_topk(head, _hidden(1), 3)
+        head.factorization.get_parameter("coefficients").neg_()
+        _check_topk(head, _hidden(1), 3)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["hidden", "factor", "bias"])
+def test_the_best_among_what_is_no_number(number: float, place: str) -> None:
+    head, hidden = _head("low_rank"), _hidden(2)
+    with torch.no_grad():
+        if place == "hidden":
+            hidden[0, 3] = number
+        elif place == "factor":
+            head.factorization.get_parameter("coefficients")[5] = number
+        else:
+            assert head.bias is not None
+            head.bias[5] = number
+        expected = head(hidden).topk(4)
+    torch.testing.assert_close(head.topk(hidden, 4).logits, expected.values, equal_nan=True)
+
+
+def test_bans_by_bias() -> None:
+    head, hidden = _head("group_reduce"), _hidden(2)
+    assert head.bias is not None
+    with torch.no_grad():
+        head.bias.fill_(-torch.inf)[7] = 0.0
+    assert head.topk(hidden, 3).ids[:, 0].tolist() == [7, 7]
+    assert head.sample(hidden, top_k=3).tolist() == [7, 7]
+    assert head.sample(hidden, top_p=0.9).tolist() == [7, 7]
+    assert head.log_prob(hidden, torch.tensor([7, 8])).tolist() == [0.0, -torch.inf]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}], ids=str)
+def test_no_samples_of_what_is_no_number(options: dict[str, Any]) -> None:
+    hidden = _hidden(3)
+    hidden[1, 0] = torch.nan
+    with pytest.raises(ValueError, match="the logits of state 1 have no probabilities: one of them is NaN"):
+        _head("low_rank").sample(hidden, **options)
+
+
+def test_the_lowest_temperatures_draw_the_best() -> None:
+    head, hidden = _head("low_rank"), _hidden(6)
+    assert torch.equal(head.sample(hidden, temperature=1e-37), head(hidden).argmax(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtypes_change_nothing(dtype: torch.dtype) -> None:
+    head, hidden = _head("low_rank"), _hidden(1)
+    expected = head(hidden).topk(3)
+    torch.set_default_dtype(dtype)
+    try:
+        found = head.topk(hidden, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found.logits, expected.values.detach())
+
+
 def test_approximate_finds_most_of_the_best() -> None:
     head = _head("low_rank")
     hidden = _hidden(40)

@@ -78,3 +78,12 @@ def test_models_without_such_heads_stay_as_they_are() -> None:
     compress(model, "low_rank", ratio=2)
     prepare(model, Quantization(bits=4))
     assert optimize_for_inference(model) == 0
+
+
+def test_factors_of_inference_mode_are_refused() -> None:
+    model = _Model()
+    with torch.inference_mode():
+        model = copy.deepcopy(model)
+        compress(model, "low_rank", ratio=2, tables=["decoder"])
+        with pytest.raises(ValueError, match="factors of 'decoder' were made in torch.inference_mode"):
+            optimize_for_inference(model)

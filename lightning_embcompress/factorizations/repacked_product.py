@@ -52,7 +52,8 @@ def can_repack() -> bool:
     states = torch.tensor([[0], [255], [64]], dtype=torch.uint8).repeat(1, 64)
     integers = torch.tensor([[-128], [127]], dtype=torch.int8).repeat(1, 64)
     try:
-        found = _linear(states, torch.ops.onednn.qlinear_prepack(integers, None), torch.ones(2), None)
+        scales = torch.ones(2, dtype=torch.float32)
+        found = _linear(states, torch.ops.onednn.qlinear_prepack(integers, None), scales, None)
     except (AttributeError, RuntimeError):
         return False
     return torch.equal(found, (states.float() - 128) @ integers.float().T)
