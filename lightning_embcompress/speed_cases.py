@@ -25,6 +25,7 @@ WHAT = ("lookup", "lookup_backward", "logits", "topk", "sample", "loss")
 the loss of many tokens with its gradients."""
 
 _FLOAT = 4
+_LAID_OUT = "laid out for inference"
 # Logits that are there at once where a loss is computed naively, in float64.
 _NAIVE_ELEMENTS = 2**24
 # Tensors of the size of all logits that torch has at once in a cross-entropy with gradients.
@@ -131,7 +132,7 @@ def _lookup(subject: Subject) -> Iterator[Case]:
         yield Case(
             "lookup",
             name,
-            _without_gradients(module, subject.ids),
+            _used(module, subject.ids),
             size,
             bytes=subject.lookup_bytes(size, with_gradients=False),
             check=check,
@@ -182,42 +183,60 @@ def _logits(subject: Subject) -> Iterator[Case]:
         ("compressed", subject.compressed_head, subject.stored_bytes),
     ]
     if subject.served_head is not subject.compressed_head:
-        forms.append(("compressed, laid out for inference", subject.served_head, subject.stored_bytes))
+        forms.append((f"compressed, {_LAID_OUT}", subject.served_head, subject.stored_bytes))
     for name, module, size in forms:
         dense = module is subject.head
         yield Case(
             "logits",
             name,
-            _without_gradients(module, subject.states),
+            _used(module, subject.states),
             size,
             bytes=subject.logit_bytes(size),
             check=subject.logit_error if dense else subject.own_error(subject.logit_error),
             is_base=dense,
         )
+    yield _laid_out(subject, "logits", lambda logits: logits, subject.logit_bytes(table_bytes))
+
+
+def _laid_out(subject: Subject, what: str, use: Callable[[Tensor], Any], moved: int, exponentials: int = 0) -> Case:
+    """The dense table column by column, as `optimize_for_inference` lays out factors: a copy, made when it is run."""
+    made: list[Tensor] = []
+
+    def prepare() -> None:
+        if not made:
+            made.append(subject.table.T.contiguous().T)
+
+    return Case(
+        what,
+        f"dense torch, {_LAID_OUT}",
+        _in_inference(lambda: use(F.linear(subject.states, made[0]))),
+        subject.table.nbytes,
+        bytes=moved,
+        exponentials=exponentials,
+        needs=subject.table.nbytes,
+        prepare=prepare,
+        check=subject.logit_error if what == "logits" else lambda _: {},
+    )
 
 
 def _topk(subject: Subject) -> Iterator[Case]:
     head, states, k = subject.served_head, subject.states, subject.k
 
-    def dense() -> Any:
-        return subject.head(states).topk(k)
-
-    def naive() -> Any:
-        return head(states).topk(k)
+    def best(logits: Tensor) -> Any:
+        return logits.topk(k)
 
     with torch.no_grad():
-        wanted = naive()
+        wanted = best(head(states))
 
     def compare(found: Any) -> dict[str, Any]:
         hits = (found[1].unsqueeze(-1) == wanted.indices.unsqueeze(-2)).any(dim=-1)
         return {"recall": float(hits.double().mean()), "error": relative_error(found[0], wanted.values)}
 
     screened = sum(_screened_bytes(one) for one in head.parameters())
-    size = subject.stored_bytes
-    yield Case(
-        "topk", "dense torch", _in_inference(dense), subject.table.nbytes, bytes=subject.table.nbytes, is_base=True
-    )
-    yield Case("topk", "compressed, all logits", _in_inference(naive), size, bytes=size, check=compare)
+    size, dense = subject.stored_bytes, subject.table.nbytes
+    yield Case("topk", "dense torch", _used(subject.head, states, best), dense, bytes=dense, is_base=True)
+    yield _laid_out(subject, "topk", best, dense)
+    yield Case("topk", "compressed, all logits", _used(head, states, best), size, bytes=size, check=compare)
     for name, approximate in (("compressed", False), ("compressed, approximate", True)):
         run = _in_inference(partial(head.topk, states, k, approximate=approximate))
         yield Case("topk", name, run, size, bytes=screened or size, check=compare)
@@ -225,18 +244,25 @@ def _topk(subject: Subject) -> Iterator[Case]:
 
 def _sample(subject: Subject) -> Iterator[Case]:
     head, states = subject.served_head, subject.states
-    exponentials = len(states) * len(subject.table)
+    logits = len(states) * len(subject.table)
 
-    def dense() -> Tensor:
-        return torch.multinomial(subject.head(states).softmax(dim=-1), 1)
+    def draw(logits: Tensor) -> Tensor:
+        return torch.multinomial(logits.softmax(dim=-1), 1)
 
-    for name, run, size in (
-        ("dense torch", dense, subject.table.nbytes),
-        ("compressed", lambda: head.sample(states), subject.stored_bytes),
-    ):
-        yield Case(
-            "sample", name, _in_inference(run), size, bytes=size, exponentials=exponentials, is_base=run is dense
-        )
+    size, dense = subject.stored_bytes, subject.table.nbytes
+    yield Case(
+        "sample",
+        "dense torch",
+        _used(subject.head, states, draw),
+        dense,
+        bytes=dense,
+        exponentials=logits,
+        is_base=True,
+    )
+    yield _laid_out(subject, "sample", draw, dense, logits)
+    yield Case(
+        "sample", "compressed", _in_inference(partial(head.sample, states)), size, bytes=size, exponentials=logits
+    )
 
 
 def _loss(subject: Subject) -> Iterator[Case]:
@@ -352,8 +378,8 @@ def _backward(rows: Callable[[], Tensor], gradient: Tensor) -> Callable[[], None
     return run
 
 
-def _without_gradients(module: nn.Module, given: Tensor) -> Callable[[], Any]:
-    return _in_inference(lambda: module(given))
+def _used(module: nn.Module, given: Tensor, use: Callable[[Tensor], Any] = lambda found: found) -> Callable[[], Any]:
+    return _in_inference(lambda: use(module(given)))
 
 
 def _in_inference(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -39,6 +39,7 @@ class Case:
         exponentials: That are computed.
         flops: Of its products; None to count them while it runs.
         needs: Bytes that it takes about, gradients included: it is left out where there are fewer.
+        prepare: Called once, before it is run for the first time: what that takes is not seen.
         check: Of what `run` returns, what is reported beside the times: such as `error` or `recall`.
         is_base: Whether the others are compared with it.
     """
@@ -52,6 +53,7 @@ class Case:
     exponentials: int = 0
     flops: int | None = None
     needs: int = 0
+    prepare: Callable[[], Any] = field(default=lambda: None)
     check: Callable[[Any], dict[str, Any]] = field(default=lambda _: {})
     is_base: bool = False
 
@@ -105,6 +107,7 @@ def measure(
             entry["note"] = f"needs about {case.needs / 1e9:.1f} GB, {max_memory / 1e9:.1f} GB are free"
             advance(share * (rounds + 1))
             continue
+        case.prepare()
         running.append((case, entry, *_first_run(case, entry)))
         advance(share)
     times: list[list[float]] = [[] for _ in running]

@@ -87,6 +87,8 @@ def test_work_is_that_of_the_products(report: dict[str, Any]) -> None:
         assert "note" in row or row["gradient_bytes"] >= TOKENS * DIM * 4
     logits = rows_of(report, "logits")
     assert logits["dense torch"]["flops"] == 2 * VOCAB_SIZE * DIM
+    assert logits["dense torch, laid out for inference"]["flops"] == 2 * VOCAB_SIZE * DIM
+    assert logits["dense torch, laid out for inference"]["error"] < 1e-6
     assert logits["dense torch"]["bytes"] == DENSE_BYTES + DIM * 4 + VOCAB_SIZE * 4
     assert logits["compressed"]["parameter_bytes"] == report["table"]["stored_bytes"]
     lookups = rows_of(report, "lookup_backward")
@@ -167,7 +169,8 @@ def test_a_case_that_does_not_fit_is_never_run() -> None:
     def never() -> None:
         raise AssertionError("it is run")
 
-    (entry,) = measure([Case("logits", "large", never, 10, needs=2_000_000_000)], Machine(), 1, 10**9)
+    case = Case("logits", "large", never, 10, needs=2_000_000_000, prepare=never)
+    (entry,) = measure([case], Machine(), 1, 10**9)
     assert entry["note"] == "needs about 2.0 GB, 1.0 GB are free"
 
 
