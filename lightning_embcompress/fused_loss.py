@@ -13,6 +13,7 @@ one tile; the price is a fourth product beside the three that every linear layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, cast
@@ -27,6 +28,9 @@ from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 # Logits of a tile: 4 MiB of float32 stay in the cache of a core or two while they are read several times.
 _TILE_ELEMENTS = 2**20
 _LEAST_ROWS = 128
+# Of the gradients at the losses for float16 logits, and of their sum over all tokens: products of it with hidden states
+# must stay below 2^16.
+_HALF_SCALE, _HALF_BOUND = 16.0, 2.0**11
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 
@@ -60,7 +64,7 @@ def fused_cross_entropy(
         differentiated once: a backward pass with ``create_graph=True`` raises a RuntimeError.
 
     Raises:
-        TypeError: If the head is something else.
+        TypeError: If the head is something else, or its weight is computed in a hook, as in pruning.
         ValueError: If the shapes do not fit, or an argument or a target is out of its range.
 
     Example:
@@ -184,7 +188,7 @@ class _TiledLosses(torch.autograd.Function):
             torch.empty_like(one) if wants else None for one, wants in zip(owned, wanted[ctx.count :], strict=True)
         ]
         vocab_size = ctx.tiles[-1].stop
-        scale = gradients[0].unsqueeze(1)
+        scale, unit = gradients[0].unsqueeze(1), None
         for index, tile in enumerate(ctx.tiles):
             own = [
                 part.detach().requires_grad_(own_gradients[place] is not None)
@@ -202,6 +206,8 @@ class _TiledLosses(torch.autograd.Function):
                 values -= ctx.label_smoothing / vocab_size
             found, columns = ctx.targets.inside(index, tile)
             values[found, columns] -= 1 - ctx.label_smoothing
+            if logits.dtype == torch.float16 and unit is None and len(scale):
+                scale, unit = _half_scale(scale)
             values *= scale
             parts = iter(torch.autograd.grad(logits, leaves, values.to(logits.dtype), allow_unused=True))
             for place in tile.reads:
@@ -212,9 +218,24 @@ class _TiledLosses(torch.autograd.Function):
                 gradient = own_gradients[place]
                 if gradient is not None:
                     part = next(parts)
-                    gradient[start:stop] = 0 if part is None else part
+                    gradient[start:stop] = 0 if part is None else part if unit is None else part * unit
+        for total in sums:
+            if total is not None and unit is not None:
+                total *= unit
         found_sums = [None if one is None else one.to(like.dtype) for one, like in zip(sums, shared, strict=True)]
         return None, None, None, None, *found_sums, *own_gradients
+
+
+def _half_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients at the losses, in a unit in which those at float16 logits keep small probabilities.
+
+    As they come, those of a mean over many tokens would make most of them 0. The unit is a power of two, by which
+    nothing is rounded.
+    """
+    _, exponent = torch.frexp(scale.abs().amax())
+    size = min(_HALF_SCALE, _HALF_BOUND / len(scale))
+    unit = torch.ldexp(torch.ones_like(scale[0, 0]), exponent - math.floor(math.log2(size)))
+    return scale / unit, unit
 
 
 def _autocast(device_type: str) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from lightning_embcompress import fused_cross_entropy
 from lightning_embcompress.factorizations import METHODS, BlockLowRank, Quantization
@@ -199,6 +200,28 @@ def test_narrow_dtypes_are_added_up_in_float32(dtype: torch.dtype) -> None:
         assert (one.grad.double() - other.grad).norm() <= 0.02 * other.grad.norm()
 
 
+@pytest.mark.parametrize(("factor", "common"), [(1.0, 1), (2.0**16, 1000)])
+def test_small_probabilities_have_gradients_in_float16(factor: float, common: int) -> None:
+    tokens, vocab_size = 1000, 20_000
+    head = nn.Linear(4, vocab_size).half()
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    hidden = torch.full((tokens, 4), 8.0, dtype=torch.float16, requires_grad=True)
+    targets = torch.arange(tokens) % common
+    (factor * fused_cross_entropy(head, hidden, targets)).backward()
+    expected = torch.full((vocab_size,), factor / vocab_size)
+    expected[:common] -= factor / common
+    torch.testing.assert_close(head.bias.grad.float(), expected.half().float(), rtol=1e-2, atol=1e-7)
+    torch.testing.assert_close(head.weight.grad[:, 0].float(), (8 * expected).half().float(), rtol=1e-2, atol=1e-7)
+
+
+def test_no_targets_in_float16() -> None:
+    head = nn.Linear(DIM, VOCAB_SIZE).half()
+    hidden, targets = _data(torch.float16)
+    fused_cross_entropy(head, hidden, torch.full_like(targets, -100)).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+
+
 def test_autocast_is_the_same_in_the_backward_pass() -> None:
     head = _head("group_reduce", torch.float32)
     hidden, targets = _data(torch.float32, tokens=200)
@@ -297,6 +320,19 @@ def test_an_unknown_head_is_refused() -> None:
     hidden, targets = _data()
     with pytest.raises(TypeError, match="Sequential is neither a CompressedLinear nor a torch.nn.Linear"):
         fused_cross_entropy(nn.Sequential(nn.Linear(DIM, VOCAB_SIZE)), hidden, targets)
+
+
+def test_heads_that_compute_something_else_are_refused() -> None:
+    class Scaled(CompressedLinear):
+        def forward(self, input: Tensor, **options: Any) -> Tensor:
+            return 2 * super().forward(input, **options)
+
+    hidden, targets = _data()
+    with pytest.raises(TypeError, match="Scaled is neither a CompressedLinear nor a torch.nn.Linear"):
+        fused_cross_entropy(Scaled(_head("low_rank").factorization), hidden, targets)
+    pruned = prune.l1_unstructured(nn.Linear(DIM, VOCAB_SIZE, dtype=torch.float64), "weight", 0.5)
+    with pytest.raises(TypeError, match="the weight of this Linear is no parameter"):
+        fused_cross_entropy(pruned, hidden, targets)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
