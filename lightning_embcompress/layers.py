@@ -313,12 +313,17 @@ def head_tiles(head: nn.Module, hidden: Tensor, tile_rows: int) -> Tiles:
         >>> [tiles.logits(tile).shape[1] for tile in tiles.tiles]
         [25, 25, 25, 25]
     """
-    if isinstance(head, CompressedLinear):
+    if isinstance(head, CompressedLinear) and type(head).forward is CompressedLinear.forward:
         return head.tiles(hidden, tile_rows)
     if type(head) is not nn.Linear:
         raise TypeError(
             f"{type(head).__name__} is neither a CompressedLinear nor a torch.nn.Linear, so that its logits are not "
             "known tile by tile: call it, and compute the loss from its logits"
+        )
+    if "weight" not in head._parameters:
+        raise TypeError(
+            "the weight of this Linear is no parameter, but computed whenever the layer is called, as in pruning: call "
+            "it, and compute the loss from its logits"
         )
     maker = TileMaker(tile_rows)
     maker.add_product(head.weight, maker.share(hidden))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
-from lightning_embcompress.modules.head_loss import head_loss_sum, kept_order
+from lightning_embcompress.modules.head_loss import head_loss_sum, kept_order, kept_targets
 
 # 2^20 float32 logits = 4 MiB; the loss needs three such buffers, which stay in the cache.
 _CHUNK_ELEMENTS = 2**20
@@ -212,7 +212,7 @@ def distilled_head_loss(
     # All logits of a teacher are in the order of ids.
     kept_at = None if teacher.ids is None else kept_order(head)
     if kept_at is not None and teacher.ids is not None:
-        ids = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, kept_at[ids.clamp(min=0)])
+        ids = kept_targets(ids, kept_at)
         teacher = teacher._replace(ids=kept_at[teacher.ids])
     parts: list[tuple[Tensor, Tensor]] = []
 

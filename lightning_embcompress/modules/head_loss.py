@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def head_softmax_loss(
             return fused_cross_entropy(head, flat, ids, reduction="sum") / count.clamp(min=1), count
         kept_at = kept_order(head)
         if kept_at is not None:
-            ids = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, kept_at[ids.clamp(min=0)])
+            ids = kept_targets(ids, kept_at)
         total = head_loss_sum(
             head,
             flat,
@@ -111,9 +111,20 @@ def kept_order(head: nn.Module) -> Tensor | None:
 
     Nor if it has hooks, which are to see the logits as they are outside of a loss.
     """
-    if not isinstance(head, CompressedLinear) or _is_watched(head):
-        return None
-    return head.factorization.kept_at
+    return head.factorization.kept_at if _is_compressed(head) else None
+
+
+def kept_targets(targets: Tensor, kept_at: Tensor) -> Tensor:
+    """Targets by where their rows are kept, see `kept_order`; those that are ignored stay what they are."""
+    scored = targets.ne(IGNORE_INDEX)
+    # Not by indexing, which takes -1 for the last one.
+    return torch.where(scored, kept_at.index_select(0, torch.where(scored, targets, 0)), IGNORE_INDEX)
+
+
+def _is_compressed(head: nn.Module) -> TypeGuard[CompressedLinear]:
+    """Whether it computes what a `CompressedLinear` does, and nobody watches."""
+    known = isinstance(head, CompressedLinear) and type(head).forward is CompressedLinear.forward
+    return known and not _is_watched(head)
 
 
 def _is_too_wide(head: nn.Module) -> bool:
@@ -124,7 +135,9 @@ def _is_too_wide(head: nn.Module) -> bool:
 
 
 def _is_watched(head: nn.Module) -> bool:
-    return bool(head._forward_hooks or head._forward_pre_hooks)
+    """Whether others see, or change, what goes through it."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(head)
 
 
 def head_loss_sum(
@@ -176,7 +189,7 @@ def _read_once(head: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """
     parameters: dict[str, Tensor] = dict(head.named_parameters())
     # Whoever watches the head must see it called.
-    if not isinstance(head, CompressedLinear) or not head.factorization.is_prepared or _is_watched(head):
+    if not _is_compressed(head) or not head.factorization.is_prepared:
         return head, parameters
     factorization, values = head.factorization.plain()
     rounded = {f"factorization.{name}": value for name, value in values.items()}

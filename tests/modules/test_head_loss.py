@@ -389,6 +389,50 @@ def test_logits_stay_in_the_order_of_the_blocks(
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_negative_targets_are_no_tokens(distilled: bool) -> None:
+    head = _compressed("group_reduce")
+    hidden, targets = _data()
+    targets[0] = -1
+    teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), 7)
+    assert head.factorization.kept_at is not None
+    with pytest.raises(IndexError, match="out of range"):
+        if distilled:
+            distilled_head_loss(head, hidden, targets, teacher)
+        else:
+            head_softmax_loss(head, hidden, targets)
+
+
+def test_heads_that_compute_something_else_are_called() -> None:
+    class Scaled(CompressedLinear):
+        def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * super().forward(input)
+
+    head = Scaled(_compressed("group_reduce").factorization)
+    hidden, targets = _data()
+    torch.testing.assert_close(*(_loss(head, hidden, targets) for _loss in (head_softmax_loss, _all_logits)))
+    head.factorization = head.factorization.prepared(Quantization(bits=4, group_size=16))
+    torch.testing.assert_close(*(_loss(head, hidden, targets) for _loss in (head_softmax_loss, _all_logits)))
+    other = _compressed("group_reduce")
+    call = other.forward
+    other.forward = lambda input: 3 * call(input)  # type: ignore[method-assign]
+    torch.testing.assert_close(*(_loss(other, hidden, targets) for _loss in (head_softmax_loss, _all_logits)))
+
+
+def _all_logits(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return full_softmax_loss(head(hidden), targets)
+
+
+def test_backward_hooks_see_the_order_of_ids() -> None:
+    head = _compressed("group_reduce")
+    hidden, targets = _data()
+    seen: list[Tensor] = []
+    head.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    head_softmax_loss(head, hidden, targets, chunk_tokens=TOKENS)
+    scored = targets.ne(-100)
+    assert seen[0].argmin(dim=1)[scored].equal(targets[scored])
+
+
 @pytest.mark.parametrize("head", [_compressed("group_reduce"), _linear()])
 def test_a_large_vocabulary_is_computed_in_tiles(head: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, targets = _data()
