@@ -11,7 +11,10 @@ import torch
 from lightning_embcompress.layers import CompressedLinear
 
 # What these make of the scores of the best tokens does not depend on others.
-_KNOWN = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
+_TOP_K, _TOP_P = "TopKLogitsWarper", "TopPLogitsWarper"
+_KNOWN = ("TemperatureLogitsWarper", _TOP_K, _TOP_P)
+# What they are called in transformers.
+_MODES = ("greedy_search", "sample")
 
 
 def generate_from_best(
@@ -25,18 +28,19 @@ def generate_from_best(
     """Decode greedily, or by sampling from the `top_k` best, from those alone: for `generate(custom_generate=...)`.
 
     What comes out is what `generate` gives without it, for a head that has to find the best tokens only, see
-    `CompressedLinear.topk`. Of all other tokens the scores are minus infinity, in `output_scores` too.
+    `CompressedLinear.topk`; where several tokens have the same logit, it may be another one of them. Of all other
+    tokens the head's logits are minus infinity, and so are the scores of most models, in `output_scores` too.
 
     Args:
         model: A causal language model of transformers with a compressed head.
         input_ids: From `generate`, as everything below.
-        logits_processor: Only temperature, top k and top p, of which top k has to be one where tokens are sampled.
+        logits_processor: Only temperature, top k and top p; where tokens are sampled top k, and no top p before it.
         stopping_criteria: Any.
         generation_config: Any of greedy search or sampling.
         **model_kwargs: Go to the model.
 
     Raises:
-        ValueError: If the head is not compressed, or scores of other tokens could matter.
+        ValueError: If the head is not compressed, it is another search, or scores of other tokens could matter.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -54,15 +58,26 @@ def generate_from_best(
             f"the head of {type(model).__name__} is a {type(head).__name__}, which is not compressed: compress its "
             "table, or leave custom_generate out"
         )
-    others = [type(one).__name__ for one in logits_processor if type(one).__name__ not in _KNOWN]
+    mode = generation_config.get_generation_mode(model_kwargs.get("assistant_model"))
+    if mode not in _MODES:
+        raise ValueError(
+            f"{str(mode.value).replace('_', ' ')} needs more than the best tokens: leave custom_generate out"
+        )
+    names = [type(one).__name__ for one in logits_processor]
+    others = [name for name in names if name not in _KNOWN]
     if others:
         raise ValueError(f"{', '.join(others)} may need the scores of all tokens: leave custom_generate out")
     count = 1
     if generation_config.do_sample:
-        kept = [one.top_k for one in logits_processor if type(one).__name__ == "TopKLogitsWarper"]
-        if not kept:
+        if _TOP_K not in names:
             raise ValueError("samples are drawn from all tokens: set top_k, or leave custom_generate out")
-        count = min(kept)
+        first = names.index(_TOP_K)
+        if _TOP_P in names[:first]:
+            raise ValueError(
+                "top p comes before top k, and adds up the probabilities of all tokens: set top_p and top_k in place of "
+                "logits processors of your own, or leave custom_generate out"
+            )
+        count = logits_processor[first].top_k
     with only_best(head, min(count, head.out_features)):
         return model._sample(
             input_ids,

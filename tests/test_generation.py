@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessorList,
+    TopPLogitsWarper,
+)
 
 from lightning_embcompress import compress, generate_from_best, optimize_for_inference
 
@@ -83,6 +90,12 @@ def test_gradients_want_all_logits() -> None:
     [
         ({"do_sample": True, "top_k": 0}, "set top_k, or leave custom_generate out"),
         ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor may need the scores of all tokens"),
+        ({"num_beams": 3}, "beam search needs more than the best tokens: leave custom_generate out"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation needs more than the best tokens"),
+        (
+            {"do_sample": True, "top_k": 5, "logits_processor": LogitsProcessorList([TopPLogitsWarper(0.3)])},
+            "top p comes before top k",
+        ),
     ],
 )
 def test_what_needs_other_tokens_is_refused(options: dict[str, Any], message: str) -> None:
