@@ -22,6 +22,8 @@ from lightning_embcompress.modules.full_softmax import full_softmax_loss
 from lightning_embcompress.modules.head_loss import head_softmax_loss
 from lightning_embcompress.storage import is_sharded
 
+# Whatever is done to logits shows up to this size, which float16 has too.
+_LARGE_LOGIT = 1e4
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -187,7 +189,8 @@ class HuggingFaceCausalLM(LanguageModel):
     def _ends_with_its_head(self) -> bool:
         """Whether the logits are what the head makes of the last hidden state, and nobody but the head is to see them.
 
-        Models are asked for what they do, once: some scale their logits or cap them.
+        Models are asked for what they do, once: some scale their logits or cap them. Numbers of all sizes take the
+        place of the head's, for those of a new model may be so small that a cap does nothing to them.
         """
         model = self.model
         if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None:
@@ -200,14 +203,35 @@ class HuggingFaceCausalLM(LanguageModel):
             model.eval()
             try:
                 with torch.no_grad():
-                    head = model.get_output_embeddings()
-                    states = getattr(model.base_model(**self._arguments(ids)), "last_hidden_state", None)
-                    known = head is not None and isinstance(states, Tensor)
-                    self._head_is_last = known and torch.equal(head(states), model(**self._arguments(ids)).logits)
+                    self._head_is_last = self._shows_its_head(ids)
             finally:
                 for module, mode in modes.items():
                     module.training = mode
         return self._head_is_last
+
+    def _shows_its_head(self, ids: Tensor) -> bool:
+        head = self.model.get_output_embeddings()
+        states = getattr(self.model.base_model(**self._arguments(ids)), "last_hidden_state", None)
+        if head is None or not isinstance(states, Tensor):
+            return False
+        seen: list[tuple[Any, Tensor]] = []
+
+        def replace(_: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+            sizes = torch.linspace(
+                -_LARGE_LOGIT, _LARGE_LOGIT, logits.numel(), dtype=logits.dtype, device=logits.device
+            )
+            seen.append((inputs[0] if inputs else None, sizes.view(logits.shape)))
+            return seen[-1][1]
+
+        handle = head.register_forward_hook(replace)
+        try:
+            found = self.model(**self._arguments(ids)).logits
+        finally:
+            handle.remove()
+        if len(seen) != 1 or not isinstance(seen[0][0], Tensor):
+            return False
+        given, logits = seen[0]
+        return torch.equal(given, states) and torch.equal(logits.to(found.dtype), found)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

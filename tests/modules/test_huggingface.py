@@ -179,10 +179,25 @@ def test_no_step_has_all_logits(compressed: bool, monkeypatch: pytest.MonkeyPatc
     assert not model.model.transformer.wte.training
 
 
+def _capped(cap: float, **changes: Any) -> HuggingFaceCausalLM:
+    own = {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": cap}
+    return _model(config={"model_type": "gemma2", **own, **_LLAMA}, **changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cap_that_does_nothing_yet_is_known(dtype: str) -> None:
+    model = _capped(32.0, dtype=dtype)
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight.zero_()
+    assert model.head_inputs(_batch(), "train") is None
+    assert not model.model.get_output_embeddings()._forward_hooks
+    other = _model("llama", dtype=dtype)
+    assert other.head_inputs(_batch(), "train") is not None
+    assert not other.model.get_output_embeddings()._forward_hooks
+
+
 def test_logits_that_are_capped_are_computed_by_the_model() -> None:
-    own = {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 2.0}
-    config = {"model_type": "gemma2", **own, **_LLAMA}
-    model = _model(config=config)
+    model = _capped(2.0)
     batch = _batch()
     assert model.head_inputs(batch, "train") is None
     logits, targets = model.scores(batch, "train")
