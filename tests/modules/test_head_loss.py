@@ -396,11 +396,9 @@ def test_negative_targets_are_no_tokens(distilled: bool) -> None:
     targets[0] = -1
     teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), 7)
     assert head.factorization.kept_at is not None
+    loss: Any = distilled_head_loss if distilled else head_softmax_loss
     with pytest.raises(IndexError, match="out of range"):
-        if distilled:
-            distilled_head_loss(head, hidden, targets, teacher)
-        else:
-            head_softmax_loss(head, hidden, targets)
+        loss(head, hidden, targets, *([teacher] if distilled else []))
 
 
 def test_heads_that_compute_something_else_are_called() -> None:
