@@ -74,8 +74,8 @@ def generate_from_best(
         first = names.index(_TOP_K)
         if _TOP_P in names[:first]:
             raise ValueError(
-                "top p comes before top k, and adds up the probabilities of all tokens: set top_p and top_k in place of "
-                "logits processors of your own, or leave custom_generate out"
+                "top p comes before top k, and adds up the probabilities of all tokens: set top_p and top_k in place "
+                "of logits processors of your own, or leave custom_generate out"
             )
         count = logits_processor[first].top_k
     with only_best(head, min(count, head.out_features)):
