@@ -178,6 +178,7 @@ class CompressedLinear(CompressedLayer):
         tiles = self.factorization.tiles(hidden, tile_rows)
         return tiles if self.bias is None else tiles.plus(self.bias)
 
+    @torch.no_grad()
     def topk(self, hidden: Tensor, k: int, *, approximate: bool = False) -> Best:
         """The tokens with the largest logits, without a logit being brought into the order of ids.
 
@@ -210,6 +211,7 @@ class CompressedLinear(CompressedLayer):
         logits, ids = (torch.cat(parts).view(*shape, k) for parts in zip(*found, strict=True))
         return Best(logits, ids)
 
+    @torch.no_grad()
     def log_prob(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logarithms of the probabilities of tokens, in nats, without a gradient.
 
@@ -240,6 +242,7 @@ class CompressedLinear(CompressedLayer):
         asked = ids.reshape(len(flat), -1) if ids.numel() else ids.new_empty(len(flat), 0)
         return log_prob(self.tiles(flat, decoding_rows(len(flat))), asked).view(ids.shape)
 
+    @torch.no_grad()
     def sample(
         self,
         hidden: Tensor,

@@ -175,6 +175,19 @@ def test_the_best_among_what_is_no_number(number: float, place: str) -> None:
     torch.testing.assert_close(head.topk(hidden, 4).logits, expected.values, equal_nan=True)
 
 
+@pytest.mark.parametrize("method", ["group_reduce", "product_quantization"])
+def test_no_graph_is_built(method: str) -> None:
+    head = _head(method)
+    with torch.inference_mode():
+        # Autograd would refuse to keep it.
+        hidden = _hidden(6).clone()
+    ids = torch.arange(6)
+    logits = head(_hidden(6)).detach()
+    torch.testing.assert_close(head.topk(hidden, 3).logits, logits.topk(3).values)
+    torch.testing.assert_close(head.log_prob(hidden, ids), logits.log_softmax(dim=1).diag())
+    assert head.sample(hidden, top_k=3).shape == (6,)
+
+
 def test_bans_by_bias() -> None:
     head, hidden = _head("group_reduce"), _hidden(2)
     assert head.bias is not None
