@@ -39,7 +39,7 @@ Commands:
   densify PATH TARGET    make a compressed model in files an ordinary one again
   compare SOURCE FOLDER  measure every method, and plain int8 and int4, at equal bytes
   sweep SOURCE FOLDER    measure perplexity against stored bytes over many ratios and bit widths; resumable
-  bench obw              show how small tables of the One Billion Word benchmark's size become, how fast, without data
+  bench NAME             obw, speed, scaling: how small tables of any size become and how fast they are, without data
   list                   show the shipped recipes and the compression methods
 
 `embcompress COMMAND --help` lists the options. From run to predict they are those of LightningCLI and override the

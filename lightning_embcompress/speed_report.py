@@ -9,7 +9,6 @@ from rich.table import Table as ScreenTable
 
 from lightning_embcompress.compare import print_table
 from lightning_embcompress.report import say
-from lightning_embcompress.sweep_report import label_plainly
 
 _COLUMNS = ("", "ms", "x dense", "MB stored", "MB at the peak", "error", "ms at least", "times that", "")
 # Markers of a plot, so that ten colours are enough.
@@ -183,7 +182,13 @@ def _figure(parts: int) -> tuple[Any, Sequence[Any]]:
 
 
 def _finish(axes: Any, title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     axes.set(xlabel="MB of parameters as stored", ylabel="milliseconds", xscale="log", yscale="log")
-    label_plainly(axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        # 1, 2, 5, 10, as numbers and not as powers.
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=6)

@@ -130,19 +130,13 @@ def draw_sweep(points: Sequence[Point]) -> Any:
 
 
 def _finish(axes: Any, height: str) -> None:
-    axes.set(xlabel="stored bytes of the tables, MB", ylabel=height, xscale="log", yscale="log")
-    label_plainly(axes)
-    axes.legend(fontsize=7)
-
-
-def label_plainly(axes: Any) -> None:
-    """Write the numbers of logarithmic axes of matplotlib as people do."""
     from matplotlib.ticker import FuncFormatter, LogFormatter
 
     def plain(chosen: Any) -> Any:
         """Leaves out what would be too many labels, and writes 90, not 9 x 10^1."""
         return FuncFormatter(lambda x, pos: f"{x:g}" if chosen(x, pos) else "")
 
+    axes.set(xlabel="stored bytes of the tables, MB", ylabel=height, xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         for chosen, set_formatter in (
             (LogFormatter(), axis.set_major_formatter),
@@ -151,6 +145,7 @@ def label_plainly(axes: Any) -> None:
             # It looks at the axis to see how many labels there would be.
             chosen.set_axis(axis)
             set_formatter(plain(chosen))
+    axes.legend(fontsize=7)
 
 
 def _dense(points: Sequence[Point]) -> Point:

@@ -42,7 +42,7 @@ ON_LINUX = sys.platform == "linux"
 def _small_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "_SIDE", 64)
-        patch.setattr(machine, "_MEMORY_ROWS", 64)
+        patch.setattr(machine, "_MEMORY_SIDE", 512)
         yield
 
 
@@ -332,6 +332,7 @@ def test_command_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([*_words(), "--report", "no/such/folder.json"], "there is no folder"),
         ([*_words(), "--plot", "no/such/folder.png"], "there is no folder"),
         ([*_words(), "--report", "."], "is a folder"),
+        ([*_words(), "--plot", "speed.plot"], "must end in .png"),
         ([*_words("scaling"), "--vocab_sizes", "500"], "two or more"),
         (["bench", "sped"], "speed"),
     ],

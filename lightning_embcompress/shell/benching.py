@@ -69,6 +69,7 @@ exponent of the bytes, which is 1 where time grows in proportion to them.
 _SCALING_EXAMPLES = """\
   embcompress bench scaling --vocab_sizes 10000 100000 800000 --dim 1024 --ratio 6.6 --groups 20 --what logits loss
 """
+_PLOTS = (".png", ".pdf", ".svg")
 _WHAT = ("lookup", "lookup_backward", "logits", "topk", "sample", "loss")
 
 
@@ -88,6 +89,8 @@ def run_bench(arguments: Sequence[str]) -> int:
     if given.groups is not None:
         options["groups"] = given.groups
     report, plot = _target("--report", given.report, given), _target("--plot", getattr(given, "plot", None), given)
+    if plot is not None and plot.suffix not in _PLOTS:
+        raise UsageError(f"--plot {str(plot)!r} must end in {', '.join(_PLOTS)}")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'lightning-embcompress[plot]'")
     bench, draw = _RUNS[name](given, options)
@@ -102,7 +105,7 @@ def run_bench(arguments: Sequence[str]) -> int:
         say(f"Written: {report}")
     if plot is not None:
         with explaining_failure(plot), replacing(plot) as temporary:
-            draw(found).savefig(temporary, dpi=150, format=plot.suffix[1:] or "png")
+            draw(found).savefig(temporary, dpi=150, format=plot.suffix[1:])
         say(f"Written: {plot}")
     return 0
 
