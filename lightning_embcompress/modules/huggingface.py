@@ -202,7 +202,8 @@ class HuggingFaceCausalLM(LanguageModel):
             ids = torch.arange(2, device=next(model.parameters()).device).unsqueeze(0) % self.vocab_size
             model.eval()
             try:
-                with torch.no_grad():
+                # Autocast could keep the weights as they are cast here, without a graph, for the step that follows.
+                with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
                     self._head_is_last = self._shows_its_head(ids)
             finally:
                 for module, mode in modes.items():

@@ -196,6 +196,18 @@ def test_a_cap_that_does_nothing_yet_is_known(dtype: str) -> None:
     assert not other.model.get_output_embeddings()._forward_hooks
 
 
+def test_the_look_at_a_model_leaves_nothing_to_autocast() -> None:
+    model = _model("llama")
+    seen: list[tuple[bool, bool]] = []
+    model.model.base_model.register_forward_hook(
+        lambda *_: seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model.training_step(_batch(), 0).backward()
+    assert seen == [(False, False), (False, False), (True, True)]
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_logits_that_are_capped_are_computed_by_the_model() -> None:
     model = _capped(2.0)
     batch = _batch()
