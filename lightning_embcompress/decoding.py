@@ -11,13 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_embcompress.factorizations.screening import can_screen, screen_of
-from lightning_embcompress.factorizations.tiles import Places, Tile, Tiles
+from lightning_embcompress.factorizations.tiles import Places, Tiles
 
 # Logits that are there at once.
 _ELEMENTS = 2**24
-# States for which products in integers are faster than those in floats.
-_FEW_STATES = 4
 # Probabilities that are added up at a time.
 _RUN = 1024
 _FIRST = 64
@@ -41,16 +38,12 @@ def decoding_rows(states: int) -> int:
 
 
 @torch.no_grad()
-def topk(tiles: Tiles, k: int, approximate: bool = False) -> Best:
+def topk(tiles: Tiles, k: int) -> Best:
     """The `k` tokens with the largest logits.
-
-    On a CPU, for up to four states and factors in floats, products in integers of 8 bits bound the logits first, and
-    only tokens that can be among the best are multiplied as they are, see `factorizations.screening`.
 
     Args:
         tiles: Of `[N, dim]` states.
         k: How many.
-        approximate: Whether the products in integers are good enough.
 
     Raises:
         ValueError: If there are not so many tokens.
@@ -58,10 +51,6 @@ def topk(tiles: Tiles, k: int, approximate: bool = False) -> Best:
     vocab_size = tiles.tiles[-1].stop
     if not 1 <= k <= vocab_size:
         raise ValueError(f"k must be from 1 to the {vocab_size} tokens of the vocabulary, it is {k}")
-    if _can_screen(tiles):
-        found = [_screened(tiles, state, k, approximate) for state in range(len(tiles.shared[0]))]
-        logits, rows = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return Best(logits, _ids(tiles, rows))
     best: tuple[Tensor, Tensor] | None = None
     for tile in tiles.tiles:
         logits, columns = tiles.logits(tile).topk(min(k, tile.stop - tile.start))
@@ -77,58 +66,6 @@ def topk(tiles: Tiles, k: int, approximate: bool = False) -> Best:
 
 def _ids(tiles: Tiles, rows: Tensor) -> Tensor:
     return rows if tiles.order is None else tiles.order[rows]
-
-
-def _can_screen(tiles: Tiles) -> bool:
-    return (
-        0 < len(tiles.shared[0]) <= _FEW_STATES
-        and not torch.is_autocast_enabled(tiles.shared[0].device.type)
-        and all(tile.is_product and can_screen(tiles.owned[tile.owns[0][0]]) for tile in tiles.tiles)
-    )
-
-
-def _screened(tiles: Tiles, state: int, k: int, approximate: bool) -> tuple[Tensor, Tensor]:
-    """Logits and rows of the best tokens of one state."""
-    logits, errors = [], []
-    # By the factor, of which there may be several tiles.
-    products: dict[int, Tensor] = {}
-    for tile in tiles.tiles:
-        place, start, stop = tile.owns[0]
-        states = tiles.shared[tile.reads[0]][state : state + 1]
-        screen = screen_of(tiles.owned[place])
-        if place not in products:
-            products[place] = screen.products(states)[0]
-        # Of no columns: what a tile adds to the product.
-        logits.append(products[place][start:stop] + _of_state(tiles, tile, state, slice(None), columns=0))
-        errors.append(screen.errors[start:stop] * states.norm())
-    rounded = torch.cat(logits)
-    best, rows = rounded.topk(k)
-    if approximate:
-        return best, rows
-    error = torch.cat(errors)
-    # The k-th largest logit is not below this.
-    least = (best - error[rows]).min()
-    # Not "at least": NaN counts as the largest, and compares as nothing.
-    candidates = (rounded + error < least).logical_not_().nonzero().flatten()
-    exact = rounded.new_empty(len(candidates))
-    stops = torch.tensor([tile.stop for tile in tiles.tiles], device=candidates.device)
-    ends = torch.searchsorted(candidates, stops).tolist()
-    begin = 0
-    for tile, end in zip(tiles.tiles, ends, strict=True):
-        if end > begin:
-            some = candidates[begin:end] - tile.start
-            exact[begin:end] = _of_state(tiles, tile, state, some)
-        begin = end
-    best, places = exact.topk(k)
-    return best, candidates[places]
-
-
-def _of_state(tiles: Tiles, tile: Tile, state: int, rows: Tensor | slice, columns: int | None = None) -> Tensor:
-    """Logits of one state and some rows of a tile; with `columns=0` what is added to the product."""
-    reads = [tiles.shared[place][state : state + 1] for place in tile.reads]
-    own = [tiles.owned[place][start:stop][rows] for place, start, stop in tile.owns]
-    reads[0], own[0] = reads[0][:, :columns], own[0][:, :columns]
-    return tile.logits(*reads, *own)[0]
 
 
 @torch.no_grad()

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import Self
 
 from lightning_embcompress.decoding import Best, decoding_rows, log_prob, sample, topk
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.factorizations.base import is_exporting
-from lightning_embcompress.factorizations.screening import forget_screen
 from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.scaled_embeddings import Scale
 
@@ -166,31 +164,18 @@ class CompressedLinear(CompressedLayer):
         # Under autocast the logits are narrower than the bias: as in `nn.Linear`, their dtype is the result's.
         return logits + bias.to(logits.dtype)
 
-    def train(self, mode: bool = True) -> Self:
-        """As in `nn.Module`; what `topk` keeps of the factors is forgotten when they are to train."""
-        if mode:
-            for factor in self.parameters():
-                forget_screen(factor)
-        return super().train(mode)
-
     def tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
         """All logits of `[N, in_features]` hidden states, for at most `tile_rows` words of the vocabulary at a time."""
         tiles = self.factorization.tiles(hidden, tile_rows)
         return tiles if self.bias is None else tiles.plus(self.bias)
 
     @torch.no_grad()
-    def topk(self, hidden: Tensor, k: int, *, approximate: bool = False) -> Best:
+    def topk(self, hidden: Tensor, k: int) -> Best:
         """The tokens with the largest logits, without a logit being brought into the order of ids.
-
-        On a CPU, for up to four states and float32 factors of the kinds that are multiplied as they are, products in
-        integers of 8 bits find those that can be among the best, and only these are computed in float32: the result is
-        that of all logits. A copy of the factors in 8 bits is made for it when it is first called, and kept until they
-        change or the head is to train.
 
         Args:
             hidden: `[*, in_features]`.
             k: How many.
-            approximate: Whether to take the products in 8 bits as they are; then some of the best may be missed.
 
         Returns:
             `logits` and `ids`, `[*, k]`, the largest first.
@@ -207,7 +192,7 @@ class CompressedLinear(CompressedLayer):
         """
         flat = hidden.reshape(-1, self.in_features)
         shape = hidden.shape[:-1]
-        found = [topk(self._decoded(part), k, approximate) for part in self._parts(flat)]
+        found = [topk(self._decoded(part), k) for part in self._parts(flat)]
         logits, ids = (torch.cat(parts).view(*shape, k) for parts in zip(*found, strict=True))
         return Best(logits, ids)
 

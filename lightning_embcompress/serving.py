@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_embcompress.factorizations.screening import can_screen, screen_of
 from lightning_embcompress.layers import CompressedLinear
 
 
@@ -15,9 +14,7 @@ def optimize_for_inference(model: nn.Module) -> int:
 
     Rows of a factor are short, and a product of one state with them adds up within every row. Column by column it is
     added up over many rows at once, at nearly twice the speed on a CPU. Shapes, values, state dicts and files stay what
-    they are; only the strides of parameters change, so that looking up many rows of a tied table takes longer. The
-    copies in 8 bits by which `CompressedLinear.topk` finds the best tokens are made too, a quarter of the bytes of
-    float32 factors.
+    they are; only the strides of parameters change, so that looking up many rows of a tied table takes longer.
 
     Training goes on to work, but not faster. Parameters in memory that processes share are copied out of it.
 
@@ -58,6 +55,4 @@ def optimize_for_inference(model: nn.Module) -> int:
             if factor.stride(0) != 1:
                 with torch.inference_mode(mode=False):
                     factor.data = factor.data.T.contiguous().T
-            if can_screen(factor):
-                screen_of(factor)
     return heads

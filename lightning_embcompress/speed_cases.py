@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.factorizations.screening import can_screen
 from lightning_embcompress.fused_loss import fused_cross_entropy
 from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.modules.head_loss import head_softmax_loss
@@ -232,14 +231,12 @@ def _topk(subject: Subject) -> Iterator[Case]:
         hits = (found[1].unsqueeze(-1) == wanted.indices.unsqueeze(-2)).any(dim=-1)
         return {"recall": float(hits.double().mean()), "error": relative_error(found[0], wanted.values)}
 
-    screened = sum(_screened_bytes(one) for one in head.parameters())
     size, dense = subject.stored_bytes, subject.table.nbytes
     yield Case("topk", "dense torch", _used(subject.head, states, best), dense, bytes=dense, is_base=True)
     yield _laid_out(subject, "topk", best, dense)
     yield Case("topk", "compressed, all logits", _used(head, states, best), size, bytes=size, check=compare)
-    for name, approximate in (("compressed", False), ("compressed, approximate", True)):
-        run = _in_inference(partial(head.topk, states, k, approximate=approximate))
-        yield Case("topk", name, run, size, bytes=screened or size, check=compare)
+    run = _in_inference(partial(head.topk, states, k))
+    yield Case("topk", "compressed", run, size, bytes=size, check=compare)
 
 
 def _sample(subject: Subject) -> Iterator[Case]:
@@ -392,8 +389,3 @@ def _in_inference(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def _trained(module: nn.Module) -> Sequence[Tensor]:
     return [one for one in module.parameters() if one.requires_grad]
-
-
-def _screened_bytes(factor: Tensor) -> int:
-    """Bytes of a factor where its products are computed in 8 bits first."""
-    return factor.numel() if can_screen(factor) else factor.nbytes

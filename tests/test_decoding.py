@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_embcompress.factorizations import METHODS, BlockLowRank, Quantization, screening
+from lightning_embcompress.factorizations import METHODS, BlockLowRank, Quantization
 from lightning_embcompress.layers import CompressedLinear
 
 VOCAB_SIZE, DIM = 300, 16
@@ -73,90 +72,6 @@ def test_the_best_of_random_blocks(data: st.DataObject) -> None:
     head = CompressedLinear(factors, nn.Parameter(torch.randn(sum(sizes), generator=generator)))
     hidden = torch.randn(data.draw(st.integers(1, 6)), dim, generator=generator)
     _check_topk(head, hidden, data.draw(st.integers(1, sum(sizes))))
-
-
-@pytest.mark.skipif(not screening.can_repack(), reason="this processor has no exact products of bytes")
-def test_few_rows_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = _head("low_rank")
-    seen = []
-    linear = torch.nn.functional.linear
-
-    def watched(states: Tensor, rows: Tensor, *others: Any) -> Tensor:
-        if states.shape[1]:
-            seen.append(len(rows))
-        return linear(states, rows, *others)
-
-    head.topk(_hidden(1), 3)
-    monkeypatch.setattr(torch.nn.functional, "linear", watched)
-    head.topk(_hidden(1), 3)
-    # The product with the basis, and that with the candidates.
-    assert len(seen) == 2
-    assert seen[1] < VOCAB_SIZE // 4
-
-
-def test_factors_that_change_are_screened_anew() -> None:
-    head = _head("low_rank")
-    _check_topk(head, _hidden(1), 3)
-    with torch.no_grad():
-        head.factorization.get_parameter("coefficients").mul_(-1)
-    _check_topk(head, _hidden(1), 3)
-    other = copy.deepcopy(head)
-    with torch.no_grad():
-        other.factorization.get_parameter("coefficients").neg_()
-    _check_topk(other, _hidden(1), 3)
-    _check_topk(head, _hidden(1), 3)
-    assert not any("screen" in name for name in head.state_dict())
-
-
-@pytest.mark.skipif(not screening.can_repack(), reason="this processor has no exact products of bytes")
-@pytest.mark.parametrize("way", ["data.neg_", "data =", "casts", "fused Adam", "train"])
-def test_changes_that_no_version_counts_are_seen(way: str) -> None:
-    head = _head("low_rank")
-    factor = head.factorization.get_parameter("coefficients")
-    _check_topk(head, _hidden(1), 3)
-    version = factor._version
-    if way == "data.neg_":
-        factor.data.neg_()
-    elif way == "data =":
-        for _ in range(5):
-            # In memory that was there before, by chance.
-            factor.data = -factor.data
-    elif way == "casts":
-        head.bfloat16().float()
-    elif way == "fused Adam":
-        head(_hidden(1)).sum().backward()
-        torch.optim.Adam(head.parameters(), lr=1.0, fused=True).step()
-    else:
-        # A row that is not among those compared.
-        factor.data[1] = 100 * _hidden(1) @ head.factorization.get_parameter("basis").data.T
-        head.train()
-    if way != "fused Adam":
-        assert factor._version == version
-    _check_topk(head, _hidden(1), 3)
-
-
-def test_the_8_bit_form_goes_with_training() -> None:
-    head = _head("low_rank").eval()
-    factor = head.factorization.get_parameter("coefficients")
-    head.topk(_hidden(1), 3)
-    assert (factor in screening._kept) == screening.can_repack()
-    head.train()
-    assert factor not in screening._kept
-
-
-def test_what_is_computed_for_one_call_has_no_8_bit_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = _head("low_rank")
-    head.factorization = head.factorization.prepared(Quantization(bits=4, group_size=16))
-    monkeypatch.setattr("lightning_embcompress.decoding.screen_of", None)
-    _check_topk(head, _hidden(1), 3)
-
-
-def test_factors_of_inference_mode() -> None:
-    with torch.inference_mode():
-        head = _head("low_rank")
-        _check_topk(head, _hidden(1), 3)
-        head.factorization.get_parameter("coefficients").neg_()
-        _check_topk(head, _hidden(1), 3)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -222,15 +137,6 @@ def test_default_dtypes_change_nothing(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found.logits, expected.values.detach())
-
-
-def test_approximate_finds_most_of_the_best() -> None:
-    head = _head("low_rank")
-    hidden = _hidden(40)
-    exact = head.topk(hidden, 10).ids
-    found = torch.stack([head.topk(state, 10, approximate=True).ids for state in hidden])
-    recall = (found.unsqueeze(2) == exact.unsqueeze(1)).any(dim=2).float().mean()
-    assert recall > 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

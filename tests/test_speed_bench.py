@@ -123,7 +123,6 @@ def test_errors_are_those_of_the_factors(report: dict[str, Any]) -> None:
     best = rows_of(report, "topk")
     assert best["compressed"]["recall"] == best["compressed, all logits"]["recall"] == 1
     assert best["compressed"]["error"] < 1e-5
-    assert 0.5 < best["compressed, approximate"]["recall"] <= 1
 
 
 def test_logits_of_made_states_have_the_spread_of_trained_ones() -> None:

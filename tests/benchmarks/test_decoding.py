@@ -39,11 +39,10 @@ def test_a_token(benchmark, vocab_size: int, dim: int, ratio: float, faster: flo
     # The table itself is read faster too when it is laid out so.
     alike = rows["logits", "dense torch, laid out for inference", threads]
     against = "no room for a copy" if "note" in alike else f"{alike['seconds'] / logits['seconds']:.2f} times"
-    best, nearly = (rows["topk", name, threads] for name in ("compressed", "compressed, approximate"))
+    best = rows["topk", "compressed", threads]
     sys.stdout.write(
         f"\n{vocab_size:,} x {dim:,} at {ratio}x, {threads} threads: logits {logits['ratio']:.2f} times faster than "
-        f"dense ({against} when that is laid out alike), best 10 {best['ratio']:.2f} times, approximately "
-        f"{nearly['ratio']:.2f} times with a recall of {nearly['recall']:.3f}\n"
+        f"dense ({against} when that is laid out alike), best 10 {best['ratio']:.2f} times\n"
     )
     assert logits["ratio"] >= faster
     assert best["recall"] == 1
