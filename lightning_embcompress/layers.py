@@ -181,7 +181,7 @@ class CompressedLinear(CompressedLayer):
             `logits` and `ids`, `[*, k]`, the largest first.
 
         Raises:
-            ValueError: If there are not so many tokens.
+            ValueError: If there are not so many tokens, or the hidden states do not fit.
 
         Example:
             >>> from lightning_embcompress.factorizations import LowRank
@@ -190,8 +190,7 @@ class CompressedLinear(CompressedLayer):
             >>> torch.equal(head.topk(hidden, 3).ids, head(hidden).topk(3).indices)
             True
         """
-        flat = hidden.reshape(-1, self.in_features)
-        shape = hidden.shape[:-1]
+        flat, shape = self._flat(hidden), hidden.shape[:-1]
         found = [topk(self._decoded(part), k) for part in self._parts(flat)]
         logits, ids = (torch.cat(parts).view(*shape, k) for parts in zip(*found, strict=True))
         return Best(logits, ids)
@@ -217,13 +216,12 @@ class CompressedLinear(CompressedLayer):
             >>> expected = head(hidden).log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
             >>> torch.testing.assert_close(head.log_prob(hidden, ids), expected.detach())
         """
-        shape = hidden.shape[:-1]
+        flat, shape = self._flat(hidden), hidden.shape[:-1]
         if ids.shape[: len(shape)] != shape or ids.ndim > len(shape) + 1:
             raise ValueError(
                 f"hidden states of shape {tuple(hidden.shape)} need ids of shape {tuple(shape)}, or of one dimension "
                 f"more; they have {tuple(ids.shape)}"
             )
-        flat = hidden.reshape(-1, self.in_features)
         asked = ids.reshape(len(flat), -1) if ids.numel() else ids.new_empty(len(flat), 0)
         return log_prob(self.tiles(flat, decoding_rows(len(flat))), asked).view(ids.shape)
 
@@ -251,7 +249,7 @@ class CompressedLinear(CompressedLayer):
             `[*]` int64.
 
         Raises:
-            ValueError: If an argument is out of its range, or logits are NaN.
+            ValueError: If an argument is out of its range, the hidden states do not fit, or logits are NaN.
 
         Example:
             >>> from lightning_embcompress.factorizations import LowRank
@@ -261,7 +259,7 @@ class CompressedLinear(CompressedLayer):
         """
         found = [
             sample(self._decoded(part), temperature, top_k, top_p, generator)
-            for part in self._parts(hidden.reshape(-1, self.in_features))
+            for part in self._parts(self._flat(hidden))
         ]
         return torch.cat(found).view(hidden.shape[:-1])
 
@@ -272,6 +270,15 @@ class CompressedLinear(CompressedLayer):
         states = torch.empty(0, self.in_features, dtype=self.factorization.dtype, device=self.factorization.device)
         tiles = self.factorization.tiles(states, self.out_features)
         return [tiles.owned[tile.owns[0][0]] for tile in tiles.tiles if tile.is_product]
+
+    def _flat(self, hidden: Tensor) -> Tensor:
+        """`[N, in_features]`."""
+        if hidden.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"hidden states must have {self.in_features} numbers each, as the head reads them; theirs is the shape "
+                f"{tuple(hidden.shape)}"
+            )
+        return hidden.reshape(-1, self.in_features)
 
     def _parts(self, states: Tensor) -> tuple[Tensor, ...]:
         """A few states at a time, so that all of their logits fit into memory."""
