@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_embcompress.shell.arguments import UsageError, new_parser, parse_with_options
 
 if TYPE_CHECKING:
-    from lightning_embcompress.speed_bench import SpeedBench
+    from lightning_embcompress.bench.speed import SpeedBench
 
 _BENCHES = ("obw", "speed", "scaling")
 
@@ -111,7 +111,7 @@ def run_bench(arguments: Sequence[str]) -> int:
 
 
 def _obw(given: argparse.Namespace, options: dict[str, Any]) -> tuple[Callable[[], dict[str, Any]], Any]:
-    from lightning_embcompress.obw_bench import ObwBench, run_obw_bench, show_obw_bench
+    from lightning_embcompress.bench.obw import ObwBench, run_obw_bench, show_obw_bench
     from lightning_embcompress.report import say
 
     sizes = ("vocab_size", "dim", "cells", "layers", "method", "ratio", "rows", "tokens", "rounds", "seed")
@@ -132,8 +132,8 @@ def _obw(given: argparse.Namespace, options: dict[str, Any]) -> tuple[Callable[[
 
 
 def _speed(given: argparse.Namespace, options: dict[str, Any]) -> tuple[Callable[[], dict[str, Any]], Any]:
-    from lightning_embcompress.speed_bench import run_speed_bench
-    from lightning_embcompress.speed_report import draw_speed, show_speed
+    from lightning_embcompress.bench.report import draw_speed, show_speed
+    from lightning_embcompress.bench.speed import run_speed_bench
 
     bench = _speed_bench(given, options, ("vocab_size", "draw", "peers"))
 
@@ -146,8 +146,8 @@ def _speed(given: argparse.Namespace, options: dict[str, Any]) -> tuple[Callable
 
 
 def _scaling(given: argparse.Namespace, options: dict[str, Any]) -> tuple[Callable[[], dict[str, Any]], Any]:
-    from lightning_embcompress.speed_bench import run_scaling_bench, scaling_benches
-    from lightning_embcompress.speed_report import draw_scaling, show_scaling
+    from lightning_embcompress.bench.report import draw_scaling, show_scaling
+    from lightning_embcompress.bench.speed import run_scaling_bench, scaling_benches
 
     bench = _speed_bench(given, options, (), vocab_size=max(given.vocab_sizes))
     try:
@@ -169,8 +169,8 @@ _RUNS = {"obw": _obw, "speed": _speed, "scaling": _scaling}
 def _speed_bench(
     given: argparse.Namespace, options: dict[str, Any], further: Sequence[str], **fixed: Any
 ) -> SpeedBench:
+    from lightning_embcompress.bench.speed import SpeedBench
     from lightning_embcompress.budget import parse_size
-    from lightning_embcompress.speed_bench import SpeedBench
 
     names = ("dim", "method", "ratio", "what", "ids", "tokens", "states", "k", "threads", "rounds", "seed", *further)
     try:

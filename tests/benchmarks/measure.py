@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from lightning_embcompress.bench.peak_memory import PeakMemory as PeakMemory
+from lightning_embcompress.bench.report import show_speed
+from lightning_embcompress.bench.speed import SpeedBench, measure_table
 from lightning_embcompress.factorizations import SharedBasisBlocks
-from lightning_embcompress.peak_memory import PeakMemory as PeakMemory
-from lightning_embcompress.speed_bench import SpeedBench, measure_table
-from lightning_embcompress.speed_report import show_speed
 
 
 def seconds(run: Callable[[], Any], rounds: int = 3) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_embcompress.speed_bench import SpeedBench
+from lightning_embcompress.bench.speed import SpeedBench
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import speed_rows  # noqa: E402

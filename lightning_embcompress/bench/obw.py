@@ -21,22 +21,22 @@ from rich.table import Table as ScreenTable
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_embcompress.bench.cases import Subject, cases_of
+from lightning_embcompress.bench.machine import Machine, machine_facts
+from lightning_embcompress.bench.made_tables import bytes_allowed, drawn_ids, made_states
+from lightning_embcompress.bench.made_tables import fill_table as fill_table
+from lightning_embcompress.bench.made_tables import zipf_metric as zipf_metric
+from lightning_embcompress.bench.measure import measure
+from lightning_embcompress.bench.peak_memory import PeakMemory
+from lightning_embcompress.bench.report import show_machine, show_rows, threads_of
 from lightning_embcompress.compare import print_table
 from lightning_embcompress.factorizations import Factorization, get_method
 from lightning_embcompress.factorizations.specs import TENSOR_HEADER_BYTES, dense_bytes
-from lightning_embcompress.machine import Machine, machine_facts
-from lightning_embcompress.made_tables import bytes_allowed, drawn_ids, made_states
-from lightning_embcompress.made_tables import fill_table as fill_table
-from lightning_embcompress.made_tables import zipf_metric as zipf_metric
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
-from lightning_embcompress.peak_memory import PeakMemory
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.report import say
 from lightning_embcompress.solvers.metric import Metric
 from lightning_embcompress.solvers.sampling import draw
-from lightning_embcompress.speed_cases import Subject, cases_of
-from lightning_embcompress.speed_measure import measure
-from lightning_embcompress.speed_report import show_machine, show_rows, threads_of
 
 _TABLES = ("embedding", "softmax")
 # Of a product that is added up.

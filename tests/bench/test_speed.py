@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_embcompress import cli, machine, peak_memory, speed_bench, speed_peers
+from lightning_embcompress import cli
+from lightning_embcompress.bench import machine, peak_memory, peers, speed
+from lightning_embcompress.bench.cases import WHAT
+from lightning_embcompress.bench.machine import Machine, Rates, Work
+from lightning_embcompress.bench.made_tables import drawn_ids, fill_table, made_states, zipf_metric
+from lightning_embcompress.bench.measure import Case, measure
+from lightning_embcompress.bench.peak_memory import PeakMemory
+from lightning_embcompress.bench.peers import PACKAGES, installed_peers
+from lightning_embcompress.bench.speed import SpeedBench, run_scaling_bench, run_speed_bench
 from lightning_embcompress.factorizations import BlockLowRank, GroupReduceOptions
-from lightning_embcompress.machine import Machine, Rates, Work
-from lightning_embcompress.made_tables import drawn_ids, fill_table, made_states, zipf_metric
-from lightning_embcompress.peak_memory import PeakMemory
-from lightning_embcompress.speed_bench import SpeedBench, run_scaling_bench, run_speed_bench
-from lightning_embcompress.speed_cases import WHAT
-from lightning_embcompress.speed_measure import Case, measure
-from lightning_embcompress.speed_peers import PACKAGES, installed_peers
 
 VOCAB_SIZE, DIM, IDS, TOKENS = 600, 32, 50, 20
 SMALL: dict[str, Any] = {
@@ -249,7 +250,7 @@ def test_peers_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch, rep
         raise RuntimeError("no kernel\nfor this processor")
         yield
 
-    monkeypatch.setattr(speed_peers, "_adaptive", broken)
+    monkeypatch.setattr(peers, "_adaptive", broken)
     found = run_speed_bench(SpeedBench(**SMALL, method="low_rank", what=("loss",)))
     row = rows_of(found, "loss")["nn.AdaptiveLogSoftmaxWithLoss"]
     assert row["note"] == "RuntimeError: no kernel"
@@ -273,7 +274,7 @@ def test_scaling_is_the_slope_of_time_over_bytes(monkeypatch: pytest.MonkeyPatch
         ]
 
     bench = SpeedBench(**{**SMALL, "what": ("logits",)})
-    monkeypatch.setattr(speed_bench, "measure", proportional)
+    monkeypatch.setattr(speed, "measure", proportional)
     found = run_scaling_bench(bench, [400, 1600, 800])
     assert [table["vocab_size"] for table in found["tables"]] == [400, 800, 1600]
     for line in found["lines"]:
@@ -342,7 +343,7 @@ def test_mistakes_are_told_in_one_line(
     def never(*_: object) -> None:
         raise AssertionError("nothing is made")
 
-    monkeypatch.setattr(speed_bench, "fill_table", never)
+    monkeypatch.setattr(speed, "fill_table", never)
     if "scaling" in words:
         words = [word for word in words if not word.startswith("--vocab_size=")]
     assert cli.main(words) == 2

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_embcompress.speed_cases import Subject
-from lightning_embcompress.speed_measure import Case
+from lightning_embcompress.bench.cases import Subject
+from lightning_embcompress.bench.measure import Case
 
 PACKAGES = {"tensorly-torch": "tltorch", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 """Peers by the names of their packages, and what is imported of each."""

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_embcompress.bench.cases import WHAT, Subject, cases_of
+from lightning_embcompress.bench.machine import Machine, machine_facts
+from lightning_embcompress.bench.made_tables import bytes_allowed, drawn_ids, fill_table, made_states, zipf_metric
+from lightning_embcompress.bench.measure import Case, measure, threads
+from lightning_embcompress.bench.peak_memory import available_memory
+from lightning_embcompress.bench.peers import installed_peers, peer_cases
 from lightning_embcompress.factorizations import Factorization, get_method
-from lightning_embcompress.machine import Machine, machine_facts
-from lightning_embcompress.made_tables import bytes_allowed, drawn_ids, fill_table, made_states, zipf_metric
-from lightning_embcompress.peak_memory import available_memory
 from lightning_embcompress.progress import progress_bar
 from lightning_embcompress.solvers.metric import Metric
-from lightning_embcompress.speed_cases import WHAT, Subject, cases_of
-from lightning_embcompress.speed_measure import Case, measure, threads
-from lightning_embcompress.speed_peers import installed_peers, peer_cases
 
 
 @dataclass(frozen=True)

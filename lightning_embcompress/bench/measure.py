@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_embcompress.machine import Machine, Rates, Work
-from lightning_embcompress.peak_memory import PeakMemory
+from lightning_embcompress.bench.machine import Machine, Rates, Work
+from lightning_embcompress.bench.peak_memory import PeakMemory
 
 # What is shorter is run several times a round.
 _ROUND_SECONDS = 0.01

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_embcompress import cli, obw_bench
+from lightning_embcompress import cli
+from lightning_embcompress.bench import obw
+from lightning_embcompress.bench.obw import ObwBench, fill_table, recurrent_parameters, run_obw_bench, zipf_metric
 from lightning_embcompress.factorizations import LowRank
-from lightning_embcompress.obw_bench import ObwBench, fill_table, recurrent_parameters, run_obw_bench, zipf_metric
 
 SMALL: dict[str, Any] = {"vocab_size": 3000, "dim": 32, "cells": 64, "ratio": 12.0, "rows": 3000}
 SMALL |= {"tokens": 50, "rounds": 1}
@@ -180,7 +181,7 @@ def test_mistakes_are_told_in_one_line(
     def never(*_: object) -> None:
         raise AssertionError("nothing is made")
 
-    monkeypatch.setattr(obw_bench, "fill_table", never)
+    monkeypatch.setattr(obw, "fill_table", never)
     assert cli.main(words) == 2
     error = capsys.readouterr().err
     assert said in error
