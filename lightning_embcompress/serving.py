@@ -16,7 +16,9 @@ def optimize_for_inference(model: nn.Module) -> int:
     added up over many rows at once, at nearly twice the speed on a CPU. Shapes, values, state dicts and files stay what
     they are; only the strides of parameters change, so that looking up many rows of a tied table takes longer.
 
-    Training goes on to work, but not faster. Parameters in memory that processes share are copied out of it.
+    Training goes on to work, but not faster, and not by an optimizer with `fused=True` that has state from before: its
+    kernels take moments to be laid out as their parameters are, and would mix them up without a word. Lay out a copy of
+    the model then, or make the optimizer anew. Parameters in memory that processes share are copied out of it.
 
     Args:
         model: Any module with compressed heads; heads whose factors are codes, packed integers or tensor cores stay as

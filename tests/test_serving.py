@@ -87,3 +87,20 @@ def test_factors_of_inference_mode_are_refused() -> None:
         compress(model, "low_rank", ratio=2, tables=["decoder"])
         with pytest.raises(ValueError, match="factors of 'decoder' were made in torch.inference_mode"):
             optimize_for_inference(model)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}], ids=str)
+def test_an_optimizer_goes_on_with_its_moments(options: dict[str, bool]) -> None:
+    found = []
+    for is_laid_out in (False, True):
+        model = _Model(tied=True)
+        compress(model, "low_rank", ratio=2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, **options)
+        for step in range(3):
+            if is_laid_out and step == 1:
+                optimize_for_inference(model)
+            optimizer.zero_grad()
+            model(torch.tensor([[1, 2]])).logsumexp(-1).sum().backward()
+            optimizer.step()
+        found.append([parameter.detach() for parameter in model.parameters()])
+    torch.testing.assert_close(*found)
