@@ -13,8 +13,9 @@ def optimize_for_inference(model: nn.Module) -> int:
     """Lay out the factors of compressed softmax heads, in place, for decoding a token or a few at a time.
 
     Rows of a factor are short, and a product of one state with them adds up within every row. Column by column it is
-    added up over many rows at once, which on a CPU is 1.3 to 1.9 times as fast. Shapes, values, state dicts and files stay what
-    they are; only the strides of parameters change, so that looking up many rows of a tied table takes longer.
+    added up over many rows at once, which on a CPU is 1.3 to 1.9 times as fast. Shapes, values, state dicts and files
+    stay what they are; only the strides of parameters change, so that looking up many rows of a tied table takes
+    longer.
 
     Training goes on to work, but not faster, and not by an optimizer with `fused=True` that has state from before: its
     kernels take moments to be laid out as their parameters are, and would mix them up without a word. Lay out a copy of
