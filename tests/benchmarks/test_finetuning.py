@@ -48,7 +48,8 @@ class Row:
         bits: Of the factors while they train and afterwards; None for those that the method has.
         group_size: Of their scales.
         statistics: Whether the metric of the loss is used.
-        distilled: Whether the dense model teaches; the published recipe has only the text.
+        distilled: Weight of what the dense model teaches, and the rest that of the text; the published recipe has only
+            the text.
         rate: Learning rate of the factors.
         most: What the perplexity may be above that of the dense model after as many steps.
     """
@@ -59,13 +60,13 @@ class Row:
     bits: int | None = None
     group_size: int = 32
     statistics: bool = False
-    distilled: bool = False
+    distilled: float = 0.0
     rate: float = 2e-4
     most: float | None = None
 
 
 def ours(ratio: float, rate: float, most: float) -> Row:
-    return Row("transform_coding", ratio, statistics=True, distilled=True, rate=rate, most=most)
+    return Row("transform_coding", ratio, statistics=True, distilled=0.5, rate=rate, most=most)
 
 
 def published(ratio: float, bits: int | None) -> Row:
@@ -74,13 +75,13 @@ def published(ratio: float, bits: int | None) -> Row:
 
 ROWS = {
     "dense": Row(),
-    "dense-distilled": Row(distilled=True),
+    "dense-distilled": Row(distilled=0.5),
     # The fewer numbers are left, the more each of them has to make up for.
     "transform_coding-4x": ours(4, 2e-5, 0.0),
     "transform_coding-20x": ours(20, 2e-5, 0.0),
     "transform_coding-40x": ours(40, 2e-5, 0.005),
     "transform_coding-80x": ours(80, 1e-4, 0.02),
-    "transform_coding-128x": ours(128, 1e-4, 0.05),
+    "transform_coding-128x": ours(128, 1e-4, 0.055),
     "published-5x-int8": published(5.2, 8),
     "published-10x-int4": published(11.5, 4),
     "integers-int4": Row(bits=4),
@@ -137,16 +138,16 @@ def linear(optimizer: Any) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: min((step + 1) / rise, (STEPS - step) / (STEPS - rise)))
 
 
-def train(model: LSTMLanguageModel, teacher: LSTMLanguageModel | None, batches: list[Any], rate: float) -> float:
+def train(model: LSTMLanguageModel, teacher: LSTMLanguageModel, batches: list[Any], row: Row) -> float:
     """Train for `STEPS` steps; gives seconds a step."""
     torch.manual_seed(0)
     module = CompressedLanguageModel(
         model,
-        teacher=teacher,
-        cross_entropy_weight=1.0 if teacher is None else 0.5,
-        distillation_weight=0.0 if teacher is None else 0.5,
+        teacher=teacher if row.distilled else None,
+        cross_entropy_weight=1 - row.distilled,
+        distillation_weight=row.distilled,
         optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE),
-        factor_learning_rate=rate,
+        factor_learning_rate=row.rate,
         lr_scheduler=linear,
         lr_scheduler_interval="step",
         frequency_bands=False,
@@ -194,7 +195,7 @@ def test_finetuning(
             prepare(model, quantization, TABLES if row.method is None else "auto")
         values["before"] = perplexity(model, text)
         model.train()
-        values["seconds"] = train(model, copy.deepcopy(dense) if row.distilled else None, batches, row.rate)
+        values["seconds"] = train(model, copy.deepcopy(dense), batches, row)
         if any(factors.is_prepared for factors in factorizations(model)):
             convert(model)
         values["after"] = perplexity(model, text)
