@@ -65,8 +65,8 @@ class Row:
     most: float | None = None
 
 
-def ours(ratio: float, rate: float, most: float) -> Row:
-    return Row("transform_coding", ratio, statistics=True, distilled=0.5, rate=rate, most=most)
+def ours(ratio: float, rate: float, most: float, distilled: float = 0.5) -> Row:
+    return Row("transform_coding", ratio, statistics=True, distilled=distilled, rate=rate, most=most)
 
 
 def published(ratio: float, bits: int | None) -> Row:
@@ -81,7 +81,7 @@ ROWS = {
     "transform_coding-20x": ours(20, 2e-5, 0.0),
     "transform_coding-40x": ours(40, 2e-5, 0.005),
     "transform_coding-80x": ours(80, 1e-4, 0.02),
-    "transform_coding-128x": ours(128, 1e-4, 0.055),
+    "transform_coding-128x": ours(128, 1e-4, 0.05, distilled=0.25),
     "published-5x-int8": published(5.2, 8),
     "published-10x-int4": published(11.5, 4),
     "integers-int4": Row(bits=4),
