@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.factorizations.tiles import Places, Tiles
+from lightning_embcompress.solvers.gram import compute_dtype
 
 # Logits that are there at once.
 _ELEMENTS = 2**24
@@ -146,7 +147,7 @@ def sample(
 
 
 def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(compute_dtype(logits.dtype))
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:

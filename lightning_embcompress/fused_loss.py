@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_embcompress.factorizations.tiles import Places, Tile, Tiles
 from lightning_embcompress.layers import head_tiles
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.solvers.gram import compute_dtype
 
 # Logits of a tile: 4 MiB of float32 stay in the cache of a core or two while they are read several times.
 _TILE_ELEMENTS = 2**20
@@ -154,7 +155,7 @@ class _TiledLosses(torch.autograd.Function):
         vocab_size = tiles[-1].stop
         for index, tile in enumerate(tiles):
             logits = _logits(tile, shared, _own(tile, owned))
-            logits = logits.to(_accumulator(logits))
+            logits = logits.to(compute_dtype(logits.dtype))
             if index == 0:
                 normalizer = logits.new_full((tokens,), -torch.inf)
                 scores, total = logits.new_zeros(tokens), logits.new_zeros(tokens)
@@ -182,7 +183,7 @@ class _TiledLosses(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         shared = [one.detach().requires_grad_(wants) for one, wants in zip(tensors, wanted, strict=True)][: ctx.count]
         owned = tensors[ctx.count :]
-        sums = [torch.zeros_like(one, dtype=_accumulator(one)) if one.requires_grad else None for one in shared]
+        sums = [torch.zeros_like(one, dtype=compute_dtype(one.dtype)) if one.requires_grad else None for one in shared]
         # Every row is written once, by its tile.
         own_gradients = [
             torch.empty_like(one) if wants else None for one, wants in zip(owned, wanted[ctx.count :], strict=True)
@@ -201,7 +202,7 @@ class _TiledLosses(torch.autograd.Function):
             if not logits.requires_grad:
                 continue
             # In the memory of the logits, which the derivative of a product does not need: else autograd would say so.
-            values = logits.detach().to(_accumulator(logits)).sub_(normalizer.unsqueeze(1)).exp_()
+            values = logits.detach().to(compute_dtype(logits.dtype)).sub_(normalizer.unsqueeze(1)).exp_()
             if ctx.label_smoothing:
                 values -= ctx.label_smoothing / vocab_size
             found, columns = ctx.targets.inside(index, tile)
@@ -248,7 +249,3 @@ def _autocast(device_type: str) -> AbstractContextManager[None]:
         cache_enabled=False,
     )
     return cast(AbstractContextManager[None], context)
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.head_loss import head_loss_sum, kept_order, kept_targets
+from lightning_embcompress.solvers.gram import compute_dtype
 
 # 2^20 float32 logits = 4 MiB; the loss needs three such buffers, which stay in the cache.
 _CHUNK_ELEMENTS = 2**20
@@ -90,7 +91,7 @@ def teacher_scores(logits: Tensor, top_k: int | None = None, temperature: float 
     flat = logits.flatten(0, -2)
     if top_k is None or top_k >= flat.shape[-1]:
         return TeacherScores(flat)
-    dtype = _accumulator(flat)
+    dtype = compute_dtype(flat.dtype)
     scores = torch.empty(len(flat), top_k, dtype=dtype, device=flat.device)
     ids = torch.empty(len(flat), top_k, dtype=torch.long, device=flat.device)
     log_rest = torch.empty(len(flat), dtype=dtype, device=flat.device)
@@ -304,7 +305,7 @@ def summed_distilled_loss(
     scored = targets.ne(IGNORE_INDEX)
     # Any valid id does for the ignored targets, whose loss and gradient are dropped.
     ids = torch.where(scored, targets, 0).unsqueeze(-1)
-    dtype = _accumulator(logits)
+    dtype = compute_dtype(logits.dtype)
     losses = torch.zeros(2, len(logits), dtype=dtype, device=logits.device)
     pull = distillation_weight * temperature
     with torch.autocast(logits.device.type, enabled=False):
@@ -358,10 +359,6 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.softmax(scores, -1)
     # The largest probability is 1 / Σ exp(z - max z): so one exponential of each logit is enough.
     return values, scores.amax(-1) - values.amax(-1).log()
-
-
-def _accumulator(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _rows(logits: Tensor) -> int:

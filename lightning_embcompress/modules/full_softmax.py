@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.solvers.gram import compute_dtype
 
 # 2^21 float32 logits = 8 MiB: they stay in the cache, and the allocator has room for them without asking the system.
 _CHUNK_ELEMENTS = 2**21
@@ -49,7 +50,7 @@ def full_softmax_loss(logits: Tensor, targets: Tensor, *, overwrite: bool = Fals
         function: Any = _SummedLoss
         total: Tensor = function.apply(flat_logits, flat_targets, overwrite)
     else:
-        total = torch.zeros((), dtype=_accumulator(logits), device=logits.device)
+        total = torch.zeros((), dtype=compute_dtype(logits.dtype), device=logits.device)
         rows = _rows(flat_logits)
         for chunk, ids in zip(torch.split(flat_logits, rows), torch.split(flat_targets, rows), strict=True):
             mean = F.cross_entropy(chunk.to(total.dtype), ids, ignore_index=IGNORE_INDEX)
@@ -96,7 +97,7 @@ def summed_loss(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
     scored = targets.ne(IGNORE_INDEX)
     # Any valid id does for the ignored targets, whose loss and gradient are dropped.
     ids = torch.where(scored, targets, 0).unsqueeze(-1)
-    rows, dtype = _rows(logits), _accumulator(logits)
+    rows, dtype = _rows(logits), compute_dtype(logits.dtype)
     shape = (min(rows, len(logits)), logits.shape[-1])
     wide = logits if logits.dtype == dtype else logits.new_empty(shape, dtype=dtype)
     # A kernel must not write over what it reads.
@@ -119,10 +120,6 @@ def summed_loss(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
     # Not a product: an infinite logit in an ignored row must not become NaN.
     gradient.index_fill_(0, scored.logical_not().nonzero().flatten(), 0.0)
     return torch.where(scored, losses, 0.0).sum()
-
-
-def _accumulator(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _rows(logits: Tensor) -> int:

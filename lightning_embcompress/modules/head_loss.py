@@ -22,6 +22,7 @@ from lightning_embcompress.fused_loss import fused_cross_entropy
 from lightning_embcompress.layers import CompressedLinear
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.full_softmax import full_softmax_loss, summed_loss
+from lightning_embcompress.solvers.gram import compute_dtype
 from lightning_embcompress.storage import is_sharded
 
 # Logits of a chunk: as many as the head has parameters, whose gradients are added up after each chunk, within these
@@ -252,7 +253,7 @@ def _with_gradients(
     called = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
     leaves = {name: tensor for name, tensor in called.items() if tensor.requires_grad}
     sums: list[Tensor | None] = [None] * len(leaves)
-    at_hidden = torch.zeros_like(hidden, dtype=_accumulator(hidden)) if hidden.requires_grad else None
+    at_hidden = torch.zeros_like(hidden, dtype=compute_dtype(hidden.dtype)) if hidden.requires_grad else None
     total: Tensor | None = None
     buffer: Tensor | None = None
     parts = list(token_chunks(head, hidden, chunk_tokens))
@@ -291,7 +292,7 @@ def _add(sums: list[Tensor | None], parts: Sequence[Tensor | None]) -> None:
         before = sums[index]
         if part is not None and before is None:
             # A copy: two parameters may have got one tensor, or one the memory of the logits' gradient.
-            sums[index] = part.to(_accumulator(part), copy=True)
+            sums[index] = part.to(compute_dtype(part.dtype), copy=True)
         elif part is not None and before is not None:
             before += part
 
@@ -315,10 +316,6 @@ def _check_own(logits: Tensor, known: list[Tensor]) -> None:
         following = {following for following, _ in node.next_functions} - seen
         seen |= following
         nodes += following
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class _Differentiated(torch.autograd.Function):
