@@ -12,6 +12,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from lightning_embcompress.bench.made_corpus import make_corpus
 from lightning_embcompress.cli import main
 from lightning_embcompress.modules import HuggingFaceCausalLM
 from lightning_embcompress.recipes_index import available_recipes
@@ -37,19 +38,8 @@ SMALL_OBW = [
 @pytest.fixture
 def benchmark_folder(tmp_path: Path) -> Path:
     """A corpus in the layout of the benchmark, of words drawn by Zipf's law."""
-    words = [f"word{i}" for i in range(1500)]
-    chance = random.Random(0)
-    weights = [1 / (i + 1) for i in range(len(words))]
     folder = tmp_path / "corpus"
-    for name, lines in {
-        "training-monolingual.tokenized.shuffled/news.en-00001-of-00100": 1500,
-        "training-monolingual.tokenized.shuffled/news.en-00002-of-00100": 1500,
-        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050": 100,
-        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00001-of-00050": 100,
-    }.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(" ".join(chance.choices(words, weights, k=12)) + "\n" for _ in range(lines)))
+    make_corpus(folder, vocab_size=1500, tokens=36_000)
     return folder
 
 
@@ -85,6 +75,22 @@ def test_recipes_on_the_documentation_run(tmp_path: Path, name: str) -> None:
 def test_one_billion_word_recipe_runs(benchmark_folder: Path, tmp_path: Path) -> None:
     options = [*SMALL_OBW, f"--data.data_dir={benchmark_folder}", f"--data.cache_dir={tmp_path / 'cache'}"]
     assert main(["run", "lstm_obw", "--trainer.fast_dev_run=true", *options]) == 0
+
+
+def test_one_billion_word_recipe_can_compress_from_the_start(benchmark_folder: Path, tmp_path: Path) -> None:
+    compression = {"ratio": 3, "groups": 5, "at_epoch": 0, "statistics_batches": 2}
+    callbacks = [{"class_path": "lightning_embcompress.callbacks.GroupReduce", "init_args": compression}]
+    limits = {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
+    Path("trial.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 1, **limits, "callbacks": callbacks}}))
+    options = [
+        *SMALL_OBW,
+        f"--data.data_dir={benchmark_folder}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        "--data.vocabulary_file=1b_word_vocab.txt",
+    ]
+    assert main(["run", "lstm_obw", "--config", "trial.yaml", *options]) == 0
+    report = json.loads(Path("embcompress_runs/lstm_obw/version_0/report.json").read_text())
+    assert [table["shape"] for table in report["tables"]] == [[1500, 32], [1500, 32]]
 
 
 def test_one_billion_word_recipe_compresses_and_resumes(

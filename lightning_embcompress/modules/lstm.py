@@ -63,6 +63,10 @@ class LSTMLanguageModel(LanguageModel):
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
         lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
         lr_scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` scheduler watches.
+        sparse_gradients: Whether the gradients of the embedding, and with ``softmax='sampled'`` those of the head, are
+            sparse tensors, so that a step costs what the words of a batch cost however large the vocabulary is, before
+            and after compression. Needs an optimizer that takes both kinds, such as Adagrad or SGD without momentum,
+            and no ``gradient_clip_val``; not with several processes.
         lstm_gradient_clip: Largest norm of the LSTM's gradients taken together, the tables' left as they are; 1.0 in
             the paper. None for no such clipping; the Trainer's ``gradient_clip_val`` works on all gradients.
         frequency_bands: Whether validation and test also measure the perplexity by frequency band of the target, from
@@ -96,6 +100,7 @@ class LSTMLanguageModel(LanguageModel):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         lr_scheduler_monitor: str = "val_loss",
+        sparse_gradients: bool = False,
         lstm_gradient_clip: float | None = None,
         frequency_bands: bool = False,
     ) -> None:
@@ -111,11 +116,12 @@ class LSTMLanguageModel(LanguageModel):
         self.softmax = softmax
         self.num_sampled = num_sampled
         self.carry_state = carry_state
+        self.sparse_gradients = sparse_gradients
         self.lstm_gradient_clip = lstm_gradient_clip
         self._states: dict[Stage, State] = {}
         self._restored: State | None = None
 
-        self.encoder: nn.Module = nn.Embedding(vocab_size, embedding_dim)
+        self.encoder: nn.Module = nn.Embedding(vocab_size, embedding_dim, sparse=sparse_gradients)
         self.lstm = nn.LSTM(
             embedding_dim,
             hidden_size,
@@ -147,6 +153,28 @@ class LSTMLanguageModel(LanguageModel):
             inputs = ("weight_hr",) if name.startswith("weight_hr") else ("weight_ih", "weight_hh")
             bound = math.sqrt(3 / sum(self.lstm.get_parameter(f"{part}_l{layer}").shape[1] for part in inputs))
             nn.init.uniform_(parameter, -bound, bound)
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check the data module's vocabulary, and what training with sparse gradients cannot do.
+
+        Raises:
+            ValueError: If the vocabulary is larger than the tables, or gradients are sparse and there are several
+                processes or a `gradient_clip_val`.
+        """
+        super().setup(stage)
+        if stage != "fit" or not self.sparse_gradients:
+            return
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"sparse_gradients=True is for one process, there are {self.trainer.world_size}: set it to False, with "
+                "an optimizer of dense gradients, or devices to 1."
+            )
+        if self.trainer.gradient_clip_val:
+            raise ValueError(
+                f"gradient_clip_val={self.trainer.gradient_clip_val} cannot clip the tables' gradients, which are "
+                "sparse: leave it out, with lstm_gradient_clip for the LSTM's, or set sparse_gradients to False."
+            )
 
     @override
     def forward(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -204,7 +232,7 @@ class LSTMLanguageModel(LanguageModel):
             loss = sampled_softmax_loss(
                 hidden,
                 targets,
-                rows=partial(head_rows, self.decoder),
+                rows=partial(head_rows, self.decoder, sparse=self.sparse_gradients),
                 bias=self.decoder.bias if isinstance(self.decoder.bias, Tensor) else None,
                 candidates=sample_candidates(self.vocab_size, self.num_sampled),
                 vocab_size=self.vocab_size,

@@ -156,12 +156,13 @@ def log_expected_count(ids: Tensor, vocab_size: int, num_tries: float) -> Tensor
     return torch.log(-torch.expm1(num_tries * torch.log1p(-log_uniform_probability(ids, vocab_size))))
 
 
-def head_rows(decoder: nn.Module, ids: Tensor) -> Tensor:
+def head_rows(decoder: nn.Module, ids: Tensor, sparse: bool = False) -> Tensor:
     """Gather rows of the table of a softmax head, dense or compressed.
 
     Args:
         decoder: An :class:`torch.nn.Linear`, or a layer that holds the table as ``factorization``.
         ids: Token ids, shape ``[*]``.
+        sparse: Whether the gradients are sparse tensors, of the rows of these ids alone.
 
     Returns:
         Rows, shape ``[*, d]``.
@@ -175,14 +176,15 @@ def head_rows(decoder: nn.Module, ids: Tensor) -> Tensor:
         torch.Size([3, 4])
     """
     if isinstance(decoder, nn.Linear):
-        return F.embedding(ids, decoder.weight)
+        return F.embedding(ids, decoder.weight, sparse=sparse)
     factorization = getattr(decoder, "factorization", None)
     if factorization is None:
         raise TypeError(
             f"Sampled softmax cannot read rows of a head of type {type(decoder).__name__}:"
             " it must be an nn.Linear or hold a `factorization` with `rows(ids)`. Train with softmax='full' instead."
         )
-    rows: Tensor = factorization.rows(ids)
+    # Others that hold a `factorization` need to know of sparse gradients only if they are asked for.
+    rows: Tensor = factorization.rows(ids, sparse=True) if sparse else factorization.rows(ids)
     return rows
 
 

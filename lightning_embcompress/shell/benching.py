@@ -15,7 +15,7 @@ from lightning_embcompress.shell.arguments import UsageError, new_parser, parse_
 if TYPE_CHECKING:
     from lightning_embcompress.bench.speed import SpeedBench
 
-_BENCHES = ("obw", "speed", "scaling")
+_BENCHES = ("obw", "speed", "scaling", "corpus")
 
 _BENCH = """\
 Show how small, how fast and in how much memory tables are compressed and read, without their data: tables are made,
@@ -24,6 +24,7 @@ with values whose spectrum falls as that of trained ones and counts by Zipf's la
   obw      the embedding and the softmax of the bigLSTM of the One Billion Word benchmark, and its bytes as a whole
   speed    rows, logits, best tokens, samples and losses of a table of your size, beside the dense one and peers
   scaling  the same of the compressed table as the vocabulary grows
+  corpus   text of numbered words in the layout of that benchmark, to try its recipe out at the full vocabulary
 
 `embcompress bench NAME --help` lists the options.
 """
@@ -69,6 +70,14 @@ exponent of the bytes, which is 1 where time grows in proportion to them.
 _SCALING_EXAMPLES = """\
   embcompress bench scaling --vocab_sizes 10000 100000 800000 --dim 1024 --ratio 6.6 --groups 20 --what logits loss
 """
+_CORPUS = """\
+Write shards and a vocabulary file in the layout of the One Billion Word benchmark, of words that are drawn by Zipf's
+law: `lightning run lstm_obw` runs on them at its full size, and what it takes can be seen without the benchmark.
+"""
+_CORPUS_EXAMPLES = """\
+  embcompress bench corpus made_obw
+  lightning run lstm_obw --data.data_dir made_obw --data.vocabulary_file 1b_word_vocab.txt
+"""
 _PLOTS = (".png", ".pdf", ".svg")
 _WHAT = ("lookup", "lookup_backward", "logits", "topk", "sample", "loss")
 
@@ -84,6 +93,8 @@ def run_bench(arguments: Sequence[str]) -> int:
         # Tells what is wrong, or prints the help of all.
         _names().parse_args(arguments)
     name = arguments[0]
+    if name == "corpus":
+        return _make_corpus(arguments[1:])
     parser = _PARSERS[name]()
     given, options = parse_with_options(parser, arguments[1:])
     if given.groups is not None:
@@ -107,6 +118,23 @@ def run_bench(arguments: Sequence[str]) -> int:
         with explaining_failure(plot), replacing(plot) as temporary:
             draw(found).savefig(temporary, dpi=150, format=plot.suffix[1:])
         say(f"Written: {plot}")
+    return 0
+
+
+def _make_corpus(arguments: Sequence[str]) -> int:
+    given = _corpus_parser().parse_args(arguments)
+    from lightning_embcompress.bench.made_corpus import VOCABULARY_FILE, make_corpus
+    from lightning_embcompress.files import explaining_failure
+    from lightning_embcompress.progress import progress_bar
+    from lightning_embcompress.report import say
+
+    folder = Path(given.folder).expanduser()
+    try:
+        with explaining_failure(folder), progress_bar("Writing text", total=1) as advance:
+            make_corpus(folder, given.vocab_size, given.tokens, given.seed, advance)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    say(f"Written: {folder}, with {given.vocab_size:,} words in {VOCABULARY_FILE}")
     return 0
 
 
@@ -249,6 +277,16 @@ def _scaling_parser() -> argparse.ArgumentParser:
     _add_speed(parser, ("lookup_backward", "logits", "topk", "loss"))
     add("--plot", metavar="FILE", help="draw times against bytes, such as scaling.png")
     return _with_results(parser)
+
+
+def _corpus_parser() -> argparse.ArgumentParser:
+    parser = new_parser("bench corpus", _CORPUS, _CORPUS_EXAMPLES)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="where it is written; must not exist, or be empty")
+    add("--vocab_size", type=int, default=793_471, help="words, <S> and <UNK> among them (default: %(default)s)")
+    add("--tokens", type=int, default=2_000_000, help="of the training text (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the text (default: %(default)s)")
+    return parser
 
 
 _PARSERS = {"obw": _obw_parser, "speed": _speed_parser, "scaling": _scaling_parser}

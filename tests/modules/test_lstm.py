@@ -17,7 +17,8 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_embcompress.modules import LSTMLanguageModel, lstm
+from lightning_embcompress import compress
+from lightning_embcompress.modules import LSTMLanguageModel, head_loss, lstm
 
 VOCAB_SIZE = 50
 
@@ -432,3 +433,88 @@ def test_plateau_scheduler_watches_the_validation_loss(tmp_path: Path) -> None:
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _model(**changes)
+
+
+class Scaled(LSTMLanguageModel):
+    def logits(self, inputs: Tensor, stage: Any) -> Tensor:
+        return 0.5 * super().logits(inputs, stage)
+
+
+def test_evaluation_has_logits_of_a_few_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "_LEAST_TOKENS", 4)
+    monkeypatch.setattr(head_loss, "_CPU_LEAST_ELEMENTS", 4 * VOCAB_SIZE)
+    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", 4 * VOCAB_SIZE)
+    for kind in (LSTMLanguageModel, Scaled):
+        model = kind(VOCAB_SIZE, embedding_dim=8, hidden_size=12, dropout=0.0, frequency_bands=True)
+        seen: list[int] = []
+        model.decoder.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0].shape[:-1].numel()))
+        trainer, data = _trainer(tmp_path), Windows()
+        (found,) = trainer.test(model, data, verbose=False)
+        # Of 15 tokens of a batch; the subclass gives them all.
+        assert max(seen) == (4 if kind is LSTMLanguageModel else 15)
+        model.start_text("test")
+        with torch.no_grad():
+            losses = [
+                F.cross_entropy(model.logits(inputs, "test").flatten(0, 1), targets.flatten(), reduction="none")
+                for inputs, targets in data.pairs[:2]
+            ]
+        assert found["test_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
+        assert found["test_perplexity/rank_1-50"] == pytest.approx(found["test_perplexity"], rel=1e-6)
+        predicted = trainer.predict(model, data)
+        assert predicted is not None
+        for batch, wanted in zip(predicted, losses, strict=True):
+            torch.testing.assert_close(batch, wanted.view(3, 5))
+
+
+@pytest.mark.parametrize("softmax", ["full", "sampled"])
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("method", [None, "low_rank", "group_reduce"])
+def test_sparse_gradients_train_as_dense_ones(
+    tmp_path: Path, softmax: Any, tie_weights: bool, method: str | None
+) -> None:
+    models = []
+    for sparse in (False, True):
+        model = _model(
+            softmax=softmax,
+            num_sampled=10,
+            tie_weights=tie_weights,
+            hidden_size=12,
+            projection_size=8,
+            sparse_gradients=sparse,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        )
+        if method is not None:
+            compress(model, method=method, ratio=1.3, token_counts=torch.arange(VOCAB_SIZE, 0, -1))
+        seed_everything(1, verbose=False)
+        kinds = Kinds()
+        _trainer(tmp_path, callbacks=[kinds]).fit(model, Windows())
+        # A softmax over all words has a gradient for all of them.
+        read = {"encoder"} if softmax == "full" else {"encoder", "decoder"}
+        wanted = read if sparse and not (tie_weights and softmax == "full") else set()
+        assert kinds.sparse == wanted - ({"decoder"} if tie_weights else set())
+        models.append(model)
+    for (name, dense), (_, found) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Kinds(Callback):
+    """Which tables have sparse gradients alone."""
+
+    sparse: set[str]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        gradients: dict[str, list[bool]] = {}
+        for name, parameter in pl_module.named_parameters():
+            if name.split(".")[0] in ("encoder", "decoder") and "bias" not in name and parameter.grad is not None:
+                gradients.setdefault(name.split(".")[0], []).append(parameter.grad.is_sparse)
+        self.sparse = {name for name, kinds in gradients.items() if all(kinds)}
+
+
+def test_what_sparse_gradients_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(sparse_gradients=True, optimizer=torch.optim.Adagrad)
+    with pytest.raises(ValueError, match="gradient_clip_val=1.0 cannot clip the tables' gradients"):
+        _trainer(tmp_path, gradient_clip_val=1.0).fit(model, Windows())
+    model.trainer = _trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match="sparse_gradients=True is for one process, there are 2"):
+        model.setup("fit")
