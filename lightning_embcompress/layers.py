@@ -13,6 +13,7 @@ from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.factorizations.base import is_exporting
 from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.scaled_embeddings import Scale
+from lightning_embcompress.storage import is_sharded
 
 
 class CompressedLayer(nn.Module):
@@ -165,7 +166,12 @@ class CompressedLinear(CompressedLayer):
         return logits + bias.to(logits.dtype)
 
     def tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
-        """All logits of `[N, in_features]` hidden states, for at most `tile_rows` words of the vocabulary at a time."""
+        """All logits of `[N, in_features]` hidden states, for at most `tile_rows` words of the vocabulary at a time.
+
+        Raises:
+            ValueError: If FSDP has sharded the parameters.
+        """
+        _refuse_sharded(self)
         tiles = self.factorization.tiles(hidden, tile_rows)
         return tiles if self.bias is None else tiles.plus(self.bias)
 
@@ -292,6 +298,14 @@ class CompressedLinear(CompressedLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def _refuse_sharded(head: nn.Module) -> None:
+    if is_sharded(head):
+        raise ValueError(
+            f"FSDP has sharded the parameters of this {type(head).__name__}, which are whole only while it is called: "
+            "call it for its logits; for the loss, head_softmax_loss does so"
+        )
+
+
 def head_tiles(head: nn.Module, hidden: Tensor, tile_rows: int) -> Tiles:
     """All logits of a softmax head, compressed or dense, a tile of the vocabulary at a time.
 
@@ -302,6 +316,7 @@ def head_tiles(head: nn.Module, hidden: Tensor, tile_rows: int) -> Tiles:
 
     Raises:
         TypeError: If it is something else, of which nobody knows what it computes.
+        ValueError: If FSDP has sharded its parameters.
 
     Example:
         >>> tiles = head_tiles(nn.Linear(16, 100), torch.randn(2, 16), tile_rows=30)
@@ -320,6 +335,7 @@ def head_tiles(head: nn.Module, hidden: Tensor, tile_rows: int) -> Tiles:
             "the weight of this Linear is no parameter, but computed whenever the layer is called, as in pruning: call "
             "it, and compute the loss from its logits"
         )
+    _refuse_sharded(head)
     maker = TileMaker(tile_rows)
     maker.add_product(head.weight, maker.share(hidden))
     tiles = maker.made()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from lightning_embcompress.checkpoint import restore_structure, write_record
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity, token_negative_log_likelihood
 from lightning_embcompress.modules.full_softmax import full_softmax_loss as full_softmax_loss
+from lightning_embcompress.modules.head_loss import token_chunks
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Input ids and target ids, int64, both ``[batch_size, seq_len]``; the target -100 is not predicted."""
@@ -110,7 +112,7 @@ class LanguageModel(LightningModule):
         return self.logits(inputs, stage), targets
 
     def head_inputs(self, batch: Any, stage: Stage) -> tuple[nn.Module, Tensor, Tensor] | None:
-        """What `scores` computes logits from, for losses that need only some of them at a time.
+        """What `scores` computes logits from, for losses and evaluation, which need only some of them at a time.
 
         Args:
             batch: As for `scores`.
@@ -121,6 +123,20 @@ class LanguageModel(LightningModule):
             ids, int64, ``[batch_size, seq_len]``. None where logits are made in another way; nothing is done then.
         """
         return None
+
+    def known_head(self, batch: Any, stage: Stage) -> tuple[nn.Module, Tensor, Tensor] | None:
+        """`head_inputs`, or None where a subclass scores in a way of its own that it cannot know of.
+
+        Args:
+            batch: As for `scores`.
+            stage: The text it belongs to, which goes on with it.
+        """
+        classes = type(self).__mro__
+        of_head, *of_scores = (
+            next(index for index, one in enumerate(classes) if name in vars(one))
+            for name in ("head_inputs", "logits", "scores", "forward")
+        )
+        return self.head_inputs(batch, stage) if of_head <= min(of_scores) else None
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -139,17 +155,32 @@ class LanguageModel(LightningModule):
         Not the logits: Lightning keeps all predictions, and those of 100 windows of 128 x 20 tokens over 793,471 words
         are 800 GB.
         """
-        return token_negative_log_likelihood(*self.scores(batch, "predict"))
+        shape, parts = self._scored(batch, "predict")
+        found = [token_negative_log_likelihood(logits, targets).flatten() for logits, targets in parts]
+        return torch.cat(found).view(shape)
+
+    def _scored(self, batch: Any, stage: Stage) -> tuple[torch.Size, Iterator[tuple[Tensor, Tensor]]]:
+        """The shape of the targets, and logits with their targets: those of a few tokens at a time where possible."""
+        known = self.known_head(batch, stage)
+        if known is None:
+            logits, targets = self.scores(batch, stage)
+            return targets.shape, iter([(logits, targets)])
+        head, hidden, targets = known
+        flat, ids = hidden.flatten(0, -2), targets.flatten()
+        return targets.shape, ((head(flat[part]), ids[part]) for part in token_chunks(head, flat))
 
     def _evaluation_step(
         self, batch: Any, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None
     ) -> Tensor:
-        logits, targets = self.scores(batch, stage)
-        loss, count = full_softmax_loss(logits, targets)
-        perplexity.update(nll_sum=loss * count, count=count)
-        if bands is not None:
-            bands.update(logits, targets)
-        return loss
+        _, parts = self._scored(batch, stage)
+        total = count = torch.zeros((), device=self.device)
+        for logits, targets in parts:
+            mean, scored = full_softmax_loss(logits, targets)
+            perplexity.update(nll_sum=mean * scored, count=scored)
+            if bands is not None:
+                bands.update(logits, targets)
+            total, count = total + mean * scored, count + scored
+        return total / count.clamp(min=1)
 
     def _log_evaluation(self, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None) -> None:
         value = perplexity.compute()

@@ -207,6 +207,11 @@ class CompressedLanguageModel(LanguageModel):
         return self._ours().scores(batch, stage)
 
     @override
+    def head_inputs(self, batch: Any, stage: Stage) -> tuple[nn.Module, Tensor, Tensor] | None:
+        """What the model computes its logits from, where it is a language model of this package."""
+        return self._ours().known_head(batch, stage)
+
+    @override
     def start_text(self, stage: Stage) -> None:
         """Forget the stage's text, where the model has a memory."""
         if self._is_ours:
@@ -304,7 +309,7 @@ class CompressedLanguageModel(LanguageModel):
     def _from_logits(self, batch: Any, said: TeacherScores) -> Tensor:
         """Cross-entropy and distillation, where the model is a language model of this package."""
         weights = (self.weights_of_terms["cross_entropy"], self.weights_of_terms["distillation"])
-        known = self._ours().head_inputs(batch, "train")
+        known = self._ours().known_head(batch, "train")
         if known is None:
             logits, targets = self._ours().scores(batch, "train")
             found = distilled_loss(logits, targets, said, self.temperature, *weights, overwrite=True)

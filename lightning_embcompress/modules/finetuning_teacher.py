@@ -56,7 +56,7 @@ class Teacher:
             temperature: See `teacher_scores`.
         """
         if isinstance(self.model, LanguageModel):
-            known = self.model.head_inputs(batch, "train")
+            known = self.model.known_head(batch, "train")
             if known is None:
                 return teacher_scores(self.model.scores(batch, "train")[0], top_k, temperature)
             head, hidden = known[0], known[1].flatten(0, -2)

@@ -212,11 +212,15 @@ def _is_gathered_by_calls(head: nn.Module) -> bool:
 def token_chunks(head: nn.Module, hidden: Tensor, chunk_tokens: int | None = None) -> Iterator[slice]:
     """Which tokens a head is called with at a time; once with none, if there are none.
 
+    All at once if the head's parameters are there for one call only, as those that FSDP has sharded.
+
     Args:
         head: See `head_softmax_loss`.
         hidden: What it reads, shape ``[N, dim]``.
         chunk_tokens: See `head_softmax_loss`.
     """
+    if _is_gathered_by_calls(head):
+        chunk_tokens = max(1, len(hidden))
     if chunk_tokens is None:
         vocab_size = getattr(head, "out_features", None)
         elements = _MOST_ELEMENTS
@@ -260,10 +264,12 @@ def _with_gradients(
     most = max(part.stop - part.start for part in parts)
     # A power of two, so that nothing is rounded by it.
     half_scale = min(_HALF_SCALE, 2.0 ** math.floor(math.log2(_HALF_BOUND / max(1, most))))
+    is_product = _is_product(head, hidden)
     for part in parts:
-        states = hidden.detach()[part].requires_grad_()
-        logits: Tensor = functional_call(head, called, (states,), {"as_kept": True} if as_kept else None)
-        if total is None:
+        states = hidden.detach()[part].requires_grad_(not is_product)
+        with torch.set_grad_enabled(not is_product):
+            logits: Tensor = functional_call(head, called, (states,), {"as_kept": True} if as_kept else None)
+        if total is None and not is_product:
             _check_own(logits, [states, *leaves.values()])
         half = logits.dtype == torch.float16
         if buffer is None or len(buffer) < len(logits):
@@ -273,18 +279,42 @@ def _with_gradients(
         total = loss if total is None else total + loss
         scale = half_scale if half else 1.0
         given = gradient.mul_(scale).to(logits.dtype)
-        inputs = ([] if at_hidden is None else [states]) + list(leaves.values())
-        found = list(torch.autograd.grad(logits, inputs, given, allow_unused=True))
-        if at_hidden is not None and (first := found.pop(0)) is not None:
-            at_hidden[part] = first
-        _add(sums, found)
+        if is_product:
+            if at_hidden is not None:
+                torch.mm(given, called["weight"].detach(), out=at_hidden[part])
+            _add_products(sums, list(leaves), given, states)
+        else:
+            inputs = ([] if at_hidden is None else [states]) + list(leaves.values())
+            found = list(torch.autograd.grad(logits, inputs, given, allow_unused=True))
+            if at_hidden is not None and (first := found.pop(0)) is not None:
+                at_hidden[part] = first
+            _add(sums, found)
+            del found
         # Forgotten before the next chunk is computed.
-        del logits, given, found, states
+        del logits, given, states
     for known in (at_hidden, *sums):
         if half and known is not None:
             known /= scale
     assert total is not None
     return total, [at_hidden, *sums]
+
+
+def _is_product(head: nn.Module, hidden: Tensor) -> bool:
+    """Whether a head is a product alone, whose gradients are added up without a tensor for every chunk."""
+    if type(head) is not nn.Linear or _is_watched(head) or torch.is_autocast_enabled(hidden.device.type):
+        return False
+    dtypes = {parameter.dtype for parameter in head.parameters()} | {hidden.dtype, compute_dtype(hidden.dtype)}
+    return "weight" in head._parameters and len(dtypes) == 1
+
+
+def _add_products(sums: list[Tensor | None], names: Sequence[str], gradient: Tensor, states: Tensor) -> None:
+    """Add what a chunk gives to the gradients of the weight and the bias of a product, in place."""
+    for index, name in enumerate(names):
+        before = sums[index]
+        if name == "bias":
+            sums[index] = gradient.sum(0) if before is None else before.add_(gradient.sum(0))
+        else:
+            sums[index] = gradient.T @ states if before is None else before.addmm_(gradient.T, states)
 
 
 def _add(sums: list[Tensor | None], parts: Sequence[Tensor | None]) -> None:

@@ -237,7 +237,7 @@ class HuggingFaceCausalLM(LanguageModel):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, logged as ``train_loss``."""
-        known = self.head_inputs(batch, "train")
+        known = self.known_head(batch, "train")
         if known is None:
             logits, targets = self.scores(batch, "train")
             # The gradient takes the memory of the logits, which nobody else has.

@@ -174,6 +174,11 @@ def test_no_step_has_all_logits(compressed: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model, "scores", None)
     loss = model.training_step(batch, 0)
     torch.testing.assert_close(loss, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.validation_step(batch, 0), expected.detach())
+        assert model.val_perplexity.compute().log().item() == pytest.approx(expected.item(), rel=1e-6)
+        predicted = model.predict_step(batch, 0)
+    torch.testing.assert_close(predicted.sum() / targets.ne(-100).sum(), expected.detach())
     # What was not in training mode is not either afterwards.
     assert model.model.training
     assert not model.model.transformer.wte.training

@@ -6,6 +6,7 @@ import copy
 import sys
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_embcompress import compress
+from lightning_embcompress import compress, fused_cross_entropy
 from lightning_embcompress.modules.full_softmax import full_softmax_loss
 from lightning_embcompress.modules.head_loss import head_softmax_loss
 from lightning_embcompress.sharding import shard_tables
@@ -64,7 +65,10 @@ def _sharded(head: str) -> Any:
             shard_tables(model, mesh=mesh)
         elif head == "layer":
             fully_shard(model.decoder, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        whole = fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match="FSDP has sharded the parameters of this (FSDP)?CompressedLinear"):
+            fused_cross_entropy(model.decoder, torch.zeros(3, DIM), torch.zeros(3, dtype=torch.long))
+        return whole
 
     return shard
 
