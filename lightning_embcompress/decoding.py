@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.factorizations.tiles import Places, Tiles
+from lightning_embcompress.kernels.online_softmax import add_log_sum_exp
 from lightning_embcompress.solvers.gram import compute_dtype
 
 # Logits that are there at once.
@@ -86,12 +87,14 @@ def log_prob(tiles: Tiles, ids: Tensor) -> Tensor:
     asked = Places.of(ids.flatten(), tiles)
     normalizer = scores = torch.empty(0)
     for index, tile in enumerate(tiles.tiles):
-        logits = _wide(tiles.logits(tile))
+        logits = tiles.logits(tile)
         if index == 0:
-            normalizer, scores = logits.new_full((len(logits),), -torch.inf), logits.new_empty(ids.numel())
+            normalizer = logits.new_full((len(logits),), -torch.inf, dtype=compute_dtype(logits.dtype))
+            scores = normalizer.new_empty(ids.numel())
         queries, columns = asked.inside(index, tile)
-        scores[queries] = logits[torch.div(queries, max(1, ids.shape[1]), rounding_mode="floor"), columns]
-        normalizer = torch.logaddexp(normalizer, torch.logsumexp(logits, dim=1))
+        states = torch.div(queries, max(1, ids.shape[1]), rounding_mode="floor")
+        scores[queries] = logits[states, columns].to(scores.dtype)
+        add_log_sum_exp(normalizer, logits)
     return scores.view(ids.shape) - normalizer.unsqueeze(1)
 
 
@@ -146,12 +149,8 @@ def sample(
     return _ids(tiles, rows.gather(1, places.unsqueeze(1)).squeeze(1))
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(compute_dtype(logits.dtype))
-
-
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    wide = _wide(logits)
+    wide = logits.to(compute_dtype(logits.dtype))
     if temperature != 1:
         # From the largest, so that none becomes infinite.
         wide = (wide - wide.amax(dim=1, keepdim=True)) / temperature

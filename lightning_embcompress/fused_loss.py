@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations.tiles import Places, Tile, Tiles
+from lightning_embcompress.kernels.online_softmax import add_log_sum_exp, softmax_gradient
 from lightning_embcompress.layers import head_tiles
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.solvers.gram import compute_dtype
 
-# Logits of a tile: 4 MiB of float32 stay in the cache of a core or two while they are read several times.
-_TILE_ELEMENTS = 2**20
+# Logits of a tile: on a CPU 4 MiB of float32 stay in the cache of a core or two while they are read several times;
+# other devices are to be busy.
+_CPU_TILE_ELEMENTS, _TILE_ELEMENTS = 2**20, 2**24
 _LEAST_ROWS = 128
 # Of the gradients at the losses for float16 logits, and of their sum over all tokens: products of it with hidden states
 # must stay below 2^16.
@@ -58,7 +60,7 @@ def fused_cross_entropy(
         reduction: ``"mean"`` over the targets that are not ignored, 0 if there is none, ``"sum"``, or ``"none"``.
         ignore_index: The id of targets that count nothing; their tokens are left out of all products.
         label_smoothing: From 0 to 1, what of the mass of a target is given to all tokens in equal parts.
-        tile_rows: Rows of a tile; None for as many as give 2^20 logits, and at least 128.
+        tile_rows: Rows of a tile; None for as many as give 2^20 logits, 2^24 on a GPU, and at least 128.
 
     Returns:
         The loss in nats, float32 (float64 for float64 logits): a scalar, or of the shape of the targets. It can be
@@ -92,7 +94,7 @@ def fused_cross_entropy(
     scored = ids.ne(ignore_index)
     if not bool(scored.all()):
         flat, ids = flat[scored], ids[scored]
-    tiles = head_tiles(head, flat, tile_rows or _tile_rows(len(flat)))
+    tiles = head_tiles(head, flat, tile_rows or _tile_rows(flat))
     vocab_size = tiles.tiles[-1].stop
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
@@ -109,9 +111,10 @@ def fused_cross_entropy(
     return losses.new_zeros(len(scored)).masked_scatter(scored, losses).view(targets.shape)
 
 
-def _tile_rows(tokens: int) -> int:
-    """Rows of a tile for so many tokens at once."""
-    return max(_LEAST_ROWS, _TILE_ELEMENTS // max(1, tokens))
+def _tile_rows(hidden: Tensor) -> int:
+    """Rows of a tile for all of `[N, dim]` states at once."""
+    elements = _CPU_TILE_ELEMENTS if hidden.device.type == "cpu" else _TILE_ELEMENTS
+    return max(_LEAST_ROWS, elements // max(1, len(hidden)))
 
 
 def _tiled_losses(tiles: Tiles, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -151,22 +154,20 @@ class _TiledLosses(torch.autograd.Function):
         shared, owned = tensors[:count], tensors[count:]
         tokens = len(targets.queries)
         device = targets.queries.device
-        normalizer = scores = total = torch.empty(0, device=device)
-        vocab_size = tiles[-1].stop
+        normalizer = scores = torch.empty(0, device=device)
+        total: Tensor | None = None
         for index, tile in enumerate(tiles):
             logits = _logits(tile, shared, _own(tile, owned))
-            logits = logits.to(compute_dtype(logits.dtype))
             if index == 0:
-                normalizer = logits.new_full((tokens,), -torch.inf)
-                scores, total = logits.new_zeros(tokens), logits.new_zeros(tokens)
+                normalizer = logits.new_full((tokens,), -torch.inf, dtype=compute_dtype(logits.dtype))
+                scores = torch.zeros_like(normalizer)
+                total = torch.zeros_like(normalizer) if label_smoothing else None
             found, columns = targets.inside(index, tile)
-            scores[found] = logits[found, columns]
-            if label_smoothing:
-                total += logits.sum(dim=1)
-            normalizer = torch.logaddexp(normalizer, torch.logsumexp(logits, dim=1))
+            scores[found] = logits[found, columns].to(scores.dtype)
+            add_log_sum_exp(normalizer, logits, total)
         losses = normalizer - (1 - label_smoothing) * scores
-        if label_smoothing:
-            losses -= label_smoothing / vocab_size * total
+        if total is not None:
+            losses -= label_smoothing / tiles[-1].stop * total
         ctx.save_for_backward(normalizer, *tensors)
         ctx.tiles, ctx.count, ctx.targets, ctx.label_smoothing = tiles, count, targets, label_smoothing
         ctx.autocast = _autocast(device.type)
@@ -188,8 +189,8 @@ class _TiledLosses(torch.autograd.Function):
         own_gradients = [
             torch.empty_like(one) if wants else None for one, wants in zip(owned, wanted[ctx.count :], strict=True)
         ]
-        vocab_size = ctx.tiles[-1].stop
-        scale, unit = gradients[0].unsqueeze(1), None
+        uniform = ctx.label_smoothing / ctx.tiles[-1].stop
+        scale, unit = gradients[0].contiguous(), None
         for index, tile in enumerate(ctx.tiles):
             own = [
                 part.detach().requires_grad_(own_gradients[place] is not None)
@@ -201,16 +202,14 @@ class _TiledLosses(torch.autograd.Function):
             leaves += [part for part in own if part.requires_grad]
             if not logits.requires_grad:
                 continue
-            # In the memory of the logits, which the derivative of a product does not need: else autograd would say so.
-            values = logits.detach().to(compute_dtype(logits.dtype)).sub_(normalizer.unsqueeze(1)).exp_()
-            if ctx.label_smoothing:
-                values -= ctx.label_smoothing / vocab_size
-            found, columns = ctx.targets.inside(index, tile)
-            values[found, columns] -= 1 - ctx.label_smoothing
             if logits.dtype == torch.float16 and unit is None and len(scale):
                 scale, unit = _half_scale(scale)
-            values *= scale
-            parts = iter(torch.autograd.grad(logits, leaves, values.to(logits.dtype), allow_unused=True))
+            # In the memory of the logits, which the derivative of a product does not need: else autograd would say so.
+            found, columns = ctx.targets.inside(index, tile)
+            values = softmax_gradient(
+                logits.detach(), normalizer, scale, found, columns, at_target=1 - ctx.label_smoothing, uniform=uniform
+            )
+            parts = iter(torch.autograd.grad(logits, leaves, values, allow_unused=True))
             for place in tile.reads:
                 total = sums[place]
                 if total is not None and (part := next(parts)) is not None:
@@ -235,7 +234,7 @@ def _half_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     _, exponent = torch.frexp(scale.abs().amax())
     size = min(_HALF_SCALE, _HALF_BOUND / len(scale))
-    unit = torch.ldexp(torch.ones_like(scale[0, 0]), exponent - math.floor(math.log2(size)))
+    unit = torch.ldexp(torch.ones_like(scale[0]), exponent - math.floor(math.log2(size)))
     return scale / unit, unit
 
 
