@@ -22,7 +22,11 @@ from measure import PeakMemory, seconds  # noqa: E402
 pytestmark = pytest.mark.timeout(3600)
 
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-_SIZES = [pytest.param(100_000, id="100k"), pytest.param(793_471, id="793k", marks=pytest.mark.full)]
+# What does not grow with the vocabulary weighs more in a small one.
+_SIZES = [
+    pytest.param(100_000, 10, 0.40, id="100k"),
+    pytest.param(793_471, 6, 0.30, id="793k", marks=pytest.mark.full),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,9 +60,9 @@ def _report(text: str) -> None:
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["in memory", "mapped file"])
-@pytest.mark.parametrize("vocab_size", _SIZES)
-def test_20_groups_and_5_refinements_cost_at_most_10_gram_products(
-    benchmark, vocab_size: int, mapped: bool, tmp_path: Path
+@pytest.mark.parametrize(("vocab_size", "most", "share_of_memory"), _SIZES)
+def test_20_groups_and_5_refinements_cost_a_few_gram_products(
+    benchmark, vocab_size: int, most: float, share_of_memory: float, mapped: bool, tmp_path: Path
 ) -> None:
     dim = 1024
     if mapped:
@@ -84,8 +88,8 @@ def test_20_groups_and_5_refinements_cost_at_most_10_gram_products(
         f"peak memory {share:.1%} of the table, {beside / 1e9:.2f} GB beside the result"
     )
     assert found.stored_bytes() <= table.nbytes / 6.6
-    assert ratio <= 10
-    assert share < 0.40
+    assert ratio <= most
+    assert share < share_of_memory
     assert beside < 2e9
 
 
