@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_embcompress.factorizations.base import Factorization, Options
+from lightning_embcompress.factorizations.block_products import BlockProducts
 from lightning_embcompress.factorizations.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.factorizations.low_rank import aligned_bases
 from lightning_embcompress.factorizations.packing import bit_width, packed_bytes
@@ -25,7 +27,7 @@ from lightning_embcompress.factorizations.quantized import (
 )
 from lightning_embcompress.factorizations.shared_basis import SharedBasisBlocks, check_blocks, plain_metric
 from lightning_embcompress.factorizations.specs import integers, positive_integers, stored_bytes
-from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
+from lightning_embcompress.factorizations.tiles import Tiles
 from lightning_embcompress.solvers.division import deal
 from lightning_embcompress.solvers.gram import row_units, row_weights, run_of
 from lightning_embcompress.solvers.group_reduce import BlockSolution, equal_frequency_groups, group_reduce
@@ -166,22 +168,25 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
 
     def logits_as_kept(self, hidden: Tensor) -> Tensor:
         """See `Factorization.logits_as_kept`: one product with all bases side by side, then one a block."""
-        reduced = torch.split(multiply(hidden, self.basis), self.basis_ranks, dim=-1)
-        return torch.cat(
-            [
-                multiply(hidden if dense else part, coefficients)
-                for part, coefficients, dense in zip(reduced, self.coefficients, self.dense_blocks, strict=True)
-            ],
-            dim=-1,
-        )
+        return self._products(hidden).logits()
 
     def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
-        maker = TileMaker(tile_rows)
-        states = maker.share(hidden)
-        reduced = torch.split(multiply(hidden, self.basis), self.basis_ranks, dim=-1)
-        for part, coefficients, dense in zip(reduced, self.coefficients, self.dense_blocks, strict=True):
-            maker.add_product(coefficients, states if dense else maker.share(part))
-        return self.tiles_in_block_order(maker)
+        return self.tiles_in_block_order(self._products(hidden).tiles(tile_rows))
+
+    def _products(self, hidden: Tensor) -> BlockProducts:
+        reduced = multiply(hidden, self.basis)
+        parts = [
+            hidden if dense else part
+            for part, dense in zip(torch.split(reduced, self.basis_ranks, dim=-1), self.dense_blocks, strict=True)
+        ]
+        firsts = accumulate(self.basis_ranks, initial=0)
+        return BlockProducts(
+            hidden,
+            list(self.coefficients),
+            reduced,
+            [None if dense else first for first, dense in zip(firsts, self.dense_blocks, strict=False)],
+            parts,
+        )
 
     def bases(self, sparse: bool = False) -> tuple[Tensor, ...]:
         """`[rank, dim]` basis of every block; of no rows for a block that is kept as its rows."""

@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from lightning_embcompress.factorizations.base import OptionsT, is_exporting
+from lightning_embcompress.factorizations.block_products import BlockProducts
 from lightning_embcompress.factorizations.blocks import RowBlocks
 from lightning_embcompress.factorizations.packing import pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.factorizations.products import balance_product, store_product
-from lightning_embcompress.factorizations.quantized import Quantization, State, multiply, read_rows, whole
+from lightning_embcompress.factorizations.quantized import Quantization, State, read_rows, whole
 from lightning_embcompress.factorizations.shared_basis_layout import (
     SCALE_STEPS,
     byte_codes,
@@ -185,36 +186,36 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
 
     def logits_as_kept(self, hidden: Tensor) -> Tensor:
         """See `Factorization.logits_as_kept`: one product with the basis, then one a block."""
-        basis, means, scales = self._read()
-        reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
+        if not self.is_coded:
+            return self._products(hidden).logits()
         pieces: list[Tensor] = []
-        codes = self._block_codes() if self.is_coded else []
-        offsets = self._offsets() if self.is_coded else []
-        for block, rank in enumerate(self.ranks):
-            states = reduced[..., :rank]
-            if self.is_coded:
-                found = self._code_products(states * scales[block], codes[block], offsets[block])
-            else:
-                found = [multiply(states, self.coefficients[block])]
-            pieces += [part + constant[..., block : block + 1] for part in found]
+        for states, codes, offsets, shift in self._coded_products(hidden):
+            pieces += [part + shift for part in self._code_products(states, codes, offsets)]
         return torch.cat(pieces, dim=-1)
 
     def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        if not self.is_coded:
+            return self.tiles_in_block_order(self._products(hidden).tiles(tile_rows))
+        maker = TileMaker(tile_rows)
+        levels = maker.share(self.levels)
+        for states, codes, offsets, shift in self._coded_products(hidden):
+            maker.add(len(codes), (*maker.share(states, shift), *levels), _code_tile(codes, offsets))
+        return self.tiles_in_block_order(maker)
+
+    def _products(self, hidden: Tensor) -> BlockProducts:
+        """Of coefficients that are floats."""
+        basis, means, _ = self._read()
+        reduced = F.linear(hidden, basis)
+        parts = [reduced[..., :rank] for rank in self.ranks]
+        return BlockProducts(hidden, list(self.coefficients), reduced, [0] * len(parts), parts, F.linear(hidden, means))
+
+    def _coded_products(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """States, codes, offsets of their levels, and the constant of every block whose coefficients are codes."""
         basis, means, scales = self._read()
         reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
-        maker = TileMaker(tile_rows)
-        codes = self._block_codes() if self.is_coded else []
-        offsets = self._offsets() if self.is_coded else []
-        levels = maker.share(self.levels) if self.is_coded else ()
-        for block, rank in enumerate(self.ranks):
-            states = reduced[:, :rank]
-            shift = constant[:, block : block + 1]
-            if self.is_coded:
-                reads = (*maker.share(states * scales[block], shift), *levels)
-                maker.add(self.sizes[block], reads, _code_tile(codes[block], offsets[block]))
-            else:
-                maker.add_product(self.coefficients[block], maker.share(states, shift))
-        return self.tiles_in_block_order(maker)
+        blocks = zip(self.ranks, scales, self._block_codes(), self._offsets(), strict=True)
+        for block, (rank, scale, codes, offsets) in enumerate(blocks):
+            yield reduced[..., :rank] * scale, codes, offsets, constant[..., block : block + 1]
 
     def _code_products(self, states: Tensor, codes: Tensor, offsets: Tensor) -> list[Tensor]:
         """Products with the coefficients of a block, a piece at a time; their values are never there as a whole."""
