@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from lightning_embcompress.factorizations.quantized import Factor, PackedFactor, multiply
 
+# Rows that tiles are whole multiples of, unless they are fewer than some.
+_UNIT, _LEAST_OF_UNITS = 16, 128
+
 
 class Tile(NamedTuple):
     """A run of rows, and how its logits are computed.
@@ -157,9 +160,12 @@ class TileMaker:
         return Tiles(self.shared, self.owned, self.tiles, order, position)
 
     def _runs(self, size: int) -> list[tuple[int, int]]:
-        # Of equal size: a short rest costs more than its rows.
-        number = -(-size // self.tile_rows)
-        return [(size * index // number, size * (index + 1) // number) for index in range(number)]
+        # Of equal size: a short rest costs more than its rows. Large ones in whole units: kernels for GPUs read a row of
+        # logits in whole vectors where it begins and ends with one.
+        unit = _UNIT if self.tile_rows >= _LEAST_OF_UNITS else 1
+        number = -(-size // (self.tile_rows // unit * unit))
+        step = -(-size // (max(1, number) * unit)) * unit
+        return [(start, min(start + step, size)) for start in range(0, size, step)] if size else []
 
     def _append(
         self,

@@ -32,7 +32,6 @@ if TRITON_IS_INSTALLED:
         columns: tl.tensor,
         row_stride: tl.tensor,
         column_stride: tl.tensor,
-        parts: tl.tensor,
         SPAN: tl.constexpr,
         BLOCK: tl.constexpr,
         ADDS: tl.constexpr,
@@ -40,6 +39,7 @@ if TRITON_IS_INSTALLED:
         """The logarithm of the sum of exponentials over a span of a row, and if `ADDS` the sum of the logits."""
         # Of many tokens and a large vocabulary there are more logits than 2^31.
         place = tl.program_id(0).to(tl.int64)
+        parts = tl.cdiv(columns, SPAN)
         row, first = place // parts, place % parts * SPAN
         most = -float("inf")
         mass = 0.0
@@ -72,11 +72,11 @@ if TRITON_IS_INSTALLED:
         columns: tl.tensor,
         row_stride: tl.tensor,
         column_stride: tl.tensor,
-        parts: tl.tensor,
         BLOCK: tl.constexpr,
     ) -> None:
         """The gradient at a part of a row of logits, in place."""
         place = tl.program_id(0).to(tl.int64)
+        parts = tl.cdiv(columns, BLOCK)
         row = place // parts
         column = place % parts * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
@@ -97,7 +97,7 @@ def add_log_sum_exp(normalizer: Tensor, logits: Tensor, total: Tensor | None = N
     sums = partial if total is None else torch.empty_like(partial)
     with current_device_of(logits):
         partial_log_sum_exp[(tokens * parts,)](
-            logits, partial, sums, size, *logits.stride(), parts, SPAN, BLOCK, total is not None
+            logits, partial, sums, size, *logits.stride(), SPAN, BLOCK, total is not None
         )
     torch.logaddexp(normalizer, partial.logsumexp(dim=1), out=normalizer)
     if total is not None:
@@ -130,6 +130,5 @@ def softmax_gradient(
             float(uniform),
             size,
             *logits.stride(),
-            parts,
             BLOCK,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def compile(kernel: Any, capability: int, **parameters: Any) -> Any:
+    def compile(kernel: Any, capability: int, divisible: Sequence[str] = (), **parameters: Any) -> Any:
         assert isinstance(kernel, triton.runtime.JITFunction), "TRITON_INTERPRET is set"
         types = {name: given if isinstance(given, str) else "constexpr" for name, given in parameters.items()}
         known = {
             (kernel.arg_names.index(name),): given for name, given in parameters.items() if types[name] == "constexpr"
         }
-        source = triton.compiler.ASTSource(kernel, types, known)
+        # As a launch tells the compiler of numbers and addresses that are.
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+        source = triton.compiler.ASTSource(kernel, types, known, attributes)
         return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32))
 
     return compile

@@ -59,16 +59,25 @@ def test_what_a_probability_misses_to_one(dtype: torch.dtype) -> None:
 def test_it_compiles(dtype: str, capability: int, compiled: Callable[..., Any]) -> None:
     from lightning_embcompress.kernels import triton_softmax as kernels
 
-    sizes = {"columns": "i32", "row_stride": "i64", "column_stride": 1, "parts": "i32"}
-    blocks = {"SPAN": kernels.SPAN, "BLOCK": kernels.BLOCK}
-    floats = {"partial": "*fp32", "sums": "*fp32"}
-    compiled(kernels.partial_log_sum_exp, capability, logits=f"*{dtype}", **floats, **sizes, **blocks, ADDS=True)
-    floats = {"normalizer": "*fp32", "scale": "*fp32", "at_target": "fp32", "uniform": "fp32"}
-    found = compiled(
-        kernels.gradient, capability, logits=f"*{dtype}", target="*i64", **floats, **sizes, BLOCK=kernels.BLOCK
-    )
-    # Reads of the logits are as wide as writes, and neither goes through local memory.
-    assert ".local" not in found.asm["ptx"]
+    sizes = {"columns": "i32", "row_stride": "i32", "column_stride": 1}
+    scalars = {"at_target": "fp32", "uniform": "fp32"}
+    for kernel, others in (
+        (
+            kernels.partial_log_sum_exp,
+            {"partial": "*fp32", "sums": "*fp32", **sizes, "SPAN": kernels.SPAN, "BLOCK": kernels.BLOCK, "ADDS": True},
+        ),
+        (
+            kernels.gradient,
+            {"normalizer": "*fp32", "scale": "*fp32", "target": "*i64", **scalars, **sizes, "BLOCK": kernels.BLOCK},
+        ),
+    ):
+        aligned = ["logits", "columns", "row_stride"]
+        ptx = compiled(kernel, capability, aligned, logits=f"*{dtype}", **others).asm["ptx"]
+        # Whole vectors are read, and nothing goes through local memory.
+        assert "ld.global.v4" in ptx
+        assert ".local" not in ptx
+        wide = {**others, "row_stride": "i64", "column_stride": "i64"}
+        assert compiled(kernel, capability, logits=f"*{dtype}", **wide).asm["cubin"]
 
 
 @on_gpu

@@ -43,7 +43,7 @@ def blocks_of(data: st.DataObject) -> Factorization:
     return SharedBasisBlocks(sum(sizes), dim, rank, sizes, segments, False)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def check_logits(data: st.DataObject) -> None:
     factors = blocks_of(data)
