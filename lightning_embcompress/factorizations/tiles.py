@@ -160,8 +160,8 @@ class TileMaker:
         return Tiles(self.shared, self.owned, self.tiles, order, position)
 
     def _runs(self, size: int) -> list[tuple[int, int]]:
-        # Of equal size: a short rest costs more than its rows. Large ones in whole units: kernels for GPUs read a row of
-        # logits in whole vectors where it begins and ends with one.
+        # Of equal size: a short rest costs more than its rows. Large ones in whole units: kernels for GPUs read a row
+        # of logits in whole vectors where it begins and ends with one.
         unit = _UNIT if self.tile_rows >= _LEAST_OF_UNITS else 1
         number = -(-size // (self.tile_rows // unit * unit))
         step = -(-size // (max(1, number) * unit)) * unit
