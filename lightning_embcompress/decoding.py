@@ -53,17 +53,10 @@ def topk(tiles: Tiles, k: int) -> Best:
     vocab_size = tiles.tiles[-1].stop
     if not 1 <= k <= vocab_size:
         raise ValueError(f"k must be from 1 to the {vocab_size} tokens of the vocabulary, it is {k}")
-    best: tuple[Tensor, Tensor] | None = None
-    for tile in tiles.tiles:
-        logits, columns = tiles.logits(tile).topk(min(k, tile.stop - tile.start))
-        rows = columns + tile.start
-        if best is not None:
-            logits, rows = torch.cat([best[0], logits], dim=1), torch.cat([best[1], rows], dim=1)
-            logits, places = logits.topk(min(k, logits.shape[1]))
-            rows = rows.gather(1, places)
-        best = logits, rows
-    assert best is not None
-    return Best(best[0], _ids(tiles, best[1]))
+    found = [(tile.start, tiles.logits(tile).topk(min(k, tile.stop - tile.start))) for tile in tiles.tiles]
+    logits, places = torch.cat([best.values for _, best in found], dim=1).topk(k)
+    rows = torch.cat([best.indices + start for start, best in found], dim=1)
+    return Best(logits, _ids(tiles, rows.gather(1, places)))
 
 
 def _ids(tiles: Tiles, rows: Tensor) -> Tensor:
