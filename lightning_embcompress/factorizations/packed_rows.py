@@ -27,7 +27,7 @@ from lightning_embcompress.factorizations.repacked_product import (
     repacked_product,
 )
 from lightning_embcompress.solvers.gram import compute_dtype
-from lightning_embcompress.solvers.integer_quantizer import group_shape, scales_shape
+from lightning_embcompress.solvers.integer_quantizer import group_shape, repeated, scales_shape
 
 # Values that are unpacked at a time: what is on the way to them stays in the cache.
 _TILE = 2**17
@@ -263,7 +263,7 @@ def _values(data: Tensor, scales: Tensor, bits: int, columns: int, group_size: i
     values: Tensor = unpack_rows(data, bits, columns, wide) - 2 ** (bits - 1)
     scales = scales.to(wide)
     if columns > group_size:
-        scales = scales.unsqueeze(2).expand(-1, -1, group_size).flatten(1)[:, :columns]
+        scales = repeated(scales, columns, group_size)
     return (values * scales).to(dtype)
 
 

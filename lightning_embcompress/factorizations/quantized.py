@@ -26,6 +26,7 @@ from lightning_embcompress.solvers.integer_quantizer import (
     fake_quantize,
     group_scales,
     group_shape,
+    narrowed,
     scales_shape,
     to_codes,
 )
@@ -412,4 +413,4 @@ def straight_through(values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Ten
 
 def rounded_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers as they are in a narrower dtype, with the gradient to those that are trained."""
-    return straight_through(values, lambda wide: wide.to(dtype).to(wide.dtype))
+    return straight_through(values, lambda wide: narrowed(wide, dtype).to(wide.dtype))

@@ -62,7 +62,43 @@ def expand_scales(scales: Tensor, n: int, columns: int, group_size: int) -> Tens
         scales = scales.repeat_interleave(group_rows, dim=0)[:n]
     if shape[1] == 1:
         return scales.expand(n, columns)
-    return scales.unsqueeze(2).expand(-1, -1, group_columns).reshape(n, shape[1] * group_columns)[:, :columns]
+    return repeated(scales, columns, group_columns)
+
+
+def repeated(scales: Tensor, columns: int, group_columns: int) -> Tensor:
+    """`[n, columns]` of which value `[row, column]` is the scale of its group, `[row, column // group_columns]`."""
+    if torch.compiler.is_compiling():
+        # Of what is expanded, and then cut off in a group, `torch.compile` reads other memory on CPUs (torch 2.13).
+        return scales[:, torch.arange(columns, device=scales.device) // group_columns]
+    return scales.unsqueeze(2).expand(-1, -1, group_columns).flatten(1)[:, :columns]
+
+
+@torch.library.custom_op("lightning_embcompress::narrowed", mutates_args=())
+def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype, copy=True)
+
+
+@_narrowed.register_fake
+def _(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(values, dtype=dtype)
+
+
+def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in a narrower dtype, rounded also where a graph makes them wide again.
+
+    `torch.compile` leaves both conversions out, and with them the rounding: the largest value of a group lies between
+    two integers, and would then be rounded to the other one.
+
+    Args:
+        values: Any floats, without a gradient.
+        dtype: A floating dtype.
+    """
+    # Older versions of torch tell no difference between exporting, where all operations must be known, and compiling.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    if torch.compiler.is_compiling() and not exporting():
+        found: Tensor = _narrowed(values, dtype)
+        return found
+    return values.to(dtype)
 
 
 def group_scales(
@@ -106,7 +142,7 @@ def group_scales(
         if row_weights is not None or column_weights is not None:
             raise ValueError("row_weights and column_weights are for search=True: largest magnitudes have no weights")
         largest = _largest(weight, group_size)
-        return largest.mul_(2 / (2**bits - 1)).to(scale_dtype)
+        return narrowed(largest.mul_(2 / (2**bits - 1)), scale_dtype)
     out = torch.empty(scales_shape(*_shape(weight), group_size), dtype=scale_dtype, device=weight.device)
     group_rows = group_shape(weight.shape[1], group_size)[0]
     for rows, groups in _aligned_chunks(weight, group_rows):
