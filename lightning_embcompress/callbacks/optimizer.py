@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import SGD, Adagrad, Optimizer
 
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.solvers.gram import compute_dtype
 
 # A part of the table at a time: its gradient by a factor with a row for every token is as large as that factor.
 _PARTS = 8
@@ -27,8 +28,10 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
     Layers that keep their parameters may get others beside them, and have them in another order: those that come follow
     the parameter that is before them in the layer, into its group.
 
-    The momentum of `torch.optim.SGD` is a sum of gradients, and goes on as that of the factors, see `pull_back`. All
-    other state goes whole: a second moment has no such image, and a first moment beside none would explode.
+    The momentum of `torch.optim.SGD` is a sum of gradients, and goes on as that of the factors, see `pull_back`. So
+    do the sums of `torch.optim.Adagrad`, about, see `squares_pulled_back`: they only ever grow, and from its first
+    value again, steps of factors that all tokens share would be as large as the factors themselves. All other state
+    goes whole: the averages of Adam are its own again after some steps, and a first moment beside none would explode.
 
     Args:
         optimizers: All optimizers of the run.
@@ -45,8 +48,10 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
     gone = {id(parameter): parameter for before, _ in layers for parameter in before if id(parameter) not in kept}
     changed = {id(p) for before, after in layers if list(map(id, before)) != list(map(id, after)) for p in before}
     tables = _one_for_one(model, replaced)
+    factorizations = _factorizations(model.get_submodule(path) for path in replaced)
     dropped: list[str] = []
     for optimizer in optimizers:
+        arrived: list[nn.Parameter] = []
         for group in optimizer.param_groups:
             # In place: some optimizers keep a reference to this list.
             parameters = group["params"]
@@ -75,17 +80,21 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
                 rest = [parameter for parameter in parameters[first:] if id(parameter) not in known]
                 parameters[first:] = local + rest
                 end = first + len(local)
-                if isinstance(optimizer, Adagrad):
-                    # Made with its state in older versions of torch, and never given one later.
-                    for parameter in come:
-                        optimizer.state[parameter] = _adagrad_state(parameter, group)
+                arrived += come
             if places == sorted(places):
                 # A table that became two left one place, its factors have two.
                 parameters.sort(key=lambda parameter: order.get(id(parameter), math.inf))
+        if isinstance(optimizer, Adagrad):
+            sums = {
+                id(tables[id(parameter)]): optimizer.state[parameter]
+                for parameter in gone.values()
+                if id(parameter) in tables and "sum" in optimizer.state.get(parameter, {})
+            }
+            _start_adagrad(optimizer, arrived, factorizations, sums)
         for path, old in replaced.items():
             for parameter in old.parameters():
                 state = optimizer.state.pop(parameter, None) if id(parameter) in gone else None
-                if not state:
+                if not state or (isinstance(optimizer, Adagrad) and id(parameter) in tables):
                     continue
                 momentum = state.get("momentum_buffer") if isinstance(optimizer, SGD) else None
                 table = tables.get(id(parameter))
@@ -107,32 +116,69 @@ def _beside(after: Sequence[nn.Parameter], known: set[int]) -> Iterator[tuple[nn
             yield parameter, beside
 
 
-def start_anew(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor]) -> bool:
+def start_anew(
+    optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter], layers: Iterable[nn.Module] = ()
+) -> bool:
     """Forget what optimizers have gathered of parameters whose values were replaced by others.
 
     Args:
         optimizers: All optimizers of the run.
         parameters: Which have other values now.
+        layers: Compressed ones that they are in.
 
     Returns:
         Whether there was anything to forget.
     """
     changed = {id(parameter) for parameter in parameters}
+    factorizations = _factorizations(layers)
     found = False
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in changed:
-                    continue
-                found = bool(optimizer.state.pop(parameter, None)) or found
-                if isinstance(optimizer, Adagrad):
-                    optimizer.state[parameter] = _adagrad_state(parameter, group)
+        own = [one for group in optimizer.param_groups for one in group["params"] if id(one) in changed]
+        for parameter in own:
+            found = bool(optimizer.state.pop(parameter, None)) or found
+        if isinstance(optimizer, Adagrad):
+            _start_adagrad(optimizer, own, factorizations, {})
     return found
 
 
-def _adagrad_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    start = torch.full_like(parameter, group["initial_accumulator_value"])
-    return {"step": torch.tensor(0.0), "sum": start}
+def _factorizations(layers: Iterable[nn.Module]) -> list[Factorization[Any]]:
+    """Those of compressed layers, each once."""
+    found = [layer.factorization for layer in layers if isinstance(layer, CompressedLayer)]
+    return list({id(factorization): factorization for factorization in found}.values())
+
+
+def _start_adagrad(
+    optimizer: Adagrad,
+    parameters: Sequence[nn.Parameter],
+    factorizations: Sequence[Factorization[Any]],
+    states: Mapping[int, Mapping[str, Tensor]],
+) -> None:
+    """Give parameters the state that Adagrad makes once, with its parameters, and never later.
+
+    Args:
+        optimizer: Which has the parameters in its groups already.
+        parameters: Those without a state.
+        factorizations: Of which they may be factors.
+        states: Of the tables in the place of which factorizations are, by the ids of these; others start as a table
+            does that has seen no gradient.
+    """
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    left = {id(parameter): parameter for parameter in parameters}
+    for parameter in parameters:
+        start = torch.full_like(parameter, groups[id(parameter)]["initial_accumulator_value"])
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": start}
+    for factorization in factorizations:
+        own = [parameter for parameter in factorization.parameters() if id(parameter) in left]
+        if not own:
+            continue
+        known = states.get(id(factorization))
+        first = groups[id(own[0])]["initial_accumulator_value"]
+        for factor, squares in squares_pulled_back(factorization, first if known is None else known["sum"]):
+            if id(factor) in left:
+                state = optimizer.state[factor]
+                torch.maximum(state["sum"], squares.to(factor.dtype), out=state["sum"])
+                if known is not None:
+                    state["step"] = known["step"].clone()
 
 
 def _one_for_one(model: nn.Module, replaced: Mapping[str, nn.Module]) -> dict[int, Factorization[Any]]:
@@ -161,13 +207,64 @@ def pull_back(factorization: Factorization[Any], moment: Tensor) -> list[tuple[n
     Returns:
         Every trained parameter, and its moment of the same shape.
     """
-    factors = [parameter for parameter in factorization.parameters() if parameter.requires_grad]
-    sums = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for parameter in factors]
     every = torch.arange(factorization.vocab_size, device=factorization.device)
     if moment.is_sparse:
         moment = moment.coalesce()
         every, moment = moment.indices()[0], moment.values()
-    for ids, moments in zip(every.tensor_split(_PARTS), moment.tensor_split(_PARTS), strict=True):
+    return _pulled_back(factorization, zip(every.tensor_split(_PARTS), moment.tensor_split(_PARTS), strict=True))
+
+
+def squares_pulled_back(
+    factorization: Factorization[Any], squares: Tensor | float
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """What sums of squared gradients of a table are as those of its factors, about.
+
+    Where gradients of a table `W = U B` are independent of each other, the squares `S` of all of them are `S (B∘B)ᵀ`
+    for `U` and `(U∘U)ᵀ S` for `B`; and for any factor with the Jacobian `J`, `(J∘J)ᵀ s`. This is the expectation of
+    `(Jᵀ (ε √s))²` for random signs `ε` (Hutchinson 1990). One draw tells little of an entry, but much of the sums of a
+    factor's rows and columns, and their product stands for the entries, as in Adafactor (Shazeer and Stern 2018, arXiv
+    1804.04235, section 3).
+
+    Args:
+        factorization: Of a table `[vocab_size, dim]`.
+        squares: `[vocab_size, dim]`, or one number for all.
+
+    Returns:
+        Every trained parameter, and its sums of squares of the same shape, float32 at least.
+    """
+    every = torch.arange(factorization.vocab_size, device=factorization.device).tensor_split(_PARTS)
+    # The same in all processes.
+    generator = torch.Generator(factorization.device).manual_seed(0)
+
+    def draws() -> Iterator[tuple[Tensor, Tensor]]:
+        for ids in every:
+            shape = len(ids), factorization.dim
+            signs = torch.randint(0, 2, shape, generator=generator, device=ids.device, dtype=torch.int8)
+            sizes = squares[ids].sqrt() if isinstance(squares, Tensor) else math.sqrt(squares)
+            yield ids, (2 * signs - 1) * sizes
+
+    pulled = _pulled_back(factorization, draws())
+    return [(factor, _by_rows_and_columns(drawn.to(compute_dtype(drawn.dtype)).square_())) for factor, drawn in pulled]
+
+
+def _by_rows_and_columns(squares: Tensor) -> Tensor:
+    """Entries from the sums of rows and columns alone."""
+    if not squares.numel():
+        return squares
+    if squares.ndim < 2:
+        return torch.full_like(squares, float(squares.mean()))
+    flat = squares.view(len(squares), -1)
+    rows, columns = flat.mean(dim=1, keepdim=True), flat.mean(dim=0, keepdim=True)
+    return (rows * (columns / columns.mean().clamp(min=torch.finfo(columns.dtype).tiny))).view(squares.shape)
+
+
+def _pulled_back(
+    factorization: Factorization[Any], parts: Iterable[tuple[Tensor, Tensor]]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every trained parameter, and the gradient of the sum of `⟨moments, rows⟩` over all ids and their moments."""
+    factors = [parameter for parameter in factorization.parameters() if parameter.requires_grad]
+    sums = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for parameter in factors]
+    for ids, moments in parts:
         with torch.enable_grad():
             rows = factorization.rows(ids)
         for total, part in zip(sums, _gradients(rows, factors, moments.to(rows)), strict=True):

@@ -53,7 +53,7 @@ def changing_in_training(trainer: Trainer, module: LightningModule, paths: Seque
     yield
     # What was gathered of numbers is nothing to those that took their places.
     changed = [parameter for parameter, version in known.items() if parameter._version > version]
-    if start_anew(trainer.optimizers, changed):
+    if start_anew(trainer.optimizers, changed, [module.get_submodule(path) for path in before]):
         rank_zero_info(f"The optimizer's state of {len(changed)} balanced factors was dropped: they start with none.")
     _go_on_training(trainer, module, before)
 

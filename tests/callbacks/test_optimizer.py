@@ -52,7 +52,7 @@ def test_factors_train_in_the_order_of_the_model(make: Callable[[Any], Optimizer
     optimizer = make(model.parameters())
     _step(model, optimizer)
     bias_state = optimizer.state[model[2].bias]
-    dropped = [] if isinstance(optimizer, SGD) else ["0"] if tied else ["0", "2"]
+    dropped = [] if isinstance(optimizer, SGD | Adagrad) else ["0"] if tied else ["0", "2"]
     assert _compress(model, optimizer) == dropped
     (group,) = optimizer.param_groups
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
@@ -62,13 +62,77 @@ def test_factors_train_in_the_order_of_the_model(make: Callable[[Any], Optimizer
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-def test_adagrad_starts_factors_from_its_initial_accumulator() -> None:
-    model = _model(tied=False)
+def test_sums_of_adagrad_go_on_as_those_of_the_factors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(3000, 64), nn.Tanh(), nn.Linear(64, 3000))
+    model[2].weight = model[0].weight
+    optimizer = Adagrad(model.parameters(), lr=0.1)
+    # Rows of frequent tokens, and some columns, have larger gradients.
+    rows, columns = torch.logspace(0, -2, 3000).unsqueeze(1), torch.logspace(0, 1, 64)
+    for _ in range(3):
+        model[0].weight.grad = rows * columns * torch.randn(3000, 64)
+        optimizer.step()
+    sums, bias = optimizer.state[model[0].weight]["sum"].clone(), optimizer.state[model[2].bias]["sum"]
+    old = {path: model.get_submodule(path) for path in ("0", "2")}
+    compress(model, "low_rank", ratio=2)
+    assert splice([optimizer], model, old) == []
+    table = model[0].factorization
+    expected = {
+        "coefficients": sums @ table.basis.detach().square().T,
+        "basis": table.coefficients.detach().square().T @ sums,
+    }
+    for name, value in expected.items():
+        state = optimizer.state[table.get_parameter(name)]
+        assert state["step"] == 3
+        # Of single rows and columns the draw says about as much as they have entries.
+        assert state["sum"].sum().item() == pytest.approx(value.sum().item(), rel=0.05)
+        for dim in (0, 1):
+            error = (state["sum"].sum(dim) / value.sum(dim)).log().abs()
+            assert error.mean() < 0.35
+    assert optimizer.state[model[2].bias]["sum"] is bias
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_adagrad_starts_factors_as_a_table(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(600, 16), nn.Tanh(), nn.Linear(16, 600))
     optimizer = Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.25)
-    _step(model, optimizer)
-    _compress(model, optimizer)
-    factor = model[0].factorization.basis
-    assert torch.equal(optimizer.state[factor]["sum"], torch.full_like(factor, 0.25))
+    old = {"0": model[0]}
+    compress(model, method, ratio=1.5, tables=["0"], token_counts=torch.arange(600, 0, -1))
+    assert splice([optimizer], model, old) == []
+    factorization = model[0].factorization
+    for factor in factorization.parameters():
+        state = optimizer.state[factor]
+        assert state["sum"].shape == factor.shape
+        assert bool((state["sum"] >= 0.25).all())
+        assert bool(state["sum"].isfinite().all())
+    # Sums over all tokens are larger than those of one.
+    shared = [getattr(factorization, name) for name in factorization.shared_factors if hasattr(factorization, name)]
+    assert all(optimizer.state[one]["sum"].mean() > 0.25 for one in shared if isinstance(one, nn.Parameter))
+
+
+@pytest.mark.parametrize("method", ["low_rank", "group_reduce"])
+def test_adagrad_does_not_throw_a_trained_model_away(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(600, 32), nn.Tanh(), nn.Linear(32, 600))
+    optimizer = Adagrad(model.parameters(), lr=0.3, initial_accumulator_value=1e-6)
+    ids = torch.randint(0, 600, (256,), generator=torch.Generator().manual_seed(1))
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(ids), (ids * 7) % 600)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    for _ in range(60):
+        step()
+    old = {path: model.get_submodule(path) for path in ("0", "2")}
+    compress(model, method, ratio=1.3, token_counts=torch.bincount(ids, minlength=600) + 1)
+    assert splice([optimizer], model, old) == []
+    losses = [step() for _ in range(10)]
+    # From the first value again, steps of the basis would raise the loss more than ten times.
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_groups_stay_apart() -> None:
