@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.factorizations.tiles import Places, Tile, Tiles
+from lightning_embcompress.kernels.choice import uncompiled
 from lightning_embcompress.kernels.online_softmax import add_log_sum_exp, softmax_gradient
 from lightning_embcompress.layers import head_tiles
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
@@ -37,6 +38,8 @@ _HALF_SCALE, _HALF_BOUND = 16.0, 2.0**11
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 
+# Shapes and their number depend on the targets: compiled it would be many small graphs, and no faster.
+@uncompiled
 def fused_cross_entropy(
     head: nn.Module,
     hidden: Tensor,

@@ -15,6 +15,7 @@ from lightning_embcompress.factorizations.base import Factorization, OptionsT, i
 from lightning_embcompress.factorizations.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.factorizations.specs import integers
 from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
+from lightning_embcompress.kernels.choice import uncompiled
 
 # Every block has factors of its own.
 MOST_BLOCKS = 2**16
@@ -112,6 +113,11 @@ class RowBlocks(Factorization[OptionsT]):
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
             return self._exported_rows(ids)
+        return self._distinct_rows(ids, sparse)
+
+    # Which blocks are asked for, and of how many rows, changes with every batch: compiled it would be over and over.
+    @uncompiled
+    def _distinct_rows(self, ids: Tensor, sparse: bool) -> Tensor:
         distinct, inverse = torch.unique(ids, return_inverse=True)
         positions, by_position = self.position.index_select(0, distinct).sort()
         ends = torch.tensor(self.sizes, device=positions.device).cumsum(0)

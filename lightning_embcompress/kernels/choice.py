@@ -1,15 +1,16 @@
-"""Whether a kernel runs in torch or in Triton."""
+"""Whether a kernel runs in torch or in Triton, and what `torch.compile` leaves alone."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ _CHOICES = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The least compute capability of NVIDIA's GPUs that Triton is made for.
 _CAPABILITY = (8, 0)
+
+CalledT = TypeVar("CalledT", bound=Callable[..., Any])
+"""A function."""
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
 """Whether Triton can be imported; it comes with torch for CUDA on Linux."""
@@ -79,3 +83,8 @@ def _has_compiler() -> bool:
 def current_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the GPU of a tensor the current one, on which Triton launches kernels; nothing for other tensors."""
     return cast(AbstractContextManager[Any], torch.cuda.device_of(tensor))  # type: ignore[no-untyped-call]
+
+
+def uncompiled(function: CalledT) -> CalledT:
+    """Leave a function as it is within a model that `torch.compile` compiles: the graph ends before it."""
+    return cast(CalledT, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
