@@ -81,7 +81,10 @@ def test_steps_of_a_compiled_model(method: str) -> None:
     assert _graphs() == before, "it is compiled for every batch"
 
 
-@pytest.mark.parametrize("method", ["low_rank", "group_reduce", "product_quantization", "transform_coding"])
+@pytest.mark.parametrize(
+    "method",
+    ["low_rank", "group_reduce", "product_quantization", pytest.param("transform_coding", marks=pytest.mark.full)],
+)
 def test_heads_are_one_graph(method: str) -> None:
     forms = [_factors(method)]
     if not forms[0].is_packed:

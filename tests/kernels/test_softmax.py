@@ -54,7 +54,7 @@ def test_what_a_probability_misses_to_one(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), torch.full((1, 1), -1e-4), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "capability"), [("fp32", 90), ("bf16", 80), ("bf16", 90), ("fp16", 80)])
+@pytest.mark.parametrize(("dtype", "capability"), [("fp32", 90), ("bf16", 80), ("fp16", 90)])
 def test_it_compiles(dtype: str, capability: int, compiled: Callable[..., Any]) -> None:
     from lightning_embcompress.kernels import triton_softmax as kernels
 
