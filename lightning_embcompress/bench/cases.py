@@ -267,6 +267,8 @@ def _loss(subject: Subject) -> Iterator[Case]:
     targets = subject.targets
     logits = len(targets) * len(subject.table)
     table_bytes = subject.table.nbytes
+    # Of a dense head, where they are not counted: inside of one operation, or added up in place.
+    products = 6 * logits * subject.table.shape[1]
     forms: list[tuple[str, nn.Module, Callable[[], Tensor], int, int, int | None]] = []
 
     def add(
@@ -282,7 +284,8 @@ def _loss(subject: Subject) -> Iterator[Case]:
         if head is subject.compressed_head and not _trained(head):
             continue
         add(f"{prefix}, fused_cross_entropy", head, partial(fused_cross_entropy, head, hidden, targets), 2, size)
-        add(f"{prefix}, head_softmax_loss", head, partial(_chunked, head, hidden, targets), 1, 2 * size)
+        flops = products if head is subject.head else None
+        add(f"{prefix}, head_softmax_loss", head, partial(_chunked, head, hidden, targets), 1, 2 * size, flops)
     whole = table_bytes + _NAIVE_COPIES * logits * _FLOAT
     weight = subject.head.weight
     add("dense, F.cross_entropy", subject.head, partial(_naive, subject.head, hidden, targets), 2, whole)
@@ -292,10 +295,8 @@ def _loss(subject: Subject) -> Iterator[Case]:
         add(name, subject.head, partial(linear, hidden, weight, targets), 2, whole)
         options: Any = getattr(nn, "LinearCrossEntropyOptions", None)
         if options is not None:
-            # One operation, inside of which nothing is counted.
-            flops = 6 * logits * weight.shape[1]
             in_chunks = partial(linear, hidden, weight, targets, options=options())
-            add(name + " in chunks", subject.head, in_chunks, 2, 2 * table_bytes, flops)
+            add(name + " in chunks", subject.head, in_chunks, 2, 2 * table_bytes, products)
     references: dict[int, float] = {}
 
     def check(head: nn.Module) -> Callable[[Tensor], dict[str, Any]]:
