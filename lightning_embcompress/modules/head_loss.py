@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from lightning_embcompress.fused_loss import fused_cross_entropy
+from lightning_embcompress.kernels.choice import uncompiled
 from lightning_embcompress.layers import CompressedLinear
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.full_softmax import full_softmax_loss, summed_loss
@@ -37,6 +38,8 @@ SummedLoss: TypeAlias = Callable[[Tensor, slice, Tensor], Tensor]
 _HALF_SCALE, _HALF_BOUND = 16.0, 2**15
 
 
+# How many tokens there are decides how they are cut: compiled it would be over and over, and no faster.
+@uncompiled
 def head_softmax_loss(
     head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -141,6 +144,7 @@ def _is_watched(head: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(head)
 
 
+@uncompiled
 def head_loss_sum(
     head: nn.Module,
     hidden: Tensor,

@@ -441,3 +441,20 @@ def test_a_large_vocabulary_is_computed_in_tiles(head: nn.Module, monkeypatch: p
     (3 * loss).backward()
     found = {"loss": loss.detach(), "count": count, **_gradients(head, hidden)}
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batches_of_other_sizes_in_a_compiled_function(bias: bool) -> None:
+    head = nn.Linear(8, 50, bias=bias)
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return head_softmax_loss(head, 2 * hidden, targets)[0]
+
+    compiled = torch.compile(loss, backend="eager")
+    for tokens in (5, 6, 7, 9):
+        hidden, targets = torch.randn(tokens, 8), torch.randint(50, (tokens,))
+        torch.testing.assert_close(compiled(hidden, targets), loss(hidden, targets))
+        gradients = [
+            torch.autograd.grad(function(hidden, targets), list(head.parameters())) for function in (compiled, loss)
+        ]
+        torch.testing.assert_close(*gradients)
