@@ -48,7 +48,6 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
     gone = {id(parameter): parameter for before, _ in layers for parameter in before if id(parameter) not in kept}
     changed = {id(p) for before, after in layers if list(map(id, before)) != list(map(id, after)) for p in before}
     tables = _one_for_one(model, replaced)
-    factorizations = _factorizations(model.get_submodule(path) for path in replaced)
     dropped: list[str] = []
     for optimizer in optimizers:
         arrived: list[nn.Parameter] = []
@@ -84,17 +83,11 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
             if places == sorted(places):
                 # A table that became two left one place, its factors have two.
                 parameters.sort(key=lambda parameter: order.get(id(parameter), math.inf))
-        if isinstance(optimizer, Adagrad):
-            sums = {
-                id(tables[id(parameter)]): optimizer.state[parameter]
-                for parameter in gone.values()
-                if id(parameter) in tables and "sum" in optimizer.state.get(parameter, {})
-            }
-            _start_adagrad(optimizer, arrived, factorizations, sums)
+        going_on = _go_on_by_adagrad(optimizer, model, replaced, arrived) if isinstance(optimizer, Adagrad) else set()
         for path, old in replaced.items():
             for parameter in old.parameters():
                 state = optimizer.state.pop(parameter, None) if id(parameter) in gone else None
-                if not state or (isinstance(optimizer, Adagrad) and id(parameter) in tables):
+                if not state or path in going_on:
                     continue
                 momentum = state.get("momentum_buffer") if isinstance(optimizer, SGD) else None
                 table = tables.get(id(parameter))
@@ -116,8 +109,71 @@ def _beside(after: Sequence[nn.Parameter], known: set[int]) -> Iterator[tuple[nn
             yield parameter, beside
 
 
+def levels_of_adagrad(
+    optimizers: Sequence[Optimizer], layers: Sequence[nn.Module]
+) -> list[dict[int, Mapping[str, Any]]]:
+    """What `torch.optim.Adagrad` has gathered of the tables of compressed layers, for `start_anew`.
+
+    Args:
+        optimizers: All optimizers of the run.
+        layers: Those whose factors are to get other values.
+    """
+    levels: list[dict[int, Mapping[str, Any]]] = []
+    for optimizer in optimizers:
+        levels.append({})
+        for factorization in _factorizations(layers) if isinstance(optimizer, Adagrad) else ():
+            state = _level(optimizer, factorization)
+            if state is not None:
+                levels[-1][id(factorization)] = state
+    return levels
+
+
+def _go_on_by_adagrad(
+    optimizer: Adagrad, model: nn.Module, replaced: Mapping[str, nn.Module], arrived: Sequence[nn.Parameter]
+) -> set[str]:
+    """Give the parameters that came their sums; gives the paths of layers whose tables had some."""
+    states: dict[int, Mapping[str, Any]] = {}
+    paths: set[str] = set()
+    for path, old in replaced.items():
+        new, state = model.get_submodule(path), _state_of_table(optimizer, old)
+        if state is not None and isinstance(new, CompressedLayer):
+            states[id(new.factorization)] = state
+            paths.add(path)
+    _start_adagrad(optimizer, arrived, _factorizations(model.get_submodule(path) for path in replaced), states)
+    return paths
+
+
+def _state_of_table(optimizer: Adagrad, old: nn.Module) -> Mapping[str, Any] | None:
+    """The sums of a table, or about those that the sums of its factors are of; None if there are none."""
+    if isinstance(old, CompressedLayer):
+        return _level(optimizer, old.factorization)
+    weight = getattr(old, "weight", None)
+    state = optimizer.state.get(weight, {}) if isinstance(weight, nn.Parameter) else {}
+    return state if "sum" in state else None
+
+
+def _level(optimizer: Adagrad, factorization: Factorization[Any]) -> Mapping[str, Any] | None:
+    """One number for the sums of all entries of a table, from those of its factors: the largest that one of them says.
+
+    Too large a number makes steps small, too small a one makes them as large as the factors.
+    """
+    states = [optimizer.state.get(factor, {}) for factor in factorization.parameters()]
+    known = [state for state in states if "sum" in state]
+    if not known:
+        return None
+    ratios = [0.0]
+    for factor, squares in squares_pulled_back(factorization, 1.0):
+        of_one = float(squares.mean()) if squares.numel() else 0.0
+        if of_one > 0 and "sum" in optimizer.state.get(factor, {}):
+            ratios.append(float(optimizer.state[factor]["sum"].float().mean()) / of_one)
+    return {"sum": max(ratios), "step": known[0]["step"]}
+
+
 def start_anew(
-    optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter], layers: Iterable[nn.Module] = ()
+    optimizers: Sequence[Optimizer],
+    parameters: Sequence[nn.Parameter],
+    layers: Iterable[nn.Module] = (),
+    levels: Sequence[Mapping[int, Mapping[str, Any]]] = (),
 ) -> bool:
     """Forget what optimizers have gathered of parameters whose values were replaced by others.
 
@@ -125,19 +181,22 @@ def start_anew(
         optimizers: All optimizers of the run.
         parameters: Which have other values now.
         layers: Compressed ones that they are in.
+        levels: What `levels_of_adagrad` said of these before.
 
     Returns:
-        Whether there was anything to forget.
+        Whether anything was forgotten that does not go on in another form.
     """
     changed = {id(parameter) for parameter in parameters}
     factorizations = _factorizations(layers)
     found = False
-    for optimizer in optimizers:
+    for place, optimizer in enumerate(optimizers):
         own = [one for group in optimizer.param_groups for one in group["params"] if id(one) in changed]
+        known = levels[place] if levels else {}
+        going_on = {id(one) for table in factorizations if id(table) in known for one in table.parameters()}
         for parameter in own:
-            found = bool(optimizer.state.pop(parameter, None)) or found
+            found = bool(optimizer.state.pop(parameter, None) and id(parameter) not in going_on) or found
         if isinstance(optimizer, Adagrad):
-            _start_adagrad(optimizer, own, factorizations, {})
+            _start_adagrad(optimizer, own, factorizations, known)
     return found
 
 
@@ -151,7 +210,7 @@ def _start_adagrad(
     optimizer: Adagrad,
     parameters: Sequence[nn.Parameter],
     factorizations: Sequence[Factorization[Any]],
-    states: Mapping[int, Mapping[str, Tensor]],
+    states: Mapping[int, Mapping[str, Any]],
 ) -> None:
     """Give parameters the state that Adagrad makes once, with its parameters, and never later.
 
@@ -159,8 +218,8 @@ def _start_adagrad(
         optimizer: Which has the parameters in its groups already.
         parameters: Those without a state.
         factorizations: Of which they may be factors.
-        states: Of the tables in the place of which factorizations are, by the ids of these; others start as a table
-            does that has seen no gradient.
+        states: Of the tables in the place of which factorizations are, by the ids of these, with one sum for all
+            entries or those of each; others start as a table does that has seen no gradient.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     left = {id(parameter): parameter for parameter in parameters}
@@ -223,7 +282,7 @@ def squares_pulled_back(
     for `U` and `(U∘U)ᵀ S` for `B`; and for any factor with the Jacobian `J`, `(J∘J)ᵀ s`. This is the expectation of
     `(Jᵀ (ε √s))²` for random signs `ε` (Hutchinson 1990). One draw tells little of an entry, but much of the sums of a
     factor's rows and columns, and their product stands for the entries, as in Adafactor (Shazeer and Stern 2018, arXiv
-    1804.04235, section 3).
+    1804.04235, section 3). Of a row with few entries it tells little: at rank 1 some are a hundredth of what they are.
 
     Args:
         factorization: Of a table `[vocab_size, dim]`.

@@ -11,9 +11,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import broadcast
 
-from lightning_embcompress.callbacks.optimizer import splice, start_anew
+from lightning_embcompress.callbacks.optimizer import levels_of_adagrad, splice, start_anew
 from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.tables import replace_table
 
@@ -50,10 +51,12 @@ def changing_in_training(trainer: Trainer, module: LightningModule, paths: Seque
     """
     before = {path: nn.ParameterList(module.get_submodule(path).parameters()) for path in paths}
     known = {parameter: parameter._version for parameters in before.values() for parameter in parameters}
+    layers = [module.get_submodule(path) for path in before]
+    levels = levels_of_adagrad(trainer.optimizers, layers)
     yield
     # What was gathered of numbers is nothing to those that took their places.
     changed = [parameter for parameter, version in known.items() if parameter._version > version]
-    if start_anew(trainer.optimizers, changed, [module.get_submodule(path) for path in before]):
+    if start_anew(trainer.optimizers, changed, layers, levels):
         rank_zero_info(f"The optimizer's state of {len(changed)} balanced factors was dropped: they start with none.")
     _go_on_training(trainer, module, before)
 
@@ -62,7 +65,22 @@ def _go_on_training(trainer: Trainer, module: LightningModule, replaced: Mapping
     if dropped := splice(trainer.optimizers, module, replaced):
         names = ", ".join(map(repr, dropped))
         rank_zero_info(f"The optimizer's state of {names} was dropped: the factors start with none.")
+    _agree_on_states(trainer, module, replaced)
     rewrap(trainer)
+
+
+def _agree_on_states(trainer: Trainer, module: LightningModule, replaced: Mapping[str, nn.Module]) -> None:
+    """Give all processes the states of process 0: on GPUs sums that many rows add to differ in their last bits."""
+    if not isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1:
+        return
+    factors = [factor for path in replaced for factor in module.get_submodule(path).parameters()]
+    for optimizer in trainer.optimizers:
+        for factor in dict.fromkeys(factors):
+            for value in optimizer.state.get(factor, {}).values():
+                if isinstance(value, Tensor) and value.shape == factor.shape:
+                    sent = value.contiguous()
+                    broadcast(sent, 0)
+                    value.copy_(sent)
 
 
 def rewrap(trainer: Trainer) -> None:
