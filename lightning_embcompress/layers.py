@@ -299,7 +299,10 @@ class CompressedLinear(CompressedLayer):
 
 
 def _refuse_sharded(head: nn.Module) -> None:
-    if is_sharded(head):
+    # FSDP, not FSDP2, leaves views of its flat parameter in the place of parameters, or cuts them.
+    views = any(isinstance(one, Tensor) and one.requires_grad for part in head.modules() for one in vars(part).values())
+    cut = isinstance(head, nn.Linear) and head.weight.shape != (head.out_features, head.in_features)
+    if views or cut or is_sharded(head):
         raise ValueError(
             f"FSDP has sharded the parameters of this {type(head).__name__}, which are whole only while it is called: "
             "call it for its logits; for the loss, head_softmax_loss does so"
@@ -332,8 +335,8 @@ def head_tiles(head: nn.Module, hidden: Tensor, tile_rows: int) -> Tiles:
         )
     if "weight" not in head._parameters:
         raise TypeError(
-            "the weight of this Linear is no parameter, but computed whenever the layer is called, as in pruning: call "
-            "it, and compute the loss from its logits"
+            "the weight of this Linear is no parameter, but computed whenever the layer is called, as in pruning, or "
+            "gathered, as by FSDP: call it, and compute the loss from its logits"
         )
     _refuse_sharded(head)
     maker = TileMaker(tile_rows)

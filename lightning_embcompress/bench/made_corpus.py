@@ -54,6 +54,8 @@ def make_corpus(
         raise ValueError(f"vocab_size must be above {len(_SPECIAL)}, for {' and '.join(_SPECIAL)}, it is {vocab_size}")
     if tokens < _SENTENCE:
         raise ValueError(f"tokens must be at least {_SENTENCE}, a sentence, they are {tokens}")
+    # Of a link the folder that it leads to, and "." by its name.
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder: choose another")
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +67,10 @@ def make_corpus(
     # Beside it, and renamed when it is whole: a folder of that name is a corpus.
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        os.chmod(temporary, 0o755)
+        # As any other folder: a temporary one is for its owner alone.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
         (temporary / VOCABULARY_FILE).write_text("\n".join([*_SPECIAL, *words]) + "\n", encoding="utf-8", newline="\n")
         for name, count in shards.items():
             path = temporary / name

@@ -121,7 +121,9 @@ def levels_of_adagrad(
     levels: list[dict[int, Mapping[str, Any]]] = []
     for optimizer in optimizers:
         levels.append({})
-        for factorization in _factorizations(layers) if isinstance(optimizer, Adagrad) else ():
+        if not isinstance(optimizer, Adagrad):
+            continue
+        for factorization in _factorizations(layers):
             state = _level(optimizer, factorization)
             if state is not None:
                 levels[-1][id(factorization)] = state

@@ -74,6 +74,9 @@ class LanguageModel(LightningModule):
     def start_text(self, stage: Stage) -> None:
         """Forget the stage's text: the next batch is a beginning. Nothing to do for a model without memory."""
 
+    def use_dense_gradients(self) -> None:
+        """Train with gradients that every optimizer takes. Nothing to do for a model that has no others."""
+
     @override
     def setup(self, stage: str) -> None:
         """Check the data module's vocabulary and read its token counts.

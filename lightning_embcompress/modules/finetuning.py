@@ -185,6 +185,9 @@ class CompressedLanguageModel(LanguageModel):
         self.model = opened
         self._warned_of_targets = False
         self._is_ours = isinstance(opened, LanguageModel)
+        if isinstance(opened, LanguageModel):
+            # The optimizer is another one than that which the model was made for.
+            opened.use_dense_gradients()
         self._original = Original(opened, parts, teacher, teacher_shares_body, statistics)
         forward_hooks(self, opened)
         unfreeze(opened)

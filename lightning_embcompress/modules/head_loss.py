@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from torch.nn.modules.module import _has_any_global_hook
 
 from lightning_embcompress.fused_loss import fused_cross_entropy
 from lightning_embcompress.kernels.choice import uncompiled
@@ -33,6 +34,8 @@ _LEAST_TOKENS = 64
 SummedLoss: TypeAlias = Callable[[Tensor, slice, Tensor], Tensor]
 """Sum of losses of the logits of some positions, whose gradient it writes, see `head_loss_sum`."""
 
+# Others replace it for all layers at once.
+_LINEAR_FORWARD = nn.Linear.forward
 # Of the gradient at float16 logits: small probabilities would be zero. Sums over the tokens of a chunk, as that of a
 # bias, must stay below 2^16: no loss scale of the training changes them.
 _HALF_SCALE, _HALF_BOUND = 16.0, 2**15
@@ -98,16 +101,16 @@ def head_softmax_loss(
         kept_at = kept_order(head)
         if kept_at is not None:
             ids = kept_targets(ids, kept_at)
-        total = head_loss_sum(
+        loss = head_loss_sum(
             head,
             flat,
             lambda logits, part, out: summed_loss(logits, ids[part], out),
             chunk_tokens,
             as_kept=kept_at is not None,
+            divisor=count.clamp(min=1),
         )
-    else:
-        total = _without_gradients(head, flat, ids, chunk_tokens)
-    return total / count.clamp(min=1), count
+        return loss, count
+    return _without_gradients(head, flat, ids, chunk_tokens) / count.clamp(min=1), count
 
 
 def kept_order(head: nn.Module) -> Tensor | None:
@@ -139,9 +142,9 @@ def _is_too_wide(head: nn.Module) -> bool:
 
 
 def _is_watched(head: nn.Module) -> bool:
-    """Whether others see, or change, what goes through it."""
+    """Whether others see, or change, what goes through it, or through all modules."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(head)
+    return any(hooks) or "forward" in vars(head) or _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 @uncompiled
@@ -152,6 +155,7 @@ def head_loss_sum(
     chunk_tokens: int | None = None,
     *,
     as_kept: bool = False,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of any loss whose gradient at the logits of a head is known, computed as `head_softmax_loss` is.
 
@@ -162,6 +166,7 @@ def head_loss_sum(
             they are, and with a tensor of the same shape to write the gradient to; gives the sum of the losses.
         chunk_tokens: See `head_softmax_loss`.
         as_kept: Whether logits come in the order in which a compressed head keeps its rows, see `kept_order`.
+        divisor: What the sum is divided by, a scalar: sooner than by whoever gets it, it costs nothing.
 
     Returns:
         The sum, a scalar that can be differentiated once.
@@ -181,7 +186,7 @@ def head_loss_sum(
     """
     head, tensors = _read_once(head)
     parameters = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    total, gradients = _with_gradients(head, hidden, summed, tensors, chunk_tokens, as_kept)
+    total, gradients = _with_gradients(head, hidden, summed, tensors, chunk_tokens, as_kept, divisor)
     function: Any = _Differentiated
     result: Tensor = function.apply(total, gradients, hidden, *parameters.values())
     return result
@@ -255,8 +260,9 @@ def _with_gradients(
     tensors: dict[str, Tensor],
     chunk_tokens: int | None,
     as_kept: bool,
+    divisor: Tensor | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Sum of the losses, and its gradients at the hidden states and at those tensors that require one."""
+    """Sum of the losses over a divisor, and its gradients at the hidden states and at tensors that require one."""
     # Other tensors of the same values: hooks of the parameters are called once, by the backward pass.
     called = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
     leaves = {name: tensor for name, tensor in called.items() if tensor.requires_grad}
@@ -281,8 +287,13 @@ def _with_gradients(
         gradient = buffer[: len(logits)]
         loss = summed(logits.detach(), part, gradient)
         total = loss if total is None else total + loss
-        scale = half_scale if half else 1.0
-        given = gradient.mul_(scale).to(logits.dtype)
+        # In 16 bits divided by in the end, where it rounds less.
+        early = gradient.dtype == compute_dtype(gradient.dtype) and not half
+        if half:
+            gradient *= half_scale
+        elif early and divisor is not None:
+            gradient /= divisor
+        given = gradient.to(logits.dtype)
         if is_product:
             if at_hidden is not None:
                 torch.mm(given, called["weight"].detach(), out=at_hidden[part])
@@ -298,14 +309,18 @@ def _with_gradients(
         del logits, given, states
     for known in (at_hidden, *sums):
         if half and known is not None:
-            known /= scale
+            known /= half_scale
+        if not early and divisor is not None and known is not None:
+            known /= divisor
     assert total is not None
-    return total, [at_hidden, *sums]
+    return total if divisor is None else total / divisor, [at_hidden, *sums]
 
 
 def _is_product(head: nn.Module, hidden: Tensor) -> bool:
     """Whether a head is a product alone, whose gradients are added up without a tensor for every chunk."""
-    if type(head) is not nn.Linear or _is_watched(head) or torch.is_autocast_enabled(hidden.device.type):
+    if type(head) is not nn.Linear or nn.Linear.forward is not _LINEAR_FORWARD or _is_watched(head):
+        return False
+    if torch.is_autocast_enabled(hidden.device.type):
         return False
     dtypes = {parameter.dtype for parameter in head.parameters()} | {hidden.dtype, compute_dtype(hidden.dtype)}
     return "weight" in head._parameters and len(dtypes) == 1
@@ -369,9 +384,11 @@ class _Differentiated(torch.autograd.Function):
                 "head_softmax_loss can be differentiated only once, but create_graph=True asks for more: use "
                 "torch.nn.functional.cross_entropy(head(hidden).flatten(0, -2), targets.flatten())"
             )
-        # Not in place: the graph may be kept, and run once more.
+        # Not in place: the graph may be kept, and run once more. As they are where nothing is to be multiplied: a GPU
+        # would have to be waited for to know.
+        alone = scale.device.type == "cpu" and float(scale) == 1
         scaled = [
-            (gradient * scale).to(dtype) if gradient is not None else None
+            (gradient if alone else gradient * scale).to(dtype) if gradient is not None else None
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return None, None, *scaled

@@ -8,12 +8,14 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_embcompress.layers import CompressedEmbedding
 from lightning_embcompress.modules.base import Batch, LanguageModel, Stage
 from lightning_embcompress.modules.head_loss import head_softmax_loss
 from lightning_embcompress.modules.sampled_softmax import head_rows, sample_candidates, sampled_softmax_loss
@@ -63,14 +65,14 @@ class LSTMLanguageModel(LanguageModel):
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
         lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
         lr_scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` scheduler watches.
-        sparse_gradients: Whether the gradients of the embedding, and with ``softmax='sampled'`` those of the head, are
-            sparse tensors, so that a step costs what the words of a batch cost however large the vocabulary is, before
-            and after compression. Needs an optimizer that takes both kinds, such as Adagrad or SGD without momentum,
-            and no ``gradient_clip_val``; not with several processes.
         lstm_gradient_clip: Largest norm of the LSTM's gradients taken together, the tables' left as they are; 1.0 in
             the paper. None for no such clipping; the Trainer's ``gradient_clip_val`` works on all gradients.
         frequency_bands: Whether validation and test also measure the perplexity by frequency band of the target, from
             the data module's ``token_counts``; costs a second pass over the logits.
+        sparse_gradients: Whether the gradients of the embedding, and with ``softmax='sampled'`` those of the head, are
+            sparse tensors, so that a step costs what the words of a batch cost however large the vocabulary is, before
+            and after compression. Needs an optimizer that takes both kinds, such as Adagrad or SGD without momentum,
+            and no ``gradient_clip_val``; on one device. Fine-tuning by ``CompressedLanguageModel`` has dense ones.
 
     Raises:
         ValueError: If an argument is out of range, or arguments do not fit each other.
@@ -100,9 +102,9 @@ class LSTMLanguageModel(LanguageModel):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         lr_scheduler_monitor: str = "val_loss",
-        sparse_gradients: bool = False,
         lstm_gradient_clip: float | None = None,
         frequency_bands: bool = False,
+        sparse_gradients: bool = False,
     ) -> None:
         """Build the layers ``encoder``, ``lstm`` and ``decoder``."""
         super().__init__(
@@ -159,22 +161,55 @@ class LSTMLanguageModel(LanguageModel):
         """Check the data module's vocabulary, and what training with sparse gradients cannot do.
 
         Raises:
-            ValueError: If the vocabulary is larger than the tables, or gradients are sparse and there are several
-                processes or a `gradient_clip_val`.
+            ValueError: If the vocabulary is larger than the tables, or gradients are sparse and there is a strategy
+                for several devices, or a `gradient_clip_val`.
         """
         super().setup(stage)
         if stage != "fit" or not self.sparse_gradients:
             return
-        if self.trainer.world_size > 1:
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy):
             raise ValueError(
-                f"sparse_gradients=True is for one process, there are {self.trainer.world_size}: set it to False, with "
-                "an optimizer of dense gradients, or devices to 1."
+                f"sparse_gradients=True is for one device, not for {type(self.trainer.strategy).__name__}: set it to "
+                "False, with an optimizer of dense gradients, or devices to 1 and strategy to auto."
             )
         if self.trainer.gradient_clip_val:
             raise ValueError(
                 f"gradient_clip_val={self.trainer.gradient_clip_val} cannot clip the tables' gradients, which are "
                 "sparse: leave it out, with lstm_gradient_clip for the LSTM's, or set sparse_gradients to False."
             )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer over all parameters, and the scheduler.
+
+        Raises:
+            ValueError: If gradients are sparse and the optimizer takes no such gradients beside dense ones.
+        """
+        if self.sparse_gradients:
+            self._try_optimizer()
+        return super().configure_optimizers()
+
+    def _try_optimizer(self) -> None:
+        """Take a step of two parameters of one number: what fails would else do so after the first batch."""
+        sparse, dense = (nn.Parameter(torch.zeros(1, 1)) for _ in range(2))
+        optimizer = self.optimizer([sparse, dense])
+        sparse.grad = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), (1, 1))
+        dense.grad = torch.ones(1, 1)
+        try:
+            optimizer.step()
+        except Exception as error:  # every optimizer finds out in its own way
+            raise ValueError(
+                f"sparse_gradients=True needs an optimizer that takes sparse gradients beside dense ones, which "
+                f"{type(optimizer).__name__} as it is set does not ({error}): take Adagrad or SGD, without "
+                "weight_decay and fused, or set sparse_gradients to False."
+            ) from error
+
+    @override
+    def use_dense_gradients(self) -> None:
+        """Train with gradients that every optimizer takes."""
+        self.sparse_gradients = False
+        if isinstance(self.encoder, nn.Embedding | CompressedEmbedding):
+            self.encoder.sparse = False
 
     @override
     def forward(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:

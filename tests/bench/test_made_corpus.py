@@ -66,6 +66,17 @@ def test_nothing_half_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_empty_folders_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    make_corpus(tmp_path / "link", 50, 500)
+    assert (tmp_path / "real" / VOCABULARY_FILE).is_file()
+    monkeypatch.chdir(tmp_path / "here")
+    make_corpus(Path("."), 50, 500)
+    assert (tmp_path / "here" / VOCABULARY_FILE).is_file()
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "made").mkdir()
     arguments = ["bench", "corpus", str(tmp_path / "made"), "--vocab_size", "60", "--tokens", "500", "--seed", "3"]

@@ -458,3 +458,21 @@ def test_batches_of_other_sizes_in_a_compiled_function(bias: bool) -> None:
             torch.autograd.grad(function(hidden, targets), list(head.parameters())) for function in (compiled, loss)
         ]
         torch.testing.assert_close(*gradients)
+
+
+def test_what_is_done_to_all_layers_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden, targets = nn.Linear(8, 50), torch.randn(5, 8), torch.randint(50, (5,))
+    forward = nn.Linear.forward
+
+    def compare() -> None:
+        found = torch.autograd.grad(head_softmax_loss(head, hidden, targets)[0], list(head.parameters()))
+        expected = torch.autograd.grad(F.cross_entropy(head(hidden), targets), list(head.parameters()))
+        torch.testing.assert_close(found, expected)
+
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: 2 * output)
+    try:
+        compare()
+    finally:
+        handle.remove()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: forward(self, input).tanh())
+    compare()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_embcompress import compress
-from lightning_embcompress.modules import LSTMLanguageModel, head_loss, lstm
+from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel, head_loss, lstm
 
 VOCAB_SIZE = 50
 
@@ -510,11 +510,27 @@ class Kinds(Callback):
         self.sparse = {name for name, kinds in gradients.items() if all(kinds)}
 
 
-def test_what_sparse_gradients_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_sparse_gradients_cannot_do(tmp_path: Path) -> None:
     model = _model(sparse_gradients=True, optimizer=torch.optim.Adagrad)
     with pytest.raises(ValueError, match="gradient_clip_val=1.0 cannot clip the tables' gradients"):
         _trainer(tmp_path, gradient_clip_val=1.0).fit(model, Windows())
-    model.trainer = _trainer(tmp_path)
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match="sparse_gradients=True is for one process, there are 2"):
+    model.trainer = _trainer(tmp_path, strategy="ddp")
+    with pytest.raises(ValueError, match="sparse_gradients=True is for one device, not for DDPStrategy"):
         model.setup("fit")
+    for optimizer, said in (
+        (torch.optim.Adam, "Adam as it is set does not"),
+        (lambda parameters: torch.optim.Adagrad(parameters, weight_decay=0.1), "Adagrad as it is set does not"),
+    ):
+        model = _model(sparse_gradients=True, optimizer=optimizer)
+        with pytest.raises(ValueError, match=said):
+            _trainer(tmp_path).fit(model, Windows())
+
+
+def test_what_was_trained_with_sparse_gradients_is_fine_tuned_by_adam(tmp_path: Path) -> None:
+    model = _model(softmax="sampled", num_sampled=10, sparse_gradients=True, optimizer=torch.optim.Adagrad)
+    trainer = _trainer(tmp_path)
+    trainer.fit(model, Windows())
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    tuned = CompressedLanguageModel(str(tmp_path / "dense.ckpt"))
+    _trainer(tmp_path, gradient_clip_val=1.0).fit(tuned, Windows())
+    _trainer(tmp_path).fit(CompressedLanguageModel(str(tmp_path / "dense.ckpt")), Windows())
