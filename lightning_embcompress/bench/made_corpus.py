@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from lightning_embcompress.bench.made_tables import drawn_ids
+from lightning_embcompress.files import staged
 
 VOCABULARY_FILE = "1b_word_vocab.txt"
 """As the vocabulary is called that published models use: `<S>`, which begins and ends sentences, and no `</S>`."""
@@ -42,9 +40,10 @@ def make_corpus(
         advance: Called with shares of the work that add up to 1.
 
     Raises:
-        ValueError: If there are too few words or tokens, or there is something in the folder.
+        ValueError: If there are too few words or tokens, there is something in the folder, or it cannot be written.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as temporary:
         ...     make_corpus(Path(temporary, "text"), vocab_size=100, tokens=1000)
         ...     sorted(path.name for path in Path(temporary, "text").iterdir())[0]
@@ -54,7 +53,7 @@ def make_corpus(
         raise ValueError(f"vocab_size must be above {len(_SPECIAL)}, for {' and '.join(_SPECIAL)}, it is {vocab_size}")
     if tokens < _SENTENCE:
         raise ValueError(f"tokens must be at least {_SENTENCE}, a sentence, they are {tokens}")
-    # Of a link the folder that it leads to, and "." by its name.
+    # Of a link, the folder that it leads to.
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder: choose another")
@@ -63,14 +62,7 @@ def make_corpus(
     sentences = -(-tokens // (_SENTENCE + 1))
     held_out = max(_HELD_OUT_LEAST, sentences // _HELD_OUT_PART)
     shards = {_TRAIN.format(1): sentences, _HELD_OUT.format(0): held_out, _HELD_OUT.format(1): held_out}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, and renamed when it is whole: a folder of that name is a corpus.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        # As any other folder: a temporary one is for its owner alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
+    with staged(folder, directory=True) as temporary:
         (temporary / VOCABULARY_FILE).write_text("\n".join([*_SPECIAL, *words]) + "\n", encoding="utf-8", newline="\n")
         for name, count in shards.items():
             path = temporary / name
@@ -81,9 +73,3 @@ def make_corpus(
                     ids = drawn_ids(lines * _SENTENCE, len(words), generator).view(lines, _SENTENCE)
                     file.writelines(" ".join(words[index] for index in line) + "\n" for line in ids.tolist())
                     advance(lines / sum(shards.values()))
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -124,13 +124,12 @@ def run_bench(arguments: Sequence[str]) -> int:
 def _make_corpus(arguments: Sequence[str]) -> int:
     given = _corpus_parser().parse_args(arguments)
     from lightning_embcompress.bench.made_corpus import VOCABULARY_FILE, make_corpus
-    from lightning_embcompress.files import explaining_failure
     from lightning_embcompress.progress import progress_bar
     from lightning_embcompress.report import say
 
     folder = Path(given.folder).expanduser()
     try:
-        with explaining_failure(folder), progress_bar("Writing text", total=1) as advance:
+        with progress_bar("Writing text", total=1) as advance:
             make_corpus(folder, given.vocab_size, given.tokens, given.seed, advance)
     except ValueError as error:
         raise UsageError(str(error)) from error

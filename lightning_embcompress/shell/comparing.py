@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_embcompress.compare import DEFAULT_METHODS, Result, compare, show_comparison, write_comparison
+from lightning_embcompress.files import staged
 from lightning_embcompress.report import say
 from lightning_embcompress.shell.arguments import Arguments
 from lightning_embcompress.shell.measuring import open_measurable
 from lightning_embcompress.shell.statistics import collect_from_text
-from lightning_embcompress.shell.targets import staged
 
 
 def run_compare(arguments: Arguments) -> int:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lightning_embcompress.budget import Request, check_budget, plan_requests
 from lightning_embcompress.factorizations import get_method
+from lightning_embcompress.files import staged
 from lightning_embcompress.plan import compress, densify, model_bytes, plan_of
 from lightning_embcompress.report import say, show_plan, show_requests, write_report
 from lightning_embcompress.shell.arguments import Arguments, UsageError
 from lightning_embcompress.shell.models import CheckpointModel, OpenedModel, in_shell_terms, open_model
 from lightning_embcompress.shell.statistics import WantedStatistics
-from lightning_embcompress.shell.targets import report_path, staged
+from lightning_embcompress.shell.targets import report_path
 from lightning_embcompress.shell.text import (
     TokenizedText,
     block_size_of,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from lightning_embcompress.files import staged
 from lightning_embcompress.plan import densify, model_bytes, plan_of
 from lightning_embcompress.report import say
 from lightning_embcompress.shell.arguments import Arguments
 from lightning_embcompress.shell.models import open_model
-from lightning_embcompress.shell.targets import staged
 
 
 def run_densify(arguments: Arguments) -> int:

@@ -1,11 +1,8 @@
-"""Where the shell's commands write: checked before any work, and there as a whole or not at all."""
+"""Where the shell's commands write: checked before any work."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_embcompress.sources import CONFIG_FILE, Source
@@ -79,60 +76,3 @@ def _irreplaceable(target: Path, source: Source) -> str:
         found = f"it has no {CONFIG_FILE}" if other is None else f"it has the folder {other.name!r}"
         return f"TARGET {str(target)!r} is not only a model ({found}): remove it yourself, or choose another"
     return ""
-
-
-@contextmanager
-def staged(target: Path, *, directory: bool) -> Iterator[Path]:
-    """Write a file or a directory beside its place, and move it there when it is complete.
-
-    If the block is left by an exception, what was written is removed, and the place is as it was.
-
-    Args:
-        target: The place. What there is is replaced.
-        directory: Whether it is a directory.
-
-    Yields:
-        A path to write to, of a directory that has been made, or of a file that has not.
-
-    Raises:
-        ValueError: If nothing can be written there.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with staged(Path(folder, "model"), directory=True) as path:
-        ...         _ = (path / "config.json").write_text("{}")
-        ...     [str(path.relative_to(folder)) for path in Path(folder).rglob("*.json")]
-        ['model/config.json']
-    """
-    # Absolute: `out/` and `.` have no usable name of their own.
-    target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        if directory:
-            temporary.mkdir()
-        yield temporary
-        _replace(target, temporary)
-    except OSError as error:
-        raise ValueError(f"{str(target)!r} cannot be written: {error}") from error
-    finally:
-        if directory:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def _replace(target: Path, temporary: Path) -> None:
-    if not target.is_dir() or not any(target.iterdir()):
-        os.replace(temporary, target)
-        return
-    # A directory that is not empty cannot be replaced in one step.
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from lightning_embcompress.shell import compressing, targets
+from lightning_embcompress import files as writing
+from lightning_embcompress.files import staged
+from lightning_embcompress.shell import compressing
 from lightning_embcompress.shell.models import PretrainedModel
-from lightning_embcompress.shell.targets import staged
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_an_interruption_leaves_what_was_there(
         monkeypatch.setattr(PretrainedModel, "write", half)
     else:
         places = {"solving": (compressing, "compress"), "reporting": (compressing, "write_report")}
-        module, name = places.get(when, (targets, "_replace"))
+        module, name = places.get(when, (writing, "_put_in_place"))
         monkeypatch.setattr(module, name, interrupted)
     words = ["compress", gpt2, "out", "--method=low_rank", "--rank=2", "--overwrite"]
     if error is KeyboardInterrupt:
