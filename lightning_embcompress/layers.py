@@ -13,7 +13,7 @@ from lightning_embcompress.factorizations import Factorization
 from lightning_embcompress.factorizations.base import is_exporting
 from lightning_embcompress.factorizations.tiles import TileMaker, Tiles
 from lightning_embcompress.scaled_embeddings import Scale
-from lightning_embcompress.storage import is_sharded
+from lightning_embcompress.storage import holds_views, is_sharded
 
 
 class CompressedLayer(nn.Module):
@@ -299,10 +299,9 @@ class CompressedLinear(CompressedLayer):
 
 
 def _refuse_sharded(head: nn.Module) -> None:
-    # FSDP, not FSDP2, leaves views of its flat parameter in the place of parameters, or cuts them.
-    views = any(isinstance(one, Tensor) and one.requires_grad for part in head.modules() for one in vars(part).values())
+    # FSDP, not FSDP2, may also cut parameters.
     cut = isinstance(head, nn.Linear) and head.weight.shape != (head.out_features, head.in_features)
-    if views or cut or is_sharded(head):
+    if cut or holds_views(head) or is_sharded(head):
         raise ValueError(
             f"FSDP has sharded the parameters of this {type(head).__name__}, which are whole only while it is called: "
             "call it for its logits; for the loss, head_softmax_loss does so"

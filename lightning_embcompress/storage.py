@@ -40,6 +40,17 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
+def holds_views(module: nn.Module) -> bool:
+    """Whether a tensor to train is no parameter, as the views of its flat parameter that FSDP leaves in their places.
+
+    Example:
+        >>> holds_views(nn.Linear(2, 2))
+        False
+    """
+    values = (value for part in module.modules() for value in vars(part).values())
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
 def check_whole(module: nn.Module, action: str) -> None:
     """Refuse a module of which this process has only a part.
 

@@ -136,8 +136,12 @@ def _go_on_by_adagrad(
     """Give the parameters that came their sums; gives the paths of layers whose tables had some."""
     states: dict[int, Mapping[str, Any]] = {}
     paths: set[str] = set()
+    # Tied layers share their factors, and so what is known of them.
+    levels = {id(table): _level(optimizer, table) for table in _factorizations(replaced.values())}
     for path, old in replaced.items():
-        new, state = model.get_submodule(path), _state_of_table(optimizer, old)
+        new = model.get_submodule(path)
+        of_factors = levels.get(id(old.factorization)) if isinstance(old, CompressedLayer) else None
+        state = of_factors or _state_of_weight(optimizer, old)
         if state is not None and isinstance(new, CompressedLayer):
             states[id(new.factorization)] = state
             paths.add(path)
@@ -145,10 +149,8 @@ def _go_on_by_adagrad(
     return paths
 
 
-def _state_of_table(optimizer: Adagrad, old: nn.Module) -> Mapping[str, Any] | None:
-    """The sums of a table, or about those that the sums of its factors are of; None if there are none."""
-    if isinstance(old, CompressedLayer):
-        return _level(optimizer, old.factorization)
+def _state_of_weight(optimizer: Adagrad, old: nn.Module) -> Mapping[str, Any] | None:
+    """What there is of a dense table; None if there is nothing."""
     weight = getattr(old, "weight", None)
     state = optimizer.state.get(weight, {}) if isinstance(weight, nn.Parameter) else {}
     return state if "sum" in state else None

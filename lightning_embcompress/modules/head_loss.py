@@ -25,7 +25,7 @@ from lightning_embcompress.layers import CompressedLinear
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.full_softmax import full_softmax_loss, summed_loss
 from lightning_embcompress.solvers.gram import compute_dtype
-from lightning_embcompress.storage import is_sharded
+from lightning_embcompress.storage import holds_views, is_sharded
 
 # Logits of a chunk: as many as the head has parameters, whose gradients are added up after each chunk, within these
 # bounds. On a CPU the least are 16 MiB of float32, for a large cache; other devices are to be busy.
@@ -209,13 +209,7 @@ def _read_once(head: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def _is_gathered_by_calls(head: nn.Module) -> bool:
     """Whether FSDP has the parameters in other places than in `head.parameters()`, if not while the head is called."""
-    parts = list(head.modules())
-    return (
-        is_sharded(head)
-        or any(isinstance(part, FSDPModule) for part in parts)
-        # Views of its flat parameter, which FSDP leaves in the place of parameters.
-        or any(isinstance(value, Tensor) and value.requires_grad for part in parts for value in vars(part).values())
-    )
+    return is_sharded(head) or any(isinstance(part, FSDPModule) for part in head.modules()) or holds_views(head)
 
 
 def token_chunks(head: nn.Module, hidden: Tensor, chunk_tokens: int | None = None) -> Iterator[slice]:
