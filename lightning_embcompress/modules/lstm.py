@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_embcompress.layers import CompressedEmbedding
 from lightning_embcompress.modules.base import Batch, LanguageModel, Stage
 from lightning_embcompress.modules.head_loss import head_softmax_loss
+from lightning_embcompress.modules.lstm_arguments import check_optimizer, check_sizes, check_training
 from lightning_embcompress.modules.sampled_softmax import head_rows, sample_candidates, sampled_softmax_loss
 from lightning_embcompress.random_state import gather_over_processes
 
@@ -112,8 +113,8 @@ class LSTMLanguageModel(LanguageModel):
         )
         # Plain numbers and strings only, so that checkpoints load with `weights_only=True`.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        _check_sizes(vocab_size, embedding_dim, hidden_size, projection_size, num_layers, tie_weights)
-        _check_training(vocab_size, dropout, table_init_range, softmax, num_sampled, lstm_gradient_clip)
+        check_sizes(vocab_size, embedding_dim, hidden_size, projection_size, num_layers, tie_weights)
+        check_training(vocab_size, dropout, table_init_range, softmax, num_sampled, lstm_gradient_clip)
         head_dim = projection_size or hidden_size
         self.softmax = softmax
         self.num_sampled = num_sampled
@@ -186,23 +187,8 @@ class LSTMLanguageModel(LanguageModel):
             ValueError: If gradients are sparse and the optimizer takes no such gradients beside dense ones.
         """
         if self.sparse_gradients:
-            self._try_optimizer()
+            check_optimizer(self.optimizer)
         return super().configure_optimizers()
-
-    def _try_optimizer(self) -> None:
-        """Take a step of two parameters of one number: what fails would else do so after the first batch."""
-        sparse, dense = (nn.Parameter(torch.zeros(1, 1)) for _ in range(2))
-        optimizer = self.optimizer([sparse, dense])
-        sparse.grad = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), (1, 1))
-        dense.grad = torch.ones(1, 1)
-        try:
-            optimizer.step()
-        except Exception as error:  # every optimizer finds out in its own way
-            raise ValueError(
-                f"sparse_gradients=True needs an optimizer that takes sparse gradients beside dense ones, which "
-                f"{type(optimizer).__name__} as it is set does not ({error}): take Adagrad or SGD, without "
-                "weight_decay and fused, or set sparse_gradients to False."
-            ) from error
 
     @override
     def use_dense_gradients(self) -> None:
@@ -379,46 +365,3 @@ class LSTMLanguageModel(LanguageModel):
                 f" {[[layers, 'batch_size', width] for width in widths]}: the checkpoint is damaged, or of another"
                 " model. Resume with the model it was trained with, or from another checkpoint."
             )
-
-
-def _check_sizes(
-    vocab_size: int, embedding_dim: int, hidden_size: int, projection_size: int, num_layers: int, tie_weights: bool
-) -> None:
-    """Refuse what the layers would refuse late, unclearly or never."""
-    sizes = {"vocab_size": vocab_size, "embedding_dim": embedding_dim, "hidden_size": hidden_size}
-    for name, value in {**sizes, "num_layers": num_layers}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if not 0 <= projection_size < hidden_size:
-        raise ValueError(
-            f"projection_size={projection_size} must be smaller than hidden_size={hidden_size}. Set it to 0 for an LSTM"
-            " without projection."
-        )
-    head_dim = projection_size or hidden_size
-    if tie_weights and head_dim != embedding_dim:
-        raise ValueError(
-            f"tie_weights=True needs embedding_dim={embedding_dim} to equal the width of the head, {head_dim}. Set"
-            f" embedding_dim={head_dim}, or projection_size={embedding_dim} where hidden_size is larger."
-        )
-
-
-def _check_training(
-    vocab_size: int,
-    dropout: float,
-    table_init_range: float,
-    softmax: str,
-    num_sampled: int,
-    lstm_gradient_clip: float | None,
-) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} must be at least 0 and below 1; it is the probability of dropping.")
-    if not 0 < table_init_range < math.inf:
-        raise ValueError(f"table_init_range={table_init_range} must be above 0 and finite; 0.1 is a good start.")
-    if softmax not in ("full", "sampled"):
-        raise ValueError(f"softmax={softmax!r} must be 'full' or 'sampled'.")
-    if softmax == "sampled" and not 1 <= num_sampled <= vocab_size:
-        raise ValueError(
-            f"num_sampled={num_sampled} must be within 1 and vocab_size={vocab_size}. Lower it, or set softmax='full'."
-        )
-    if lstm_gradient_clip is not None and lstm_gradient_clip <= 0:
-        raise ValueError(f"lstm_gradient_clip={lstm_gradient_clip} must be above 0. Leave it out for no clipping.")
