@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_embcompress.registration import register
+from lightning_embcompress.integrations.registration import register
 
 if TYPE_CHECKING:
+    from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
     from lightning_embcompress.callbacks import (
         EmbeddingCompression,
         GroupReduce,
@@ -15,18 +16,21 @@ if TYPE_CHECKING:
         TensorTrain,
         TransformCoding,
     )
-    from lightning_embcompress.checkpoint import keep_structure, load_from_checkpoint, structure_from_checkpoint
-    from lightning_embcompress.factorizations import Quantization
-    from lightning_embcompress.fused_loss import fused_cross_entropy
-    from lightning_embcompress.generation import generate_from_best
+    from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, plan_of
+    from lightning_embcompress.compression.reference import open_reference
+    from lightning_embcompress.integrations.checkpoint import (
+        keep_structure,
+        load_from_checkpoint,
+        structure_from_checkpoint,
+    )
+    from lightning_embcompress.integrations.saved import load_compressed, save_compressed
+    from lightning_embcompress.integrations.sharding import compress_or_restore, shard_tables
+    from lightning_embcompress.layers.fused_loss import fused_cross_entropy
+    from lightning_embcompress.layers.generation import generate_from_best
+    from lightning_embcompress.layers.serving import optimize_for_inference
+    from lightning_embcompress.methods.registry import Quantization
     from lightning_embcompress.modules import CompressedLanguageModel
-    from lightning_embcompress.plan import Plan, apply_plan, compress, densify, plan_of
-    from lightning_embcompress.quantization import convert, prepare, quantize
-    from lightning_embcompress.reference import open_reference
-    from lightning_embcompress.saved import load_compressed, save_compressed
-    from lightning_embcompress.serving import optimize_for_inference
-    from lightning_embcompress.sharding import compress_or_restore, shard_tables
-    from lightning_embcompress.statistics import Statistics, collect_statistics
+    from lightning_embcompress.quantization.aware import convert, prepare, quantize
 
 __version__ = "0.1.0"
 
@@ -62,19 +66,19 @@ __all__ = [
 ]
 
 _HOMES = {
+    "calibration.statistics": ("Statistics", "collect_statistics"),
     "callbacks": ("EmbeddingCompression", "GroupReduce", "QuantizationAware", "TensorTrain", "TransformCoding"),
-    "checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
-    "factorizations": ("Quantization",),
-    "fused_loss": ("fused_cross_entropy",),
-    "generation": ("generate_from_best",),
+    "compression.plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
+    "compression.reference": ("open_reference",),
+    "integrations.checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),
+    "integrations.saved": ("load_compressed", "save_compressed"),
+    "integrations.sharding": ("compress_or_restore", "shard_tables"),
+    "layers.fused_loss": ("fused_cross_entropy",),
+    "layers.generation": ("generate_from_best",),
+    "layers.serving": ("optimize_for_inference",),
+    "methods.registry": ("Quantization",),
     "modules": ("CompressedLanguageModel",),
-    "plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
-    "quantization": ("convert", "prepare", "quantize"),
-    "reference": ("open_reference",),
-    "saved": ("load_compressed", "save_compressed"),
-    "serving": ("optimize_for_inference",),
-    "sharding": ("compress_or_restore", "shard_tables"),
-    "statistics": ("Statistics", "collect_statistics"),
+    "quantization.aware": ("convert", "prepare", "quantize"),
 }
 
 # Makes `from_pretrained` of transformers load compressed models; imports nothing.

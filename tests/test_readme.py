@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.recipes_index import available_recipes
+from lightning_embcompress.cli.recipes_index import available_recipes
+from lightning_embcompress.methods.registry import METHODS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -13,9 +13,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lightning_embcompress.bench.made_corpus import make_corpus
-from lightning_embcompress.cli import main
+from lightning_embcompress.cli.main import main
+from lightning_embcompress.cli.recipes_index import available_recipes
 from lightning_embcompress.modules import HuggingFaceCausalLM
-from lightning_embcompress.recipes_index import available_recipes
 
 RECIPES = available_recipes()
 SHARED = Path(__file__).parents[2] / "shared" / "data"

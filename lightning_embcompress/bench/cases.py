@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.bench.measure import Case
-from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.fused_loss import fused_cross_entropy
-from lightning_embcompress.layers import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.modules.head_loss import head_softmax_loss
-from lightning_embcompress.serving import optimize_for_inference
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
+from lightning_embcompress.layers.head_loss import head_softmax_loss
+from lightning_embcompress.layers.serving import optimize_for_inference
+from lightning_embcompress.methods.registry import Factorization
 
 WHAT = ("lookup", "lookup_backward", "logits", "topk", "sample", "loss")
 """What can be measured: rows of ids, without and with gradients; logits, best tokens and samples of a few states; and

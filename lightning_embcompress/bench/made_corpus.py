@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lightning_embcompress.bench.made_tables import drawn_ids
-from lightning_embcompress.files import staged
+from lightning_embcompress.utils.files import staged
 
 VOCABULARY_FILE = "1b_word_vocab.txt"
 """As the vocabulary is called that published models use: `<S>`, which begins and ends sentences, and no `</S>`."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_embcompress.factorizations import get_method
-from lightning_embcompress.factorizations.specs import dense_bytes
-from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.registry import get_method
+from lightning_embcompress.methods.specs import dense_bytes
 
 # Words of the training text of the One Billion Word benchmark.
 _TOKENS = 829_250_940

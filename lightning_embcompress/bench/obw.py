@@ -29,14 +29,14 @@ from lightning_embcompress.bench.made_tables import zipf_metric as zipf_metric
 from lightning_embcompress.bench.measure import measure
 from lightning_embcompress.bench.peak_memory import PeakMemory
 from lightning_embcompress.bench.report import show_machine, show_rows, threads_of
-from lightning_embcompress.compare import print_table
-from lightning_embcompress.factorizations import Factorization, get_method
-from lightning_embcompress.factorizations.specs import TENSOR_HEADER_BYTES, dense_bytes
+from lightning_embcompress.cli.compare import print_table
+from lightning_embcompress.compression.report import say
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.numerics.sampling import draw
+from lightning_embcompress.methods.registry import Factorization, get_method
+from lightning_embcompress.methods.specs import TENSOR_HEADER_BYTES, dense_bytes
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
-from lightning_embcompress.progress import progress_bar
-from lightning_embcompress.report import say
-from lightning_embcompress.solvers.metric import Metric
-from lightning_embcompress.solvers.sampling import draw
+from lightning_embcompress.utils.progress import progress_bar
 
 _TABLES = ("embedding", "softmax")
 # Of a product that is added up.

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table as ScreenTable
 
-from lightning_embcompress.compare import print_table
-from lightning_embcompress.report import say
+from lightning_embcompress.cli.compare import print_table
+from lightning_embcompress.compression.report import say
 
 _COLUMNS = ("", "ms", "x dense", "MB stored", "MB at the peak", "error", "ms at least", "times that", "")
 # Markers of a plot, so that ten colours are enough.

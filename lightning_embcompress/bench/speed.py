@@ -17,9 +17,9 @@ from lightning_embcompress.bench.made_tables import bytes_allowed, drawn_ids, fi
 from lightning_embcompress.bench.measure import Case, measure, threads
 from lightning_embcompress.bench.peak_memory import available_memory
 from lightning_embcompress.bench.peers import installed_peers, peer_cases
-from lightning_embcompress.factorizations import Factorization, get_method
-from lightning_embcompress.progress import progress_bar
-from lightning_embcompress.solvers.metric import Metric
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.registry import Factorization, get_method
+from lightning_embcompress.utils.progress import progress_bar
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_embcompress.budget import Request, Tie, plan_requests
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
-from lightning_embcompress.factorizations.specs import plain
-from lightning_embcompress.loss_budget import (
+from lightning_embcompress.compression.budget import Request, Tie, plan_requests
+from lightning_embcompress.compression.loss_budget import (
     ANY_RATIO,
     Shares,
     asks_for_loss,
@@ -31,8 +31,8 @@ from lightning_embcompress.loss_budget import (
     shares_in_loss,
     uses_loss,
 )
-from lightning_embcompress.solvers.division import divided
-from lightning_embcompress.statistics import Statistics
+from lightning_embcompress.methods.specs import plain
+from lightning_embcompress.utils.division import divided
 
 
 @dataclass(frozen=True)

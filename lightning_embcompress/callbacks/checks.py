@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS
 
-from lightning_embcompress.tables import Table
+from lightning_embcompress.tables.replacement import Table
 
 
 def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: Sequence[int]) -> None:

@@ -12,6 +12,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_embcompress.calibration.collector import Collector, find_layers, summed
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.passes import (
     Logged,
     apart,
@@ -20,10 +22,8 @@ from lightning_embcompress.callbacks.passes import (
     step_arguments,
     undisturbed,
 )
-from lightning_embcompress.collector import Collector, find_layers, summed
-from lightning_embcompress.distribution import failing_together
-from lightning_embcompress.progress import progress_bar
-from lightning_embcompress.statistics import Statistics
+from lightning_embcompress.compression.distribution import failing_together
+from lightning_embcompress.utils.progress import progress_bar
 
 
 def collect_in_training(

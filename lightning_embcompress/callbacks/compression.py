@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_embcompress.budget import Request, Tie, check_budget, check_counts
+from lightning_embcompress.calibration.loss_metric import add_to_biases, corrections_of
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.asked import Asked
 from lightning_embcompress.callbacks.checks import check_gradients, check_optimizers, check_trainer, is_fast_dev_run
 from lightning_embcompress.callbacks.counting import counts_for, known_counts
@@ -39,17 +40,16 @@ from lightning_embcompress.callbacks.solving import (
     solve_again,
     solve_requests,
 )
-from lightning_embcompress.checkpoint import keep_structure
-from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
-from lightning_embcompress.distribution import failing_together
-from lightning_embcompress.factorizations import Factorization, get_method
-from lightning_embcompress.files import remove_abandoned
-from lightning_embcompress.loss_metric import add_to_biases, corrections_of
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.reference import reference_file
-from lightning_embcompress.report import show_requests
-from lightning_embcompress.statistics import Statistics
-from lightning_embcompress.tables import put_back
+from lightning_embcompress.compression.budget import Request, Tie, check_budget, check_counts
+from lightning_embcompress.compression.distribution import failing_together
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.compression.reference import reference_file
+from lightning_embcompress.compression.report import show_requests
+from lightning_embcompress.integrations.checkpoint import keep_structure
+from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.methods.registry import Factorization, get_method
+from lightning_embcompress.tables.replacement import put_back
+from lightning_embcompress.utils.files import remove_abandoned
 
 
 class EmbeddingCompression(ScheduledCallback):
@@ -85,7 +85,7 @@ class EmbeddingCompression(ScheduledCallback):
         refine_at_epochs: Later epochs at whose start they are solved again, for the table as training has moved it
             plus what the last solution left out of it. That residual is kept in the run's folder, as large as the
             dense tables, and may be deleted when the run will not be resumed any more.
-        tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.find_tables`.
+        tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.replacement.find_tables`.
         keep_reference: Folder in which the dense tables are kept when they are compressed, for
             `lightning_embcompress.open_reference`; residuals are then kept after the last refinement too, so that a
             resumed run may refine at further epochs.

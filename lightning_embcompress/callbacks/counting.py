@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_embcompress.budget import Request, check_counts
 from lightning_embcompress.callbacks.evaluation import stream_token_counts
-from lightning_embcompress.distribution import failing_together
+from lightning_embcompress.compression.budget import Request, check_counts
+from lightning_embcompress.compression.distribution import failing_together
 
 
 def known_counts(trainer: Trainer, requests: Sequence[Request], given: Any) -> Any:

@@ -23,8 +23,8 @@ from lightning_embcompress.callbacks.passes import (
     step_arguments,
     undisturbed,
 )
-from lightning_embcompress.distribution import sum_over_processes
-from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.compression.distribution import sum_over_processes
+from lightning_embcompress.utils.progress import progress_bar
 
 
 def validation_perplexity(

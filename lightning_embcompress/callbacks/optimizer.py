@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
 
-from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.solvers.gram import compute_dtype
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.methods.numerics.gram import compute_dtype
+from lightning_embcompress.methods.registry import Factorization
 
 # A part of the table at a time: its gradient by a factor with a row for every token is as large as that factor.
 _PARTS = 8

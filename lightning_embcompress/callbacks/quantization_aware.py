@@ -10,26 +10,26 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_embcompress.body_quantization import body_of, freeze_body_ranges
 from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import changing_in_training, rewrap, uninterrupted
 from lightning_embcompress.callbacks.reporting import log, show_and_log, write_run_report
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
-from lightning_embcompress.checkpoint import keep_structure
-from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
-from lightning_embcompress.distribution import failing_together
-from lightning_embcompress.factorizations import Quantization
-from lightning_embcompress.parametrized_weights import storage_of
-from lightning_embcompress.plan import compressed_tables, plan_of
-from lightning_embcompress.quantization import (
+from lightning_embcompress.compression.backbone import body_of, freeze_body_ranges
+from lightning_embcompress.compression.distribution import failing_together
+from lightning_embcompress.compression.plan import compressed_tables, plan_of
+from lightning_embcompress.integrations.checkpoint import keep_structure
+from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.layers.parametrized_weights import storage_of
+from lightning_embcompress.methods.registry import Quantization
+from lightning_embcompress.quantization.aware import (
     check_preparation,
     conversion_report,
     layers_to_prepare,
     prepare,
 )
-from lightning_embcompress.tables import find_tables
+from lightning_embcompress.tables.replacement import find_tables
 
 
 class QuantizationAware(ScheduledCallback):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import broadcast
 
 from lightning_embcompress.callbacks.optimizer import levels_of_adagrad, splice, start_anew
-from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.tables import replace_table
+from lightning_embcompress.methods.registry import Factorization
+from lightning_embcompress.tables.replacement import replace_table
 
 
 def replace_in_training(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.files import explaining_failure, replacing
-from lightning_embcompress.solvers.gram import row_chunks
+from lightning_embcompress.methods.numerics.gram import row_chunks
+from lightning_embcompress.methods.registry import Factorization
+from lightning_embcompress.utils.files import explaining_failure, replacing
 
 
 def write_residual(path: Path, target: Tensor, factorization: Factorization[Any]) -> int:

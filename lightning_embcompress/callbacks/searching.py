@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_embcompress.budget import Request, parse_loss
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.replacing import uninterrupted
-from lightning_embcompress.distribution import Job, solve_together
-from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.loss_budget import Shares, smallest_within
-from lightning_embcompress.solution import tried
-from lightning_embcompress.statistics import Statistics
+from lightning_embcompress.compression.budget import Request, parse_loss
+from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.compression.loss_budget import Shares, smallest_within
+from lightning_embcompress.compression.solution import tried
+from lightning_embcompress.methods.registry import Factorization
 
 
 def search_smallest(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.tables import all_modules, restore_dense
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.tables.replacement import all_modules, restore_dense
 
 
 class Turn(NamedTuple):

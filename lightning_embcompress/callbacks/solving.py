@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_embcompress.budget import Request
+from lightning_embcompress.calibration.loss_metric import metric_of
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.residual import find_table, open_table, places_of, write_residual, write_target
-from lightning_embcompress.distribution import Job, failing_together, solve_together
-from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.loss_metric import metric_of
-from lightning_embcompress.random_state import gather_over_processes
-from lightning_embcompress.reference import write_reference
-from lightning_embcompress.statistics import Statistics
-from lightning_embcompress.tables import Table, check_finite
+from lightning_embcompress.compression.budget import Request
+from lightning_embcompress.compression.distribution import Job, failing_together, solve_together
+from lightning_embcompress.compression.reference import write_reference
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.methods.registry import Factorization
+from lightning_embcompress.tables.replacement import Table, check_finite
+from lightning_embcompress.utils.random_state import gather_over_processes
 
 
 @dataclass(frozen=True)

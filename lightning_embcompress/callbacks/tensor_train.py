@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_embcompress.budget import Tie
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
+from lightning_embcompress.compression.budget import Tie
 
 
 class TensorTrain(EmbeddingCompression):

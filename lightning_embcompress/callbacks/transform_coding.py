@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_embcompress.budget import Tie
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
-from lightning_embcompress.statistics import Statistics
+from lightning_embcompress.compression.budget import Tie
 
 
 class TransformCoding(EmbeddingCompression):

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_embcompress.data.store import CacheEntry, describe_sources
 from lightning_embcompress.data.text import LINE_END, TextFormat, read_blocks
 from lightning_embcompress.data.vocabulary import Vocabulary
-from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.utils.progress import progress_bar
 
 
 @dataclass(frozen=True)

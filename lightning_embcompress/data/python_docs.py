@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning_embcompress.data.store import CacheEntry
 from lightning_embcompress.data.text import TextFormat
 from lightning_embcompress.data.token_stream import Split, TokenStreamDataModule
-from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.utils.progress import progress_bar
 
 # Not the library's own documentation, or not meant to be read: tests, other people's packages, fixtures with
 # deliberate errors, and builds' configuration.

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 from lightning_embcompress.data.cache import TokenCache
 from lightning_embcompress.data.store import CacheEntry, describe_sources
 from lightning_embcompress.data.text import read_blocks
-from lightning_embcompress.progress import progress_bar
+from lightning_embcompress.utils.progress import progress_bar
 
 Documents = Literal["files", "lines"]
 """What ends with ``eos_token``: every file, or every line that is not empty."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_embcompress.plan import model_bytes, plan_of
+from lightning_embcompress.compression.plan import model_bytes, plan_of
 
 
 class CompressionRatio(Metric):

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_embcompress.checkpoint import restore_structure, write_record
+from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
+from lightning_embcompress.layers.full_softmax import full_softmax_loss as full_softmax_loss
+from lightning_embcompress.layers.head_loss import token_chunks
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity, token_negative_log_likelihood
-from lightning_embcompress.modules.full_softmax import full_softmax_loss as full_softmax_loss
-from lightning_embcompress.modules.head_loss import token_chunks
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Input ids and target ids, int64, both ``[batch_size, seq_len]``; the target -100 is not predicted."""

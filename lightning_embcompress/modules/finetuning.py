@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
-from lightning_embcompress.metrics.perplexity import Perplexity
-from lightning_embcompress.modules.base import LanguageModel, Stage
-from lightning_embcompress.modules.distillation import (
+from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.integrations.saved import save_compressed
+from lightning_embcompress.layers.distillation import (
     TeacherScores,
     check_distillation,
     distilled_head_loss,
     distilled_loss,
 )
+from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
+from lightning_embcompress.metrics.perplexity import Perplexity
+from lightning_embcompress.modules.base import LanguageModel, Stage
 from lightning_embcompress.modules.finetuning_arguments import check_arguments, check_effect, plain_path
 from lightning_embcompress.modules.finetuning_foreign import (
     NestedCheckpoint,
@@ -34,8 +36,6 @@ from lightning_embcompress.modules.finetuning_original import Original
 from lightning_embcompress.modules.finetuning_parts import Freeze, Parts, Watch, unfreeze, warn_of_frozen
 from lightning_embcompress.modules.finetuning_sources import architecture_of, build, open_model
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
-from lightning_embcompress.saved import save_compressed
-from lightning_embcompress.statistics import Statistics
 
 
 class CompressedLanguageModel(LanguageModel):
@@ -45,7 +45,7 @@ class CompressedLanguageModel(LanguageModel):
 
     * cross-entropy: what the model's own ``training_step`` computes;
     * distillation: the divergence from the ``teacher``, the dense original, over its ``teacher_top_k`` likeliest tokens
-      and all others together (:mod:`lightning_embcompress.modules.distillation`). The full softmax is computed for it,
+      and all others together (:mod:`lightning_embcompress.layers.distillation`). The full softmax is computed for it,
       also where the model trains by a sampled one;
     * reconstruction: how far the factors are from the teacher's tables, in the metric of the loss where there are
       ``statistics`` (:mod:`lightning_embcompress.modules.finetuning_reconstruction`). Without weights it keeps factors
@@ -90,7 +90,7 @@ class CompressedLanguageModel(LanguageModel):
             that are frozen stay so.
         factor_learning_rate: Of the tables; None for the optimizer's.
         body_learning_rate: Of everything else; None for the optimizer's. Schedulers scale each from its own start.
-        tables: ``auto``, or names of the modules that are the tables, see ``lightning_embcompress.tables.find_tables``.
+        tables: ``auto``, or names of the modules that are the tables, see ``lightning_embcompress.tables.replacement.find_tables``.
         optimizer: Makes the optimizer from two groups of parameters, the body and the tables, in this order.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
         lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.

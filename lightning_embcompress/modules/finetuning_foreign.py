@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_embcompress.callbacks.passes import step_arguments
-from lightning_embcompress.checkpoint import RECORD_KEY
+from lightning_embcompress.integrations.checkpoint import RECORD_KEY
+from lightning_embcompress.layers.full_softmax import full_softmax_loss
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.finetuning_parts import Parts, Watch
 from lightning_embcompress.modules.finetuning_sources import load_checkpoint_into
-from lightning_embcompress.modules.full_softmax import full_softmax_loss
 
 PREFIX = "model."
 """Of the names of a model's tensors and layers in the module that holds it."""

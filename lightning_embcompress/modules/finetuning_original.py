@@ -11,16 +11,16 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.body_quantization import body_of
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.quantization_aware import QuantizationAware
-from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.compression.backbone import body_of
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.layers.distillation import TeacherScores
 from lightning_embcompress.modules.base import LanguageModel
-from lightning_embcompress.modules.distillation import TeacherScores
 from lightning_embcompress.modules.finetuning_parts import Parts
 from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction, of_the_model
 from lightning_embcompress.modules.finetuning_sources import open_model
 from lightning_embcompress.modules.finetuning_teacher import Teacher, over_shared_body, shares_parameters
-from lightning_embcompress.statistics import Statistics
 
 _NOT_STARTED = (
     "The teacher is opened when a Trainer starts to fit, and training_step needs it: train with Trainer.fit(model)."

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
-from lightning_embcompress.collector import find_layers
-from lightning_embcompress.factorizations.quantized import FakeQuantizedFactor
-from lightning_embcompress.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.calibration.collector import find_layers
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.layers.parametrized_weights import FakeQuantizedWeight
+from lightning_embcompress.methods.quantizers.factors import FakeQuantizedFactor
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
-from lightning_embcompress.parametrized_weights import FakeQuantizedWeight
 
 Freeze: TypeAlias = Literal["body", "factors"]
 """The part of a model that is not trained: everything but its tables, or its tables."""
@@ -32,7 +32,7 @@ class Parts:
 
     Args:
         model: The model.
-        tables: `auto`, or paths of modules, see `lightning_embcompress.tables.find_tables`.
+        tables: `auto`, or paths of modules, see `lightning_embcompress.tables.replacement.find_tables`.
 
     Attributes:
         tables: For every table the paths of its modules.

@@ -14,16 +14,16 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_embcompress import huggingface
-from lightning_embcompress.checkpoint import load_from_checkpoint, restore_structure, restores_structure
-from lightning_embcompress.checkpoint_io import read_without_tensors
-from lightning_embcompress.factorizations.specs import plain
+from lightning_embcompress.integrations import huggingface
+from lightning_embcompress.integrations.checkpoint import load_from_checkpoint, restore_structure, restores_structure
+from lightning_embcompress.integrations.checkpoint_io import read_without_tensors
+from lightning_embcompress.integrations.saved import load_compressed
+from lightning_embcompress.integrations.sources import Source, find_source
+from lightning_embcompress.methods.specs import plain
 from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
-from lightning_embcompress.saved import load_compressed
-from lightning_embcompress.sources import Source, find_source
 
 _Result = TypeVar("_Result")
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_embcompress.callbacks.passes import step_arguments
-from lightning_embcompress.checkpoint import write_record
+from lightning_embcompress.integrations.checkpoint import write_record
+from lightning_embcompress.layers.distillation import TeacherScores, joined_scores, teacher_scores
+from lightning_embcompress.layers.head_loss import token_chunks
 from lightning_embcompress.modules.base import LanguageModel
-from lightning_embcompress.modules.distillation import TeacherScores, joined_scores, teacher_scores
 from lightning_embcompress.modules.finetuning_parts import Parts, Watch
-from lightning_embcompress.modules.head_loss import token_chunks
-from lightning_embcompress.tables import put_back
+from lightning_embcompress.tables.replacement import put_back
 
 # Of a model that was stored in float16, a parameter of the body differs by less from what it was.
 _SAME_BODY = 1e-2

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typing_extensions import override
 
+from lightning_embcompress.layers.full_softmax import full_softmax_loss
+from lightning_embcompress.layers.head_loss import head_softmax_loss
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.base import LanguageModel, Stage
-from lightning_embcompress.modules.full_softmax import full_softmax_loss
-from lightning_embcompress.modules.head_loss import head_softmax_loss
-from lightning_embcompress.storage import is_sharded
+from lightning_embcompress.utils.storage import is_sharded
 
 # Whatever is done to logits shows up to this size, which float16 has too.
 _LARGE_LOGIT = 1e4

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_embcompress.layers import CompressedEmbedding
+from lightning_embcompress.layers.compressed import CompressedEmbedding
+from lightning_embcompress.layers.head_loss import head_softmax_loss
+from lightning_embcompress.layers.sampled_softmax import head_rows, sample_candidates, sampled_softmax_loss
 from lightning_embcompress.modules.base import Batch, LanguageModel, Stage
-from lightning_embcompress.modules.head_loss import head_softmax_loss
 from lightning_embcompress.modules.lstm_arguments import check_optimizer, check_sizes, check_training
-from lightning_embcompress.modules.sampled_softmax import head_rows, sample_candidates, sampled_softmax_loss
-from lightning_embcompress.random_state import gather_over_processes
+from lightning_embcompress.utils.random_state import gather_over_processes
 
 State: TypeAlias = tuple[Tensor, Tensor]
 """Hidden state ``[num_layers, batch_size, head_dim]`` and cell state ``[num_layers, batch_size, hidden_size]``."""
@@ -59,7 +59,7 @@ class LSTMLanguageModel(LanguageModel):
             bigLSTM, 0.1 for models of at most 4,096 cells.
         tie_weights: Whether the head reads the embedding's table; needs ``embedding_dim`` equal to the head's width.
         table_init_range: Bound of the initial values of both tables.
-        softmax: Training loss, ``full`` or ``sampled`` (:mod:`lightning_embcompress.modules.sampled_softmax`).
+        softmax: Training loss, ``full`` or ``sampled`` (:mod:`lightning_embcompress.layers.sampled_softmax`).
         num_sampled: Different ids sampled for each batch with ``softmax='sampled'``; 8,192 in the paper.
         carry_state: Whether the state is carried from batch to batch; false for batches of unrelated texts.
         optimizer: Makes the optimizer from the parameters.

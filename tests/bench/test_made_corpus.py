@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_embcompress.bench.made_corpus import VOCABULARY_FILE, make_corpus
-from lightning_embcompress.cli import main
+from lightning_embcompress.cli.main import main
 from lightning_embcompress.data import OneBillionWord
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_embcompress import cli
 from lightning_embcompress.bench import obw
 from lightning_embcompress.bench.obw import ObwBench, fill_table, recurrent_parameters, run_obw_bench, zipf_metric
-from lightning_embcompress.factorizations import LowRank
+from lightning_embcompress.cli import main as cli
+from lightning_embcompress.methods.registry import LowRank
 
 SMALL: dict[str, Any] = {"vocab_size": 3000, "dim": 32, "cells": 64, "ratio": 12.0, "rows": 3000}
 SMALL |= {"tokens": 50, "rounds": 1}

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_embcompress import cli
 from lightning_embcompress.bench import machine, peak_memory, peers, speed
 from lightning_embcompress.bench.cases import WHAT
 from lightning_embcompress.bench.machine import Machine, Rates, Work
@@ -23,7 +22,8 @@ from lightning_embcompress.bench.measure import Case, measure
 from lightning_embcompress.bench.peak_memory import PeakMemory
 from lightning_embcompress.bench.peers import PACKAGES, installed_peers
 from lightning_embcompress.bench.speed import SpeedBench, run_scaling_bench, run_speed_bench
-from lightning_embcompress.factorizations import BlockLowRank, GroupReduceOptions
+from lightning_embcompress.cli import main as cli
+from lightning_embcompress.methods.registry import BlockLowRank, GroupReduceOptions
 
 VOCAB_SIZE, DIM, IDS, TOKENS = 600, 32, 50, 20
 SMALL: dict[str, Any] = {

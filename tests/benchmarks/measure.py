@@ -11,7 +11,7 @@ import torch
 from lightning_embcompress.bench.peak_memory import PeakMemory as PeakMemory
 from lightning_embcompress.bench.report import show_speed
 from lightning_embcompress.bench.speed import SpeedBench, measure_table
-from lightning_embcompress.factorizations import SharedBasisBlocks
+from lightning_embcompress.methods.registry import SharedBasisBlocks
 
 
 def seconds(run: Callable[[], Any], rounds: int = 3) -> float:

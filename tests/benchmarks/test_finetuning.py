@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from lightning_embcompress.factorizations import Quantization
+from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
+from lightning_embcompress.compression.plan import compress, plan_of
+from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
-from lightning_embcompress.plan import compress, plan_of
-from lightning_embcompress.quantization import convert, prepare
-from lightning_embcompress.statistics import Statistics, collect_statistics
+from lightning_embcompress.quantization.aware import convert, prepare
 
 pytestmark = pytest.mark.timeout(7200)
 

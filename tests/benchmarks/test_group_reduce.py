@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.budget import plan_requests
-from lightning_embcompress.plan import compress
+from lightning_embcompress.compression.budget import plan_requests
+from lightning_embcompress.compression.plan import compress
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import PeakMemory, seconds  # noqa: E402

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_embcompress.factorizations import LowRank
-from lightning_embcompress.factorizations.quantized import Quantization
+from lightning_embcompress.methods.quantizers.factors import Quantization
+from lightning_embcompress.methods.registry import LowRank
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.plan import compress
-from lightning_embcompress.solvers.round_to_nearest import round_to_nearest, rounded_bytes
-from lightning_embcompress.statistics import Statistics, collect_statistics
+from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
+from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.methods.quantizers.round_to_nearest import round_to_nearest, rounded_bytes
 
 pytestmark = pytest.mark.timeout(3600)
 

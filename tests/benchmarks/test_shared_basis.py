@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_embcompress.factorizations import SharedBasisBlocks
-from lightning_embcompress.solvers.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.registry import SharedBasisBlocks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import PeakMemory, seconds  # noqa: E402

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer, SparseAdam
 
-from lightning_embcompress.factorizations.block_low_rank import BlockLowRank
-from lightning_embcompress.layers import CompressedEmbedding
+from lightning_embcompress.layers.compressed import CompressedEmbedding
+from lightning_embcompress.methods.group_reduce.factorization import BlockLowRank
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.statistics import collect_statistics
+from lightning_embcompress.calibration.statistics import collect_statistics
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import PeakMemory  # noqa: E402

@@ -13,7 +13,7 @@ from tensorly.decomposition import tensor_train
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_embcompress.factorizations import (
+from lightning_embcompress.methods.registry import (
     TensorTrain,
     TensorTrainMatrix,
     TensorTrainMatrixOptions,

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
 
+from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
+from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
-from lightning_embcompress.plan import compress
-from lightning_embcompress.statistics import Statistics, collect_statistics
 
 MakeTrainer = Callable[..., Trainer]
 WORKER = Path(__file__).parent / "workers" / "collect.py"

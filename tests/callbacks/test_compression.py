@@ -20,8 +20,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_embcompress import EmbeddingCompression, GroupReduce, compress
-from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.layers.compressed import CompressedLayer
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -23,9 +23,9 @@ from lightning_embcompress import (
     load_from_checkpoint,
     structure_from_checkpoint,
 )
-from lightning_embcompress.checkpoint import restore_structure, write_record
-from lightning_embcompress.checkpoint_io import use_atomic_checkpoints
-from lightning_embcompress.plan import Plan, plan_of
+from lightning_embcompress.compression.plan import Plan, plan_of
+from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
+from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 
 MakeTrainer = Callable[..., Trainer]
 

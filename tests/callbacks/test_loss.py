@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress import EmbeddingCompression, GroupReduce, TransformCoding, compress
+from lightning_embcompress.calibration.loss_metric import metric_of
+from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.callbacks import asked
-from lightning_embcompress.loss_metric import metric_of
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.statistics import Statistics, collect_statistics
-from lightning_embcompress.tables import Table
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.tables.replacement import Table
 
 MakeTrainer = Callable[..., Trainer]
 

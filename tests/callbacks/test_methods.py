@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_embcompress import EmbeddingCompression, TensorTrain
-from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.methods.registry import METHODS
 
 MakeTrainer = Callable[..., Trainer]
 VOCAB_SIZE, DIM = 150, 16

@@ -17,9 +17,9 @@ from lightning_embcompress.callbacks.optimizer import (
     squares_pulled_back,
     start_anew,
 )
-from lightning_embcompress.factorizations import METHODS, LowRank
-from lightning_embcompress.plan import compress
-from lightning_embcompress.tables import replace_table
+from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.methods.registry import METHODS, LowRank
+from lightning_embcompress.tables.replacement import replace_table
 
 
 def _model(tied: bool) -> nn.Sequential:

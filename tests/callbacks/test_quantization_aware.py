@@ -16,11 +16,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_embcompress import EmbeddingCompression, load_compressed, load_from_checkpoint, save_compressed
-from lightning_embcompress.body_quantization import body_of
 from lightning_embcompress.callbacks import QuantizationAware
-from lightning_embcompress.factorizations import LatentCodes, Quantization
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.quantization import convert, converted, prepare
+from lightning_embcompress.compression.backbone import body_of
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.methods.registry import LatentCodes, Quantization
+from lightning_embcompress.quantization.aware import convert, converted, prepare
 
 MakeTrainer = Callable[..., Trainer]
 WORKERS = Path(__file__).parent / "workers"

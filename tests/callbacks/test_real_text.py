@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_embcompress import EmbeddingCompression, compress
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 MODEL, TEXT = SHARED / "models" / "wikitext2_lstm256.pt", SHARED / "wikitext-2"

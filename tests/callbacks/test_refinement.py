@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks.optimizer import splice
 from lightning_embcompress.callbacks.residual import open_table, write_residual, write_target
-from lightning_embcompress.factorizations import BlockLowRank, GroupReduceOptions, LowRank
-from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.tables import replace_table
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.methods.registry import BlockLowRank, GroupReduceOptions, LowRank
+from lightning_embcompress.tables.replacement import replace_table
 
 MakeTrainer = Callable[..., Trainer]
 COUNTS = torch.arange(150, 0, -1) ** 2

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 
 import lightning_embcompress
 from lightning_embcompress import EmbeddingCompression, GroupReduce
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_embcompress import EmbeddingCompression, GroupReduce
 from lightning_embcompress.callbacks.several import Turn, check_order, merged_perplexity
-from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.layers.compressed import CompressedLayer
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -125,7 +125,7 @@ def test_others_stay_as_they_are(foreign: SimpleNamespace, make_trainer: MakeTra
 def test_a_solver_that_fails_leaves_the_first_compression(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_embcompress.factorizations import CP
+    from lightning_embcompress.methods.registry import CP
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no convergence")

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress.callbacks.group_reduce import GroupReduce
 from lightning_embcompress.callbacks.optimizer import pull_back, splice
-from lightning_embcompress.layers import CompressedEmbedding
-from lightning_embcompress.plan import compress
+from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.layers.compressed import CompressedEmbedding
 
 VOCAB_SIZE, DIM = 120, 12
 IDS = torch.tensor([[3, 5, 3, 117], [7, 5, 3, 64]])

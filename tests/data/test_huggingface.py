@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lightning_embcompress.cli import main
+from lightning_embcompress.cli.main import main
 from lightning_embcompress.data import HuggingFaceText
 from lightning_embcompress.data.tokenized import load_tokenizer
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from lightning_embcompress.distribution import Job, solve_together, sum_over_processes
-from lightning_embcompress.factorizations import METHODS, tensor_train
 from lightning_embcompress.solvers import gram
+
+from lightning_embcompress.compression.distribution import Job, solve_together, sum_over_processes
+from lightning_embcompress.methods.registry import METHODS, tensor_train
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))

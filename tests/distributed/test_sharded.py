@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress import load_from_checkpoint
-from lightning_embcompress.checkpoint import structure_from_checkpoint
-from lightning_embcompress.plan import Plan, compress, plan_of
-from lightning_embcompress.sharding import compress_or_restore
+from lightning_embcompress.compression.plan import Plan, compress, plan_of
+from lightning_embcompress.integrations.checkpoint import structure_from_checkpoint
+from lightning_embcompress.integrations.sharding import compress_or_restore
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))

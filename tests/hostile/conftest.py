@@ -17,9 +17,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_embcompress.checkpoint import write_record
-from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.plan import compress, plan_of
+from lightning_embcompress.compression.plan import compress, plan_of
+from lightning_embcompress.integrations.checkpoint import write_record
+from lightning_embcompress.methods.registry import METHODS
 
 VOCAB_SIZE, DIM = 120, 8
 # Found on the way, and values that mean something elsewhere.

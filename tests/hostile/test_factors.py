@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_embcompress import load_compressed, save_compressed
-from lightning_embcompress.checkpoint import restore_structure
-from lightning_embcompress.factorizations import METHODS
+from lightning_embcompress.integrations.checkpoint import restore_structure
+from lightning_embcompress.methods.registry import METHODS
 
 _METHODS = sorted(METHODS)
 

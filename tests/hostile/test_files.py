@@ -14,8 +14,8 @@ from safetensors.torch import save
 
 from lightning_embcompress import load_compressed, load_from_checkpoint, save_compressed
 from lightning_embcompress import structure_from_checkpoint as structure_of
-from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.plan import Plan
+from lightning_embcompress.compression.plan import Plan
+from lightning_embcompress.methods.registry import METHODS
 
 # What torch says of damaged pickles that it reads nevertheless.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore::DeprecationWarning")

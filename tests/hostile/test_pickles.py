@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from lightning_embcompress import load_from_checkpoint
 from lightning_embcompress import structure_from_checkpoint as structure_of
-from lightning_embcompress.checkpoint import restore_structure
-from lightning_embcompress.checkpoint_io import AtomicCheckpointIO, read_without_tensors
+from lightning_embcompress.integrations.checkpoint import restore_structure
+from lightning_embcompress.integrations.checkpoint_io import AtomicCheckpointIO, read_without_tensors
 
 # What torch says of damaged pickles that it reads nevertheless.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore::DeprecationWarning")

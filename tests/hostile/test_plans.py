@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_embcompress import apply_plan
-from lightning_embcompress.factorizations import METHODS
-from lightning_embcompress.plan import Plan, plan_of
+from lightning_embcompress.compression.plan import Plan, plan_of
+from lightning_embcompress.methods.registry import METHODS
 
 _METHODS = sorted(METHODS)
 

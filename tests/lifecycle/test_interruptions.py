@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_embcompress.callbacks.replacing import uninterrupted
-from lightning_embcompress.checkpoint_io import check_whole_file
-from lightning_embcompress.layers import CompressedLayer
+from lightning_embcompress.integrations.checkpoint_io import check_whole_file
+from lightning_embcompress.layers.compressed import CompressedLayer
 
 SCRIPT = Path(__file__).with_name("workers") / "interrupted.py"
 

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import lr_scheduler
 
 from lightning_embcompress import GroupReduce
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.random_state import random_state
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.utils.random_state import random_state
 
 CPU = torch.device("cpu")
 Run = Callable[..., SimpleNamespace]

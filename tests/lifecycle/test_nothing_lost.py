@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_embcompress import open_reference
 from lightning_embcompress.callbacks import reporting, solving
-from lightning_embcompress.checkpoint_io import AtomicCheckpointIO
+from lightning_embcompress.integrations.checkpoint_io import AtomicCheckpointIO
 
 TIED = {"tied": True, "optimizer": "sgd"}
 

@@ -28,9 +28,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_embcompress import GroupReduce, cli, compress
-from lightning_embcompress.layers import CompressedLayer
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress import GroupReduce, compress
+from lightning_embcompress.cli import main as cli
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.layers.compressed import CompressedLayer
 
 MakeTrainer = Callable[..., Trainer]
 VOCAB_SIZE, DIM, BATCHES = 60, 8, 6

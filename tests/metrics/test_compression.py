@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_embcompress.compression.plan import compress, model_bytes, plan_of
 from lightning_embcompress.metrics import CompressionRatio
-from lightning_embcompress.plan import compress, model_bytes, plan_of
 
 
 def _model() -> nn.Sequential:

@@ -16,16 +16,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_embcompress import GroupReduce, QuantizationAware, compress
+from lightning_embcompress.calibration.loss_metric import metric_of
+from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.data import TextFiles
-from lightning_embcompress.factorizations import Quantization
-from lightning_embcompress.loss_metric import metric_of
+from lightning_embcompress.layers.distillation import distilled_loss, teacher_scores
+from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
-from lightning_embcompress.modules.distillation import distilled_loss, teacher_scores
 from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.quantization import prepare
-from lightning_embcompress.statistics import Statistics
-from lightning_embcompress.tables import find_tables
+from lightning_embcompress.quantization.aware import prepare
+from lightning_embcompress.tables.replacement import find_tables
 
 WORDS, DIM = 58, 12
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_embcompress import compress
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.layers.distillation import distilled_loss, teacher_scores
 from lightning_embcompress.modules import CompressedLanguageModel, HuggingFaceCausalLM
-from lightning_embcompress.modules.distillation import distilled_loss, teacher_scores
-from lightning_embcompress.plan import plan_of
 
 VOCAB_SIZE, BLOCK, DIM = 60, 8, 16
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": DIM, "n_head": 2, "n_positions": 16}

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_embcompress.cli import main
+from lightning_embcompress.cli.main import main
+from lightning_embcompress.cli.recipes_index import available_recipes
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.modules import CompressedLanguageModel
-from lightning_embcompress.plan import plan_of
-from lightning_embcompress.recipes_index import available_recipes
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_embcompress import EmbeddingCompression, GroupReduce, TensorTrain, compress
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.modules import HuggingFaceCausalLM
-from lightning_embcompress.plan import plan_of
 
 VOCAB_SIZE, BLOCK = 60, 12
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_embcompress import GroupReduce, compress
-from lightning_embcompress.checkpoint import keep_structure
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.modules import LSTMLanguageModel
-from lightning_embcompress.plan import plan_of
 
 VOCAB_SIZE = 50
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_embcompress.budget import plan_requests
-from lightning_embcompress.distribution import Job, solve_together
+from lightning_embcompress.compression.budget import plan_requests
+from lightning_embcompress.compression.distribution import Job, solve_together
 
 
 def table(vocab_size: int, dim: int) -> Tensor:

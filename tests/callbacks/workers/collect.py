@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_embcompress.calibration.statistics import collect_statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
-from lightning_embcompress.statistics import collect_statistics
 
 
 def loss_fn(model: Any, batch: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks import QuantizationAware
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
 
 
 class Language(LightningModule):

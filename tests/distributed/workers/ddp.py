@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress import EmbeddingCompression
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.plan import plan_of
 
 VOCAB_SIZE, DIM = 150, 16
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from typing_extensions import override
 
-from lightning_embcompress.sharding import compress_or_restore, shard_tables
-from lightning_embcompress.statistics import Statistics
+from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.integrations.sharding import compress_or_restore, shard_tables
 
 VOCAB_SIZE, DIM = 103, 16
 # Samples of all processes together.

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_embcompress import EmbeddingCompression, files
-from lightning_embcompress.budget import Request
+from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks import replacing
-from lightning_embcompress.factorizations import Factorization
-from lightning_embcompress.plan import plan_of
+from lightning_embcompress.compression.budget import Request
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.methods.registry import Factorization
+from lightning_embcompress.utils import files
 
 VOCAB_SIZE, DIM, STEPS = 120, 12, 6
 """Steps are those of an epoch."""

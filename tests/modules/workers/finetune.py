@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_embcompress import compress
 from lightning_embcompress.data import TextFiles
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
-from lightning_embcompress.random_state import gather_over_processes
+from lightning_embcompress.utils.random_state import gather_over_processes
 
 
 class Losses(Callback):

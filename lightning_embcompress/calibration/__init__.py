@@ -1,0 +1,1 @@
+"""What the data says about a model: token counts, moments, the metric of the loss."""

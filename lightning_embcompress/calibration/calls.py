@@ -1,0 +1,123 @@
+"""Single calls of embeddings and heads, as hooks see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.methods.numerics.gram import compute_dtype
+
+# Of logits that are looked at together: on a CPU 8 MiB of float32, which stay in the cache, elsewhere enough for the
+# device to be busy.
+_CPU_CHUNK_ELEMENTS, _CHUNK_ELEMENTS = 2**21, 2**24
+# A gradient of logits is seldom zero in all of the first columns and not in the others.
+_FIRST_COLUMNS = 64
+
+
+@dataclass
+class EmbeddingCall:
+    """One call of an embedding.
+
+    Attributes:
+        path: Of the module.
+        rows: `[*, d]`, the output as a leaf that requires a gradient.
+        scale: What the rows of the table were multiplied by.
+        ids: `[*]`, what was looked up.
+    """
+
+    path: str
+    rows: Tensor
+    scale: float
+    ids: Tensor
+
+
+class HeadCall:
+    """One call of a head.
+
+    Args:
+        path: Of the module.
+        layer: The module.
+        hidden: `[*, d]`, what it reads.
+
+    Attributes:
+        hidden: `[N, d]`, without its gradient.
+        reached: `[*, d]`, with it.
+        is_target: `[N]`, which positions are of targets: all, unless logits are seen.
+        probabilities: `[2, vocab_size]`, the sum over all positions, and that of squares; None unless logits are seen.
+    """
+
+    def __init__(self, path: str, layer: nn.Module, hidden: Tensor) -> None:
+        """Note what is needed to compute logits once more."""
+        self.path = path
+        self.layer = layer
+        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+        self.reached = hidden
+        self.is_target = torch.ones(len(self.hidden), dtype=torch.bool, device=hidden.device)
+        self.probabilities: Tensor | None = None
+        device = hidden.device.type
+        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def see_logits(self, logits: Tensor) -> None:
+        """Sum up the probabilities of all positions, and wait for the gradient to say which are targets.
+
+        Here, and not when that is known: by then a loss may have overwritten the logits, and to keep them would take
+        their memory once more.
+        """
+        flat = logits.detach().reshape(-1, logits.shape[-1])
+        self.is_target = torch.zeros_like(self.is_target)
+        self.probabilities = _sum_of_probabilities(flat)
+        logits.register_hook(self._see_gradient)  # type: ignore[no-untyped-call]
+
+    def _see_gradient(self, gradient: Tensor) -> None:
+        flat = gradient.detach().reshape(-1, gradient.shape[-1])
+        is_target = flat[:, :_FIRST_COLUMNS].ne(0).any(1)
+        for rows in torch.split((~is_target).nonzero().flatten(), _rows(flat)):
+            is_target[rows] = flat[rows].ne(0).any(1)
+        self.is_target = is_target
+
+    def probabilities_of_targets(self, count: int) -> Tensor | None:
+        """`[2, vocab_size]`, the sum over the targets, and that of squares."""
+        total = self.probabilities
+        if total is None or count == len(self.hidden):
+            return total
+        # Hidden states that do not matter may be anything.
+        if 2 * count < len(self.hidden) or not bool(torch.isfinite(total).all()):
+            return self._sum_over(self.is_target)
+        return (total - self._sum_over(~self.is_target)).clamp_(min=0)
+
+    def _sum_over(self, which: Tensor) -> Tensor:
+        assert self.probabilities is not None
+        total = torch.zeros_like(self.probabilities)
+        device, dtype, enabled = self.autocast
+        chunk = max(1, _chunk_elements(self.hidden) // total.shape[1])
+        with torch.no_grad(), torch.autocast(device, dtype, enabled):
+            for hidden in torch.split(self.hidden[which], chunk):
+                # Not the layer itself, which has our hooks.
+                total += _sum_of_probabilities(self.layer.forward(hidden))
+        return total
+
+
+def _chunk_elements(tensor: Tensor) -> int:
+    return _CPU_CHUNK_ELEMENTS if tensor.device.type == "cpu" else _CHUNK_ELEMENTS
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, _chunk_elements(logits) // max(1, logits.shape[-1]))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In the dtype in which products are computed, float32 at least."""
+    return tensor.to(compute_dtype(tensor.dtype))
+
+
+def _sum_of_probabilities(logits: Tensor) -> Tensor:
+    """`[N, vocab_size]` logits to the `[2, vocab_size]` sums of their softmax and of its square, in float64."""
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device
+    total = torch.zeros(2, logits.shape[-1], dtype=torch.float64, device=device)
+    for chunk in torch.split(logits, _rows(logits)):
+        probabilities = torch.softmax(chunk, -1, dtype=compute_dtype(chunk.dtype))
+        total[0] += probabilities.sum(0).to(device)
+        total[1] += probabilities.square_().sum(0).to(device)
+    return total

@@ -1,0 +1,232 @@
+"""`embcompress compress`: a model in files, its tables compressed, as a model in files of the same kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_embcompress.cli.arguments import Arguments, UsageError
+from lightning_embcompress.cli.models import CheckpointModel, OpenedModel, in_shell_terms, open_model
+from lightning_embcompress.cli.statistics import WantedStatistics
+from lightning_embcompress.cli.targets import report_path
+from lightning_embcompress.cli.text import (
+    TokenizedText,
+    block_size_of,
+    check_measurable,
+    is_directory,
+    read_text,
+    tokenizer_of,
+    zipf_counts,
+)
+from lightning_embcompress.compression.budget import Request, check_budget, plan_requests
+from lightning_embcompress.compression.plan import compress, densify, model_bytes, plan_of
+from lightning_embcompress.compression.report import say, show_plan, show_requests, write_report
+from lightning_embcompress.methods.registry import get_method
+from lightning_embcompress.utils.files import staged
+
+# Whatever a search for the size finds, no table of use cannot be made smaller by so much.
+_ANY_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What `--text` is for in this run."""
+
+    tokens: TokenizedText
+    tokenizer: str
+    block_size: int | None
+    """None if no perplexity is measured."""
+
+    def perplexity(self, model: Any, name: str) -> float | None:
+        if self.block_size is None:
+            return None
+        return self.tokens.perplexity(model, self.block_size, f"Perplexity, {name}")
+
+    def evaluate(self, model: Any) -> float:
+        """Perplexity of one of the models that are tried."""
+        assert self.block_size is not None
+        return self.tokens.perplexity(model, self.block_size, "Perplexity")
+
+    def record(self) -> dict[str, Any]:
+        measured = 0 if self.block_size is None else self.tokens.num_measured
+        return {"counted": self.tokens.num_counted, "measured": measured, "block_size": self.block_size}
+
+
+def run_compress(arguments: Arguments) -> int:
+    """Compress a model.
+
+    Raises:
+        UsageError: If the method has no such option, or the size is not given in one way.
+        ValueError: If the request cannot be met. Nothing has been written then.
+    """
+    given = arguments.given
+    _check_method(given.method, given.ratio, given.size, given.max_loss, arguments.options)
+    tokenizer = _check_text(arguments)
+    wanted = WantedStatistics.of(arguments)
+    opened = open_model(arguments.source, given.dtype, given.trust_source, is_directory(given.tokenizer))
+    as_cast = "" if given.dtype is None else f" in {given.dtype}"
+    megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
+    say(f"{arguments.source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
+    try:
+        tables = _start(opened, given.tables)
+        request: dict[str, Any] = {"tables": tables, "tie": given.tie, **arguments.options}
+        if given.method == "group_reduce" and wanted is not None:
+            request["variant"] = "loss"
+        # A limit of the perplexity leaves the size open.
+        ratio = _ANY_RATIO if given.max_loss is not None else given.ratio
+        requests = plan_requests(opened.model, given.method, ratio, given.size, **request)
+    except ValueError as error:
+        raise ValueError(in_shell_terms(str(error))) from error
+    text = _read_text(opened, tokenizer, requests, given.text, given.counts_only)
+    counts: Tensor | None = None
+    token_counts: str | None = "statistics"
+    if wanted is None or not wanted.is_there:
+        counts, token_counts = _counts(text, requests)
+    statistics = None
+    if wanted is not None:
+        statistics = wanted.find(opened.model, None if text is None else text.tokens, counts, tables)
+        statistics.check([request.table for request in requests])
+    show_requests(requests, statistics is not None, given.max_loss)
+    perplexity: dict[str, Any] = dict.fromkeys(("dense", "compressed"))
+    perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
+    if text is not None:
+        perplexity["dense"] = text.perplexity(opened.model, "dense")
+    sizes = {"ratio": given.ratio, "size": given.size, "max_loss": given.max_loss}
+    evaluate = None if text is None else text.evaluate
+    plan = compress(
+        opened.model, given.method, **sizes, token_counts=counts, statistics=statistics, evaluate=evaluate, **request
+    )
+    show_plan(plan, opened.model, "Compressed")
+    if text is not None:
+        perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
+        _say_perplexity(perplexity, text, plan.predicted_loss)
+    extra = {"source": arguments.source.name, "token_counts": token_counts, "text": text and text.record()}
+    extra["statistics"] = None if statistics is None else {"targets": statistics.num_targets, "file": given.statistics}
+    _write(arguments, opened, perplexity, extra)
+    return 0
+
+
+def type_name(opened: OpenedModel) -> str:
+    """What a person calls the kind of a model."""
+    if opened.source.kind == "pretrained":
+        return type(opened.model).__name__
+    return "a Lightning checkpoint" if opened.source.kind == "checkpoint" else "saved by save_compressed"
+
+
+def _check_method(
+    name: str, ratio: float | None, size: str | None, max_loss: str | None, options: dict[str, Any]
+) -> None:
+    """Refuse what is wrong whatever the model is."""
+    try:
+        method = get_method(name)
+        names = method.option_names
+        for option in options:
+            if option not in names:
+                listed = ", ".join(f"--{name}" for name in names) or "none"
+                raise ValueError(
+                    f"there is no option --{option}, neither of the command (embcompress compress --help) nor of the "
+                    f"method {name!r}, which has {listed}"
+                )
+        check_budget(ratio, size, method.options(**options), max_loss)
+    except TypeError as error:
+        values = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise UsageError(f"an option of the method {name!r} is of the wrong type ({values}): {error}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_text(arguments: Arguments) -> str:
+    """The tokenizer for the text, if there is a text and it can be used."""
+    given = arguments.given
+    if given.text is None:
+        if given.counts_only:
+            raise UsageError("--counts_only says what --text is for: name the files with --text")
+        return ""
+    if not given.counts_only:
+        check_measurable(arguments.source)
+    return tokenizer_of(arguments.source, given.tokenizer)
+
+
+def _start(opened: OpenedModel, named: Sequence[str] | None) -> str | list[str]:
+    """Make tables dense that are compressed already, and say what is to be compressed.
+
+    Returns:
+        What `compress` takes as `tables`.
+    """
+    before = plan_of(opened.model)
+    compressed = [path for table in before.tables for path in table.modules]
+    if not compressed:
+        return opened.default_tables() if named is None else list(named)
+    methods = ", ".join(f"{table.name} ({table.method}, {table.ratio:.2f}x)" for table in before.tables)
+    if named is not None and not set(named) & set(compressed):
+        say(f"Tables that are compressed already stay as they are: {methods}")
+        return list(named)
+    say(f"Starting from compressed tables, whose loss remains: {methods} are made dense and compressed anew")
+    densify(opened.model)
+    if named is None:
+        return [table.name for table in before.tables]
+    left = [table.name for table in before.tables if not set(named) & set(table.modules)]
+    if left:
+        say(f"Not named in --tables, and therefore dense from now on: {', '.join(left)}")
+    return list(named)
+
+
+def _read_text(
+    opened: OpenedModel, tokenizer: str, requests: Sequence[Request], patterns: Sequence[str] | None, counts_only: bool
+) -> _Text | None:
+    if patterns is None:
+        return None
+    tokens = read_text(patterns, tokenizer)
+    for request in requests:
+        tokens.check_ids(request.table.shape[0], tokenizer)
+    return _Text(tokens, tokenizer, None if counts_only else block_size_of(opened.model))
+
+
+def _counts(text: _Text | None, requests: Sequence[Request]) -> tuple[Tensor | None, str | None]:
+    """Token counts for the tables, and where they are from, as in the report."""
+    if not any(request.method.needs_counts for request in requests):
+        return None, None
+    sizes = {request.table.shape[0]: request.table.name for request in requests}
+    if len(sizes) > 1:
+        listed = " and ".join(f"{name!r} ({size} rows)" for size, name in sizes.items())
+        raise ValueError(
+            f"tables {listed} have different vocabularies, so the same token counts do not fit both: compress one with "
+            "--tables, then the other in what was made"
+        )
+    (vocab_size,) = sizes
+    if text is not None:
+        return text.tokens.counts(vocab_size), "text"
+    say("Token counts are assumed by Zipf's law in the order of the ids: for real ones give a text with --text")
+    return zipf_counts(vocab_size), "zipf by id"
+
+
+def _say_perplexity(perplexity: dict[str, Any], text: _Text, predicted_loss: float | None) -> None:
+    dense, after = perplexity["dense"], perplexity["compressed"]
+    if dense is not None and after is not None:
+        say(
+            f"Perplexity on the last tenth of the text, {text.tokens.num_measured:,} tokens: {dense:.2f} before, "
+            f"{after:.2f} compressed ({after / dense - 1:+.1%})"
+        )
+        if predicted_loss is not None and math.isfinite(after):
+            say(f"The loss was predicted to grow by {predicted_loss:.4f} nats: measured {math.log(after / dense):+.4f}")
+
+
+def _write(arguments: Arguments, opened: OpenedModel, perplexity: dict[str, Any], extra: dict[str, Any]) -> None:
+    source, target = arguments.source, arguments.target
+    report = report_path(target, source)
+    with staged(target, directory=source.is_directory) as path:
+        opened.write(path)
+        if source.is_directory:
+            write_report(path / report.name, opened.model, perplexity, extra)
+    if not source.is_directory:
+        write_report(report, opened.model, perplexity, extra)
+    if isinstance(opened, CheckpointModel) and opened.dropped:
+        say(
+            f"Not in {target}: {', '.join(opened.dropped)}. It is for load_from_checkpoint, validate, test and "
+            "predict; training cannot be resumed from it"
+        )
+    say(f"Written: {target}, {report}")

@@ -1,0 +1,31 @@
+"""`embcompress densify`: a compressed model in files as an ordinary one."""
+
+from __future__ import annotations
+
+from lightning_embcompress.cli.arguments import Arguments
+from lightning_embcompress.cli.models import open_model
+from lightning_embcompress.compression.plan import densify, model_bytes, plan_of
+from lightning_embcompress.compression.report import say
+from lightning_embcompress.utils.files import staged
+
+
+def run_densify(arguments: Arguments) -> int:
+    """Make a model dense.
+
+    Raises:
+        ValueError: If it is not compressed, or cannot be read. Nothing has been written then.
+    """
+    source, target = arguments.source, arguments.target
+    opened = open_model(source, trust=arguments.given.trust_source)
+    plan = plan_of(opened.model)
+    if not plan.tables:
+        raise ValueError(f"{source.name!r} has no compressed tables: it is an ordinary model already")
+    before = model_bytes(opened.model)["stored_bytes"]
+    densify(opened.model)
+    with staged(target, directory=source.is_directory) as path:
+        opened.write(path)
+    after = model_bytes(opened.model)["stored_bytes"]
+    names = ", ".join(" = ".join(table.modules) for table in plan.tables)
+    say(f"Made dense: {names}; {before / 1e6:,.3f} MB became {after / 1e6:,.3f} MB")
+    say(f"Written: {target}")
+    return 0

@@ -1,0 +1,134 @@
+"""`embcompress inspect`: what the tables of a model in files are, without building the model in memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.cli.arguments import Arguments
+from lightning_embcompress.cli.models import (
+    in_shell_terms,
+    model_class,
+    open_model,
+    quiet_transformers,
+    read_plan,
+    read_tensors,
+)
+from lightning_embcompress.cli.skeleton import Skeleton, build_skeleton, choose_tables
+from lightning_embcompress.compression.plan import Plan, model_bytes, plan_of
+from lightning_embcompress.compression.report import show_inspection, table_report
+from lightning_embcompress.integrations.sources import Source
+from lightning_embcompress.tables.replacement import Table, find_tables
+
+
+def run_inspect(arguments: Arguments) -> int:
+    """Show a model.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    report = inspect_source(arguments.source, arguments.given.trust_source)
+    if arguments.given.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        show_inspection(report)
+    return 0
+
+
+def inspect_source(source: Source, trust: bool = False) -> dict[str, Any]:
+    """Describe a model in files; its tensors are mapped into memory, and only factors are read.
+
+    Args:
+        source: The model.
+        trust: Whether a checkpoint may hold objects that can run code when they are loaded.
+
+    Returns:
+        `tables` and `model` as in `report.json`, every table with its `share` of the model's stored bytes; `source`,
+        `kind`, whether it is `compressed`, and a `note` where no tables could be chosen.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    model = _skeleton_of_pretrained(source) if source.kind == "pretrained" else open_model(source, trust=trust).model
+    compressed, note = bool(plan_of(model).tables), None
+    if compressed:
+        tables = table_report(model)
+    else:
+        try:
+            tables = _dense_tables(source, model)
+        except ValueError as error:
+            tables, note = [], in_shell_terms(str(error))
+    whole = model_bytes(model)
+    for table in tables:
+        table["share"] = table["stored_bytes"] / whole["stored_bytes"]
+    return {
+        "source": source.name,
+        "kind": source.kind,
+        "compressed": compressed,
+        "tables": tables,
+        "model": whole,
+        "note": note,
+    }
+
+
+def _skeleton_of_pretrained(source: Source) -> Skeleton:
+    record = source.config.get("quantization_config")
+    plan = Plan() if record is None else read_plan(record, source.name)
+    return build_skeleton(read_tensors(source.weights), plan, repr(source.name))
+
+
+def _dense_tables(source: Source, skeleton: nn.Module) -> list[dict[str, Any]]:
+    """What would be compressed."""
+    found = _chosen_by_transformers(source) if source.kind == "pretrained" else None
+    if found is None:
+        assert isinstance(skeleton, Skeleton)
+        found = find_tables(skeleton, choose_tables(skeleton))
+    tables = []
+    for table in found:
+        stored = table.weight.numel() * _itemsize(skeleton, table)
+        tables.append(
+            {
+                "name": table.name,
+                "modules": list(table.modules),
+                "method": None,
+                "shape": list(table.shape),
+                "dense_bytes": stored,
+                "stored_bytes": stored,
+                "ratio": 1.0,
+                "parameter_ratio": 1.0,
+                "weighted_error": None,
+                "structure": "",
+            }
+        )
+    return tables
+
+
+def _chosen_by_transformers(source: Source) -> list[Table] | None:
+    """The tables that the class of a model says it has; None if it cannot be built without its weights."""
+    import transformers
+
+    automatic: Any = transformers.AutoModelForCausalLM
+    kind = model_class(source)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(str(source.path), local_files_only=True)
+            model = automatic.from_config(config) if kind is automatic else kind(config)
+            model.tie_weights()
+    # Whatever keeps a model from being built on the meta device, its files still tell most of it.
+    except Exception:
+        return None
+    return find_tables(model)
+
+
+def _itemsize(skeleton: nn.Module, table: Table) -> int:
+    """Bytes of a number of a table as it is stored: under its name, with or without that of the base model."""
+    state: dict[str, Tensor] = skeleton.state_dict()
+    names = [f"{path}.weight" for path in table.modules]
+    names += [f"{path.partition('.')[2]}.weight" for path in table.modules]
+    stored = [state[name] for name in names if name in state and state[name].shape == table.weight.shape]
+    stored += [tensor for tensor in state.values() if tensor.shape == table.weight.shape]
+    return stored[0].element_size() if stored else table.weight.element_size()

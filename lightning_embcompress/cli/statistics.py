@@ -1,0 +1,124 @@
+"""What a text says of the tables of a model of transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
+from lightning_embcompress.cli.arguments import Arguments, UsageError
+from lightning_embcompress.cli.text import TokenizedText, block_size_of
+from lightning_embcompress.compression.loss_budget import uses_loss
+from lightning_embcompress.compression.report import say
+from lightning_embcompress.methods.registry import AUTOMATIC
+
+# Second moments of some thousand dimensions need no more; a pass over them takes as long as a few measurements.
+_MOST_TOKENS = 2**17
+
+
+def collect_from_text(
+    model: Any, text: TokenizedText, block_size: int, token_counts: Tensor, tables: str | Sequence[str]
+) -> Statistics:
+    """Collect statistics from the part of a text that is counted.
+
+    Args:
+        model: A causal language model of transformers.
+        text: Of which no more than some blocks are read, spread over the part to count.
+        block_size: Tokens that the model reads at once.
+        token_counts: `[vocab_size]` counts of the whole part.
+        tables: See `lightning_embcompress.tables.replacement.find_tables`.
+
+    Raises:
+        ValueError: If a table is never called, or no block has a finite loss.
+    """
+    vocab_size = int(model.get_output_embeddings().out_features)
+    batches = text.counted_batches(block_size, vocab_size, _MOST_TOKENS)
+    statistics = collect_statistics(model, batches, token_counts=token_counts, tables=tables)
+    say(f"Statistics of {statistics.num_targets:,} tokens say what errors cost")
+    return statistics
+
+
+@dataclass(frozen=True)
+class WantedStatistics:
+    """Where `embcompress compress` has statistics from.
+
+    Attributes:
+        file: Where they are, or are to be kept; None where they are not.
+    """
+
+    file: Path | None
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> WantedStatistics | None:
+        """What a command line asks for; None if errors are weighed otherwise.
+
+        Raises:
+            UsageError: If they are needed and cannot be had, or given and not used.
+        """
+        given, options = arguments.given, arguments.options
+        needs = f"--max_loss {given.max_loss}" if given.max_loss is not None else ""
+        if given.method == AUTOMATIC or options.get("variant") == "loss":
+            needs = needs or (f"--method {AUTOMATIC}" if given.method == AUTOMATIC else "--variant loss")
+        reads_text = given.text is not None and not given.counts_only
+        if not uses_loss(given.method, options):
+            if given.statistics is not None or given.max_loss is not None:
+                option = "--statistics" if given.statistics is not None else "--max_loss"
+                raise UsageError(
+                    f"{option} is for methods that weigh errors by what the loss grows by, and {given.method!r} with "
+                    "these options does not: use transform_coding, group_reduce without --variant paper, "
+                    "product_quantization, weighted_low_rank or auto"
+                )
+            return None
+        if given.max_loss is not None and not reads_text:
+            raise UsageError(f"{needs} measures the perplexity: give a text with --text, without --counts_only")
+        file = None if given.statistics is None else Path(os.path.expanduser(given.statistics))
+        if file is not None and file.is_file():
+            return cls(file)
+        if reads_text:
+            if file is not None and not file.parent.is_dir():
+                raise UsageError(f"--statistics {given.statistics}: there is no folder {str(file.parent)!r}")
+            return cls(file)
+        if file is not None:
+            raise UsageError(
+                f"--statistics {given.statistics}: there is no such file; to write it give a text with --text, without "
+                "--counts_only"
+            )
+        if needs:
+            raise UsageError(
+                f"{needs} has to know what errors cost: give a text with --text, without --counts_only, or a file with "
+                "--statistics"
+            )
+        if given.text is not None:
+            say("Errors are weighed by the frequency of tokens alone: --counts_only leaves out what errors cost")
+        return None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether they were collected before."""
+        return self.file is not None and self.file.is_file()
+
+    def find(
+        self, model: Any, text: TokenizedText | None, token_counts: Tensor | None, tables: str | Sequence[str]
+    ) -> Statistics:
+        """Read them, or collect them from a text and keep them if a file is named.
+
+        Raises:
+            ValueError: If the file is damaged or cannot be written, or nothing can be collected.
+        """
+        if self.file is not None and self.is_there:
+            return Statistics.load(self.file)
+        assert text is not None
+        assert token_counts is not None
+        statistics = collect_from_text(model, text, block_size_of(model), token_counts, tables)
+        if self.file is not None:
+            try:
+                statistics.save(self.file)
+            except OSError as error:
+                raise ValueError(str(error)) from error
+            say(f"Written: {self.file}")
+        return statistics

@@ -1,0 +1,1 @@
+"""Budget, tasks, solving and applying; the plan and the report."""

@@ -1,0 +1,376 @@
+"""Linear and recurrent weights beside the tables in few bits: while they train, and as they are stored.
+
+A weight is parametrized (`torch.nn.utils.parametrize`): whoever reads it gets what will be stored. In training that is
+the parameter as it was, which optimizers know, rounded; converted it is packed integers with scales of 16 bits, or
+numbers of 16 bits, plain bytes in the state dict that no cast of the model changes. torchao's converted layers store
+four bits in a byte, a scale and an offset of five bytes for every group, and cannot be saved by safetensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from lightning_embcompress.integrations import huggingface
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.layers.parametrized_weights import (
+    FakeQuantizedWeight,
+    PackedWeight,
+    Storage,
+    dtype_of,
+    install,
+    pack,
+    parametrized,
+    restore,
+    shape_of,
+)
+from lightning_embcompress.methods.quantizers.factors import HALVES, Quantization, State
+from lightning_embcompress.tables.replacement import all_modules, find_tables
+
+_KINDS = {nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
+_KINDS |= {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
+_MOST_WEIGHTS = 100_000
+_MOST_ROWS = 2**31
+
+
+@dataclass(frozen=True)
+class Body:
+    """Which weights beside the tables are quantized, and how.
+
+    Attributes:
+        weights: Their shapes by their names, as `named_parameters` of the model has them that is not quantized.
+        storage: How they are stored.
+        state: Whether they train, or are packed.
+    """
+
+    weights: Mapping[str, tuple[int, ...]]
+    storage: Storage
+    state: State
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        record = {"weights": {name: list(shape) for name, shape in self.weights.items()}}
+        if isinstance(self.storage, Quantization):
+            return {**record, "quantization": self.storage.record(self.state)}
+        return {**record, "dtype": self.storage, "state": self.state}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Body:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        weights = record.get("weights") if isinstance(record, Mapping) else None
+        if not isinstance(weights, Mapping) or not 1 <= len(weights) <= _MOST_WEIGHTS:
+            raise ValueError("'body' of the compression plan must have 'weights', shapes by names")
+        for name, shape in weights.items():
+            known = isinstance(name, str) and isinstance(shape, list | tuple) and len(shape) == 2
+            if not known or not all(type(size) is int and 1 <= size <= _MOST_ROWS for size in shape):
+                raise ValueError(f"'weights' of the body in the compression plan: {str(name)[:80]!r} has no shape")
+        shapes = {name: tuple(shape) for name, shape in weights.items()}
+        if record.keys() == {"weights", "quantization"}:
+            try:
+                return cls(shapes, *Quantization.from_record(record["quantization"]))
+            except ValueError as error:
+                raise ValueError(f"'body' of the compression plan: {error}") from error
+        dtype, state = record.get("dtype"), record.get("state")
+        known = record.keys() == {"weights", "dtype", "state"} and isinstance(dtype, str) and isinstance(state, str)
+        if not known or dtype not in HALVES or state not in ("fake", "packed"):
+            raise ValueError(
+                "'body' of the compression plan must have a 'quantization', or a 'dtype' of float16 or bfloat16 and a "
+                "'state' of fake or packed"
+            )
+        return cls(shapes, dtype, state)
+
+
+def body_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of a model that are linear or recurrent and belong to no table, by their names.
+
+    They are those of `nn.Linear`, `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN`, their cells, and `Conv1D` of
+    transformers, but not of classes derived from them, which may read them otherwise. A projection with as many rows as
+    the vocabulary is a table, whether it is compressed or not.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.LSTM(8, 16), nn.Linear(16, 4), nn.Linear(4, 100))
+        >>> list(body_weights(model))
+        ['1.weight_ih_l0', '1.weight_hh_l0', '2.weight']
+    """
+    library = sys.modules.get("transformers.pytorch_utils")
+    kinds = {*_KINDS, getattr(library, "Conv1D", nn.Linear)}
+    sizes, heads = _vocabulary_sizes(model), {id(layer) for layer in huggingface.vocabulary_layers(model)[1]}
+    found: dict[str, nn.Parameter] = {}
+    others: set[int] = set()
+    for path, module in all_modules(model).items():
+        is_head = type(module) is nn.Linear and (module.out_features in sizes or id(module) in heads)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if type(module) in kinds and not is_head and "weight" in name and parameter.dim() == 2:
+                found[f"{path}.{name}" if path else name] = parameter
+            else:
+                others.add(id(parameter))
+    # What an embedding reads too is a table.
+    return {name: weight for name, weight in found.items() if id(weight) not in others and weight.numel()}
+
+
+def _vocabulary_sizes(model: nn.Module) -> set[int]:
+    compressed = {m.factorization.vocab_size for m in model.modules() if isinstance(m, CompressedLayer)}
+    if compressed:
+        return compressed
+    try:
+        return {table.shape[0] for table in find_tables(model)}
+    except ValueError:
+        # There are none, or the model does not say which they are.
+        return set()
+
+
+def prepare_body(model: nn.Module, storage: Storage) -> Body:
+    """Let the weights beside the tables train as they will be once they are stored in fewer bits, in place.
+
+    The parameters stay the same objects; their names become those of `torch.nn.utils.parametrize`, and in
+    `parameters()` they come after the others of their layer.
+
+    Args:
+        model: The model.
+        storage: How they will be stored.
+
+    Returns:
+        What is quantized.
+
+    Raises:
+        ValueError: If there are no such weights, they are quantized already, or a value cannot be stored so. The model
+            is as it was.
+
+    Example:
+        >>> model = nn.LSTM(8, 16)
+        >>> _ = prepare_body(model, Quantization(bits=8))
+        >>> convert_body(model).state
+        'packed'
+    """
+    weights = check_body_preparation(model, storage)
+    lists: dict[int, ParametrizationList] = {}
+    for name, weight in weights.items():
+        if id(weight) not in lists:
+            lists[id(weight)] = parametrized(FakeQuantizedWeight(weight, storage), weight)
+        _install(model, name, lists[id(weight)])
+    huggingface.follow(model)
+    return Body({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
+
+
+def check_body_preparation(model: nn.Module, storage: Storage) -> dict[str, nn.Parameter]:
+    """Weights that `prepare_body` would prepare; the model is not changed.
+
+    Raises:
+        ValueError: As `prepare_body`.
+    """
+    if (there := body_of(model)) is not None:
+        done = "packed" if there.state == "packed" else "prepared for quantization"
+        raise ValueError(f"the weights beside the tables ({next(iter(there.weights))!r}, ...) are {done} already")
+    weights = body_weights(model)
+    if not weights:
+        raise ValueError("the model has no linear or recurrent weights beside its tables")
+    for name, weight in weights.items():
+        with torch.no_grad():
+            if not weight.is_meta and not bool(FakeQuantizedWeight(weight, storage)(weight).isfinite().all()):
+                raise ValueError(
+                    f"weight {name!r} has values that are not finite, or too large for {_said(storage)}: look for what "
+                    "made it diverge, or use bfloat16"
+                )
+    return weights
+
+
+def _said(storage: Storage) -> str:
+    return f"scales of {storage.scale_dtype}" if isinstance(storage, Quantization) else storage
+
+
+def convert_body(model: nn.Module) -> Body:
+    """Pack the weights that were prepared, in place: afterwards they do not train.
+
+    Raises:
+        ValueError: If none is prepared.
+    """
+    body = body_of(model)
+    if body is None or body.state == "packed":
+        state = "they are packed already" if body is not None else "they were not prepared"
+        raise ValueError(f"there are no weights beside the tables to convert: {state}")
+    _replace(model, pack)
+    return Body(body.weights, body.storage, "packed")
+
+
+@contextmanager
+def converted_body(model: nn.Module) -> Iterator[None]:
+    """Pack the weights that are prepared for a while: afterwards the model is as it was, and goes on training."""
+    before = readings(model)
+    body = body_of(model)
+    if body is None or body.state == "packed":
+        yield
+        return
+    try:
+        _replace(model, pack)
+        yield
+    finally:
+        for name, kept in before.items():
+            _install(model, name, kept)
+
+
+def freeze_body_ranges(model: nn.Module) -> None:
+    """Keep the ranges of the weights that are prepared as they are from now on."""
+    for kept in readings(model).values():
+        reading = kept[0]
+        if isinstance(reading, FakeQuantizedWeight):
+            reading.freeze(kept.original)
+
+
+def body_of(model: nn.Module) -> Body | None:
+    """Read off a model which of its weights beside the tables are quantized; None if none is."""
+    lists = readings(model)
+    if not lists:
+        return None
+    reading = next(iter(lists.values()))[0]
+    assert isinstance(reading, FakeQuantizedWeight | PackedWeight)
+    state: State = "packed"
+    if isinstance(reading, FakeQuantizedWeight):
+        state = "frozen" if reading.frozen else "fake"
+    return Body({name: tuple(shape_of(kept)) for name, kept in lists.items()}, reading.storage, state)
+
+
+def body_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the quantized weights as they were, and as they are in the state dict now.
+
+    Example:
+        >>> model = nn.LSTM(64, 64)
+        >>> _ = prepare_body(model, Quantization(bits=8)), convert_body(model)
+        >>> body_bytes(model)
+        (131072, 33792)
+    """
+    lists = {id(kept): kept for kept in readings(model).values()}.values()
+    dense = sum(shape_of(kept).numel() * dtype_of(kept).itemsize for kept in lists)
+    return dense, sum(tensor.nbytes for kept in lists for tensor in kept.state_dict().values())
+
+
+def check_body(model: nn.Module, body: Body | None) -> None:
+    """Check that a model has the weights of a body.
+
+    Raises:
+        ValueError: Naming the first that it has not.
+    """
+    for name, shape in {} if body is None else body.weights.items():
+        own = _weight_shape(model, name)
+        if own is None:
+            raise ValueError(
+                f"the plan quantizes the weight {name!r}, but the model has no linear or recurrent weight of that name"
+            )
+        if tuple(own) != shape:
+            raise ValueError(
+                f"the plan's weight {name!r} has the shape {list(shape)}, the model's {list(own)}: build the "
+                "model with the sizes that the checkpoint was trained with"
+            )
+
+
+def apply_body(model: nn.Module, body: Body | None) -> None:
+    """Give a model the structure of a body, ready to be loaded into; None makes it ordinary.
+
+    Raises:
+        ValueError: If the model has no such weights. It is as it was.
+    """
+    check_body(model, body)
+    if body_of(model) == body:
+        return
+    _restore(model, fill=False)
+    if body is None:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    lists: dict[int, ParametrizationList] = {}
+    for name in body.weights:
+        weight = parameters[name]
+        if id(weight) not in lists:
+            lists[id(weight)] = empty_weight(weight, body)
+        _install(model, name, lists[id(weight)])
+    huggingface.follow(model)
+
+
+def restore_body(model: nn.Module) -> None:
+    """Make the weights beside the tables ordinary parameters again, with the values that are stored."""
+    _restore(model, fill=True)
+
+
+def prefix_of(name: str) -> str:
+    """With what the tensors of a quantized weight begin in a state dict."""
+    path, _, own = name.rpartition(".")
+    return f"{path}.parametrizations.{own}." if path else f"parametrizations.{own}."
+
+
+def readings(model: nn.Module) -> dict[str, ParametrizationList]:
+    """What reads quantized weights, by the names of the weights."""
+    found: dict[str, ParametrizationList] = {}
+    for path, module in all_modules(model).items():
+        if not is_parametrized(module):
+            continue
+        for name, kept in cast(Mapping[str, ParametrizationList], module.parametrizations).items():
+            if isinstance(kept[0], FakeQuantizedWeight | PackedWeight):
+                found[f"{path}.{name}" if path else name] = kept
+    return found
+
+
+def _weight_shape(model: nn.Module, name: str) -> torch.Size | None:
+    """Shape of a weight, quantized or not; None if there is none."""
+    path, _, own = name.rpartition(".")
+    module = all_modules(model).get(path)
+    if module is None:
+        return None
+    if is_parametrized(module, own):
+        kept = cast(Mapping[str, ParametrizationList], module.parametrizations)[own]
+        return shape_of(kept) if isinstance(kept[0], FakeQuantizedWeight | PackedWeight) else None
+    weight = module._parameters.get(own)
+    return weight.shape if weight is not None and weight.dim() == 2 else None
+
+
+def empty_weight(weight: nn.Parameter, body: Body) -> ParametrizationList:
+    """What reads a weight of a body, ready to be loaded into."""
+    if body.state != "packed":
+        return parametrized(FakeQuantizedWeight(weight, body.storage, body.state == "frozen"), weight)
+    reading = PackedWeight(weight.shape, body.storage, weight.dtype, weight.device)
+    return parametrized(reading, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+
+
+def _replace(model: nn.Module, make: Callable[[ParametrizationList], ParametrizationList]) -> None:
+    before = readings(model)
+    after = {id(kept): make(kept) for kept in before.values()}
+    for name, kept in before.items():
+        _install(model, name, after[id(kept)])
+
+
+def _install(model: nn.Module, name: str, kept: ParametrizationList) -> None:
+    path, _, own = name.rpartition(".")
+    install(model.get_submodule(path), own, kept)
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, fill: bool) -> None:
+    parameters: dict[int, nn.Parameter] = {}
+    for name, kept in readings(model).items():
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        if id(kept) not in parameters:
+            if isinstance(kept[0], FakeQuantizedWeight):
+                parameters[id(kept)] = cast(nn.Parameter, kept.original)
+                if fill:
+                    kept.original.copy_(kept())
+            else:
+                device = next(kept.buffers()).device
+                values = kept() if fill else torch.empty(shape_of(kept), dtype=dtype_of(kept), device=device)
+                parameters[id(kept)] = nn.Parameter(values)
+        if not is_parametrized(module, own):
+            # A module of two paths.
+            continue
+        restore(module, own, parameters[id(kept)])
+    huggingface.follow(model)

@@ -1,0 +1,112 @@
+"""Tensors of weights in few bits beside the tables, as they come from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.compression.backbone import Body, empty_weight, prefix_of, readings
+from lightning_embcompress.layers.parametrized_weights import PackedWeight, shape_of
+from lightning_embcompress.methods.quantizers.factors import HALVES
+from lightning_embcompress.methods.registry import Quantization
+
+
+def body_shapes(
+    model: nn.Module, body: Body | None, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors once it has the structure of a body, from those that it has now."""
+    expected = dict(shapes)
+    for name, kept in readings(model).items():
+        prefix = prefix_of(name)
+        expected = {key: shape for key, shape in expected.items() if not key.startswith(prefix)}
+        expected[name] = tuple(shape_of(kept))
+    for name in () if body is None else body.weights:
+        assert body is not None
+        expected.pop(name, None)
+        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(body, name).items()}
+    return expected
+
+
+def check_body_tensors(body: Body | None, state: Mapping[str, Any], where: str, complete: bool = True) -> None:
+    """Check the tensors of a body before a model is changed for them.
+
+    Args:
+        body: Which weights are quantized in the file.
+        state: A state dict; tensors of other modules are not looked at.
+        where: What messages call it.
+        complete: Whether all must be there.
+
+    Raises:
+        ValueError: If a tensor is missing or one too many, of another shape or dtype, or has values that are not
+            finite.
+    """
+    for name in () if body is None else body.weights:
+        assert body is not None
+        expected = _expected(body, name)
+        found = {key: value for key, value in state.items() if key.startswith(prefix_of(name)) or key == name}
+        if not found and not complete:
+            continue
+        if unlike := sorted(expected.keys() ^ found.keys()):
+            raise ValueError(f"{where} does not fit its plan: {unlike[0]!r} is missing, or one too many")
+        for key, tensor in expected.items():
+            value = found[key]
+            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.shape != tensor.shape:
+                raise ValueError(f"{where} does not fit its plan: {key!r} is not a tensor of {list(tensor.shape)}")
+            if tensor.dtype == torch.uint8 and value.dtype != torch.uint8:
+                raise ValueError(f"{where} is damaged: {key!r} holds {value.dtype} instead of packed bytes (uint8)")
+            if not _is_finite(value, tensor, body, key):
+                raise ValueError(f"{where} has NaN or infinite values in {key!r}: take an earlier one")
+
+
+def _is_finite(value: Tensor, expected: Tensor, body: Body | None, key: str) -> bool:
+    assert body is not None
+    if expected.dtype == torch.uint8:
+        numbers = body.storage if isinstance(body.storage, str) else body.storage.scale_dtype
+        if isinstance(body.storage, Quantization) and key.endswith("original0"):
+            return True
+        value = value.contiguous().view(HALVES[numbers])
+    return value.is_meta or bool(value.isfinite().all())
+
+
+def _expected(body: Body, name: str) -> dict[str, Tensor]:
+    empty = empty_weight(nn.Parameter(torch.empty(body.weights[name], device="meta")), body)
+    return {prefix_of(name) + key: tensor for key, tensor in empty.state_dict().items()}
+
+
+def load_body(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of quantized weights alone.
+
+    Args:
+        model: A model that has the structure of its body already.
+        state: Tensors that `check_body_tensors` has seen.
+    """
+    for name, kept in readings(model).items():
+        prefix = prefix_of(name)
+        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        kept.load_state_dict(own)
+
+
+def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> None:
+    """Make weights usable whose tensors were put into place one by one, in a model that was on the meta device.
+
+    Args:
+        model: The model.
+        is_missing: Whether a tensor was not loaded.
+
+    Raises:
+        ValueError: If one was not.
+    """
+    for name, kept in readings(model).items():
+        for key, tensor in kept.state_dict(keep_vars=True).items():
+            if is_missing(tensor):
+                raise ValueError(
+                    f"{prefix_of(name) + key!r} was not loaded: it is missing from the model's files, or was to stay "
+                    "on disk. Take all files of one save_pretrained, and load them to memory"
+                )
+        reading = kept[0]
+        if isinstance(reading, PackedWeight):
+            # Not stored: it follows from the model.
+            reading.unit = torch.empty_like(reading.unit, device=next(iter(kept.state_dict().values())).device)

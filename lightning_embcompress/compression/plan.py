@@ -1,0 +1,441 @@
+"""Which tables of a model become what: decided, carried out, recorded as JSON, and rebuilt empty. No Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.compression.backbone import Body, apply_body, body_bytes, body_of, check_body, restore_body
+from lightning_embcompress.compression.budget import (
+    Request,
+    Tie,
+    check_budget,
+    check_tables_and_counts,
+    checked_requests,
+    parse_loss,
+)
+from lightning_embcompress.compression.loss_budget import (
+    ANY_RATIO,
+    check_known,
+    check_predictable,
+    requests_in_loss,
+    shares_in_loss,
+    smallest_within,
+    uses_loss,
+)
+from lightning_embcompress.compression.records import check_tables, dtype_of, shown
+from lightning_embcompress.compression.solution import Solution, put_in_place, solve_all, tried
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.methods.registry import Factorization, factorization_from_spec, get_method
+from lightning_embcompress.methods.specs import dense_bytes
+from lightning_embcompress.tables.replacement import (
+    all_modules,
+    replace_table,
+    restore_dense,
+)
+from lightning_embcompress.utils.storage import check_whole, place_of
+
+PLAN_VERSION = 4
+"""Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`."""
+_ADDED: dict[str, Any] = {"untied": None, "predicted_loss": None}
+
+
+Placed: TypeAlias = tuple[tuple[str, ...], Factorization[Any]]
+"""Paths of the modules that read a table, and what they read."""
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """One table of a plan.
+
+    Attributes:
+        modules: Paths of the modules that read it; several if they are tied.
+        method: Name in `METHODS`.
+        options: Options that were given for the method.
+        spec: Structure of the factorization, see `Factorization.spec`.
+        dtype: Dtype of the factors (`"float32"`).
+        stored_bytes: Bytes of the factorization on disk.
+        weighted_error: Relative weighted error when it was solved last; None if that is not known.
+        untied: Name of the dense table that this one and another were made of; None for a table of its own.
+        predicted_loss: What the mean loss was predicted to grow by for the errors of this table, in nats; None if that
+            is not known.
+    """
+
+    modules: tuple[str, ...]
+    method: str
+    options: dict[str, Any]
+    spec: dict[str, Any]
+    dtype: str
+    stored_bytes: int
+    weighted_error: float | None
+    untied: str | None = None
+    predicted_loss: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Path of the first module."""
+        return self.modules[0]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the table before it was compressed; a table that became two is counted half in each."""
+        itemsize = dtype_of(self.dtype).itemsize
+        return dense_bytes(self.spec["vocab_size"], self.spec["dim"], itemsize) // (1 if self.untied is None else 2)
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes over stored bytes."""
+        return self.dense_bytes / self.stored_bytes
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the factors were found, as a factorization keeps it."""
+        return {
+            "method": self.method,
+            "options": dict(self.options),
+            "weighted_error": self.weighted_error,
+            "predicted_loss": self.predicted_loss,
+            "untied": self.untied,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was done to the tables of a model: versioned JSON from which the structure can be rebuilt empty.
+
+    Attributes:
+        tables: One entry a table.
+        version: Version of the format.
+        body: Which weights beside the tables are quantized; None if none is.
+    """
+
+    tables: tuple[TablePlan, ...] = field(default_factory=tuple)
+    version: int = PLAN_VERSION
+    body: Body | None = None
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all tables before compression."""
+        return sum(table.dense_bytes for table in self.tables)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tables on disk."""
+        return sum(table.stored_bytes for table in self.tables)
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes over stored bytes of all tables together."""
+        return self.dense_bytes / self.stored_bytes if self.tables else 1.0
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """What the mean loss was predicted to grow by, in nats; None if that is not known of every table."""
+        known = [table.predicted_loss for table in self.tables if table.predicted_loss is not None]
+        return sum(known) if known and len(known) == len(self.tables) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        tables = [{**vars(table), "modules": list(table.modules)} for table in self.tables]
+        body = {} if self.body is None else {"body": self.body.to_dict()}
+        return {"version": self.version, "tables": tables, **body}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Plan:
+        """Read a plan that `to_dict` wrote.
+
+        Raises:
+            ValueError: If it is not a plan, one of a newer version, or one that no model can have; nothing is
+                allocated for it.
+        """
+        if not isinstance(record, Mapping) or not {"version", "tables"} <= record.keys():
+            raise ValueError(
+                f"not a compression plan: expected a mapping with 'version' and 'tables', got {shown(record)}"
+            )
+        version, tables = record["version"], record["tables"]
+        if type(version) is not int or not 1 <= version <= PLAN_VERSION:
+            raise ValueError(
+                f"the compression plan has version {shown(version)}, this package reads versions up to {PLAN_VERSION}: "
+                "upgrade lightning-embcompress"
+            )
+        # The configuration of a model of transformers says beside the plan by whom it is read.
+        if unknown := record.keys() - {"version", "tables", "body", "quant_method"}:
+            raise ValueError(f"the compression plan has unknown keys {shown(sorted(map(str, unknown)))}: it is damaged")
+        names = set(TablePlan.__dataclass_fields__)
+        if not isinstance(tables, list):
+            raise ValueError(f"not a compression plan: 'tables' must be a list, it is {shown(tables)}")
+        entries = []
+        for entry in tables:
+            if version < PLAN_VERSION and isinstance(entry, Mapping):
+                entry = {**_ADDED, **entry}
+            if not isinstance(entry, Mapping) or set(entry) != names:
+                raise ValueError(
+                    f"a table of the compression plan must have the keys {sorted(names)}, got {shown(entry)}"
+                )
+            entries.append(entry)
+        check_tables(entries)
+        body = None if record.get("body") is None else Body.from_dict(record["body"])
+        return cls(tuple(TablePlan(**{**entry, "modules": tuple(entry["modules"])}) for entry in entries), body=body)
+
+
+def compress(
+    model: nn.Module,
+    method: str = "group_reduce",
+    *,
+    ratio: float | None = None,
+    size: str | int | None = None,
+    max_loss: str | float | None = None,
+    tables: str | Sequence[str] = "auto",
+    tie: Tie = "keep",
+    token_counts: Any = None,
+    statistics: Statistics | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    **options: Any,
+) -> Plan:
+    """Compress the tables of any model, in place.
+
+    Everything is checked and solved before the first layer is replaced: if an error is raised, the model is as it was.
+
+    Args:
+        model: Any `nn.Module` that holds `nn.Embedding` and `nn.Linear` layers, tied or not.
+        method: `"group_reduce"`, `"transform_coding"`, `"tensor_train"`, ...: a name in `METHODS`; `"auto"` for the one
+            of the least predicted loss, for every table.
+        ratio: Dense bytes over stored bytes, for every table; with statistics, of all tables together. Some methods
+            have an option that takes its place, such as `max_rank=4` of `tensor_train`.
+        size: Instead of a ratio, bytes of all tables together: `"80MB"` (MB = 10⁶) or a number.
+        max_loss: Instead of a size, the most that the perplexity may grow by, `"1%"` or `0.01`: the smallest model
+            within it is searched for. Needs `statistics` and `evaluate`.
+        tables: `"auto"`, or paths of modules, see `find_tables`.
+        tie: What becomes of a table that embedding and softmax share. `"keep"`: one set of factors serves both.
+            `"untie"`: each gets its own, of half the bytes. `"auto"`: whichever leaves the lower predicted loss at
+            equal bytes; without statistics, when rows count the same in both roles, one set is never worse, and kept.
+        token_counts: `[vocab_size]` how often every token occurs in the training data; needed by the methods that
+            weight by frequency, where there are no statistics.
+        statistics: What `collect_statistics` has found for this model: methods that can, minimise what the loss grows
+            by, all tables share one budget, and biases of heads make up for the mean error of their logits.
+        evaluate: For `max_loss`: measures the perplexity of the model on validation data.
+        **options: Options of the method, such as `groups=20`.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        ValueError: If the request cannot be met; the message names the table, the value and the remedy.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
+        >>> plan = compress(model, "group_reduce", ratio=4, token_counts=torch.arange(2000, 0, -1))
+        >>> [(table.name, table.ratio >= 4) for table in plan.tables]
+        [('0', True), ('1', True)]
+    """
+    check_whole(model, "compressed")
+    _check_loss(method, ratio, size, max_loss, statistics, evaluate, options)
+    if statistics is None or not uses_loss(method, options):
+        requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
+        return _replace(model, solve_all(requests, counts), None)
+    counts = statistics.token_counts
+    if max_loss is None:
+        requests = requests_in_loss(model, statistics, method, ratio, size, tables, tie, **options)
+        check_tables_and_counts(requests, counts)
+        return _replace(model, solve_all(requests, counts), statistics)
+    assert evaluate is not None
+    shares, _ = shares_in_loss(model, statistics, method, ANY_RATIO, None, tables, tie, **options)
+    check_tables_and_counts(shares.requests, counts)
+    dense = math.log(evaluate(model))
+
+    def measure(requests: list[Request]) -> tuple[float, Solution]:
+        solved = solve_all(requests, counts)
+        with tried(model, solved, statistics):
+            return math.log(evaluate(model)) - dense, solved
+
+    solved, _ = smallest_within(parse_loss(max_loss), shares, measure)
+    return _replace(model, solved, statistics)
+
+
+def _check_loss(
+    method: str, ratio: Any, size: Any, max_loss: Any, statistics: Any, evaluate: Any, options: dict[str, Any]
+) -> None:
+    check_known(method, options, statistics)
+    if max_loss is None:
+        return
+    check_budget(ratio, size, get_method(method).options(**options), max_loss)
+    if statistics is None or evaluate is None:
+        raise ValueError(
+            "max_loss needs statistics, as collect_statistics(model, batches) gives them, to predict sizes, and "
+            "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
+        )
+    check_predictable(method, options)
+
+
+def _replace(model: nn.Module, solved: Solution, statistics: Statistics | None) -> Plan:
+    put_in_place(model, solved, statistics)
+    return plan_of(model)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Read the plan off a model: what its compressed layers are, and how they were found.
+
+    Returns:
+        One entry a table in the order of `model.named_modules()`; an empty plan for a model that is not compressed.
+    """
+    return Plan(
+        tuple(
+            TablePlan(
+                modules=paths,
+                method=factors.provenance.get("method", factors.kind),
+                options=factors.provenance.get("options", {}),
+                spec=factors.spec(),
+                dtype=str(factors.dtype).removeprefix("torch."),
+                stored_bytes=factors.stored_bytes(),
+                weighted_error=factors.provenance.get("weighted_error"),
+                untied=factors.provenance.get("untied"),
+                predicted_loss=factors.provenance.get("predicted_loss"),
+            )
+            for paths, factors in compressed_tables(model)
+        ),
+        body=body_of(model),
+    )
+
+
+def compressed_tables(model: nn.Module) -> list[Placed]:
+    """Compressed tables of a model: paths of the modules that read one, and what they read.
+
+    Returns:
+        One entry a table in the order of `model.named_modules()`.
+    """
+    modules: dict[int, list[str]] = {}
+    factorizations: dict[int, Factorization[Any]] = {}
+    for path, module in all_modules(model).items():
+        if isinstance(module, CompressedLayer):
+            modules.setdefault(id(module.factorization), []).append(path)
+            factorizations[id(module.factorization)] = module.factorization
+    return [(tuple(paths), factorizations[key]) for key, paths in modules.items()]
+
+
+def model_bytes(model: nn.Module) -> dict[str, float]:
+    """Bytes of a whole model as it would be dense and as it is stored, shared tensors counted once.
+
+    Of a sharded model, too, it is all of it, and not the part of this process.
+
+    Returns:
+        `dense_bytes`, `stored_bytes` and their `ratio`, as in `report.json`.
+
+    Example:
+        >>> model_bytes(nn.Linear(10, 5, bias=False))
+        {'dense_bytes': 200, 'stored_bytes': 200, 'ratio': 1.0}
+    """
+    plan = plan_of(model)
+    inside = {
+        place_of(tensor)
+        for module in model.modules()
+        if isinstance(module, CompressedLayer)
+        for tensor in module.factorization.state_dict(keep_vars=True).values()
+    }
+    # A shard counts as the whole tensor.
+    outside = {place_of(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    rest = sum(size for place, size in outside.items() if place not in inside)
+    body_dense, body_stored = body_bytes(model)
+    dense, stored = rest - body_stored + body_dense + plan.dense_bytes, rest + plan.stored_bytes
+    return {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored if stored else 1.0}
+
+
+def densify(model: nn.Module) -> None:
+    """Turn a compressed model back into one of ordinary layers, in place: every table is built from its factors.
+
+    Weights beside the tables that are quantized become ordinary ones of the values that they are read with.
+
+    Raises:
+        ValueError: If the model is sharded, or there is no memory for a table. The model is as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
+        >>> _ = compress(model, "low_rank", ratio=4)
+        >>> densify(model)
+        >>> type(model[0]).__name__, type(model[1]).__name__
+        ('Embedding', 'Linear')
+    """
+    check_whole(model, "made dense")
+    restore_dense(model)
+    restore_body(model)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Give a model the structure of a plan, empty and ready to be loaded into.
+
+    Layers that are compressed otherwise, or that the plan leaves dense, are rebuilt too: afterwards the model has the
+    structure of the plan, whatever it had before. An empty plan makes it dense. As everywhere in torch, the model's
+    dtype and device stay what they are, whatever those of the file.
+
+    Args:
+        model: The model that the plan was made for, of ordinary layers or compressed already.
+        plan: The plan.
+
+    Raises:
+        ValueError: If the plan does not fit the model. The model is as it was.
+    """
+    check_plan(model, plan)
+    named = all_modules(model)
+    factorizations = []
+    for table in plan.tables:
+        dtype, device, trains = _table_place(named[table.modules[0]])
+        factorizations.append(factorization_from_spec(table.spec, dtype, device))
+        if not trains:
+            factorizations[-1].requires_grad_(False)
+        factorizations[-1].provenance = table.provenance
+    restore_dense(model, fill=False)
+    for table, factorization in zip(plan.tables, factorizations, strict=True):
+        replace_table(model, table.modules, factorization)
+    apply_body(model, plan.body)
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Check that a model has the tables of a plan, and its weights beside them.
+
+    Raises:
+        ValueError: If a module is missing, is of another kind or of another shape.
+    """
+    named = all_modules(model)
+    owned = tuple(f"{path}." for table in plan.tables for path in table.modules)
+    for name in plan.body.weights if plan.body is not None else ():
+        if name.startswith(owned):
+            raise ValueError(
+                f"the plan is damaged: it names {shown(name)} among the weights beside the tables, but it is one of a "
+                "table"
+            )
+    for table in plan.tables:
+        shape = (table.spec.get("vocab_size"), table.spec.get("dim"))
+        for path in table.modules:
+            module = named.get(path)
+            if not isinstance(module, nn.Embedding | nn.Linear | CompressedLayer):
+                raise ValueError(
+                    f"the plan compresses module {shown(path)}, but the model has no embedding or projection there"
+                )
+            own = _table_shape(module)
+            if own != shape:
+                raise ValueError(
+                    f"the plan's table {path!r} is {shape[0]} x {shape[1]}, the model's is {own[0]} x {own[1]}: build "
+                    "the model with the vocabulary and the sizes that the checkpoint was trained with"
+                )
+    check_body(model, plan.body)
+
+
+def _table_shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, CompressedLayer):
+        return module.factorization.vocab_size, module.factorization.dim
+    assert isinstance(module, nn.Embedding | nn.Linear)
+    return module.weight.shape[0], module.weight.shape[1]
+
+
+def _table_place(module: nn.Module) -> tuple[torch.dtype, torch.device, bool]:
+    """Dtype and device of a table, and whether what takes its place is to train."""
+    if isinstance(module, CompressedLayer):
+        return module.factorization.dtype, module.factorization.device, module.factorization.may_train
+    assert isinstance(module, nn.Embedding | nn.Linear)
+    return module.weight.dtype, module.weight.device, module.weight.requires_grad

@@ -1,0 +1,209 @@
+"""What a person looks at: tables on the screen and `report.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table as ScreenTable
+from torch import nn
+
+from lightning_embcompress.compression.budget import Request, parse_loss
+from lightning_embcompress.compression.plan import Plan, TablePlan, model_bytes, plan_of
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.tables.replacement import all_modules
+from lightning_embcompress.utils.files import explaining_failure, replacing
+from lightning_embcompress.utils.progress import output_console
+
+
+def table_report(model: nn.Module) -> list[dict[str, Any]]:
+    """One mapping for every compressed table of a model, as in `report.json`."""
+    parameters = {
+        path: module.factorization.num_values
+        for path, module in all_modules(model).items()
+        if isinstance(module, CompressedLayer)
+    }
+    return [
+        {
+            "name": table.name,
+            "modules": list(table.modules),
+            "method": table.method,
+            "shape": [table.spec["vocab_size"], table.spec["dim"]],
+            "dense_bytes": table.dense_bytes,
+            "stored_bytes": table.stored_bytes,
+            "ratio": table.ratio,
+            "parameter_ratio": table.spec["vocab_size"] * table.spec["dim"] / parameters[table.name],
+            "weighted_error": table.weighted_error,
+            "predicted_loss": table.predicted_loss,
+            "structure": _structure(table),
+        }
+        for table in plan_of(model).tables
+    ]
+
+
+def write_report(
+    path: Path, model: nn.Module, perplexity: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write `report.json`: tables, model and perplexities. The file is replaced in one step.
+
+    Values of a diverged run that are not finite become null: JSON has no infinity.
+
+    Args:
+        path: The file.
+        model: The compressed model.
+        perplexity: `dense`, `compressed`, `refined`, `final` and `split`.
+        extra: Further keys, such as `token_counts`.
+    """
+    report = {"tables": table_report(model), "model": model_bytes(model), "perplexity": dict(perplexity)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with explaining_failure(path), replacing(path) as temporary:
+        temporary.write_text(json.dumps(_finite(report | dict(extra or {})), indent=2) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@rank_zero_only
+def show_requests(
+    requests: Sequence[Request], shares_budget: bool = False, max_loss: str | float | None = None
+) -> None:
+    """Print what the tables are now and how small they will be.
+
+    Args:
+        requests: What is to become of which table.
+        shares_budget: Whether only all tables together have a size.
+        max_loss: Relative increase of the perplexity that decides the size, if it does.
+    """
+    screen = ScreenTable("table", "method", "shape", "MB now", "MB at most", "ratio", title="Tables to compress")
+    for request in requests:
+        now = request.table.weight.nbytes
+        screen.add_row(
+            " = ".join(request.table.modules),
+            request.method_name,
+            _shape(request.table.shape),
+            f"{now / 1e6:.3f}",
+            *([""] * 2 if shares_budget else [f"{request.max_bytes / 1e6:.3f}", f"{now / request.max_bytes:.2f}x"]),
+        )
+    if shares_budget:
+        now, most = (
+            sum(sizes) for sizes in zip(*((r.table.weight.nbytes, r.max_bytes) for r in requests), strict=True)
+        )
+        asked = [f"{most / 1e6:.3f}", f"{now / most:.2f}x"]
+        if max_loss is not None:
+            asked = [f"perplexity {math.expm1(parse_loss(max_loss)):+.2%}", ""]
+        screen.add_section()
+        screen.add_row("all together", "", "", f"{now / 1e6:.3f}", *asked)
+    _print(screen)
+
+
+@rank_zero_only
+def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
+    """Print what the tables have become."""
+    screen = ScreenTable(
+        "table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "weighted error", title=title
+    )
+    shows_loss = any(table.predicted_loss is not None for table in plan.tables)
+    if shows_loss:
+        screen.add_column("predicted loss")
+    for table in plan.tables:
+        screen.add_row(
+            " = ".join(table.modules),
+            table.method,
+            _shape((table.spec["vocab_size"], table.spec["dim"])),
+            _structure(table),
+            *_sizes({"dense_bytes": table.dense_bytes, "stored_bytes": table.stored_bytes, "ratio": table.ratio}),
+            "" if table.weighted_error is None else f"{table.weighted_error:.4f}",
+            *(["" if table.predicted_loss is None else f"{table.predicted_loss:.4f}"] if shows_loss else []),
+        )
+    screen.add_section()
+    total = [] if plan.predicted_loss is None else [f"{plan.predicted_loss:.4f}"]
+    screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "", *total)
+    _print(screen)
+
+
+@rank_zero_only
+def show_inspection(report: Mapping[str, Any]) -> None:
+    """Print what `embcompress inspect` has found: tables, the whole model, and a note if there is one."""
+    say(report["source"])
+    if report["compressed"]:
+        columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "share")
+        screen = ScreenTable(*columns, title="Compressed tables")
+        for table in report["tables"]:
+            names, shape, share = " = ".join(table["modules"]), _shape(table["shape"]), f"{table['share']:.1%}"
+            screen.add_row(names, table["method"], shape, table["structure"], *_sizes(table), share)
+        screen.add_section()
+        screen.add_row("whole model", "", "", "", *_sizes(report["model"]), "")
+    else:
+        screen = ScreenTable("table", "shape", "MB", "share", title="Tables to compress")
+        for table in report["tables"]:
+            names, share = " = ".join(table["modules"]), f"{table['share']:.1%}"
+            screen.add_row(names, _shape(table["shape"]), _sizes(table)[1], share)
+        screen.add_section()
+        screen.add_row("whole model", "", _sizes(report["model"])[1], "")
+    _print(screen)
+    if report["note"]:
+        say(f"No tables are chosen: {report['note']}")
+
+
+def _sizes(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{entry['dense_bytes'] / 1e6:.3f}", f"{entry['stored_bytes'] / 1e6:.3f}", f"{entry['ratio']:.2f}x"
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line as it is, whatever its length and its brackets."""
+    output_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(screen: ScreenTable) -> None:
+    console = Console()
+    # A log file has no width of its own, and 80 columns would break the rows.
+    (console if console.is_terminal else Console(width=132)).print(screen)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"{shape[0]:,} x {shape[1]:,}"
+
+
+def _structure(table: TablePlan) -> str:
+    """Groups, ranks and bits in a few words, for any factorization."""
+    quantization = table.spec.get("quantization")
+    if quantization is None:
+        return _factors(table.spec)
+    state = "packed in" if quantization["state"] == "packed" else "training for"
+    return f"{_factors(table.spec) or 'all numbers'}, {state} {quantization['bits']} bits"
+
+
+def _factors(spec: Mapping[str, Any]) -> str:
+    """Whatever a structure says beside the shape."""
+    if isinstance(spec.get("segments"), list):
+        ranks = [sum(count for _, count in runs) for runs in spec["segments"]]
+        bits = sorted({width for runs in spec["segments"] for width, _ in runs if width})
+        widths = f" in {bits[0]} to {bits[-1]} bits" if bits else ""
+        return f"{len(spec['sizes'])} groups, ranks {_listed(ranks, ', ')}{widths}"
+    if isinstance(spec.get("sizes"), list):
+        return f"{len(spec['sizes'])} groups, ranks {_listed(spec['ranks'], ', ')}"
+    modes = [_listed(spec[name], " x ") for name in ("vocab_shape", "dim_shape", "shape") if name in spec]
+    known = {"kind", "vocab_size", "dim", "vocab_shape", "dim_shape", "shape"}
+    rest = [
+        f"{name.replace('_', ' ')} {_listed(value, ', ') if isinstance(value, list) else value}"
+        for name, value in spec.items()
+        if name not in known and isinstance(value, int | float | str | list)
+    ]
+    return ", ".join([" by ".join(modes)] * bool(modes) + rest)
+
+
+def _listed(values: Sequence[Any], separator: str) -> str:
+    # Twelve modes are what a vector of 4,096 is folded to: of more the end is of interest.
+    shown = separator.join(map(str, values[:6]))
+    return shown if len(values) <= 6 else f"{shown}{separator}... {values[-1]}"

@@ -1,0 +1,1 @@
+"""transformers, checkpoints of Lightning, sharded training, models in files."""

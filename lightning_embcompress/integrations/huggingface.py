@@ -1,0 +1,307 @@
+"""What a model of transformers must know of its compressed tables: saving, ties, and what would corrupt them.
+
+A model is looked after from the first table that is compressed in it to the last that is made dense again. Nothing
+outlives that, and models of other libraries are not looked at: transformers is never imported here.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.methods.registry import Factorization
+
+QUANT_METHOD = "embcompress"
+"""Under this name `config.json` records the plan, and transformers finds our quantizer."""
+
+_DENSE_TIES = "_embcompress_dense_ties"
+
+
+def pretrained_models(root: nn.Module) -> dict[str, Any]:
+    """Models of transformers within a module by their paths, outer ones first; the module itself has the path `""`."""
+    # A model of transformers can only be there if somebody has imported it.
+    library = sys.modules.get("transformers.modeling_utils")
+    kind = getattr(library, "PreTrainedModel", ())
+    return {path: module for path, module in root.named_modules() if isinstance(module, kind)}
+
+
+def only_model(root: nn.Module) -> Any:
+    """The model of transformers that a module is or holds, if it is one; what that holds in turn does not count."""
+    outer: list[str] = []
+    models = pretrained_models(root)
+    for path in models:
+        if not any(path.startswith(f"{other}." if other else "") for other in outer):
+            outer.append(path)
+    return models[outer[0]] if len(outer) == 1 else None
+
+
+def vocabulary_layers(root: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Token embeddings and softmax projections of a module, as far as a model of transformers in it says.
+
+    Returns:
+        Its embeddings, of which an encoder and a decoder may have one each, and its projection; where it has none,
+        projections that are outside of it. Nothing if there is no such model, or it does not say.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50, n_positions=50))
+        >>> vocabulary_layers(nn.Sequential(model, nn.Linear(8, 50)))
+        ([Embedding(50, 8)], [Linear(in_features=8, out_features=50, bias=True)])
+    """
+    model = only_model(root)
+    if model is None:
+        return [], []
+    parts = [model, model.get_encoder(), model.get_decoder()] if _has_encoder_and_decoder(model) else [model]
+    try:
+        layers, projection = [part.get_input_embeddings() for part in parts], model.get_output_embeddings()
+    except NotImplementedError:
+        return [], []
+    embeddings = {id(layer): layer for layer in layers if isinstance(layer, nn.Embedding | CompressedEmbedding)}
+    if not embeddings:
+        return [], []
+    own = set(model.modules())
+    candidates = [layer for layer in root.modules() if layer not in own] if projection is None else [projection]
+    projections: list[nn.Module] = [layer for layer in candidates if isinstance(layer, nn.Linear | CompressedLinear)]
+    return list(embeddings.values()), projections
+
+
+def _has_encoder_and_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
+
+
+def follow(root: nn.Module) -> None:
+    """Bring the models of transformers within a module in step with its layers, after some were replaced.
+
+    Afterwards `save_pretrained` of a model with compressed tables, or quantized weights beside them, records their
+    plan, its tied factors are stored once, and what would corrupt the tables is refused; a model without is as
+    transformers made it.
+
+    Args:
+        root: The module in which layers were replaced.
+    """
+    # Here and not at the top: it is built on this module.
+    from lightning_embcompress.compression.backbone import body_of
+
+    for model in pretrained_models(root).values():
+        if _factorizations(model) or body_of(model) is not None:
+            _hook(model)
+            _declare_ties(model, root)
+        elif _DENSE_TIES in model.__dict__:
+            _unhook(model)
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Compressed modules whose factors belong to another module too: their paths, and the path of the first one.
+
+    Example:
+        >>> from lightning_embcompress.compression.plan import compress
+        >>> model = nn.ModuleDict({"encoder": nn.Embedding(200, 8), "decoder": nn.Linear(8, 200)})
+        >>> model["decoder"].weight = model["encoder"].weight
+        >>> _ = compress(model, "low_rank", ratio=2)
+        >>> aliases(model)
+        {'decoder': 'encoder'}
+    """
+    first: dict[int, str] = {}
+    found = {}
+    for path, factorization in _factorizations(model).items():
+        source = first.setdefault(id(factorization), path)
+        if source != path:
+            found[path] = source
+    return found
+
+
+def _factorizations(model: nn.Module) -> dict[str, Factorization[Any]]:
+    # While a model is being loaded, tied layers are without theirs.
+    return {
+        path: module.factorization
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, CompressedLayer) and "factorization" in module._modules
+    }
+
+
+class _Hook:
+    """Stands in for a method on one instance. A class, not a closure: the model stays picklable and can be copied."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model = model
+        self.name = name
+        self.previous = model.__dict__.get(name)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _SaveHook(_Hook):
+    """`save_pretrained` with the plan of the model as it is now, and every factor once."""
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Here and not at the top: replacing tables, which plans are built on, is what this module serves.
+        from lightning_embcompress.compression.plan import plan_of
+        from lightning_embcompress.quantization.aware import converted, is_prepared
+
+        # A part of the model may have been changed by itself.
+        follow(self.model)
+        if state_dict is not None and is_prepared(self.model):
+            raise ValueError(
+                "the model is prepared for quantization, and a state_dict of numbers has no integers: call "
+                "save_pretrained without a state_dict, or convert(model) before"
+            )
+        with converted(self.model):
+            state = self.model.state_dict() if state_dict is None else state_dict
+            twice = tuple(f"{path}.factorization." for path in aliases(self.model))
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(twice)}
+            # Only while it is written: a configuration is shared by models, and made into new ones, that are dense.
+            record = {"quant_method": QUANT_METHOD, **plan_of(self.model).to_dict()}
+            with _quantization_config(self.model.config, record):
+                return self.original(save_directory, is_main_process, state, *args, **kwargs)
+
+
+@contextmanager
+def _quantization_config(config: Any, record: dict[str, Any]) -> Iterator[None]:
+    before = config.__dict__.get("quantization_config")
+    method = before.get("quant_method") if isinstance(before, Mapping) else getattr(before, "quant_method", None)
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(
+            f"the model is quantized by {method!s} besides, and {type(config).__name__} has room for one record: make "
+            "the tables dense with densify(model) before save_pretrained, or use save_compressed(model, path)"
+        )
+    config.quantization_config = record
+    try:
+        yield
+    finally:
+        del config.quantization_config
+        if before is not None:
+            config.quantization_config = before
+
+
+class _RefusalHook(_Hook):
+    """A method that would put an ordinary layer beside or in the place of a compressed one."""
+
+    getters: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for getter in self.getters:
+            layer = getattr(self.model, getter)()
+            if isinstance(layer, CompressedLayer):
+                raise ValueError(
+                    f"{self.name} cannot change a compressed table: the {type(layer).__name__} of "
+                    f"{type(self.model).__name__} is stored as {type(layer.factorization).__name__}. Make the model "
+                    f"dense with densify(model), call {self.name}, and compress it again"
+                )
+        return self.original(*args, **kwargs)
+
+
+class _SetInputHook(_RefusalHook):
+    getters = ("get_input_embeddings",)
+
+
+class _SetOutputHook(_RefusalHook):
+    getters = ("get_output_embeddings",)
+
+
+class _ResizeHook(_RefusalHook):
+    getters = ("get_input_embeddings", "get_output_embeddings")
+
+    def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        # Many programs ask for the size of their tokenizer, whether it has changed or not.
+        embedding = self.model.get_input_embeddings()
+        now = getattr(embedding, "num_embeddings", None)
+        if new_num_tokens in (None, now) and not args and not kwargs.get("pad_to_multiple_of"):
+            return embedding
+        return super().__call__(new_num_tokens, *args, **kwargs)
+
+
+_HOOKS: dict[str, type[_Hook]] = {
+    "save_pretrained": _SaveHook,
+    "resize_token_embeddings": _ResizeHook,
+    "set_input_embeddings": _SetInputHook,
+    "set_output_embeddings": _SetOutputHook,
+}
+
+
+def _hook(model: Any) -> None:
+    if _DENSE_TIES in model.__dict__:
+        return
+    model.__dict__[_DENSE_TIES] = (model.__dict__.get("_tied_weights_keys"), dict(model.all_tied_weights_keys))
+    for name, hook in _HOOKS.items():
+        model.__dict__[name] = hook(model, name)
+
+
+def _unhook(model: Any) -> None:
+    for name in _HOOKS:
+        previous = model.__dict__.pop(name).previous
+        if previous is not None:
+            model.__dict__[name] = previous
+    own_keys, ties = model.__dict__.pop(_DENSE_TIES)
+    del model._tied_weights_keys
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in ties.items()
+        if target in parameters and parameters[target] is parameters.get(source)
+    }
+    if own_keys is not None:
+        model._tied_weights_keys = own_keys
+    elif model.all_tied_weights_keys != ties:
+        # Factors of their own became weights of their own, which no call of `tie_weights` may tie again.
+        model._tied_weights_keys = dict(model.all_tied_weights_keys)
+
+
+def _declare_ties(model: Any, root: nn.Module) -> None:
+    """Name the ties as they are now, for `tie_weights` and whatever places or saves tied weights together."""
+    _, dense = model.__dict__[_DENSE_TIES]
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = {target: source for target, source in dense.items() if target in there and source in there}
+    factors = {f"{path}.factorization": f"{source}.factorization" for path, source in aliases(model).items()}
+    model._tied_weights_keys = {**kept, **factors}
+    # By their full names here; buffers are left out, because transformers looks these names up among parameters.
+    model.all_tied_weights_keys = kept | {
+        f"{path}.{name}": f"{source}.{name}"
+        for path, source in factors.items()
+        for name, _ in model.get_submodule(source).named_parameters()
+    }
+    # Only where nothing is left of what it stands for: some models read it to decide which others are tied.
+    if (
+        dense
+        and getattr(model.config, "tie_word_embeddings", False)
+        and all(_is_broken(model, *tie) for tie in dense.items())
+    ):
+        _give_own_config(model, root).tie_word_embeddings = False
+
+
+def _is_broken(model: Any, target: str, source: str) -> bool:
+    """Whether the layers of two weights, which were one while dense, no longer share what they read."""
+    if not target.endswith(".weight"):
+        return False
+    layers = [model.get_submodule(name.rpartition(".")[0]) for name in (target, source)]
+    # While a model is being loaded, tied layers are without factors.
+    factors = [layer._modules.get("factorization") for layer in layers if isinstance(layer, CompressedLayer)]
+    return len(factors) == 1 or (len(factors) == 2 and None not in factors and factors[0] is not factors[1])
+
+
+def _give_own_config(model: Any, root: nn.Module) -> Any:
+    """Replace a configuration, which other models may share, by a copy wherever it is used within a module."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in root.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
+    return own

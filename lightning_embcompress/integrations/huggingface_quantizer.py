@@ -1,0 +1,177 @@
+"""Loading of compressed models by `from_pretrained`, which knows them as models of a quantization method.
+
+Imported by `registration` as soon as transformers can take it, in the middle of transformers' own imports: whatever
+imports more than that is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from lightning_embcompress.compression.plan import Plan, TablePlan
+    from lightning_embcompress.methods.registry import Factorization
+
+# The literal of `huggingface.QUANT_METHOD`: see above.
+_QUANT_METHOD = "embcompress"
+
+
+@register_quantization_config(_QUANT_METHOD)
+class EmbeddingCompressionConfig(QuantizationConfigMixin):
+    """The record of the plan in `config.json`, as transformers carries it.
+
+    Args:
+        **record: The plan as JSON, see `Plan.to_dict`.
+    """
+
+    def __init__(self, **record: Any) -> None:
+        """Keep it; it is read and checked when a model is built from it."""
+        self.__dict__.update(record, quant_method=_QUANT_METHOD)
+
+
+@register_quantizer(_QUANT_METHOD)
+class EmbeddingCompressionQuantizer(HfQuantizer):
+    """Gives a model the structure of its plan before its weights are loaded. Nothing is quantized.
+
+    The loaded model is as one that was compressed in memory: it can be trained, cast and saved.
+    """
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Put empty factors in the place of tables, and empty bytes in that of other weights that are quantized.
+
+        Raises:
+            ValueError: If the configuration holds no plan that can be read, or one for another model.
+        """
+        from lightning_embcompress.compression.backbone import apply_body
+        from lightning_embcompress.compression.plan import Plan, check_plan
+        from lightning_embcompress.integrations import huggingface
+        from lightning_embcompress.tables.replacement import replace_table
+
+        self.plan = _fitted(Plan.from_dict(self.quantization_config.to_dict()), model)
+        check_plan(model, self.plan)
+        for table in self.plan.tables:
+            dense = model.get_submodule(table.name).weight
+            # What stands for the weight until the end of loading: some models initialise it from outside its layer.
+            placeholder = torch.empty_like(dense, device="meta")
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+            replace_table(model, table.modules, _empty(table, dense.dtype).to("meta"))
+            for path in table.modules:
+                model.get_submodule(path).__dict__["weight"] = placeholder
+            # A tensor with two names is read from the file under one of them; transformers would take the other for
+            # missing, and overwrite what was read. So only the first layer has the factors while they are loaded.
+            for path in table.modules[1:]:
+                del model.get_submodule(path).factorization
+        apply_body(model, self.plan.body)
+        huggingface.follow(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Give the loaded factors to all layers that share them, and look at the weights beside them.
+
+        Raises:
+            ValueError: If a factor was missing from the files, or they are damaged.
+        """
+        from lightning_embcompress.compression.backbone_files import finish_loading
+        from lightning_embcompress.integrations import huggingface
+
+        for table in self.plan.tables:
+            factorization = _loaded(table, model.get_submodule(table.name).factorization)
+            for path in table.modules:
+                layer = model.get_submodule(path)
+                layer.factorization = factorization
+                del layer.__dict__["weight"]
+        finish_loading(model, _is_missing)
+        # From here on it is a model like any other: what transformers calls quantized can neither be cast nor trained.
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for part in huggingface.pretrained_models(model).values():
+            part.config.__dict__.pop("_is_quantized", None)
+        huggingface.follow(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True."""
+        return True
+
+
+def _fitted(plan: Plan, model: Any) -> Plan:
+    """A plan for a model of another head than the one it was saved from, or of none.
+
+    Paths are taken with or without the name of the base model, as transformers takes those of weights. What this model
+    ties to a table reads it too, and a softmax that it does not have is left out.
+    """
+    from lightning_embcompress.tables.replacement import all_modules
+
+    base, there = f"{model.base_model_prefix}.", all_modules(model)
+    headless = model.get_output_embeddings() is None
+    ties = [(one.removesuffix(".weight"), other.removesuffix(".weight")) for one, other in _ties(model).items()]
+    placed = []
+    for table in plan.tables:
+        names = [(path, base + path, path.removeprefix(base)) for path in table.modules]
+        # One that is not found keeps its name, which `check_plan` then names.
+        paths = [next((name for name in candidates if name in there), candidates[0]) for candidates in names]
+        placed.append([path for path in paths if path in there or not headless])
+    taken = {path for paths in placed for path in paths}
+    for paths in placed:
+        # Every tie has the same source: from any of a group the source is one step away, and the rest another one.
+        for _ in range(2):
+            tied = [one if other in paths else other for one, other in ties if one in paths or other in paths]
+            paths += [path for path in dict.fromkeys(tied) if path not in taken]
+            taken.update(paths)
+    tables = zip(plan.tables, placed, strict=True)
+    fitted = replace(plan, tables=tuple(replace(table, modules=tuple(paths)) for table, paths in tables if paths))
+    if plan.body is None:
+        return fitted
+    known = dict(model.named_parameters(remove_duplicate=False))
+    weights = {}
+    for name, shape in plan.body.weights.items():
+        own = next((one for one in (name, base + name, name.removeprefix(base)) if one in known), None)
+        # One outside of the base model belongs to a head that this model may not have.
+        if own is not None or name.startswith(base):
+            weights[own or name] = shape
+    return replace(fitted, body=replace(plan.body, weights=weights) if weights else None)
+
+
+def _is_missing(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False)
+
+
+def _ties(model: Any) -> dict[str, str]:
+    return {one: other for one, other in model.all_tied_weights_keys.items() if one.endswith(".weight")}
+
+
+def _empty(table: TablePlan, dtype: torch.dtype) -> Factorization[Any]:
+    from lightning_embcompress.methods.registry import factorization_from_spec
+
+    # On a real device, whatever the context: what follows from the structure alone is computed here.
+    with torch.device("cpu"):
+        return factorization_from_spec(table.spec, dtype)
+
+
+def _loaded(table: TablePlan, read: Factorization[Any]) -> Factorization[Any]:
+    """A factorization with tensors that transformers has put into place one by one, which tells it nothing."""
+    for name, tensor in read.state_dict(keep_vars=True).items():
+        if _is_missing(tensor):
+            raise ValueError(
+                f"'{table.name}.factorization.{name}' was not loaded: it is missing from the model's files, or was to "
+                "stay on disk, where factors cannot be read from. Take all files of one save_pretrained, and load them "
+                "to memory"
+            )
+    factorization = _empty(table, read.dtype)
+    try:
+        factorization.load_state_dict(read.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the compressed table {table.name!r} is damaged: {error}") from error
+    # Buffers that are not stored, and follow from the structure, are where that was built.
+    factorization.to(read.device)
+    factorization.provenance = table.provenance
+    return factorization

@@ -1,0 +1,1 @@
+"""Compressed embeddings and projections, and everything that reads them: losses, decoding, generation."""

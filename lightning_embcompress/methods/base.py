@@ -1,0 +1,358 @@
+"""What every way of storing a table has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
+
+from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.quantizers.factors import Factor, PackedFactor, pieces
+from lightning_embcompress.methods.specs import stored_bytes
+from lightning_embcompress.methods.states import QuantizationStates
+from lightning_embcompress.methods.tiles import Tiles, tiles_of_rows
+from lightning_embcompress.utils.division import deal
+
+# Elements of a piece of the table that is built on the way to the logits: 2 MiB of float32 stay in a core's cache.
+_PIECE_ELEMENTS = 2**19
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method can be told: subclasses add fields with defaults, and check their ranges when they are made."""
+
+    size_options: ClassVar[tuple[str, ...]] = ()
+    """Names of the options that say how large the factors are, in place of a ratio."""
+    keeps_floats: ClassVar[bool] = False
+    """Whether the bytes of a number are those of the table, so that only their count is to be decided."""
+
+    @property
+    def fixes_size(self) -> bool:
+        """Whether the options leave nothing for a ratio to decide."""
+        return any(getattr(self, name) is not None for name in self.size_options)
+
+    @property
+    def uses_metric(self) -> bool:
+        """Whether a metric of what errors cost is made use of, by a method that takes one."""
+        return True
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+"""The options of a method."""
+
+
+class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
+    """A table `W ∈ R^{vocab_size × dim}`, stored in fewer bytes, that is read by rows or multiplied from the right.
+
+    One instance serves an embedding (`rows`), a softmax projection (`logits`), or both at once when they are tied.
+    The table itself is never built while training or predicting.
+
+    A new method subclasses this in a file of its own, implements the abstract methods, and gets one line in
+    `lightning_embcompress.methods.registry.METHODS`.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+    """
+
+    kind: ClassVar[str]
+    """Name under which `spec()` records the class."""
+    options_class: ClassVar[type[Any]]
+    """The dataclass of its options; all of them have defaults."""
+    uses_metric: ClassVar[bool] = False
+    """Whether `decompose` and `refined` take a `metric`, what an error costs (see `solvers.metric`)."""
+    divides: ClassVar[bool] = False
+    """Whether its solver divides a table's work over processes, see `solvers.division`."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        """Keep the shape."""
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.predicted_loss: float | None = None
+        """What the mean loss is predicted to grow by for the errors, in nats; None if that is not known."""
+        self.provenance: dict[str, Any] = {}
+        """How the factors were found (method, options, error), as JSON; kept in plans."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
+        """Rows of the table.
+
+        Args:
+            ids: `[*]` token ids.
+            sparse: Whether the gradients of all factors are sparse tensors: of a factor with rows for every token with
+                the rows of these ids alone.
+
+        Returns:
+            `[*, dim]` in the dtype of the factors.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Product of hidden states with all rows, `h Wᵀ`.
+
+        Args:
+            hidden: `[*, dim]`.
+
+        Returns:
+            `[*, vocab_size]` in vocabulary order.
+        """
+
+    @property
+    def kept_at(self) -> Tensor | None:
+        """`[vocab_size]` where the row of every id is kept; None where it is the id itself."""
+        return None
+
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """The same product in the order in which the rows are kept: column `kept_at[i]` is that of id `i`.
+
+        Of many states bringing all logits into the order of ids, and their gradients back, can take as long as the
+        product itself: a loss looks for its targets where they are.
+        """
+        return self.logits(hidden)
+
+    @abstractmethod
+    def structure(self) -> dict[str, Any]:
+        """The structure of the factors without their values, as JSON: enough for `from_spec` to build it empty."""
+
+    def spec(self) -> dict[str, Any]:
+        """The structure, and how the factors are quantized if they are, as JSON."""
+        if self.quantization is None:
+            return self.structure()
+        return {**self.structure(), "quantization": self.quantization.record(self.state)}
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Build an empty structure that is ready to be loaded into.
+
+        Args:
+            spec: What `structure()` returned.
+            dtype: Dtype of the factors.
+            device: Device of the factors.
+
+        Raises:
+            ValueError: If the structure is not possible.
+        """
+
+    @classmethod
+    @abstractmethod
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: OptionsT | None = None) -> int:
+        """Fewest bytes that a table of this shape can be stored in with these options.
+
+        Where the options fix the size, these are the bytes it takes.
+
+        Raises:
+            ValueError: If an option does not fit the shape.
+        """
+
+    @classmethod
+    @abstractmethod
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: OptionsT | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Factorization[Any]:
+        """Approximate a trained table in at most `max_bytes` stored bytes.
+
+        Args:
+            weight: `[vocab_size, dim]` table; it is only read.
+            max_bytes: Most bytes that `stored_bytes()` of the result may be; where the options fix the size, what
+                `smallest_bytes` says.
+            token_counts: `[vocab_size]` how often every token occurs in the training data.
+            options: The method's own; None for its defaults.
+            advance: Called with shares of the work that add up to 1.
+
+        Returns:
+            The factorization, in the table's dtype and on its device.
+        """
+
+    @abstractmethod
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: OptionsT | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Self:
+        """Solve again for a table that has changed, starting from the structure there is.
+
+        Args:
+            target: `[vocab_size, dim]` table to approximate.
+            max_bytes: As for `decompose`.
+            token_counts: As for `decompose`.
+            options: As for `decompose`.
+            advance: As for `decompose`.
+
+        Returns:
+            `self`, written in place, where the shapes stay what they are; otherwise a new factorization.
+        """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the factors, and of the rows that they give."""
+        return self._example.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factors."""
+        return self._example.device
+
+    @property
+    def _example(self) -> Tensor:
+        for parameter in self.parameters():
+            return parameter
+        return next(module.unit for module in self.modules() if isinstance(module, PackedFactor))
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The whole table, `[vocab_size, dim]`: for leaving the compressed form, never for using it."""
+        out = torch.empty(self.vocab_size, self.dim, dtype=self.dtype, device=self.device)
+        for chunk in row_chunks(self.vocab_size, self.dim):
+            out[chunk] = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
+        return out
+
+    def tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        """All logits, a tile of the vocabulary at a time, in the order in which the table is kept.
+
+        Args:
+            hidden: `[N, dim]`.
+            tile_rows: Most rows of a tile.
+
+        Returns:
+            Tiles, and what they read; factors that are prepared for quantization are rounded here, once.
+        """
+        if not self.is_prepared:
+            return self._tiles(hidden, tile_rows)
+        plain, values = self.plain()
+        for name, value in values.items():
+            module, _, own = name.rpartition(".")
+            plain.get_submodule(module)._parameters[own] = value  # type: ignore[assignment]
+        return plain._tiles(hidden, tile_rows)
+
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        """Those of one that is not prepared; to be overridden where tokens have numbers of their own."""
+        return tiles_of_rows(self, hidden, tile_rows)
+
+    def logits_of_rows(
+        self,
+        hidden: Tensor,
+        rows: Callable[..., Tensor],
+        *factors: Tensor,
+        by_row: Factor | None = None,
+        step: int | None = None,
+    ) -> Tensor:
+        """`h Wᵀ` for methods whose rows cost less to compute than to multiply with: a piece of the table at a time.
+
+        A piece is computed, multiplied and forgotten, and computed again in the backward pass: the table as a whole
+        is never there.
+
+        Args:
+            hidden: `[*, dim]`.
+            rows: Computes the rows from `start` to `stop` when called with `(start, stop, *factors)`. It must not read
+                other parameters: in the backward pass they may be others.
+            *factors: What it reads.
+            by_row: `[vocab_size, *]`, a factor with a row for every token, of which it only gets those from `start` to
+                `stop`, before the other factors: the gradient of a slice that it takes itself is as large as the whole.
+            step: Rows of a piece; None for as many as stay in the cache, and at most a quarter of the table.
+
+        Returns:
+            `[*, vocab_size]`.
+        """
+        step = step or min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
+
+        def piece(states: Tensor, start: int, *read: Tensor) -> Tensor:
+            stop = min(start + step, self.vocab_size)
+            if isinstance(by_row, PackedFactor):
+                # Unpacked here, and again in the backward pass: it is never there as a whole.
+                read = (by_row.rows(torch.arange(start, stop, device=self.device)), *read)
+            return F.linear(states, rows(start, stop, *read))
+
+        starts = list(range(0, self.vocab_size, step))
+        own: list[tuple[Tensor, ...]] = [()] * len(starts)
+        if by_row is not None and not isinstance(by_row, PackedFactor):
+            own = [(part,) for part in pieces(by_row, step)]
+        if torch.is_grad_enabled() and not is_exporting():
+            outputs = [
+                checkpoint(piece, hidden, start, *part, *factors, use_reentrant=False)
+                for start, part in zip(starts, own, strict=True)
+            ]
+        else:
+            outputs = [piece(hidden, start, *part, *factors) for start, part in zip(starts, own, strict=True)]
+        return torch.cat(outputs, dim=-1)
+
+    def stored_bytes(self) -> int:
+        """Bytes on disk: every tensor of the state dict, its entry in the file's header, and the structure."""
+        return stored_bytes(
+            sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values()),
+            len(self.state_dict()),
+            self.spec(),
+        )
+
+    @torch.no_grad()
+    def weighted_error(self, target: Tensor, weights: Tensor) -> float:
+        """Relative weighted error `Σ_i q_i ‖w_i − ŵ_i‖² / Σ_i q_i ‖w_i‖²` (GroupReduce, eq. 2).
+
+        Processes share the rows, see `solvers.division`.
+
+        Args:
+            target: `[vocab_size, dim]` table that is approximated.
+            weights: `[vocab_size]` row weights `q`.
+        """
+        dtype = compute_dtype(target.dtype)
+        units = row_units(self.vocab_size, self.dim)
+        # Of every chunk, what is lost and what there was.
+        sums = [torch.zeros(len(chunks), 2, dtype=torch.float64) for chunks in units]
+
+        def compute(unit: int) -> None:
+            for index, chunk in enumerate(units[unit]):
+                part = target[chunk].to(self.device, dtype)
+                approximation = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device)).to(dtype)
+                weight = weights[chunk].to(part)
+                sums[unit][index, 0] = ((part - approximation).square().sum(dim=1) * weight).sum()
+                sums[unit][index, 1] = (part.square().sum(dim=1) * weight).sum()
+
+        deal([[part] for part in sums], [len(part) for part in sums], compute)
+        lost = total = 0.0
+        for chunk_lost, chunk_total in torch.cat(sums).tolist():
+            lost, total = lost + chunk_lost, total + chunk_total
+        return lost / total if total > 0 else 0.0
+
+    @torch.no_grad()
+    def loss_in(self, metric: Metric, target: Tensor) -> float:
+        """What the mean loss is predicted to grow by for the errors, `½ Σ_i q_i δ_iᵀ M δ_i`, in nats.
+
+        Processes share the rows, see `solvers.division`.
+
+        Args:
+            metric: What an error costs.
+            target: `[vocab_size, dim]` table that is approximated.
+        """
+
+        def rows(chunk: slice) -> Tensor:
+            return self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
+
+        return metric.loss(target, rows)
+
+    def extra_repr(self) -> str:
+        """Shape for `print(module)`."""
+        return f"vocab_size={self.vocab_size}, dim={self.dim}"
+
+
+def is_exporting() -> bool:
+    """Whether a graph is being made that must not depend on values: distinct ids cannot be told from others there."""
+    # Older versions of torch tell no difference between exporting and compiling.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return bool(exporting())

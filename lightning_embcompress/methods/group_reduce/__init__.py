@@ -1,0 +1,1 @@
+"""GroupReduce: block-wise, frequency-weighted low rank with refinement."""

@@ -1,0 +1,392 @@
+"""A table cut into blocks of rows, each with a rank of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_embcompress.methods.base import Factorization, Options
+from lightning_embcompress.methods.block_products import BlockProducts
+from lightning_embcompress.methods.blocks import MOST_BLOCKS, RowBlocks
+from lightning_embcompress.methods.group_reduce.grouping import kmeans_groups
+from lightning_embcompress.methods.group_reduce.solver import BlockSolution, equal_frequency_groups, group_reduce
+from lightning_embcompress.methods.low_rank.factorization import aligned_bases
+from lightning_embcompress.methods.low_rank.solver import project
+from lightning_embcompress.methods.numerics.gram import row_units, row_weights, run_of
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.numerics.rank_allocation import is_dense, smallest_elements
+from lightning_embcompress.methods.products import balance_product, store_product
+from lightning_embcompress.methods.quantizers.factors import (
+    PackedFactor,
+    Quantization,
+    multiply,
+    read_rows,
+    whole,
+)
+from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
+from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes
+from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks, check_blocks, plain_metric
+from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
+from lightning_embcompress.methods.tiles import Tiles
+from lightning_embcompress.utils.division import deal
+
+
+@dataclass(frozen=True)
+class GroupReduceOptions(Options):
+    """Options of GroupReduce.
+
+    Attributes:
+        variant: `paper` is the published algorithm. `loss` weighs errors by what they cost, gives ranks by marginal
+            gain and moves words at the price of their bytes (`solvers.shared_basis`). None for `loss` where the metric
+            of the loss is known, else `paper`.
+        groups: Number of blocks. None for 5 up to 30,000 words, else 20; of `loss`, as `auto`: the best of 1, 2, 4, ...
+            32 by the predicted loss.
+        refine_rounds: Most rounds of refinement; 0 for none.
+        move_fraction: Part of the candidates that move in a round of `paper`.
+        grouping: How `paper` groups words to begin with: groups of `equal` size, or by `kmeans` of their frequencies.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    variant: Literal["paper", "loss"] | None = None
+    groups: int | Literal["auto"] | None = None
+    refine_rounds: int = 5
+    move_fraction: float = 0.1
+    grouping: Literal["equal", "kmeans"] = "equal"
+    keeps_floats: ClassVar[bool] = True
+
+    @property
+    def uses_metric(self) -> bool:
+        """Not for the published algorithm, of which initial groups by k-means are a part."""
+        return self.variant != "paper" and self.grouping != "kmeans"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.variant not in (None, "paper", "loss"):
+            raise ValueError(f"variant must be 'paper' or 'loss', it is {self.variant!r}")
+        if self.grouping not in ("equal", "kmeans"):
+            raise ValueError(f"grouping must be 'equal' or 'kmeans', it is {self.grouping!r}")
+        if self.variant == "loss" and self.grouping != "equal":
+            raise ValueError(f"grouping={self.grouping!r} is for variant='paper'; with 'loss' leave it out")
+        check_blocks(self.groups, self.refine_rounds)
+        if not 0 < self.move_fraction <= 1:
+            raise ValueError(f"move_fraction must be above 0 and at most 1, it is {self.move_fraction}")
+
+    def groups_for(self, vocab_size: int) -> int:
+        """Number of blocks of a table in `paper`.
+
+        Raises:
+            ValueError: If there are too many, or the table has fewer rows.
+        """
+        given = None if self.groups == "auto" else self.groups
+        groups = given or min(5 if vocab_size <= 30_000 else 20, vocab_size)
+        if groups > MOST_BLOCKS:
+            raise ValueError(f"groups must be at most {MOST_BLOCKS}, it is {groups}")
+        if groups > vocab_size:
+            raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {groups}")
+        return groups
+
+    def start(self, weights: Tensor) -> Tensor:
+        """`[vocab_size]` group of every row to begin with in `paper`."""
+        groups = self.groups_for(weights.numel())
+        return kmeans_groups(weights, groups) if self.grouping == "kmeans" else equal_frequency_groups(weights, groups)
+
+
+class BlockLowRank(RowBlocks[GroupReduceOptions]):
+    """`w_i ≈ u_i B_b` for row `i` of block `b`: what GroupReduce stores.
+
+    Rows are kept in block order. On disk a row has a block index of `⌈log₂ blocks⌉` bits, from which the permutation
+    is rebuilt when the factors are loaded. A block whose factors would take more than its rows is kept as its rows.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+        sizes: Rows of every block; they add up to `vocab_size`.
+        ranks: Rank of every block, from 0 to `min(size, dim)`.
+        dtype: Dtype of the factors.
+        device: Device of the factors.
+
+    Raises:
+        ValueError: If sizes or ranks are not possible.
+
+    Example:
+        >>> table, counts = torch.randn(1000, 64), torch.arange(1000, 0, -1)
+        >>> blocks = BlockLowRank.decompose(table, table.nbytes // 4, counts, GroupReduceOptions(groups=5))
+        >>> blocks.rows(torch.tensor([3, 999])).shape, blocks.logits(torch.randn(2, 64)).shape
+        (torch.Size([2, 64]), torch.Size([2, 1000]))
+    """
+
+    kind = "block_low_rank"
+    options_class = GroupReduceOptions
+    divides = True
+    uses_metric = True
+    shared_factors = ("basis",)
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        sizes: Sequence[int],
+        ranks: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Build it empty."""
+        super().__init__(vocab_size, dim, sizes, device)
+        if len(sizes) != len(ranks):
+            raise ValueError(f"there must be a rank for each of the {len(sizes)} blocks, there are {len(ranks)}")
+        for size, rank in zip(sizes, ranks, strict=True):
+            if not 0 <= rank <= min(size, dim):
+                raise ValueError(f"the rank of a block of {size} rows must be from 0 to {min(size, dim)}, it is {rank}")
+        self.ranks = list(ranks)
+        self.dense_blocks = [is_dense(size, rank, dim) for size, rank in zip(sizes, ranks, strict=True)]
+        self.coefficients = nn.ParameterList(
+            nn.Parameter(torch.zeros(size, dim if dense else rank, dtype=dtype, device=device))
+            for size, rank, dense in zip(sizes, ranks, self.dense_blocks, strict=True)
+        )
+        self.basis_ranks = [0 if dense else rank for rank, dense in zip(ranks, self.dense_blocks, strict=True)]
+        self.basis = nn.Parameter(torch.zeros(sum(self.basis_ranks), dim, dtype=dtype, device=device))
+
+    def rows_of_blocks(self, places: Sequence[Tensor | None], sparse: bool = False) -> list[Tensor]:
+        """Rows of a block share one product with its basis, see `RowBlocks.rows_of_blocks`."""
+        rows = []
+        for place, coefficients, basis, dense in zip(
+            places, self.coefficients, self.bases(sparse), self.dense_blocks, strict=True
+        ):
+            if place is not None:
+                block = read_rows(coefficients, place, sparse)
+                rows.append(block if dense else block @ basis)
+        return rows
+
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_as_kept`: one product with all bases side by side, then one a block."""
+        return self._products(hidden).logits()
+
+    def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
+        return self.tiles_in_block_order(self._products(hidden).tiles(tile_rows))
+
+    def _products(self, hidden: Tensor) -> BlockProducts:
+        reduced = multiply(hidden, self.basis)
+        parts = [
+            hidden if dense else part
+            for part, dense in zip(torch.split(reduced, self.basis_ranks, dim=-1), self.dense_blocks, strict=True)
+        ]
+        firsts = accumulate(self.basis_ranks, initial=0)
+        return BlockProducts(
+            hidden,
+            list(self.coefficients),
+            reduced,
+            [None if dense else first for first, dense in zip(firsts, self.dense_blocks, strict=False)],
+            parts,
+        )
+
+    def bases(self, sparse: bool = False) -> tuple[Tensor, ...]:
+        """`[rank, dim]` basis of every block; of no rows for a block that is kept as its rows."""
+        return torch.split(whole(self.basis, sparse), self.basis_ranks)
+
+    def balance(self) -> None:
+        """See `Factorization.balance`."""
+        for coefficients, basis, dense in zip(self.coefficients, self.bases(), self.dense_blocks, strict=True):
+            if not dense:
+                balance_product([coefficients], basis)
+
+    @torch.no_grad()
+    def quantized(self, quantization: Quantization, metric: Metric | None = None) -> Self:
+        """Every block balanced, and rounded with error feedback in the metric, see `Factorization.quantized`.
+
+        Where rows of the basis are so short that those of two blocks share a scale, every factor is rounded by itself.
+        """
+        group_rows, _ = group_shape(self.dim, quantization.group_size)
+        if any(sum(self.basis_ranks[:block]) % group_rows for block, rank in enumerate(self.basis_ranks) if rank):
+            copied: Any = copy.deepcopy(self).prepared(quantization).converted()
+            return cast(Self, copied)
+        packed = self._copied()
+        packed.hold(quantization, "packed")
+        parts: list[Any] = list(packed.coefficients)
+        shared: Any = packed.basis
+        stored = []
+        for part, own, numbers, rows in zip(
+            parts, self.coefficients, self.bases(), torch.split(self.order, self.sizes), strict=True
+        ):
+            if not len(numbers):
+                part.fill(own)
+                continue
+            alone = PackedFactor(numbers.shape, shared.quantization, numbers.dtype, numbers.device)
+            store_product([part], alone, [own], numbers, metric, [rows])
+            stored.append(alone)
+        if stored:
+            shared.codes.copy_(torch.cat([alone.codes for alone in stored]))
+            shared.scales.copy_(torch.cat([alone.scales for alone in stored]))
+        return packed
+
+    def structure(self) -> dict[str, Any]:
+        """Shape, and size and rank of every block."""
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "dim": self.dim,
+            "sizes": self.sizes,
+            "ranks": self.ranks,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Build it empty, see `Factorization.from_spec`."""
+        vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
+        return cls(vocab_size, dim, *_blocks(spec), dtype, device)
+
+    @classmethod
+    def smallest_bytes(
+        cls,
+        vocab_size: int,
+        dim: int,
+        itemsize: int,
+        options: GroupReduceOptions | None = None,
+    ) -> int:
+        """Bytes with rank 1 in every block, see `Factorization.smallest_bytes`."""
+        options = options or GroupReduceOptions()
+        if options.variant == "loss":
+            return SharedBasisBlocks.least_bytes(vocab_size, dim, itemsize, options.groups, ())
+        groups = options.groups_for(vocab_size)
+        elements = smallest_elements([vocab_size // groups] * (groups - vocab_size % groups), dim)
+        elements += smallest_elements([vocab_size // groups + 1] * (vocab_size % groups), dim)
+        return elements * itemsize + cls._fixed_bytes(vocab_size, dim, groups)
+
+    @classmethod
+    def _fixed_bytes(cls, vocab_size: int, dim: int, groups: int) -> int:
+        """Bytes beside the factors at most: block indices, headers, structure."""
+        spec = {
+            "kind": cls.kind,
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "sizes": [vocab_size] * groups,
+            "ranks": [min(vocab_size, dim)] * groups,
+        }
+        return stored_bytes(packed_bytes(vocab_size, bit_width(groups)), groups + 2, spec)
+
+    @classmethod
+    @torch.no_grad()
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: GroupReduceOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Factorization[Any]:
+        """GroupReduce within a budget, see `Factorization.decompose` and `solvers.group_reduce`.
+
+        With `variant="loss"` and no metric all directions count the same, and rows by their counts.
+
+        Raises:
+            ValueError: If there are more groups than rows, or the bytes do not cover rank 1 in every block.
+        """
+        options = options or GroupReduceOptions()
+        if options.variant == "loss" or (options.variant is None and metric is not None):
+            metric = metric or plain_metric(weight, token_counts)
+            return SharedBasisBlocks.solve(
+                weight, max_bytes, metric, options.groups, options.refine_rounds, (), advance=advance
+            )
+        weights = row_weights(token_counts, weight.shape[0], weight.device)
+        groups, start = options.groups_for(weight.shape[0]), options.start(weights)
+        return cls._from_solution(weight, cls._solve(weight, weights, max_bytes, start, groups, options, advance))
+
+    @torch.no_grad()
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: GroupReduceOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Refine from the blocks as they are, see `Factorization.refined`; there stay as many.
+
+        Blocks that words have moved between may suit a table that has changed much no longer: frequency groups are
+        tried beside them, and taken where they leave a weighted error that is clearly lower.
+        """
+        options = options or GroupReduceOptions()
+        groups = len(self.sizes)
+        weights = row_weights(token_counts, self.vocab_size, target.device)
+        now = self.block_of_row.to(target.device)
+        afresh = replace(options, groups=groups).start(weights)
+        starts = [now] if torch.equal(now, afresh) else [now, afresh]
+        solutions = [
+            self._solve(target, weights, max_bytes, start, groups, options, lambda part: advance(part / len(starts)))
+            for start in starts
+        ]
+        solution = solutions[0]
+        if min(solutions[-1].errors) < 0.98 * min(solution.errors):
+            solution = solutions[-1]
+        solved = self._from_solution(target, solution, reference=self)
+        if solved.spec() != self.spec() or not torch.equal(solved.packed_block_index, self.packed_block_index):
+            return solved
+        # In place: the optimizer goes on with the parameters it knows.
+        self.load_state_dict(solved.state_dict())
+        return self
+
+    @classmethod
+    def _solve(
+        cls,
+        weight: Tensor,
+        weights: Tensor,
+        max_bytes: int,
+        start: Tensor,
+        groups: int,
+        options: GroupReduceOptions,
+        advance: Callable[[float], None],
+    ) -> BlockSolution:
+        vocab_size, dim = weight.shape
+        max_elements = (max_bytes - cls._fixed_bytes(vocab_size, dim, groups)) // weight.element_size()
+        return group_reduce(
+            weight, weights, max_elements, groups, options.refine_rounds, options.move_fraction, start, advance
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def _from_solution(cls, weight: Tensor, solution: BlockSolution, reference: BlockLowRank | None = None) -> Self:
+        """Coefficients of all rows in the bases of a solution, turned towards those of a reference of equal ranks."""
+        vocab_size, dim = weight.shape
+        sizes = torch.bincount(solution.block_of_row, minlength=len(solution.ranks)).tolist()
+        factorization = cls(vocab_size, dim, sizes, solution.ranks, weight.dtype, weight.device)
+        factorization._index(solution.block_of_row)
+        bases = solution.bases
+        if reference is not None and reference.basis_ranks == factorization.basis_ranks:
+            bases = aligned_bases(bases, reference.bases())
+        units: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows, coefficients, basis, solved in zip(
+            torch.split(factorization.order, sizes),
+            factorization.coefficients,
+            factorization.bases(),
+            bases,
+            strict=True,
+        ):
+            if solved is None:
+                coefficients.copy_(weight[rows])
+                continue
+            basis.copy_(solved)
+            runs = [run_of(chunks) for chunks in row_units(rows.numel(), dim)]
+            units += [(coefficients[run], rows[run], solved) for run in runs]
+
+        def compute(unit: int) -> None:
+            coefficients, rows, solved = units[unit]
+            coefficients.copy_(project(weight, solved, rows))
+
+        # Processes share the rows of all blocks.
+        deal([[unit[0]] for unit in units], [rows.numel() * solved.shape[0] for _, rows, solved in units], compute)
+        return factorization
+
+
+def _blocks(spec: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Sizes and ranks of a structure that came from a file."""
+    return integers(spec, "sizes", MOST_BLOCKS), integers(spec, "ranks", MOST_BLOCKS)

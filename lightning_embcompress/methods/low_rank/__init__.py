@@ -1,0 +1,1 @@
+"""Low-rank factorization, plain and weighted."""

@@ -1,0 +1,284 @@
+"""A table seen through its metric and a basis: sums over its blocks, and which block suits a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_embcompress.methods.numerics.gram import compute_dtype, gram_matrix, row_chunks, row_units, run_of
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.numerics.rate_allocation import Rates, Widths
+from lightning_embcompress.methods.numerics.sampling import draw
+from lightning_embcompress.utils.division import deal
+
+# Rows, and coefficients, that are looked at to see what quantizers lose.
+_SAMPLED_ROWS, _SAMPLED = 2**14, 2**21
+# Weight of a row that has none, relative to the mean.
+_LEAST_WEIGHT = 1e-12
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """Weighted sums over the rows of every block.
+
+    Attributes:
+        sizes: `[blocks]` number of rows.
+        mass: `[blocks]` sum of their weights.
+        rows: `[blocks, dim]` sum of the rows.
+        first: `[blocks, dim]` sum of the coefficients around the mean of the table.
+        second: `[blocks, rank]` sum of their squares, of the components that are looked at.
+        total: What dropping all components of all rows costs, with one mean for the table.
+        stored: `[blocks, dim]` means of the rows, as they are stored.
+        means: `[blocks, dim]` the coefficients of those.
+        rounding: Relative error of the sums of squares.
+    """
+
+    sizes: Tensor
+    mass: Tensor
+    rows: Tensor
+    first: Tensor
+    second: Tensor
+    total: float
+    stored: Tensor
+    means: Tensor
+    rounding: float
+
+    @property
+    def energies(self) -> Tensor:
+        """`[blocks, rank]`: half the weighted squares of a component around the mean, what dropping it costs."""
+        rank = self.second.shape[1]
+        around = self.second - self._less()[:, :rank]
+        # What is below the rounding of the sums is not known, and no scale.
+        return 0.5 * torch.maximum(around, self.rounding * self.second)
+
+    @property
+    def scales(self) -> Tensor:
+        """`[blocks, rank]` root mean squares of the coefficients around the means of the blocks."""
+        return (2 * self.energies / self.mass.clamp(min=1e-300).unsqueeze(1)).sqrt()
+
+    @property
+    def rest(self) -> float:
+        """What dropping the components that are not looked at costs: what blocks' means and the others leave of all."""
+        return max(0.0, self.total - 0.5 * float(self._less().sum()) - float(self.energies.sum()))
+
+    def _less(self) -> Tensor:
+        """By how much squares around the means of blocks are less than those around the mean of the table."""
+        return (2 * self.first - self.mass.unsqueeze(1) * self.means) * self.means
+
+
+class ProjectedTable:
+    """A table seen through its metric and, once that is chosen, its basis.
+
+    Args:
+        weight: `[vocab_size, dim]` table.
+        metric: What an error costs.
+        stored_means: What means of blocks become when they are stored.
+
+    Raises:
+        ValueError: If the metric is of another table.
+    """
+
+    def __init__(self, weight: Tensor, metric: Metric, stored_means: Callable[[Tensor], Tensor]) -> None:
+        """Without a basis."""
+        vocab_size, dim = weight.shape
+        if metric.matrix.shape != (dim, dim) or metric.weights.shape != (vocab_size,):
+            raise ValueError(
+                f"the metric is of a table of {metric.weights.numel()} x {metric.matrix.shape[0]}, the table has "
+                f"{vocab_size} x {dim}: collect the statistics of this model"
+            )
+        self.weight = weight
+        self.metric = metric
+        self.stored_means = stored_means
+        self.dtype = compute_dtype(weight.dtype)
+        q = metric.weights.to(weight.device, torch.float64)
+        # A row of no weight still has a say in where the mean of its block is.
+        self.q = q.clamp(min=max(_LEAST_WEIGHT * float(q.mean()), 1e-30))
+        self.units = row_units(vocab_size, dim)
+        self.center = torch.zeros(dim, dtype=torch.float64)
+        self.projector = torch.zeros(dim, dim, dtype=torch.float64)
+        """Coefficients are `(w − center) projector`."""
+        self.inverse = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def equal_groups(self, groups: int) -> Tensor:
+        """Groups of equal numbers of words, those of the highest weight first; of equal weight, the longest first."""
+        norms = torch.empty(self.weight.shape[0], dtype=self.dtype, device=self.weight.device)
+
+        def compute(unit: int) -> None:
+            for chunk in self.units[unit]:
+                norms[chunk] = self.weight[chunk].to(self.dtype).square().sum(dim=1)
+
+        runs = [run_of(chunks) for chunks in self.units]
+        deal([[norms[run]] for run in runs], [run.stop - run.start for run in runs], compute)
+        order = torch.argsort(norms, descending=True, stable=True)
+        order = order[torch.argsort(self.q[order], descending=True, stable=True)]
+        blocks = torch.empty_like(order)
+        blocks[order] = torch.arange(order.numel(), device=order.device) * groups // order.numel()
+        return blocks
+
+    def choose_basis(self, blocks: Tensor, groups: int) -> None:
+        """Eigenvectors of the weighted moment around the means of blocks, seen through the metric."""
+        gram = gram_matrix(self.weight, self.q)
+        sums = [torch.zeros(groups, self.weight.shape[1] + 1, dtype=torch.float64) for _ in self.units]
+
+        def compute(unit: int) -> None:
+            for chunk in self.units[unit]:
+                selected = self._selector(blocks[chunk], self.q[chunk], groups)
+                rows = self.weight[chunk].to(self.dtype)
+                sums[unit][:, 1:] += (selected @ rows).double().cpu()
+                sums[unit][:, 0] += selected.sum(dim=1).double().cpu()
+
+        deal([[part] for part in sums], [float(len(chunks)) for chunks in self.units], compute)
+        total = torch.stack(sums).sum(dim=0)
+        mass, first = total[:, 0].clamp(min=1e-300), total[:, 1:]
+
+        def decompose(_: int) -> None:
+            root = self.metric.root.to(gram)
+            moment = gram - (first.T @ (first / mass.unsqueeze(1))).to(gram)
+            seen = root @ moment @ root
+            vectors = torch.linalg.eigh((seen + seen.T) / 2).eigenvectors.flip(1)
+            # The sign is free: a table that has changed a little gets a basis that has changed a little.
+            largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+            vectors = (vectors * torch.where(largest < 0, -1.0, 1.0)).cpu()
+            self.projector.copy_(self.metric.root @ vectors)
+            self.inverse.copy_(vectors.T @ self.metric.inverse_root)
+            self.center.copy_(first.sum(dim=0) / mass.sum())
+
+        # One process decomposes it: rounding may differ between processors.
+        deal([[self.projector, self.inverse, self.center]], [1.0], decompose)
+
+    def _selector(self, blocks: Tensor, q: Tensor, groups: int) -> Tensor:
+        """`[groups, rows]`: weights of the rows of each group, 0 elsewhere; sums over groups are products with it."""
+        selected = torch.zeros(groups, blocks.numel(), dtype=self.dtype, device=self.weight.device)
+        return selected.scatter_(0, blocks.unsqueeze(0), q.to(self.dtype).unsqueeze(0))
+
+    def coefficients(self, rows: Tensor, rank: int) -> Tensor:
+        """The first coefficients of some rows, around the mean of the table, `[rows, rank]` float64 on the CPU."""
+        projector = self.projector[:, :rank].to(self.weight.device, self.dtype)
+        parts = [self.weight[rows[chunk]].to(self.dtype) @ projector for chunk in row_chunks(*self._shape(rows))]
+        return torch.cat(parts).to("cpu", torch.float64) - self.center @ self.projector[:, :rank]
+
+    def _shape(self, rows: Tensor) -> tuple[int, int]:
+        return rows.numel(), self.weight.shape[1]
+
+    def sum_blocks(self, blocks: Tensor, groups: int) -> BlockSums:
+        """Sums over the rows of blocks as they are, of all components."""
+        dim = self.weight.shape[1]
+        return self._pass(groups, dim, self.projector, lambda _, chunk: blocks[chunk], None)[1]
+
+    def move(self, sums: BlockSums, rates: Rates, widths: Widths, rank: int) -> tuple[Tensor, BlockSums]:
+        """Every row to the block where its part of the loss plus the price of its bits is least, and the new sums.
+
+        In a block whose scales follow its rows, a component loses the same part of each row's energy. Of components
+        that no block keeps all lose the same but for the means, so that they need not be computed one by one.
+
+        Args:
+            sums: Of the blocks as they are.
+            rates: What they keep.
+            widths: Ways to store a coefficient.
+            rank: How many components to look at, at least those that are kept.
+        """
+        lost = torch.ones(sums.first.shape, dtype=torch.float64)
+        lost[:, : rates.widths.shape[1]] = torch.tensor(widths.distortions, dtype=torch.float64)[rates.widths]
+        taken = torch.tensor(widths.bits, dtype=torch.float64)[rates.widths].sum(dim=1)
+        means = sums.means
+        # Of `Σ_k lost_k (c_k − m_k)²` the part that is linear in the row, the constant, and the squares.
+        directions = self.projector @ (-2 * means * lost).T
+        constant = (means.square() * lost).sum(dim=1) - self.center @ directions
+        price = rates.price * taken
+        price[sums.sizes == 0] = torch.inf
+        device = self.weight.device
+        square, constant, price = (part.to(device, self.dtype) for part in (lost[:, :rank].T, constant, price))
+
+        def choose(products: tuple[Tensor, Tensor], chunk: slice) -> Tensor:
+            linear, squares = products
+            error = torch.addmm(linear, squares, square).add_(constant)
+            return error.mul_(0.5 * self.q[chunk].to(self.dtype).unsqueeze(1)).add_(price).argmin(dim=1)
+
+        seen = torch.cat([self.projector[:, :rank], directions], dim=1)
+        return self._pass(len(sums.sizes), rank, seen, choose, sums.total)
+
+    def _pass(
+        self,
+        groups: int,
+        rank: int,
+        directions: Tensor,
+        choose: Callable[[tuple[Tensor, Tensor], slice], Tensor],
+        total: float | None,
+    ) -> tuple[Tensor, BlockSums]:
+        """Project all rows, choose their blocks, and sum over them.
+
+        Args:
+            groups: Number of blocks.
+            rank: Components to look at.
+            directions: `[dim, rank + *]`: those of the components, and others to project on.
+            choose: Called with the products of some rows with the other directions and the squares of their
+                coefficients, and which rows they are; gives their blocks.
+            total: See `BlockSums`; None to compute it, which takes all components.
+        """
+        dim, device = self.weight.shape[1], self.weight.device
+        blocks = torch.empty(self.weight.shape[0], dtype=torch.long, device=device)
+        parts = [torch.zeros(groups, 1 + dim + rank, dtype=torch.float64) for _ in self.units]
+        shift = (self.center @ directions[:, :rank]).to(device, self.dtype)
+        seen = directions.to(device, self.dtype)
+
+        def compute(unit: int) -> None:
+            for chunk in self.units[unit]:
+                rows = self.weight[chunk].to(self.dtype)
+                products = rows @ seen
+                squares = (products[:, :rank] - shift).square_()
+                blocks[chunk] = choose((products[:, rank:], squares), chunk)
+                selected = self._selector(blocks[chunk], self.q[chunk], groups)
+                sums = [selected.sum(dim=1, keepdim=True), selected @ rows, selected @ squares]
+                parts[unit] += torch.cat(sums, dim=1).double().cpu()
+
+        runs = [run_of(chunks) for chunks in self.units]
+        results = [[blocks[run], part] for run, part in zip(runs, parts, strict=True)]
+        deal(results, [run.stop - run.start for run in runs], compute)
+        mass, first, second = torch.split(torch.stack(parts).sum(dim=0), [1, dim, rank], dim=1)
+        sizes = torch.bincount(blocks, minlength=groups).cpu()
+        return blocks, self._summed(sizes, mass.squeeze(1), first, second, total)
+
+    def _summed(self, sizes: Tensor, mass: Tensor, rows: Tensor, second: Tensor, total: float | None) -> BlockSums:
+        weights = mass.unsqueeze(1)
+        first = (rows - weights * self.center) @ self.projector
+        stored = self.stored_means(rows / weights.clamp(min=1e-300))
+        means = (stored - self.center) @ self.projector
+        if total is None:
+            total = 0.5 * float(second.sum())
+        rounding = 8 * torch.finfo(self.dtype).eps
+        return BlockSums(sizes, mass, rows, first, second, total, stored, means, rounding)
+
+    def merged(self, sums: BlockSums, count: int) -> BlockSums:
+        """Sums as if runs of `count` neighbouring blocks were one."""
+        sizes, mass, rows, second = (
+            torch.stack([part.sum(dim=0) for part in torch.split(tensor, count)])
+            for tensor in (sums.sizes, sums.mass, sums.rows, sums.second)
+        )
+        return self._summed(sizes, mass, rows, second, sums.total)
+
+    def sample(self, blocks: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients over their scales, of some rows.
+
+        Rows are drawn by what they weigh within their blocks, those that weigh the most for certain: levels that are
+        fitted to a few heavy rows alone would fit no others.
+
+        Args:
+            blocks: `[vocab_size]` block of every row.
+            means: `[blocks, rank]` mean coefficients.
+            scales: `[blocks, rank]`.
+
+        Returns:
+            `[rows, rank]` values, `[rows]` weights, of which every block has as much as it has rows, and `[rows]`
+            blocks; on the CPU.
+        """
+        groups, rank = means.shape
+        sizes = torch.bincount(blocks, minlength=groups)
+        mass = torch.zeros(groups, dtype=torch.float64, device=blocks.device).index_add_(0, blocks, self.q)
+        share = self.q * (sizes / mass.clamp(min=1e-300))[blocks]
+        rows, weights = draw(share, min(_SAMPLED_ROWS, max(256, _SAMPLED // max(1, rank))))
+        inside = blocks[rows].cpu()
+        values = (self.coefficients(rows, rank) - means[inside]) / scales[inside].clamp(min=1e-300)
+        return values, weights.cpu(), inside

@@ -1,0 +1,427 @@
+"""Rows put together from centroids of their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from lightning_embcompress.methods.base import Factorization, Options, is_exporting
+from lightning_embcompress.methods.numerics.gram import row_weights
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.product_quantization.descent import descend
+from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
+from lightning_embcompress.methods.quantizers.factors import whole
+from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.methods.specs import positive_integers, stored_bytes
+
+# Bits of a code where none are given.
+_BITS = 8
+# Codes looked up for logits at a time.
+_CODES = 2**18
+# Hidden states, times subspaces over columns, up to which adding up products of centroids is faster than making rows.
+_FEW_STATES = 16
+
+
+@dataclass(frozen=True)
+class ProductQuantizationOptions(Options):
+    """Options of product quantization.
+
+    Attributes:
+        subspaces: Parts of a row that have a code each, instead of a ratio.
+        bits: Bits of a code: a subspace has `2^bits` centroids, though not more than there are tokens. None for 8, or,
+            with a ratio, the most up to 8 at which the codebook takes at most half of the bytes.
+        rare_bits: Bits of the codes of rare tokens, which use only the first `2^rare_bits` centroids of the same
+            codebook (MGQE); None for the same as for all.
+        rare_fraction: Share of the vocabulary, the least frequent, that is rare.
+        max_iterations: Most iterations of k-means on a sample of the rows.
+        metric_rounds: In the metric of the loss, how often every subspace makes up for the errors that the others have
+            left; 0 for k-means alone.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    subspaces: int | None = None
+    bits: int | None = None
+    rare_bits: int | None = None
+    rare_fraction: float = 0.9
+    max_iterations: int = 10
+    metric_rounds: int = 3
+    size_options: ClassVar[tuple[str, ...]] = ("subspaces",)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("subspaces", "max_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, it is {value}")
+        if self.metric_rounds < 0:
+            raise ValueError(f"metric_rounds must be 0 or more, it is {self.metric_rounds}")
+        if self.bits is not None and not 1 <= self.bits <= 15:
+            raise ValueError(f"bits must be from 1 to 15, it is {self.bits}")
+        most = self.bits or _BITS
+        if self.rare_bits is not None and not 0 <= self.rare_bits < most:
+            raise ValueError(
+                f"rare_bits must be from 0 to {most - 1}, below those of other codes, it is {self.rare_bits}"
+            )
+        if not 0 < self.rare_fraction < 1:
+            raise ValueError(f"rare_fraction must be above 0 and below 1, it is {self.rare_fraction}")
+
+    def layouts(self, vocab_size: int) -> list[dict[str, int]]:
+        """Numbers of centroids that can be chosen from, the most first, as arguments of `ProductQuantization`."""
+        most = self.bits or _BITS
+        # A size that is fixed leaves nothing to choose, and bits that are given neither.
+        least = most if self.bits is not None or self.subspaces is not None else max(1, (self.rare_bits or 0) + 1)
+        layouts = []
+        for bits in range(most, least - 1, -1):
+            centroids = min(2**bits, vocab_size)
+            layout = {"centroids": centroids}
+            rare_tokens = 0 if self.rare_bits is None else int(self.rare_fraction * vocab_size)
+            if self.rare_bits is not None and rare_tokens:
+                layout |= {"rare_centroids": min(2**self.rare_bits, centroids), "rare_tokens": rare_tokens}
+            layouts.append(layout)
+        return layouts
+
+
+class ProductQuantization(Factorization[ProductQuantizationOptions]):
+    """Product quantization: columns are cut into subspaces, and a row has the code of a centroid in each.
+
+    A code takes `⌈log₂ centroids⌉` bits on disk; in memory codes are unpacked to one or two bytes. The codebook is
+    trained by gradients, the codes stay what they are. Rare tokens may have fewer centroids to choose from, and shorter
+    codes (MGQE, Kang et al. 2020, arXiv 2002.09131).
+
+    Logits: for a few hidden states all their products with centroids are computed, and added up by the codes; for many,
+    rows are put together a piece at a time and multiplied.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+        subspaces: Parts of a row, from 1 to `dim`, of equal sizes or of two that differ by one.
+        centroids: Centroids of a subspace, at most as many as rows.
+        rare_centroids: How many of them rare tokens use, the first ones.
+        rare_tokens: How many tokens are rare.
+        dtype: Dtype of the codebook.
+        device: Device of the codebook and the codes.
+
+    Raises:
+        ValueError: If one is out of its range.
+
+    Example:
+        >>> table, counts = torch.randn(1000, 64), torch.arange(1000, 0, -1)
+        >>> quantized = ProductQuantization.decompose(table, table.nbytes // 8, counts)
+        >>> quantized.codebook.shape, quantized.codes.shape
+        (torch.Size([32, 64]), torch.Size([1000, 37]))
+        >>> quantized.rows(torch.tensor([3, 999])).shape, quantized.logits(torch.randn(2, 64)).shape
+        (torch.Size([2, 64]), torch.Size([2, 1000]))
+    """
+
+    kind = "product_quantization"
+    options_class = ProductQuantizationOptions
+    divides = True
+    uses_metric = True
+    packed_codes: Tensor
+    packed_rare_codes: Tensor
+    packed_rare: Tensor
+    codes: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        subspaces: int,
+        centroids: int,
+        rare_centroids: int = 0,
+        rare_tokens: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Build it empty."""
+        super().__init__(vocab_size, dim)
+        for name, value, least, most in (
+            ("subspaces", subspaces, 1, dim),
+            ("centroids", centroids, 1, min(vocab_size, 2**15)),
+            ("rare_tokens", rare_tokens, 0, vocab_size),
+            ("rare_centroids", rare_centroids, min(1, rare_tokens), centroids if rare_tokens else 0),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, it is {value}")
+        self.subspaces, self.centroids = subspaces, centroids
+        self.rare_centroids, self.rare_tokens = rare_centroids, rare_tokens
+        self.codebook = nn.Parameter(torch.zeros(centroids, dim, dtype=dtype, device=device))
+        # All codes are 0, and so are their bytes.
+        parts = [("packed_codes", vocab_size - rare_tokens, centroids)]
+        if rare_tokens:
+            parts.append(("packed_rare_codes", rare_tokens, rare_centroids))
+        for name, tokens, values in parts:
+            size = packed_bytes(tokens * subspaces, bit_width(values))
+            self.register_buffer(name, torch.zeros(size, dtype=torch.uint8, device=device))
+        if rare_tokens:
+            self.register_buffer("packed_rare", self._last_are_rare())
+        codes = torch.zeros(vocab_size, subspaces, dtype=_code_dtype(centroids), device=device)
+        self.register_buffer("codes", codes, persistent=False)
+
+    def _last_are_rare(self) -> Tensor:
+        """Which tokens are rare where nobody has said so yet, packed."""
+        if self.device.type == "meta":
+            # Only its shape is wanted.
+            return torch.empty(packed_bytes(self.vocab_size, 1), dtype=torch.uint8, device="meta")
+        ids = torch.arange(self.vocab_size, device=self.device)
+        return pack_bits(ids >= self.vocab_size - self.rare_tokens, 1)
+
+    def _keep(self, codes: Tensor, rare: Tensor, device: torch.device | None = None) -> None:
+        """Set the codes, and which tokens are rare; on the device of the codebook where none is given."""
+        device = device or self.device
+        self.codes = codes.to(device, _code_dtype(self.centroids))
+        if not self.rare_tokens:
+            self.packed_codes = pack_bits(codes.flatten(), bit_width(self.centroids)).to(device)
+            return
+        self.packed_codes = pack_bits(codes[~rare].flatten(), bit_width(self.centroids)).to(device)
+        self.packed_rare_codes = pack_bits(codes[rare].flatten(), bit_width(self.rare_centroids)).to(device)
+        self.packed_rare = pack_bits(rare, 1).to(device)
+
+    @property
+    def is_rare(self) -> Tensor:
+        """`[vocab_size]` bool: which tokens use only the first centroids."""
+        if not self.rare_tokens:
+            return torch.zeros(self.vocab_size, dtype=torch.bool, device=self.packed_codes.device)
+        return unpack_bits(self.packed_rare, 1, self.vocab_size, torch.bool)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # The codes follow from all of them, whichever is loaded last.
+        packed = [name for name in self._buffers if name.startswith("packed_")]
+        if not any(prefix + name in state_dict for name in packed) or any(
+            getattr(self, name).is_meta for name in packed
+        ):
+            return
+        error_msgs: list[str] = args[-1]
+        rare = self.is_rare
+        if int(rare.sum()) != self.rare_tokens:
+            error_msgs.append(f"{prefix}packed_rare is damaged: {self.rare_tokens} tokens are rare by the plan")
+            return
+        codes = torch.empty(self.vocab_size, self.subspaces, dtype=torch.int16, device=rare.device)
+        parts = [("packed_codes", ~rare, self.centroids)]
+        if self.rare_tokens:
+            parts.append(("packed_rare_codes", rare, self.rare_centroids))
+        for name, rows, centroids in parts:
+            count = int(rows.sum()) * self.subspaces
+            found = unpack_bits(getattr(self, name), bit_width(centroids), count, torch.int16)
+            if bool((found >= centroids).any()):
+                error_msgs.append(f"the codes {prefix}{name} are damaged: there are {centroids} centroids by the plan")
+                return
+            codes[rows] = found.view(-1, self.subspaces)
+        # The codebook may not be loaded yet, and still be on the meta device.
+        self._keep(codes, rare, codes.device)
+
+    def _tables(self, codebook: Tensor) -> list[tuple[slice, Tensor]]:
+        """Subspaces of one size each: which they are, and their `[centroids, subspaces, size]` centroids."""
+        sizes = subspace_sizes(self.dim, self.subspaces)
+        larger, size = sizes.count(sizes[0]), sizes[-1]
+        first, second = torch.split(codebook, [larger * sizes[0], self.dim - larger * sizes[0]], dim=1)
+        tables = [(slice(0, larger), first.reshape(self.centroids, larger, sizes[0]))]
+        if larger < self.subspaces:
+            rest = slice(larger, self.subspaces)
+            tables.append((rest, second.reshape(self.centroids, self.subspaces - larger, size)))
+        return tables
+
+    def _rows_of(self, codes: Tensor, codebook: Tensor) -> Tensor:
+        """Rows of codes, `[count, subspaces]`."""
+        parts = []
+        for subspaces, table in self._tables(codebook):
+            centroids, count, size = table.shape
+            # Centroids of a subspace one after the other.
+            index = codes[:, subspaces].int() + torch.arange(count, dtype=torch.int32, device=codes.device) * centroids
+            parts.append(F.embedding(index, table.transpose(0, 1).reshape(-1, size)).reshape(-1, count * size))
+        return torch.cat(parts, dim=1)
+
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
+        """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
+        if is_exporting():
+            rows = self._rows_of(self.codes.index_select(0, ids.flatten()), whole(self.codebook))
+            return rows.reshape(*ids.shape, self.dim)
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        codes, codebook = self.codes.index_select(0, distinct), whole(self.codebook, sparse)
+        return F.embedding(inverse, self._rows_of(codes, codebook))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`h Wᵀ`, see `Factorization.logits`."""
+        states, codebook = hidden.reshape(-1, self.dim), whole(self.codebook)
+        if not is_exporting() and states.shape[0] * self.subspaces > _FEW_STATES * self.dim:
+            return self.logits_of_rows(hidden, self._rows_between, codebook)
+        # Products with all centroids, `[subspaces, centroids, states]`.
+        products = []
+        columns = 0
+        for _, table in self._tables(codebook):
+            _, count, size = table.shape
+            parts = states[:, columns : columns + count * size].reshape(-1, count, size)
+            products.append(torch.bmm(table.transpose(0, 1), parts.permute(1, 2, 0)))
+            columns += count * size
+        logits = self._sums(torch.cat(products))
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def _sums(self, products: Tensor) -> Tensor:
+        """Add up what the codes name, `[states, vocab_size]`."""
+        subspaces, centroids, states = products.shape
+        if is_exporting():
+            # One sum after the other: runtimes know no sum over a bag.
+            total = products[0].index_select(0, self.codes[:, 0].int())
+            for subspace in range(1, subspaces):
+                total = total + products[subspace].index_select(0, self.codes[:, subspace].int())
+            return total.T
+        flat = products.reshape(subspaces * centroids, states)
+        offsets = torch.arange(subspaces, dtype=torch.int32, device=self.codes.device) * centroids
+        pieces = torch.split(self.codes, max(1, _CODES // subspaces))
+        return torch.cat([F.embedding_bag(piece.int() + offsets, flat, mode="sum") for piece in pieces]).T
+
+    def _rows_between(self, start: int, stop: int, codebook: Tensor) -> Tensor:
+        return self._rows_of(self.codes[start:stop], codebook)
+
+    def structure(self) -> dict[str, Any]:
+        """Shape, subspaces and centroids."""
+        rare = {"rare_centroids": self.rare_centroids, "rare_tokens": self.rare_tokens} if self.rare_tokens else {}
+        return self._spec(self.vocab_size, self.dim, self.subspaces, {"centroids": self.centroids, **rare})
+
+    @classmethod
+    def _spec(cls, vocab_size: int, dim: int, subspaces: int, layout: dict[str, int]) -> dict[str, Any]:
+        return {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "subspaces": subspaces, **layout}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Build it empty, see `Factorization.from_spec`."""
+        vocab_size, dim, subspaces, centroids = positive_integers(spec, "vocab_size", "dim", "subspaces", "centroids")
+        rare = [0, 0]
+        if "rare_tokens" in spec or "rare_centroids" in spec:
+            rare = positive_integers(spec, "rare_centroids", "rare_tokens")
+        return cls(vocab_size, dim, subspaces, centroids, rare[0], rare[1], dtype, device)
+
+    @classmethod
+    def smallest_bytes(
+        cls, vocab_size: int, dim: int, itemsize: int, options: ProductQuantizationOptions | None = None
+    ) -> int:
+        """Bytes with the subspaces asked for, or one, and the fewest centroids that the options allow.
+
+        Raises:
+            ValueError: If there are more subspaces than columns.
+        """
+        options = options or ProductQuantizationOptions()
+        subspaces = options.subspaces or 1
+        if subspaces > dim:
+            raise ValueError(f"subspaces must be at most the {dim} columns of the table, it is {subspaces}")
+        return cls._bytes(vocab_size, dim, itemsize, subspaces, options.layouts(vocab_size)[-1])
+
+    @classmethod
+    def _bytes(cls, vocab_size: int, dim: int, itemsize: int, subspaces: int, layout: dict[str, int]) -> int:
+        rare_tokens = layout.get("rare_tokens", 0)
+        size = layout["centroids"] * dim * itemsize
+        size += packed_bytes((vocab_size - rare_tokens) * subspaces, bit_width(layout["centroids"]))
+        if rare_tokens:
+            size += packed_bytes(rare_tokens * subspaces, bit_width(layout["rare_centroids"]))
+            size += packed_bytes(vocab_size, 1)
+        return stored_bytes(size, 4 if rare_tokens else 2, cls._spec(vocab_size, dim, subspaces, layout))
+
+    @classmethod
+    @torch.no_grad()
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: ProductQuantizationOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """K-means in as many subspaces as fit, see `Factorization.decompose` and `solvers.product_quantization`.
+
+        With a metric its row weights take the place of those of the token counts, which still say who is rare.
+
+        Raises:
+            ValueError: If not even one subspace fits.
+        """
+        options = options or ProductQuantizationOptions()
+        vocab_size, dim = weight.shape
+        itemsize = weight.element_size()
+        if cls.smallest_bytes(vocab_size, dim, itemsize, options) > max_bytes:
+            raise ValueError(
+                f"{max_bytes} bytes do not hold the codebook and the codes of {options.subspaces or 1} subspaces of a "
+                f"table of {vocab_size} x {dim}; allow more bytes or use fewer bits"
+            )
+        subspaces, most = options.subspaces or 1, options.subspaces or dim
+        *larger, layout = options.layouts(vocab_size)
+        for some in larger:
+            smallest = cls._bytes(vocab_size, dim, itemsize, subspaces, some)
+            if max(smallest, 2 * some["centroids"] * dim * itemsize) <= max_bytes:
+                layout = some
+                break
+        while subspaces < most:
+            middle = (subspaces + most + 1) // 2
+            if cls._bytes(vocab_size, dim, itemsize, middle, layout) <= max_bytes:
+                subspaces = middle
+            else:
+                most = middle - 1
+        quantized = cls(vocab_size, dim, subspaces, **layout, dtype=weight.dtype, device=weight.device)
+        weights = row_weights(token_counts, vocab_size, weight.device)
+        rare = torch.zeros(vocab_size, dtype=torch.bool, device=weight.device)
+        rare[torch.argsort(weights, descending=True, stable=True)[vocab_size - quantized.rare_tokens :]] = True
+        quantized._solve(weight, weights, rare, None, options, advance, metric)
+        return quantized
+
+    @torch.no_grad()
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: ProductQuantizationOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Go on with k-means from the codebook as it is, in place, see `Factorization.refined`.
+
+        The metric is as for `decompose`.
+        """
+        weights = row_weights(token_counts, self.vocab_size, target.device)
+        options = options or ProductQuantizationOptions()
+        rare, start = self.is_rare.to(target.device), self.codebook.to(target.device)
+        self._solve(target, weights, rare, start, options, advance, metric)
+        return self
+
+    def _solve(
+        self,
+        weight: Tensor,
+        weights: Tensor,
+        rare: Tensor,
+        start: Tensor | None,
+        options: ProductQuantizationOptions,
+        advance: Callable[[float], None],
+        metric: Metric | None,
+    ) -> None:
+        if metric is not None:
+            weights = metric.weights.to(weight.device)
+        groups = Groups([(~rare).nonzero().flatten()], [self.centroids])
+        if self.rare_tokens:
+            groups = Groups([*groups.rows, rare.nonzero().flatten()], [self.centroids, self.rare_centroids])
+        rounds = 0 if metric is None else options.metric_rounds
+
+        def part_done(share: float) -> None:
+            # K-means takes about as long as four rounds.
+            advance(share / (4 + rounds) * 4)
+
+        codebook, codes = product_quantization(
+            weight, weights, self.subspaces, self.centroids, groups, start, options.max_iterations, part_done, metric
+        )
+        if metric is not None and rounds:
+            descend(
+                weight, metric, codebook, codes, groups, rounds, lambda share: advance(share / (4 + rounds) * rounds)
+            )
+        self.codebook.copy_(codebook)
+        self._keep(codes, rare)
+
+
+def _code_dtype(centroids: int) -> torch.dtype:
+    return torch.uint8 if centroids <= 256 else torch.int16

@@ -1,0 +1,132 @@
+"""Products of some states with packed integers, from a copy of them that is laid out for oneDNN.
+
+The copy has a byte an integer, so that it is not for widths below 4 bits, and is made for the first product. It is kept
+for as long as the packed tensor itself is, is no part of a module, of a state dict or of a copy of either, and is made
+again when the packed integers or their scales have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
+from lightning_embcompress.methods.quantizers.packed_product import DIGITS, digit_units, to_digits
+
+# Bits from which the copy takes at most about twice what is packed.
+LEAST_BITS = 4
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """Integers and scales of every group of columns.
+
+    Attributes:
+        version: What was copied, see `_version`.
+        integers: For every group of columns `[n, group_columns]` int8, as oneDNN lays them out.
+        scales: For every group of columns `[n]` float32.
+    """
+
+    version: tuple[int, ...]
+    integers: list[Tensor]
+    scales: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.integers, *self.scales))
+
+
+_kept: MutableMapping[Tensor, Repacked] = WeakTensorKeyDictionary()
+
+
+@cache
+def can_repack() -> bool:
+    """Whether this processor and this torch have exact products of bytes; those of older processors saturate."""
+    states = torch.tensor([[0], [255], [64]], dtype=torch.uint8).repeat(1, 64)
+    integers = torch.tensor([[-128], [127]], dtype=torch.int8).repeat(1, 64)
+    try:
+        scales = torch.ones(2, dtype=torch.float32)
+        found = _linear(states, torch.ops.onednn.qlinear_prepack(integers, None), scales, None)
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(found, (states.float() - 128) @ integers.float().T)
+
+
+def repacked(packed: Tensor, scales: Tensor) -> Repacked | None:
+    """The copy that is kept of a packed matrix; None if there is none, or what is packed has changed since."""
+    found = _kept.get(packed)
+    return found if found is not None and found.version == _version(packed, scales) else None
+
+
+def repack(packed: Tensor, scales: Tensor, codes: Tensor, bits: int, group_size: int) -> Repacked:
+    """Make the copy and keep it.
+
+    Args:
+        packed: The packed matrix, with which the copy goes.
+        scales: Of its groups.
+        codes: `[n, columns]` uint8, what is packed.
+        bits: Bits of an integer.
+        group_size: Values that share a scale.
+    """
+    group_rows, group_columns = group_shape(codes.shape[1], group_size)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        # Of unsigned numbers what is below 0 comes round as the int8 that is meant.
+        integers = (codes - 2 ** (bits - 1)).view(torch.int8)
+        groups = [
+            torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in integers.split(group_columns, 1)
+        ]
+        factors = scales.float().repeat_interleave(group_rows, dim=0)[: len(codes)].T.contiguous()
+    found = Repacked(_version(packed, scales), groups, list(factors))
+    _kept[packed] = found
+    return found
+
+
+def repacked_bytes(packed: Tensor) -> int:
+    """Bytes of the copy that is kept of a packed matrix, 0 if there is none."""
+    found = _kept.get(packed)
+    return 0 if found is None else found.nbytes
+
+
+def repacked_product(states: Tensor, matrix: Repacked) -> Tensor:
+    """`h Wᵀ` for some states, as accurate as in float32.
+
+    Args:
+        states: `[m, columns]`, 1 or more each, of up to 24 bits.
+        matrix: The copy of the packed matrix.
+
+    Returns:
+        `[m, n]` float32.
+    """
+    digits, unit = to_digits(states.double(), dims=(1,))
+    # [m · digits, columns]
+    digits = digits.permute(0, 2, 1).reshape(-1, states.shape[1])
+    sums: Tensor | None = None
+    start = 0
+    for integers, scales in zip(matrix.integers, matrix.scales, strict=True):
+        stop = start + integers.shape[0]
+        sums = _linear(digits[:, start:stop].contiguous(), integers, scales, sums)
+        start = stop
+    assert sums is not None
+    return torch.bmm(digit_units(unit).unsqueeze(1), sums.view(len(states), DIGITS, -1)).squeeze(1)
+
+
+def _linear(states: Tensor, integers: Tensor, scales: Tensor, into: Tensor | None) -> Tensor:
+    """`(states - 128) integersᵀ · scales` in float32, added to what there is."""
+    # Scale and zero of the states, the integers with theirs, then no bias and a result that is not quantized.
+    inputs, result = (states, 1.0, 128, integers, scales, None), (None, 1.0, 0, torch.float32)
+    if into is None:
+        found = torch.ops.onednn.qlinear_pointwise(*inputs, *result, "none", [], "")
+    else:
+        found = torch.ops.onednn.qlinear_pointwise.binary(*inputs, into, *result, 1.0, 0, "sum", 1.0, "none", [], "")
+    return cast(Tensor, found)
+
+
+def _version(packed: Tensor, scales: Tensor) -> tuple[int, ...]:
+    return packed._version, scales._version, scales.data_ptr()

@@ -1,0 +1,322 @@
+"""A table cut into blocks of rows that share one basis, each with widths of its own for the components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_embcompress.methods.base import Factorization, Options
+from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units, run_of
+from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.quantizers.factors import Quantization
+from lightning_embcompress.methods.shared_basis.layout import (
+    KIND,
+    bit_budget,
+    level_tables,
+    nearest_codes,
+    projectors,
+    segments_of,
+)
+from lightning_embcompress.methods.shared_basis.solver import SharedBasis, shared_basis
+from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage
+from lightning_embcompress.utils.division import agree, deal
+
+# Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
+_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+# Refinement changes the structure if that leaves less than this part of the loss.
+_CLEARLY = 0.85
+
+
+@dataclass(frozen=True)
+class TransformCodingOptions(Options):
+    """Options of transform coding.
+
+    Attributes:
+        groups: Number of blocks to begin with; None or `auto` for the best of 1, 2, 4, ... 32.
+        refine_rounds: Most rounds of moving rows between blocks; 0 for none.
+        bits: The one width of coefficients that are kept, 1 to 8; None for the best of 1, 2, 3, 4, 5, 6 and 8 for
+            every component of every block.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    groups: int | Literal["auto"] | None = None
+    refine_rounds: int = 5
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_blocks(self.groups, self.refine_rounds)
+        if self.bits is not None and not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be from 1 to 8, it is {self.bits}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths to choose from."""
+        return _WIDTHS if self.bits is None else (self.bits,)
+
+
+def check_blocks(groups: Any, refine_rounds: int) -> None:
+    """Check options that all methods with blocks have.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if groups not in (None, "auto") and (not isinstance(groups, int) or groups < 1):
+        raise ValueError(f"groups must be 1 or more, or 'auto', it is {groups!r}")
+    if refine_rounds < 0:
+        raise ValueError(f"refine_rounds must be 0 or more, it is {refine_rounds}")
+
+
+class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
+    """`w_i ≈ μ_b + u_i B` for row `i` of block `b`, `u_i` of as many components and bits as they are worth in `b`.
+
+    Components are the leading ones of one basis for all blocks, so a table needs one small product with it whatever the
+    number of blocks. Coefficients are floats, or codes of `bits` bits of a level, times a scale for each block and
+    component; then basis and means are stored in 8 bits. What is trained are the coefficients, the basis and the means,
+    or, of codes, the levels. A block without components is its mean, not zero: a softmax word that never
+    occurs has strongly negative logits, and zero would flood the distribution.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+        rank: Rows of the basis.
+        sizes: Rows of every block; they add up to `vocab_size`.
+        segments: For every block, runs `[bits, components]` of the components that it keeps; bits 0 for floats.
+        is_coded: Whether coefficients are codes.
+        dtype: Dtype of the factors.
+        device: Device of the factors.
+
+    Raises:
+        ValueError: If the structure is not possible.
+
+    Example:
+        >>> table, counts = torch.randn(2000, 64), torch.arange(2000, 0, -1)
+        >>> blocks = SharedBasisBlocks.decompose(table, table.nbytes // 16, counts)
+        >>> blocks.rows(torch.tensor([3, 999])).shape, blocks.logits(torch.randn(2, 64)).shape
+        (torch.Size([2, 64]), torch.Size([2, 2000]))
+    """
+
+    kind = KIND
+    options_class = TransformCodingOptions
+    divides = True
+    uses_metric = True
+
+    def prepared(self, quantization: Quantization) -> Factorization[Any]:
+        """See `Factorization.prepared`; codes keep the widths that they have, and are trained as `LatentCodes`."""
+        from lightning_embcompress.methods.transform_coding.latent_codes import LatentCodes
+
+        return LatentCodes.of(self) if self.is_coded else super().prepared(quantization)
+
+    @classmethod
+    def smallest_bytes(
+        cls, vocab_size: int, dim: int, itemsize: int, options: TransformCodingOptions | None = None
+    ) -> int:
+        """Bytes with only a mean in every block, see `Factorization.smallest_bytes`."""
+        options = options or TransformCodingOptions()
+        return cls.least_bytes(vocab_size, dim, itemsize, options.groups, options.widths)
+
+    @classmethod
+    def least_bytes(cls, vocab_size: int, dim: int, itemsize: int, groups: Any, widths: tuple[int, ...]) -> int:
+        """Bytes with only a mean in every block; no widths where coefficients are floats.
+
+        Raises:
+            ValueError: If there are more groups than rows.
+        """
+        count = groups if isinstance(groups, int) else 1
+        if count > vocab_size:
+            raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {count}")
+        budget, fixed = bit_budget(vocab_size, dim, itemsize, 0, widths)
+        return fixed - (-(count * budget.block + budget.index(count)) // 8)
+
+    @classmethod
+    @torch.no_grad()
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: TransformCodingOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Transform coding within a budget, see `Factorization.decompose` and `solvers.shared_basis`.
+
+        Without a metric all directions count the same, and rows by their counts.
+
+        Raises:
+            ValueError: If the bytes do not cover the means of the blocks.
+        """
+        options = options or TransformCodingOptions()
+        metric = metric or plain_metric(weight, token_counts)
+        return cls.solve(
+            weight, max_bytes, metric, options.groups, options.refine_rounds, options.widths, advance=advance
+        )
+
+    @torch.no_grad()
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: Any = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Solve again from the blocks as they are, and afresh, and take the better, see `Factorization.refined`."""
+        options = options or TransformCodingOptions()
+        metric = metric or plain_metric(target, token_counts)
+        # GroupReduce, which has floats, comes here too.
+        widths = options.widths if isinstance(options, TransformCodingOptions) else ()
+        now = self.block_of_row.to(target.device)
+        arguments = (target, max_bytes, metric, options.groups, options.refine_rounds, widths)
+        starts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
+        if max_bytes >= self.least_bytes(self.vocab_size, self.dim, target.element_size(), len(self.sizes), widths):
+            starts.append((now, None))
+        # What there is stays only if the options and the budget still allow it.
+        bits = self._bits()
+        offered = {0, *(widths or (8 * target.dtype.itemsize,))}
+        stays = self.is_coded == bool(widths) and set(bits.flatten().tolist()) <= offered
+        if stays:
+            starts.append((now, bits))
+        solved = [self.solve(*arguments, *pair, lambda part: advance(part / len(starts))) for pair in starts]
+        losses = torch.tensor([one.loss_in(metric, target) for one in (*solved, self)], dtype=torch.float64)
+        # Which one is taken must be the same in all processes.
+        agree(losses)
+        losses[torch.tensor([one.stored_bytes() > max_bytes for one in (*solved, self)])] = torch.inf
+        losses[-1] = losses[-1] if stays else torch.inf
+        best, kept = int(losses[:-1].argmin()), solved[-1]
+        # Training may have done better than solving afresh does.
+        if losses[-1] <= losses[:-1].min() and bool(losses[-1].isfinite()):
+            return self
+        if kept.spec() != self.spec() or not losses[-2].isfinite() or losses[best] < _CLEARLY * losses[-2:].min():
+            return solved[best]
+        if losses[-1] < losses[-2]:
+            return self
+        if not self.is_coded:
+            # The signs of components are free: with those there were, the optimizer's state keeps its meaning.
+            signs = torch.where((kept.basis * self.basis.to(kept.basis)).sum(dim=1) < 0, -1.0, 1.0).to(kept.basis)
+            kept.basis.mul_(signs.unsqueeze(1))
+            for coefficients in kept.coefficients:
+                coefficients.mul_(signs[: coefficients.shape[1]])
+        # In place: the optimizer goes on with the parameters it knows.
+        self.load_state_dict(kept.state_dict())
+        self.predicted_loss = kept.predicted_loss
+        return self
+
+    def _bits(self) -> Tensor:
+        """`[blocks, rank]` bits of all components, 0 where they are dropped, those of a number for floats."""
+        floats = 8 * self.dtype.itemsize
+        rows = [[bits or floats for bits, count in runs for _ in range(count)] for runs in self.segments]
+        padded = [row + [0] * (self.rank - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.long).reshape(len(rows), self.rank)
+
+    @classmethod
+    def solve(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        metric: Metric,
+        groups: Any,
+        refine_rounds: int,
+        widths: tuple[int, ...],
+        start: Tensor | None = None,
+        keep: Tensor | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> Self:
+        """Find blocks, basis, widths and coefficients.
+
+        Args:
+            weight: `[vocab_size, dim]` table.
+            max_bytes: Most bytes that may be stored.
+            metric: What an error costs.
+            groups: See `TransformCodingOptions`.
+            refine_rounds: See `TransformCodingOptions`.
+            widths: Bits of a coefficient to choose from; none for floats.
+            start: `[vocab_size]` block of every row to begin with.
+            keep: `[blocks, rank]` bits that are to stay what they are.
+            advance: Called with shares of the work that add up to 1.
+
+        Raises:
+            ValueError: If the bytes do not cover the means of the blocks.
+        """
+        vocab_size, dim = weight.shape
+        count = groups if isinstance(groups, int) else None
+        least = cls.least_bytes(vocab_size, dim, weight.element_size(), groups, widths)
+        if max_bytes < least and keep is None:
+            raise ValueError(
+                f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} in {count or 1} blocks of a mean each, "
+                f"which takes {least}; allow more bytes or use fewer groups"
+            )
+        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths)
+        solution = shared_basis(
+            weight, metric, budget, count, refine_rounds, start, keep, lambda part: advance(0.8 * part)
+        )
+        is_coded = bool(widths)
+        segments = [segments_of(row, is_coded) for row in solution.bits.tolist()]
+        sizes = torch.bincount(solution.block_of_row, minlength=len(segments)).tolist()
+        solved = cls(vocab_size, dim, solution.bits.shape[1], sizes, segments, is_coded, weight.dtype, weight.device)
+        solved._index(solution.block_of_row)
+        solved._fill(weight, solution, metric)
+        solved.predicted_loss = solution.loss
+        advance(0.2)
+        return solved
+
+    @torch.no_grad()
+    def _fill(self, weight: Tensor, solution: SharedBasis, metric: Metric) -> None:
+        """Coefficients of all rows, in the basis and around the means as they are stored."""
+        device = weight.device
+        if self.is_coded:
+            scales = torch.cat([row[:rank] for row, rank in zip(solution.scales, self.ranks, strict=True)])
+            self.levels.copy_(torch.cat([self.levels[:0].cpu(), *(solution.levels[bits] for bits in self.widths)]))
+            self._store_frame(solution.basis, solution.means, scales)
+            # Rounded logarithms may differ between processors.
+            agree(self.scale_codes)
+        else:
+            self.basis.copy_(solution.basis)
+            self.means.copy_(solution.means)
+        basis, means, stored = self._read()
+        turns = [one.to(device) for one in projectors(basis, metric, self.ranks)]
+        dtype = compute_dtype(weight.dtype)
+        levels = level_tables(self.levels.to(dtype), self.widths) if self.is_coded else {}
+        # In place: the coefficients of all rows are as large as the result.
+        found = self._block_codes() if self.is_coded else [one.detach() for one in self.coefficients]
+        parts = [
+            (block, run_of(chunks), rows)
+            for block, rows in enumerate(torch.split(self.order, self.sizes))
+            for chunks in row_units(rows.numel(), self.dim)
+        ]
+
+        def compute(unit: int) -> None:
+            block, run, rows = parts[unit]
+            projector = turns[block].to(dtype)
+            shift = means[block].to(dtype) @ projector
+            for chunk in row_chunks(run.stop - run.start, self.dim):
+                place = slice(run.start + chunk.start, run.start + chunk.stop)
+                values = weight[rows[place]].to(dtype) @ projector - shift
+                if self.is_coded:
+                    values /= stored[block].to(dtype).clamp(min=1e-30)
+                    values = nearest_codes(values, self.segments[block], levels)
+                found[block][place] = values.to(found[block].dtype)
+
+        results = [[found[block][run]] for block, run, _ in parts]
+        deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in parts], compute)
+        if self.is_coded:
+            self._pack()
+
+
+def plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:
+    """The metric where nothing is known of the loss: all directions count the same, and rows by their counts.
+
+    Args:
+        weight: `[vocab_size, dim]` table.
+        token_counts: `[vocab_size]` how often every token occurs; None for equally often.
+    """
+    counts = torch.zeros(weight.shape[0]) if token_counts is None else token_counts
+    return Metric(torch.eye(weight.shape[1], dtype=torch.float64), smoothed_frequencies(counts.cpu()))

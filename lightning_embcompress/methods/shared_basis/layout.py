@@ -1,0 +1,191 @@
+"""How blocks that share a basis are laid out: their structure, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.numerics.rate_allocation import Overheads
+from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes
+from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
+from lightning_embcompress.methods.shared_basis.solver import BitBudget
+from lightning_embcompress.methods.specs import stored_bytes
+
+KIND = "shared_basis_blocks"
+# Scales are powers of two of a sixteenth: within 2 % of what they should be, codes being chosen by what they are.
+SCALE_STEPS = 16
+
+
+def structure(
+    vocab_size: int,
+    dim: int,
+    rank: int,
+    sizes: Sequence[int],
+    segments: Sequence[Sequence[Sequence[int]]],
+    is_coded: bool,
+) -> dict[str, Any]:
+    """The structure of `SharedBasisBlocks`, as JSON; arguments as there."""
+    return {
+        "kind": KIND,
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "rank": rank,
+        "sizes": list(sizes),
+        "segments": [[list(run) for run in runs] for runs in segments],
+        "is_coded": is_coded,
+    }
+
+
+def bit_budget(
+    vocab_size: int, dim: int, itemsize: int, max_bytes: int, widths: tuple[int, ...]
+) -> tuple[BitBudget, int]:
+    """What a solution may take, and the bytes that are there whatever it is.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+        itemsize: Bytes of a number of the table.
+        max_bytes: Most bytes that may be stored.
+        widths: Bits of a coefficient to choose from; none for floats.
+
+    Returns:
+        The budget of what depends on the solution, and the bytes of the rest.
+    """
+    spec = structure(vocab_size, dim, dim, [], [], False)
+    # What a block adds to the structure, as text, and to the last bytes of its segments.
+    said = len(str(vocab_size)) + 4 + len(f"[{8},{dim}],") * max(1, len(widths))
+    if widths:
+        fixed = stored_bytes(sum(2**bits for bits in widths) * itemsize + itemsize, 9, spec)
+        row = 8 * (dim + itemsize)
+        block = row + 8 * said + 7 * len(widths)
+        overheads = Overheads(8, row)
+    else:
+        # A tensor of its own in the file for the coefficients of each block.
+        fixed = stored_bytes(0, 3, spec)
+        block = 8 * (dim * itemsize + said + (stored_bytes(0, 1, {}) - stored_bytes(0, 0, {})))
+        overheads = Overheads(0, 8 * dim * itemsize)
+    budget = BitBudget(
+        8 * (max_bytes - fixed),
+        widths or (8 * itemsize,),
+        not widths,
+        overheads,
+        block,
+        lambda count: 8 * packed_bytes(vocab_size, bit_width(count)),
+        as_stored if widths else lambda means: means,
+    )
+    return budget, fixed
+
+
+def byte_codes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to 8 bits: codes, of which 128 stands for 0, and the scale of each row.
+
+    Args:
+        values: `[rows, columns]`.
+
+    Returns:
+        `[rows, columns]` uint8 and `[rows]` in the dtype of the values: a value is `(code - 128) * scale`.
+    """
+    scales = values.abs().amax(dim=1) / 127
+    levels = values / scales.clamp(min=torch.finfo(values.dtype).tiny).unsqueeze(1)
+    return (levels.round().clamp(-127, 127) + 128).to(torch.uint8), scales
+
+
+def as_stored(values: Tensor) -> Tensor:
+    """What rows are once they were rounded to 8 bits."""
+    codes, scales = byte_codes(values)
+    return (codes.to(values) - 128) * scales.unsqueeze(1)
+
+
+def checked_segments(
+    dim: int, rank: int, blocks: int, segments: Sequence[Sequence[Sequence[int]]], is_coded: bool
+) -> tuple[list[list[tuple[int, int]]], list[int], list[int]]:
+    """Check which components the blocks keep, and in how many bits.
+
+    Args:
+        dim: Columns of the table.
+        rank: Rows of the basis.
+        blocks: Number of blocks.
+        segments: For every block, runs `[bits, components]` of the components that it keeps.
+        is_coded: Whether they are codes.
+
+    Returns:
+        The segments, the components of every block, and the widths that there are.
+
+    Raises:
+        ValueError: If they are not possible.
+    """
+    runs_of_blocks = [[(int(bits), int(count)) for bits, count in runs] for runs in segments]
+    ranks = [sum(count for _, count in runs) for runs in runs_of_blocks]
+    used = {bits for runs in runs_of_blocks for bits, _ in runs}
+    if len(runs_of_blocks) != blocks or not 0 <= rank <= dim or max(ranks) != rank:
+        raise ValueError(
+            f"there must be segments for each of {blocks} blocks, the most of {rank} components, and at most {dim}"
+        )
+    if not used <= (set(range(1, 9)) if is_coded else {0}) or any(n < 1 for r in runs_of_blocks for _, n in r):
+        raise ValueError("the segments of a block must be [bits, components], bits 1 to 8 of codes, 0 of floats")
+    return runs_of_blocks, ranks, sorted(used - {0})
+
+
+def level_tables(levels: Tensor, widths: Sequence[int]) -> dict[int, Tensor]:
+    """Levels of every width, of those that stand one after the other."""
+    return dict(zip(widths, torch.split(levels, [2**bits for bits in widths]), strict=True)) if widths else {}
+
+
+def nearest_codes(values: Tensor, runs: Sequence[tuple[int, int]], tables: Mapping[int, Tensor]) -> Tensor:
+    """Codes of the nearest levels, `[rows, components]` int64.
+
+    Args:
+        values: `[rows, components]` coefficients of a block in units of their scales.
+        runs: The segments of the block.
+        tables: Levels of every width.
+    """
+    parts = torch.split(values, [count for _, count in runs], dim=1) if runs else []
+    codes = [nearest_level(part.contiguous(), tables[bits]) for part, (bits, _) in zip(parts, runs, strict=True)]
+    return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
+
+
+def projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Tensor]:
+    """`[dim, rank]` for each rank: coefficients of least loss in the first rows of a basis that storing it has changed.
+
+    They are `M Bᵀ (B M Bᵀ)⁻¹`; of the Cholesky factor the first rows and columns are that of the first rows of `B`.
+
+    Args:
+        basis: `[rank, dim]`.
+        metric: What an error costs.
+        ranks: Of every block.
+    """
+    seen = basis.double().cpu() @ metric.root
+    lengths = seen.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    seen /= lengths
+    # Rows that rounding has made the same leave nothing to choose between them.
+    moment = seen @ seen.T + 1e-12 * torch.eye(len(seen), dtype=torch.float64)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(moment))
+    turned = metric.root @ (seen.T @ inverse.T)
+    return [turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T) for rank in ranks]
+
+
+def segments_of(bits: list[int], is_coded: bool) -> list[list[int]]:
+    """Runs of equal widths, without the dropped components at the end.
+
+    Args:
+        bits: Bits of every component of a block, 0 where it is dropped.
+        is_coded: Whether they are codes; the bits of floats are said as 0.
+
+    Example:
+        >>> segments_of([6, 6, 3, 0], is_coded=True)
+        [[6, 2], [3, 1]]
+    """
+    runs: list[list[int]] = []
+    for width in bits:
+        if not width:
+            break
+        name = width if is_coded else 0
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return runs

@@ -1,0 +1,1 @@
+"""TensorGPT: a tensor train for the vector of every token."""

@@ -1,0 +1,1 @@
+"""Tensor-train matrices of a whole table."""

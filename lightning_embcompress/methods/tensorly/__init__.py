@@ -1,0 +1,1 @@
+"""TensorLy's CP and Tucker decompositions of the folded table."""

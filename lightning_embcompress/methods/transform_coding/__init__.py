@@ -1,0 +1,1 @@
+"""Transform coding: coefficients in one basis of the loss, each component at its own width."""

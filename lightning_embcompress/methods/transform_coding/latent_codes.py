@@ -1,0 +1,271 @@
+"""Codes in training: the numbers behind the codes of `SharedBasisBlocks`, read as they will be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from lightning_embcompress.methods.base import Factorization
+from lightning_embcompress.methods.blocks import RowBlocks
+from lightning_embcompress.methods.numerics.gram import row_chunks
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.quantizers.factors import Quantization, read_rows, straight_through, whole
+from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
+from lightning_embcompress.methods.shared_basis.factorization import (
+    SharedBasisBlocks,
+    TransformCodingOptions,
+)
+from lightning_embcompress.methods.shared_basis.layout import (
+    SCALE_STEPS,
+    as_stored,
+    checked_segments,
+    level_tables,
+    nearest_codes,
+)
+from lightning_embcompress.methods.specs import integer, positive_integers
+
+
+class LatentCodes(RowBlocks[TransformCodingOptions]):
+    """`SharedBasisBlocks` with codes, while the codes are trained.
+
+    Behind every code stands a number, and the nearest level is read in its place; behind basis and means, which are
+    stored in 8 bits, and scales, in steps of `2^{1/16}`, too. All of these numbers are about as large as 1, so that one
+    learning rate suits them. Gradients go straight through the rounding (Bengio et al. 2013), so that codes change when
+    their numbers have come nearer to another level. Of an embedding only the rows that are asked for are rounded.
+
+    Args:
+        vocab_size: Rows of the table.
+        dim: Columns of the table.
+        rank: Rows of the basis.
+        sizes: Rows of every block; they add up to `vocab_size`.
+        segments: For every block, runs `[bits, components]` of the components that it keeps.
+        dtype: Dtype of the numbers.
+        device: Device of the numbers.
+
+    Raises:
+        ValueError: If the structure is not possible.
+
+    Example:
+        >>> table, counts = torch.randn(2000, 64), torch.arange(2000, 0, -1)
+        >>> coded = SharedBasisBlocks.decompose(table, table.nbytes // 16, counts)
+        >>> latent = LatentCodes.of(coded)
+        >>> bool(torch.allclose(latent.rows(torch.tensor([3])), coded.rows(torch.tensor([3])), atol=1e-5))
+        True
+    """
+
+    kind = "latent_codes"
+    options_class = TransformCodingOptions
+    uses_metric = True
+    divides = True
+    levels: Tensor
+    units: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        rank: int,
+        sizes: Sequence[int],
+        segments: Sequence[Sequence[Sequence[int]]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Build it empty."""
+        super().__init__(vocab_size, dim, sizes, device)
+        self.rank = rank
+        self.segments, self.ranks, self.widths = checked_segments(dim, rank, len(self.sizes), segments, is_coded=True)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+
+        self.coefficients = nn.ParameterList(
+            parameter(size, count) for size, count in zip(self.sizes, self.ranks, strict=True)
+        )
+        self.basis = parameter(rank, dim)
+        self.means = parameter(len(self.sizes), dim)
+        self.log_scales = parameter(sum(self.ranks))
+        levels = torch.zeros(sum(2**bits for bits in self.widths), dtype=dtype, device=device)
+        self.register_buffer("levels", levels)
+        # Of basis and means.
+        self.register_buffer("units", torch.ones(2, dtype=dtype, device=device))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, coded: SharedBasisBlocks) -> Self:
+        """Numbers that stand for the codes of a table.
+
+        Raises:
+            ValueError: If it has no codes.
+        """
+        if not coded.is_coded:
+            raise ValueError("its coefficients are no codes, but numbers")
+        latent = cls(coded.vocab_size, coded.dim, coded.rank, coded.sizes, coded.segments, coded.dtype, coded.device)
+        latent._index(coded.block_of_row)
+        latent.levels.copy_(coded.levels)
+        basis, means, scales = coded._read()
+        for unit, own, values in zip(latent.units, (latent.basis, latent.means), (basis, means), strict=True):
+            mean = values.double().square().mean().sqrt() if values.numel() else values.new_zeros(())
+            unit.fill_(float(mean) or 1.0)
+            own.copy_(values / unit)
+        smallest = torch.finfo(coded.dtype).tiny
+        latent.log_scales.copy_(torch.cat([latent.log_scales[:0], *scales]).clamp(min=smallest).log2())
+        for numbers, codes, offsets in zip(latent.coefficients, coded._block_codes(), coded._offsets(), strict=True):
+            numbers.copy_(latent.levels[(codes.int() + offsets).long()])
+        latent.provenance, latent.predicted_loss = dict(coded.provenance), coded.predicted_loss
+        return latent.requires_grad_(coded.may_train)
+
+    def structure(self) -> dict[str, Any]:
+        """Shape, sizes of blocks, and the widths of their components."""
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "dim": self.dim,
+            "rank": self.rank,
+            "sizes": self.sizes,
+            "segments": [[list(run) for run in runs] for runs in self.segments],
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Build it empty, see `Factorization.from_spec`."""
+        vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
+        return cls(vocab_size, dim, integer(spec, "rank"), *SharedBasisBlocks.checked_blocks(spec, dim), dtype, device)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Always: it is what trains."""
+        return True
+
+    def prepared(self, quantization: Quantization) -> Factorization[Any]:
+        """Refuse what is done already, see `Factorization.prepared`."""
+        raise ValueError("its codes are prepared for training already")
+
+    def hold(self, quantization: Quantization, state: Any) -> None:
+        """Refuse a second quantization, see `Factorization.hold`."""
+        raise ValueError("codes in training have widths of their own, and no other quantization")
+
+    def freeze_ranges(self) -> None:
+        """Keep the scales as they are from now on, see `Factorization.freeze_ranges`."""
+        self.log_scales.requires_grad_(False)
+
+    @torch.no_grad()
+    def converted(self) -> SharedBasisBlocks:
+        """The codes that stand for the numbers as they are, see `Factorization.converted`."""
+        arguments = (self.vocab_size, self.dim, self.rank, self.sizes, self.segments)
+        coded = SharedBasisBlocks(*arguments, True, self.dtype, self.device)
+        coded._index(self.block_of_row)
+        coded.levels.copy_(self.levels)
+        tables = level_tables(self.levels, self.widths)
+        codes = []
+        for numbers, runs in zip(self.coefficients, self.segments, strict=True):
+            codes.append(torch.empty(numbers.shape, dtype=torch.uint8, device=numbers.device))
+            # A few rows at a time: on the way codes take eight bytes each.
+            for chunk in row_chunks(*numbers.shape):
+                codes[-1][chunk] = nearest_codes(numbers[chunk], runs, tables).to(torch.uint8)
+        basis, means = self.basis * self.units[0], self.means * self.units[1]
+        coded.store(codes, basis, means, torch.exp2(self.log_scales.double()))
+        coded.provenance, coded.predicted_loss = dict(self.provenance), self.predicted_loss
+        return coded.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
+
+    def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Basis, means and scales as they will be stored."""
+        basis, means = (
+            straight_through(whole(own, sparse) * unit, as_stored)
+            for unit, own in zip(self.units, (self.basis, self.means), strict=True)
+        )
+        return basis, means, torch.exp2(straight_through(whole(self.log_scales, sparse), _stored_logarithms))
+
+    def _values(self, numbers: Tensor, block: int) -> Tensor:
+        """Levels that are nearest to numbers of a block."""
+        tables = level_tables(self.levels, self.widths)
+
+        def nearest(numbers: Tensor) -> Tensor:
+            parts = torch.split(numbers, [count for _, count in self.segments[block]], dim=1)
+            found = [
+                tables[bits][nearest_level(part.contiguous(), tables[bits])]
+                for part, (bits, _) in zip(parts, self.segments[block], strict=True)
+            ]
+            return torch.cat(found, dim=1)
+
+        return straight_through(numbers, nearest) if numbers.numel() else numbers
+
+    def plain(self) -> tuple[SharedBasisBlocks, dict[str, Tensor]]:
+        """See `Factorization.plain`: blocks whose coefficients are the levels times their scales."""
+        floats = [[(0, rank)] if rank else [] for rank in self.ranks]
+        device = torch.device("meta")
+        plain = SharedBasisBlocks(self.vocab_size, self.dim, self.rank, self.sizes, floats, False, self.dtype, device)
+        plain.packed_block_index, plain.position, plain.order = self.packed_block_index, self.position, self.order
+        plain.in_order = self.in_order
+        basis, means, scales = self._read()
+        values = {"basis": basis, "means": means}
+        for block, (numbers, scale) in enumerate(zip(self.coefficients, torch.split(scales, self.ranks), strict=True)):
+            values[f"coefficients.{block}"] = self._values(numbers, block) * scale
+        return plain, values
+
+    def rows_of_blocks(self, places: Sequence[Tensor | None], sparse: bool = False) -> list[Tensor]:
+        """Rows of the table by their places in every block, see `RowBlocks.rows_of_blocks`."""
+        basis, means, scales = self._read(sparse)
+        rows = []
+        for block, (place, scale) in enumerate(zip(places, torch.split(scales, self.ranks), strict=True)):
+            if place is not None:
+                shape = (*place.shape, self.ranks[block])
+                numbers = read_rows(self.coefficients[block], place.reshape(-1), sparse)
+                values = self._values(numbers, block).view(shape) * scale
+                rows.append(values @ basis[: self.ranks[block]] + means[block])
+        return rows
+
+    def logits_as_kept(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_as_kept`: one product with the basis, then one a block."""
+        basis, means, scales = self._read()
+        reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
+        blocks = [
+            F.linear(reduced[..., :rank] * scale, self._values(self.coefficients[block], block))
+            + constant[..., block : block + 1]
+            for block, (rank, scale) in enumerate(zip(self.ranks, torch.split(scales, self.ranks), strict=True))
+        ]
+        return torch.cat(blocks, dim=-1)
+
+    @classmethod
+    def smallest_bytes(
+        cls, vocab_size: int, dim: int, itemsize: int, options: TransformCodingOptions | None = None
+    ) -> int:
+        """Bytes once it is converted, see `Factorization.smallest_bytes`."""
+        return SharedBasisBlocks.smallest_bytes(vocab_size, dim, itemsize, options)
+
+    @classmethod
+    def decompose(
+        cls,
+        weight: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: TransformCodingOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Codes by `SharedBasisBlocks.decompose`, ready to be trained; the bytes are those once it is converted."""
+        return cls.of(SharedBasisBlocks.decompose(weight, max_bytes, token_counts, options, advance, metric))
+
+    def refined(
+        self,
+        target: Tensor,
+        max_bytes: int,
+        token_counts: Tensor | None = None,
+        options: TransformCodingOptions | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
+    ) -> Self:
+        """Solve again from the codes as they are, see `SharedBasisBlocks.refined`."""
+        return self.of(self.converted().refined(target, max_bytes, token_counts, options, advance, metric))
+
+
+def _stored_logarithms(logarithms: Tensor) -> Tensor:
+    """Binary logarithms of scales in steps, downwards from the largest."""
+    if not logarithms.numel():
+        return logarithms
+    largest = logarithms.max()
+    return largest - ((largest - logarithms) * SCALE_STEPS).round().clamp(max=255) / SCALE_STEPS

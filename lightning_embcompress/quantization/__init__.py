@@ -1,0 +1,1 @@
+"""Few bits while training and after."""

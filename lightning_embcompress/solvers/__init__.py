@@ -1,1 +1,0 @@
-"""How factors are found: pure functions of tensors."""

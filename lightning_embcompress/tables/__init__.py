@@ -1,0 +1,1 @@
+"""Find the tables of a model, replace them, and put them back."""

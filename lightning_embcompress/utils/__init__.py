@@ -1,0 +1,1 @@
+"""Files, progress, random state, storage of tensors, and dividing work over processes."""

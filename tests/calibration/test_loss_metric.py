@@ -1,0 +1,162 @@
+"""The metric of the loss at the tables of a model, and biases that make up for errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.calibration.loss_metric import add_to_biases, bias_corrections, bias_of, metric_of
+from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
+from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.methods.registry import LowRank
+from lightning_embcompress.tables.replacement import find_tables
+
+_VOCAB_SIZE, _DIM = 60, 8
+
+
+class Bigram(nn.Module):
+    """The embedding is followed by a layer, so that its gradients are not those of the head."""
+
+    def __init__(self, bias: bool = True, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Embedding(_VOCAB_SIZE, _DIM)
+        self.body = nn.Linear(_DIM, _DIM)
+        self.decoder = nn.Linear(_DIM, _VOCAB_SIZE, bias=bias)
+        if tied:
+            self.decoder.weight = self.encoder.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = torch.tanh(self.body(self.encoder(ids))) + 0.5
+        return self.decoder(hidden)
+
+
+def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[:-1]), batch[1:])
+
+
+def _batches(count: int = 20) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [(_VOCAB_SIZE ** torch.rand(101, generator=generator)).long().clamp(max=59) for _ in range(count)]
+
+
+def _collect(model: nn.Module) -> Statistics:
+    return collect_statistics(model, _batches(), _loss)
+
+
+def test_moments_of_the_roles() -> None:
+    model = Bigram()
+    statistics = _collect(model)
+    encoder, decoder = find_tables(model)
+    assert torch.equal(metric_of(model, encoder, statistics).matrix, statistics.gradients["encoder"])
+    mean = statistics.hidden_mean["decoder"]
+    expected = statistics.hidden["decoder"] - torch.outer(mean, mean)
+    torch.testing.assert_close(metric_of(model, decoder, statistics).matrix, expected)
+    model = Bigram(bias=False)
+    metric = metric_of(model, find_tables(model)[1], _collect(model))
+    torch.testing.assert_close(metric.matrix, _collect(model).hidden["decoder"])
+
+
+def test_tied_tables_add_their_roles_and_count_by_frequency() -> None:
+    model = Bigram(bias=False, tied=True)
+    statistics = _collect(model)
+    [table] = find_tables(model)
+    metric = metric_of(model, table, statistics)
+    torch.testing.assert_close(metric.matrix, statistics.gradients["encoder"] + statistics.hidden["decoder"])
+    counts = statistics.token_counts.double() + 1
+    torch.testing.assert_close(metric.weights, counts / counts.sum())
+
+
+def test_weights_follow_gradients_and_doubts() -> None:
+    model = Bigram()
+    statistics = _collect(model)
+    encoder, decoder = find_tables(model)
+    frequency = (statistics.token_counts.double() + 1) / (statistics.token_counts.sum() + _VOCAB_SIZE)
+    # Of the mean gradient energy nothing is lost: a token of mean gradients keeps its frequency.
+    weights = metric_of(model, encoder, statistics).weights
+    assert (weights > 0).all()
+    assert float(weights.sum()) == pytest.approx(1, rel=0.2)
+    relative = metric_of(model, decoder, statistics).weights / frequency
+    mean, square = statistics.probabilities["decoder"], statistics.squared_probabilities["decoder"]
+    torch.testing.assert_close(relative, (mean - square) / mean)
+
+
+def test_weights_do_not_depend_on_the_order_of_tokens() -> None:
+    model = Bigram()
+    statistics = _collect(model)
+    order = torch.randperm(_VOCAB_SIZE, generator=torch.Generator().manual_seed(2))
+    permuted = Statistics(
+        statistics.token_counts[order],
+        gradients=statistics.gradients,
+        gradient_energies={"encoder": statistics.gradient_energies["encoder"][order]},
+        num_targets=statistics.num_targets,
+    )
+    encoder = find_tables(model)[0]
+    expected = metric_of(model, encoder, statistics).weights[order]
+    torch.testing.assert_close(metric_of(model, encoder, permuted).weights, expected)
+
+
+def test_the_prediction_is_the_second_order_of_the_loss() -> None:
+    """For a head whose words err by themselves, with moments of the very data that the loss is measured on."""
+    model = Bigram(bias=False).double()
+    statistics = collect_statistics(model, _batches(), _loss)
+    decoder = find_tables(model)[1]
+    metric = metric_of(model, decoder, statistics)
+    hidden = [torch.tanh(model.body(model.encoder(batch[:-1]))) + 0.5 for batch in _batches()]
+    logits = torch.cat([part @ model.decoder.weight.T for part in hidden]).detach()
+    states = torch.cat(hidden).detach()
+    row = int(statistics.token_counts.argmax())
+    change = torch.zeros(_VOCAB_SIZE, _DIM, dtype=torch.float64)
+    change[row] = 0.01 * torch.randn(_DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    # The divergence from what the model predicts, whose first order is zero.
+    lost = nn.functional.kl_div(
+        (logits - states @ change.T).log_softmax(1), logits.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    predicted = metric.loss(model.decoder.weight.detach(), model.decoder.weight.detach() - change)
+    share = (statistics.probabilities["decoder"] - statistics.squared_probabilities["decoder"])[row] / metric.weights[
+        row
+    ]
+    # Up to how p (1 - p) goes with the hidden state, which one moment for all words leaves out.
+    assert float(lost) == pytest.approx(float(share) * predicted, rel=0.3)
+
+
+@pytest.mark.parametrize("compressed_before", [False, True])
+def test_biases_make_up_for_the_mean_error(compressed_before: bool) -> None:
+    model = Bigram().eval()
+    statistics = _collect(model)
+    if compressed_before:
+        compress(model, "low_rank", rank=6, tables=["decoder"])
+    mean = statistics.hidden_mean["decoder"].float()
+    before = model.decoder(mean).detach().clone()
+    weight = model.decoder.weight if not compressed_before else model.decoder.factorization.dense()
+    factors = LowRank.decompose(weight.detach(), 900)
+    corrections = bias_corrections(model, ["decoder"], factors, statistics)
+    add_to_biases(model, corrections)
+    bias = bias_of(model, "decoder")
+    assert bias is not None
+    torch.testing.assert_close(factors.logits(mean) + bias, before, rtol=0, atol=1e-5)
+    assert bias_of(model, "encoder") is None
+
+
+def test_singular_moments_are_floored_and_said(capsys: Any, caplog: Any) -> None:
+    model = Bigram(bias=False)
+    statistics = Statistics(
+        torch.ones(_VOCAB_SIZE),
+        hidden={"decoder": torch.diag(torch.tensor([1.0] * 5 + [0.0] * 2 + [-1.0], dtype=torch.float64))},
+        hidden_mean={"decoder": torch.zeros(_DIM, dtype=torch.float64)},
+    )
+    with caplog.at_level("INFO"):
+        metric = metric_of(model, find_tables(model)[1], statistics)
+    assert metric.floored == 3
+    assert "have 3 of 8 eigenvalues" in caplog.text + "".join(capsys.readouterr())
+    assert torch.isfinite(metric.inverse_root).all()
+
+
+def test_statistics_of_another_model_are_refused() -> None:
+    model = Bigram()
+    other = Statistics(torch.ones(_VOCAB_SIZE + 1), gradients={"encoder": torch.eye(_DIM, dtype=torch.float64)})
+    with pytest.raises(ValueError, match=r"table 'encoder' \(60, 8\) has 60 rows: they are of another model"):
+        metric_of(model, find_tables(model)[0], other)

@@ -1,0 +1,117 @@
+"""What the tests of the shell's commands share: small models in files, and the command itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from lightning_embcompress.cli import main as cli
+
+VOCAB = 300
+TEXT = "".join(f"{word} of the {other}, and {word}.\n" for word in "abcdefgh" for other in ("sea", "sun", "moon", "m"))
+
+
+class Shell:
+    """The command, in the folder of a test.
+
+    Attributes:
+        capsys: What it prints.
+        vocab_size: Rows of the tables.
+        sentences: Content of `text`.
+    """
+
+    vocab_size = VOCAB
+    sentences = TEXT
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *words: object) -> int:
+        return cli.main([str(word) for word in words])
+
+    def printed(self) -> str:
+        return self.capsys.readouterr().out
+
+    def inspected(self, path: object) -> dict[str, Any]:
+        self.printed()
+        assert self("inspect", path, "--json") == 0
+        report: dict[str, Any] = json.loads(self.printed())
+        return report
+
+    def error(self) -> str:
+        """The only line that was printed."""
+        error = self.capsys.readouterr().err
+        assert error.startswith("embcompress: error: ")
+        assert error.count("\n") == 1, error
+        return error.removeprefix("embcompress: error: ").rstrip("\n")
+
+    @staticmethod
+    def files() -> set[str]:
+        return {str(path) for path in Path().rglob("*") if path.parts[0] != "cache"}
+
+    @staticmethod
+    def config(**given: Any) -> GPT2Config:
+        sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": VOCAB, "n_positions": 64}
+        return GPT2Config(bos_token_id=0, eos_token_id=0, **sizes | given)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    """The command, in an empty folder of its own."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("EMBCOMPRESS_TRACEBACK", raising=False)
+    # What a test itself loads is not what the command prints.
+    logging.disable_progress_bar()
+    yield Shell(capsys)
+    logging.enable_progress_bar()
+
+
+def write_tokenizer(folder: Path, eos: bool = True) -> None:
+    """Train a byte-level BPE tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    named = {"eos_token": "<|end|>"} if eos else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied GPT-2 with its tokenizer, a licence and a file of nobody's."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(Shell.config()).save_pretrained(folder)
+    write_tokenizer(folder)
+    (folder / "LICENSE.txt").write_text("Do as you like.")
+    (folder / "notes.md").write_text("Nothing that a model needs.")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def endless_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer, without a token for the end of a text."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, eos=False)
+    return folder
+
+
+@pytest.fixture
+def text(shell: Shell) -> Path:
+    """A text in the folder of the test."""
+    path = Path("text.txt")
+    path.write_text(TEXT)
+    return path

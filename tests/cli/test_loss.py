@@ -1,0 +1,108 @@
+"""`embcompress compress` by what the loss grows by: statistics of a text or from a file, limits of the perplexity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_embcompress import compress, plan_of
+from lightning_embcompress.calibration.statistics import Statistics
+
+
+def _report(folder: str) -> Any:
+    return json.loads(Path(folder, "report.json").read_text())
+
+
+def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> None:
+    assert shell("compress", gpt2, "out", "--ratio", 2, "--text", text, "--statistics", "cost.safetensors") == 0
+    printed = shell.printed()
+    assert "say what errors cost" in printed
+    assert "The loss was predicted to grow by" in printed
+    statistics = Statistics.load("cost.safetensors")
+    assert statistics.num_targets > 200
+    report = _report("out")
+    assert report["statistics"] == {"targets": statistics.num_targets, "file": "cost.safetensors"}
+    assert report["token_counts"] == "text"
+    (table,) = report["tables"]
+    assert table["predicted_loss"] > 0
+    model = AutoModelForCausalLM.from_pretrained(gpt2)
+    compress(model, "group_reduce", ratio=2, statistics=statistics)
+    written = AutoModelForCausalLM.from_pretrained("out")
+    assert plan_of(written) == plan_of(model)
+    torch.testing.assert_close(dict(written.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    # Read the second time: the text is not needed, and neither is another method refused it.
+    words = ("--method", "auto", "--ratio", 2, "--statistics", "cost.safetensors")
+    assert shell("compress", gpt2, "again", *words) == 0
+    assert "Zipf" not in shell.printed()
+    assert _report("again")["token_counts"] == "statistics"
+    # As it was before it was known what errors cost.
+    assert shell("compress", gpt2, "paper", "--ratio", 2, "--text", text, "--variant", "paper") == 0
+    assert _report("paper")["statistics"] is None
+    assert _report("paper")["tables"][0]["predicted_loss"] is None
+
+
+def test_the_smallest_within_a_limit(shell: Any, gpt2: Path, text: Path) -> None:
+    words = ("--method", "group_reduce", "--max_loss", "1%", "--text", text)
+    assert shell("compress", gpt2, "out", *words) == 0
+    assert "perplexity +1.00%" in shell.printed()
+    report = _report("out")
+    perplexity = report["perplexity"]
+    assert perplexity["compressed"] / perplexity["dense"] - 1 <= 0.01
+    assert report["tables"][0]["ratio"] > 1.5
+
+
+def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(200, 16), torch.nn.Linear(16, 200))
+    table = model[0].weight.detach()
+    moments = table.T.double() @ table.double() / 200
+    statistics = Statistics(
+        torch.arange(200, 0, -1),
+        hidden={"1": moments},
+        hidden_mean={"1": table.double().mean(dim=0)},
+        gradients={"0": moments.clone()},
+        num_targets=500,
+    )
+    statistics.save("cost.safetensors")
+    torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}, "model.ckpt")
+    assert shell("compress", "model.ckpt", "out.ckpt", "--size", "9kB", "--statistics", "cost.safetensors") == 0
+    compress(model, "group_reduce", size="9kB", statistics=statistics)
+    written = torch.load("out.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(dict(written), dict(model.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--ratio 2 --max_loss 1%", "give exactly one of ratio, size and max_loss"),
+        ("--max_loss none", "max_loss must be an increase of the perplexity such as '1%' or 0.01, it is 'none'"),
+        ("--max_loss 1%", "--max_loss 1% measures the perplexity: give a text with --text, without --counts_only"),
+        ("--max_loss 1% --text text.txt --counts_only", "--max_loss 1% measures the perplexity: give a text with"),
+        ("--max_loss 1% --text text.txt --method low_rank", "--max_loss is for methods that weigh errors by what the"),
+        ("--ratio 2 --method auto", "--method auto has to know what errors cost: give a text with --text, without"),
+        ("--ratio 2 --variant loss", "--variant loss has to know what errors cost: give a text with --text, without"),
+        ("--ratio 2 --statistics absent", "--statistics absent: there is no such file; to write it give a text with"),
+        ("--ratio 2 --text text.txt --statistics no/folder", "--statistics no/folder: there is no folder 'no'"),
+        ("--ratio 2 --variant paper --statistics text.txt", "--statistics is for methods that weigh errors by what"),
+    ],
+)
+def test_a_wrong_command_line(words: str, message: str, shell: Any, gpt2: Path, text: Path) -> None:
+    assert shell("compress", gpt2, "out", *words.split()) == 2
+    assert message in shell.error()
+    assert shell.files() == {"text.txt"}
+
+
+def test_statistics_that_cannot_be_used(shell: Any, gpt2: Path, text: Path) -> None:
+    Statistics(torch.arange(300), gradients={"wte": torch.eye(32, dtype=torch.float64)}).save("other")
+    for file, message in (
+        ("text.txt", "'text.txt' cannot be read as statistics"),
+        ("other", "the statistics have no moments of table 'transformer.wte'"),
+    ):
+        assert shell("compress", gpt2, "out", "--ratio", 2, "--statistics", file) == 1
+        assert message in shell.error()
+        assert not Path("out").exists()

@@ -1,0 +1,244 @@
+"""What is wrong with a command line, and that nothing is written then."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from lightning_embcompress.cli.commands import compressing
+from lightning_embcompress.cli.models import PretrainedModel
+from lightning_embcompress.utils import files as writing
+from lightning_embcompress.utils.files import staged
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: SOURCE, TARGET (embcompress compress --help)"),
+        ("SOURCE out --ratio four", "argument --ratio: invalid float value: 'four'"),
+        ("SOURCE out --tie never", "argument --tie: invalid choice: 'never'"),
+        ("SOURCE out more", "unrecognized arguments: more"),
+        ("SOURCE out", "give exactly one of ratio, size and max_loss: ratio is None, size is None, max_loss is None"),
+        ("SOURCE out --ratio 2 --size 1MB", "give exactly one of ratio, size and max_loss"),
+        ("SOURCE out --ratio 0.5", "ratio must be above 1"),
+        ("SOURCE out --size big", "size must be a number of bytes such as '80MB'"),
+        ("SOURCE out --method group_reduse --ratio 2", "unknown method 'group_reduse' (did you mean 'group_reduce'?)"),
+        (
+            "SOURCE out --ration 2",
+            "there is no option --ration, neither of the command (embcompress compress --help) nor of the method "
+            "'group_reduce', which has --variant, --groups",
+        ),
+        ("SOURCE out --ratio 2 --groups", "--groups needs a value"),
+        ("SOURCE out --ratio 2 --groups --overwrite", "--groups needs a value"),
+        ("SOURCE out --ratio 2 --groups 0", "groups must be 1 or more, or 'auto', it is 0"),
+        (
+            "SOURCE out --ratio 2 --refine_rounds few",
+            "an option of the method 'group_reduce' is of the wrong type (refine_rounds='few')",
+        ),
+        ("SOURCE out --ratio 2 --groups [1", "groups='[1': must be a value in YAML or JSON"),
+        ("SOURCE out --ratio 2 --option groups", "--option 'groups': must be NAME=VALUE"),
+        ("SOURCE out --ratio 2 --counts_only", "--counts_only says what --text is for"),
+        ("SOURCE SOURCE --ratio 2", "is not empty: choose another, or replace it with --overwrite"),
+        ("SOURCE out.ckpt --ratio 2", "TARGET 'out.ckpt' is called like a file, but a directory is made of "),
+        ("SOURCE file --ratio 2", "TARGET 'file' is a file, but a directory is made of "),
+        ("SOURCE file/out --ratio 2", "TARGET 'file/out' cannot be written: '"),
+        ("SOURCE . --ratio 2", "TARGET '.' is the current folder, which would be replaced"),
+    ],
+)
+def test_a_wrong_command_line(words: str, message: str, shell: Any, gpt2: Path) -> None:
+    Path("file").write_text("mine")
+    assert shell("compress", *words.replace("SOURCE", str(gpt2)).split()) == 2
+    assert message in shell.error()
+    assert shell.files() == {"file"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--ratio 1000", "cannot be stored in 38 bytes (1000x) by 'group_reduce' with these options: the smallest"),
+        (
+            "--ratio 2 --tables transformer.wtf",
+            "the model has no module 'transformer.wtf' (did you mean 'transformer.wte'",
+        ),
+        ("--ratio 2 --tables transformer.ln_f", "module 'transformer.ln_f' is a LayerNorm: only nn.Embedding and "),
+        ("--ratio 2 --text absent*.txt", "--text='absent*.txt' matches no file"),
+        ("--ratio 2 --text empty.txt", "every file it names is empty"),
+        ("--ratio 2 --text text.txt --tokenizer /no/such", "tokenizer='/no/such' is not a directory"),
+        ("--method weighted_low_rank --rank 2 --tables transformer.wte transformer.wpe", "have different vocabularies"),
+    ],
+)
+def test_what_cannot_be_done(words: str, message: str, shell: Any, gpt2: Path, text: Path) -> None:
+    Path("empty.txt").write_text("")
+    before = shell.files()
+    assert shell("compress", gpt2, "out", *words.split()) == 1
+    assert message in shell.error()
+    assert shell.files() == before
+
+
+def test_a_text_needs_the_tokenizer_of_the_model(shell: Any, gpt2: Path, text: Path, endless_tokenizer: Path) -> None:
+    GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained("bare")
+    words = ["compress", "bare", "out", "--method=low_rank", "--rank=2", "--text", text]
+    assert shell(*words) == 1
+    assert "--text needs a tokenizer, and there is none in 'bare': name one with --tokenizer DIR" in shell.error()
+    # One without a token for the end of a text; its files then belong to the result.
+    assert shell(*words, "--tokenizer", endless_tokenizer) == 0
+    assert (Path("out") / "tokenizer.json").read_bytes() == (endless_tokenizer / "tokenizer.json").read_bytes()
+    GPT2LMHeadModel(shell.config(vocab_size=40)).save_pretrained("small")
+    words[1:3] = ["small", "other"]
+    assert shell(*words, "--tokenizer", gpt2) == 1
+    assert "but the table has only 40 rows: give the tokenizer of the model with --tokenizer" in shell.error()
+    assert not Path("other").exists()
+
+
+def test_models_that_transformers_cannot_load(shell: Any, gpt2: Path) -> None:
+    shutil.copytree(gpt2, "model")
+    config = json.loads(Path("model/config.json").read_text())
+    before = shell.files()
+    changes = (
+        ({"architectures": ["GPT9LMHeadModel"]}, "'model' is a 'GPT9LMHeadModel', which transformers "),
+        ({"architectures": ["GPT2DoubleHeadsModel"]}, "'model' is not a whole GPT2DoubleHeadsModel: "),
+        ({"n_embd": 48}, "'model' cannot be loaded: "),
+        (
+            {"quantization_config": {"quant_method": "embcompress", "version": 99, "tables": []}},
+            "'model' cannot be read: the compression plan has version 99, this package reads versions up to",
+        ),
+    )
+    for change, message in changes:
+        Path("model/config.json").write_text(json.dumps(config | change))
+        assert shell("compress", "model", "out", "--ratio", 2) == 1
+        assert message in shell.error()
+        assert shell.files() == before
+
+
+def test_overwriting(shell: Any, gpt2: Path) -> None:
+    words = ["compress", gpt2, "out", "--method=low_rank", "--rank=2"]
+    Path("out").mkdir()
+    assert shell(*words) == 0, "an empty directory is none"
+    (Path("out") / "left_over.bin").write_text("")
+    (Path("out") / "report.json").write_text("old")
+    assert shell(*words) == 2
+    assert "TARGET 'out' is not empty" in shell.error()
+    assert (Path("out") / "report.json").read_text() == "old"
+    assert shell(*words, "--overwrite") == 0
+    assert json.loads((Path("out") / "report.json").read_text())["tables"]
+    assert not (Path("out") / "left_over.bin").exists()
+    # In the place of the source itself.
+    assert shell("densify", "out", "out", "--overwrite") == 0
+    assert type(GPT2LMHeadModel.from_pretrained("out").lm_head) is torch.nn.Linear
+    # What is more than a model is not removed.
+    for name, files, message in (
+        ("papers", ["thesis.txt"], "TARGET 'papers' is not only a model (it has no config.json)"),
+        ("project", ["config.json", "src/code.py"], "TARGET 'project' is not only a model (it has the folder 'src')"),
+    ):
+        for file in files:
+            (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
+            (Path(name) / file).write_text("mine")
+        words[2] = name
+        assert shell(*words, "--overwrite") == 2
+        assert message in shell.error()
+        assert all((Path(name) / file).read_text() == "mine" for file in files)
+    shutil.copytree("out", "outer/inner")
+    words[1:3] = ["outer/inner", "outer"]
+    assert shell(*words, "--overwrite") == 2
+    assert "TARGET 'outer' holds SOURCE or the current folder" in shell.error()
+
+
+def test_overwriting_a_checkpoint(shell: Any) -> None:
+    torch.save({"state_dict": {"a.weight": torch.randn(50, 8)}}, "source.ckpt")
+    words = ["compress", "source.ckpt", "out.ckpt", "--method=low_rank", "--rank=2"]
+    Path("folder").mkdir()
+    for taken in ("out.ckpt", "out.report.json"):
+        Path(taken).write_text("mine")
+        assert shell(*words) == 2
+        assert f"'{taken}' exists: choose another TARGET, or replace it with --overwrite" in shell.error()
+        Path(taken).unlink()
+    assert shell(*[*words[:2], "folder", *words[3:]]) == 2
+    assert "TARGET 'folder' is a directory: name the checkpoint to write, for example 'folder/comp" in shell.error()
+    for _ in range(2):
+        assert shell(*words, "--overwrite") == 0
+    # In the place of the source itself, which is mapped into memory meanwhile.
+    assert shell("densify", "out.ckpt", "out.ckpt", "--overwrite") == 0
+    assert torch.load("out.ckpt", weights_only=True)["state_dict"]["a.weight"].shape == (50, 8)
+    assert shell.files() == {"folder", "source.ckpt", "out.ckpt", "out.report.json"}
+
+
+@pytest.mark.parametrize("when", ["solving", "writing", "reporting", "renaming"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
+def test_an_interruption_leaves_what_was_there(
+    when: str, error: type[BaseException], shell: Any, gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(gpt2, "out")
+    before = {path: (Path("out") / path).read_bytes() for path in os.listdir("out")}
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise error("stopped")
+
+    write = PretrainedModel.write
+
+    def half(self: PretrainedModel, path: Path) -> None:
+        write(self, path)
+        interrupted()
+
+    if when == "writing":
+        monkeypatch.setattr(PretrainedModel, "write", half)
+    else:
+        places = {"solving": (compressing, "compress"), "reporting": (compressing, "write_report")}
+        module, name = places.get(when, (writing, "_put_in_place"))
+        monkeypatch.setattr(module, name, interrupted)
+    words = ["compress", gpt2, "out", "--method=low_rank", "--rank=2", "--overwrite"]
+    if error is KeyboardInterrupt:
+        assert shell(*words) == 130
+    elif error is RuntimeError or when == "solving":  # a defect, with its traceback
+        with pytest.raises(error, match="stopped"):
+            shell(*words)
+    else:
+        assert shell(*words) == 1
+        assert f"{str(Path('out').absolute())!r} cannot be written: stopped" in shell.error()
+    assert {path: (Path("out") / path).read_bytes() for path in os.listdir("out")} == before
+    assert os.listdir() == ["out"]
+
+
+def test_a_directory_is_put_back_if_its_place_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    rename, calls = os.rename, []
+
+    def second_fails(source: Any, destination: Any) -> None:
+        calls.append(destination)
+        if len(calls) == 2:
+            raise OSError("full")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(ValueError, match="model' cannot be written: full"), staged(target, directory=True) as path:
+        (path / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_help(shell: Any) -> None:
+    for command in ("compress", "inspect", "densify"):
+        with pytest.raises(SystemExit) as stop:
+            shell(command, "--help")
+        assert stop.value.code == 0
+        assert f"usage: embcompress {command}" in shell.printed()
+
+
+def test_from_a_real_shell(shell: Any, gpt2: Path) -> None:
+    command = [sys.executable, "-m", "lightning_embcompress", "compress", str(gpt2), "out", "--ratio", "1.4"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Written: out, out/report.json" in done.stdout
+    assert shell.inspected("out")["tables"][0]["ratio"] >= 1.4

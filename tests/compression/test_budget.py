@@ -1,0 +1,280 @@
+"""How large factors become: options that say so instead of a ratio, and tables that are untied."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.compression.budget import parse_size
+from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, model_bytes, plan_of
+from lightning_embcompress.integrations.saved import load_compressed, save_compressed
+from lightning_embcompress.methods.registry import METHODS
+
+_METHODS = sorted(METHODS)
+_IDS = torch.tensor([[1, 5, 499], [0, 5, 17]])
+
+
+class _Model(nn.Module):
+    """Words in, scores of words out."""
+
+    def __init__(self, vocab_size: int = 500, dim: int = 16, tied: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.encoder = nn.Embedding(vocab_size, dim)
+        self.decoder = nn.Linear(dim, vocab_size)
+        with torch.no_grad():
+            for layer in (self.encoder, self.decoder):
+                table = torch.randn(vocab_size, dim, generator=generator) * torch.logspace(0, -1, dim)
+                layer.weight.copy_(table)
+            self.decoder.bias.zero_()
+        if tied:
+            self.decoder.weight = self.encoder.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.decoder(self.encoder(ids).tanh())
+
+
+def _counts(vocab_size: int = 500) -> Tensor:
+    return (1000 / torch.arange(1, vocab_size + 1)).long()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("80MB", 80_000_000), ("1.5 gb", 1_500_000_000), (12345, 12345), ("700", 700), ("3k", 3000), ("9B", 9)],
+)
+def test_sizes(size: str | int, expected: int) -> None:
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "MB", "-3MB", "80MiB", "0", "8 0MB", 0, "nan"])
+def test_sizes_that_cannot_be_read(size: str | int) -> None:
+    with pytest.raises(ValueError, match="size must be a number of bytes such as '80MB'"):
+        parse_size(size)
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "cp": {"rank": 9},
+    "low_rank": {"rank": 3},
+    "product_quantization": {"subspaces": 5, "bits": 4},
+    "tensor_train": {"max_rank": 1},
+    "tensor_train_matrix": {"max_rank": 5},
+    "tucker": {"ranks": [7, 6, 9]},
+    "weighted_low_rank": {"rank": 3},
+}
+
+
+_OF_NUMPY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "group_reduce",
+        {
+            "ratio": np.float64(2),
+            "groups": np.int64(5),
+            "refine_rounds": torch.tensor(1),
+            "move_fraction": np.float32(0.5),
+        },
+        {"groups": 5, "refine_rounds": 1, "move_fraction": 0.5},
+    ),
+    ("tucker", {"ranks": np.array([7, 6, 9])}, {"ranks": [7, 6, 9]}),
+    ("tensor_train", {"max_rank": np.int32(1), "shape": (np.int64(4), 4)}, {"max_rank": 1, "shape": [4, 4]}),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "recorded"), _OF_NUMPY)
+def test_numbers_of_numpy_are_recorded_as_plain_ones(
+    method: str, given: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = compress(model := _Model(), method, token_counts=_counts().numpy(), **given)
+    record = plan.to_dict()
+    assert [table.options for table in plan.tables] == [recorded] * 2
+    # JSON has them as they are, and so does a checkpoint that may hold nothing else.
+    read = json.loads(json.dumps(record))
+    assert read == record
+    assert repr(read) == repr(record)
+    torch.save(record, tmp_path / "record.pt")
+    assert Plan.from_dict(torch.load(tmp_path / "record.pt", weights_only=True)) == plan
+    plain = compress(same := _Model(), method, token_counts=_counts(), **{"ratio": given.get("ratio"), **recorded})
+    assert plain == plan
+    assert torch.equal(model(_IDS), same(_IDS))
+
+
+def test_options_that_fix_the_size_are_all_tested() -> None:
+    assert set(_SIZES) == {name for name in _METHODS if METHODS[name].options().size_options}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", sorted(_SIZES))
+def test_an_option_that_fixes_the_size_takes_the_place_of_a_ratio(method: str, tied: bool) -> None:
+    model = _Model(tied=tied)
+    plan = compress(model, method, token_counts=_counts(), **_SIZES[method])
+    chosen = METHODS[method]
+    options = chosen.options(**_SIZES[method])
+    assert options.fixes_size
+    for table in plan.tables:
+        assert table.options == _SIZES[method]
+        # All but the digits of a rank, which are counted at their widest.
+        assert 0 <= chosen.factorization.smallest_bytes(500, 16, 4, options) - table.stored_bytes < 3
+        assert table.weighted_error is not None
+        assert 0 < table.weighted_error < 0.9
+    fresh = _Model(tied=tied)
+    apply_plan(fresh, Plan.from_dict(json.loads(json.dumps(plan.to_dict()))))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(_IDS), model(_IDS))
+    # Refined to the same table, it is neither larger nor worse.
+    factors = model.encoder.factorization
+    before, dense = factors.weighted_error(_Model(tied=tied).encoder.weight, torch.ones(500)), factors.stored_bytes()
+    refined = factors.refined(_Model(tied=tied).encoder.weight, dense, torch.ones(500), options)
+    assert refined.stored_bytes() == dense
+    assert refined.weighted_error(_Model(tied=tied).encoder.weight, torch.ones(500)) <= before * 1.001 + 1e-6
+
+
+@pytest.mark.parametrize("method", sorted(_SIZES))
+def test_an_option_that_fixes_the_size_excludes_a_ratio(method: str) -> None:
+    (name,) = METHODS[method].options().size_options
+    for budget in ({"ratio": 2}, {"size": "10kB"}):
+        with pytest.raises(ValueError, match=rf"give exactly one of ratio, size, max_loss and {name}: ratio is "):
+            compress(_Model(), method, token_counts=_counts(), **_SIZES[method], **budget)
+    with pytest.raises(ValueError, match=rf"{name} is None"):
+        compress(_Model(), method, token_counts=_counts())
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("low_rank", {"rank": 16}, r"'encoder' \(500, 16\) would take \d+ bytes by 'low_rank' .* the 32000 bytes"),
+        ("low_rank", {"rank": 17}, r"rank must be at most 16 for a table of 500 x 16, it is 17"),
+        ("low_rank", {"rank": 0}, r"rank must be 1 or more, it is 0"),
+        ("tensor_train", {"max_rank": 4}, r"would take \d+ bytes by 'tensor_train'"),
+        ("tensor_train", {"max_rank": 5}, r"max_rank must be at most 4 for vectors folded to 2 x 2 x 2 x 2, it is 5"),
+        ("cp", {"rank": 321}, r"rank must be at most 320 for the shapes \[20, 25\] and \[16\], it is 321"),
+        ("tucker", {"ranks": [7, 6]}, r"ranks \[7, 6\] must be 3, one for every mode of \[20, 25, 16\]"),
+        (
+            "tucker",
+            {"ranks": [2, 7, 3]},
+            r"ranks \[2, 7, 3\] must be .* and none may be above the product of the others",
+        ),
+        (
+            "tucker",
+            {"ranks": [2, 2, 17]},
+            r"ranks \[2, 2, 17\] must be from 1 to the sizes of the modes",
+        ),
+        ("tucker", {"ranks": [2, 2, 0]}, r"ranks must be 1 or more, they are \[2, 2, 0\]"),
+        (
+            "tucker",
+            {"ranks": [2, 2, 2], "vocab_shape": [20, 24]},
+            r"vocab_shape \[20, 24\] .* the 500 rows",
+        ),
+        ("tensor_train", {"max_rank": 1, "shape": [3, 5]}, r"shape \[3, 5\] has a product of 15: .* the 16 columns"),
+    ],
+)
+def test_sizes_that_are_not_possible_change_nothing(method: str, given: dict[str, Any], message: str) -> None:
+    model = _Model()
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        compress(model, method, **given)
+    assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_untying_gives_each_role_factors_of_half_the_bytes(method: str) -> None:
+    model, fresh = _Model(2000, tied=True), _Model(2000, tied=True)
+    table = model.encoder.weight.detach().clone()
+    smallest = METHODS[method].factorization.smallest_bytes(2000, 16, 4, METHODS[method].options())
+    size = max(2 * smallest, table.nbytes // 3)
+    # What does not get below two halves of the table cannot be untied.
+    if 2 * smallest >= table.nbytes:
+        with pytest.raises(ValueError, match=r"cannot be stored|would take|nothing to compress"):
+            compress(model, method, size=size, tie="untie", token_counts=_counts(2000))
+        return
+    plan = compress(model, method, size=size, tie="untie", token_counts=_counts(2000))
+    assert [table.modules for table in plan.tables] == [("encoder",), ("decoder",)]
+    assert [table.untied for table in plan.tables] == ["encoder", "encoder"]
+    assert plan.dense_bytes == table.nbytes
+    assert all(entry.dense_bytes == table.nbytes // 2 and entry.stored_bytes <= size // 2 for entry in plan.tables)
+    assert 0.7 * size < plan.stored_bytes <= size or plan.stored_bytes == 2 * smallest
+    assert plan.ratio == pytest.approx(table.nbytes / plan.stored_bytes)
+    one, other = model.encoder.factorization, model.decoder.factorization
+    assert one is not other
+    assert not {id(parameter) for parameter in one.parameters()} & {id(parameter) for parameter in other.parameters()}
+    assert torch.equal(one.dense(), other.dense())
+    # The same from the record and a state, and from files.
+    read = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert read == plan
+    apply_plan(fresh, read)
+    assert plan_of(fresh) == plan
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(_IDS), model(_IDS))
+
+
+def test_the_whole_model_counts_an_untied_table_once() -> None:
+    dense = sum(parameter.nbytes for parameter in _Model(2000, 64, tied=True).parameters())
+    for tie in ("keep", "untie", "auto"):
+        model = _Model(2000, 64, tied=True)
+        plan = compress(model, "low_rank", ratio=4, tie=tie)
+        found = model_bytes(model)
+        assert found["dense_bytes"] == dense
+        assert found["stored_bytes"] == dense - plan.dense_bytes + plan.stored_bytes
+        assert 4 <= plan.ratio < 5.5
+
+
+def test_untied_models_survive_their_files(tmp_path: Path) -> None:
+    model, fresh = _Model(2000, tied=True), _Model(2000, tied=True)
+    plan = compress(model, "group_reduce", ratio=3, tie="untie", token_counts=_counts(2000))
+    # Trained apart.
+    model.decoder.factorization.basis.data.mul_(1.5)
+    save_compressed(model, tmp_path)
+    assert load_compressed(tmp_path, fresh) == plan
+    assert torch.equal(fresh(_IDS), model(_IDS))
+    assert not torch.equal(fresh.encoder.factorization.dense(), fresh.decoder.factorization.dense())
+    densify(fresh)
+    assert fresh.encoder.weight is not fresh.decoder.weight
+    torch.testing.assert_close(fresh(_IDS), model(_IDS), rtol=1e-4, atol=1e-4)
+    assert plan_of(fresh) == Plan()
+
+
+@pytest.mark.parametrize("tie", ["keep", "auto"])
+def test_tied_tables_stay_so_unless_untying_has_the_lower_loss(tie: Any) -> None:
+    # Rows weighted by frequency weigh the same in both roles: one set of twice the bytes is never worse.
+    model = _Model(2000, tied=True)
+    plan = compress(model, "weighted_low_rank", ratio=3, tie=tie, token_counts=_counts(2000))
+    assert [(table.modules, table.untied) for table in plan.tables] == [(("encoder", "decoder"), None)]
+    assert model.encoder.factorization is model.decoder.factorization
+    apart = _Model(2000, tied=True)
+    halves = compress(apart, "weighted_low_rank", ratio=3, tie="untie", token_counts=_counts(2000))
+    assert all(half.weighted_error > plan.tables[0].weighted_error for half in halves.tables)
+
+
+def test_untying_changes_nothing_where_nothing_is_tied() -> None:
+    plan = compress(_Model(2000), "low_rank", ratio=3, tie="untie")
+    assert [(table.modules, table.untied) for table in plan.tables] == [(("encoder",), None), (("decoder",), None)]
+    assert plan == compress(_Model(2000), "low_rank", ratio=3)
+
+
+def test_tables_with_several_readers_become_two() -> None:
+    model = _Model(2000, tied=True)
+    model.more = nn.Embedding(2000, 16)
+    model.more.weight = model.encoder.weight
+    plan = compress(model, "low_rank", ratio=3, tie="untie")
+    assert [table.modules for table in plan.tables] == [("encoder", "more"), ("decoder",)]
+    assert model.encoder.factorization is model.more.factorization
+    assert plan.ratio >= 3
+
+
+def test_unknown_ways_to_tie_change_nothing() -> None:
+    model = _Model(tied=True)
+    with pytest.raises(ValueError, match=r"tie must be one of 'keep', 'untie', 'auto', it is 'split'"):
+        compress(model, "low_rank", ratio=3, tie="split")  # type: ignore[arg-type]
+    assert type(model.encoder) is nn.Embedding
+
+
+def test_untying_at_a_ratio_that_cannot_be_reached_names_one_that_can() -> None:
+    with pytest.raises(ValueError, match=r"cannot be stored in \d+ bytes \(60x\)") as raised:
+        compress(_Model(tied=True), "low_rank", ratio=60, tie="untie")
+    reachable = float(re.findall(r"bytes \(([0-9.]+)x\); ask for less", str(raised.value))[0])
+    assert compress(_Model(tied=True), "low_rank", ratio=reachable, tie="untie").ratio >= reachable

@@ -1,0 +1,118 @@
+"""What is written and printed about a compressed model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_embcompress.compression.budget import plan_requests
+from lightning_embcompress.compression.plan import compress, model_bytes, plan_of
+from lightning_embcompress.compression.report import show_plan, show_requests, table_report, write_report
+from lightning_embcompress.methods.registry import METHODS
+
+
+def _model(tied: bool = False) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"encoder": nn.Embedding(1000, 16), "hidden": nn.Linear(16, 16), "decoder": nn.Linear(16, 1000)}
+    )
+    if tied:
+        model["decoder"].weight = model["encoder"].weight
+    return model
+
+
+def _compressed(tied: bool = False, method: str = "group_reduce") -> nn.ModuleDict:
+    model = _model(tied)
+    chosen = METHODS[method]
+    # Not every method reaches every ratio.
+    smallest = chosen.factorization.smallest_bytes(1000, 16, 4, chosen.options())
+    compress(model, method, ratio=min(2, 64_000 / smallest), token_counts=torch.arange(1000, 0, -1))
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_of_the_whole_model(tied: bool) -> None:
+    rest = 4 * (16 * 16 + 16 + 1000)
+    tables = 4 * 16_000 * (1 if tied else 2)
+    assert model_bytes(_model(tied)) == {"dense_bytes": rest + tables, "stored_bytes": rest + tables, "ratio": 1.0}
+    model = _compressed(tied)
+    found = model_bytes(model)
+    assert found["dense_bytes"] == rest + tables
+    assert found["stored_bytes"] == rest + sum(table.stored_bytes for table in plan_of(model).tables)
+    assert found["ratio"] == found["dense_bytes"] / found["stored_bytes"] > 1.5
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_report_has_the_promised_keys(method: str, tmp_path: Path) -> None:
+    model = _compressed(method=method)
+    perplexity = {"dense": 9.5, "compressed": 10.0, "refined": [{"epoch": 2, "value": 9.75}], "final": None}
+    path = tmp_path / "run" / "report.json"
+    write_report(path, model, {**perplexity, "split": "validation"})
+    report = json.loads(path.read_text())
+    assert set(report) == {"tables", "model", "perplexity"}
+    assert report["perplexity"] == {**perplexity, "split": "validation"}
+    assert report["model"] == model_bytes(model)
+    assert [table["name"] for table in report["tables"]] == ["encoder", "decoder"]
+    for table, planned in zip(report["tables"], plan_of(model).tables, strict=True):
+        assert table["method"] == method
+        assert table["shape"] == [1000, 16]
+        assert table["dense_bytes"] == 64_000
+        assert table["stored_bytes"] == planned.stored_bytes < 64_000
+        assert table["ratio"] == pytest.approx(64_000 / planned.stored_bytes)
+        values = model[table["name"]].factorization.num_values
+        assert table["parameter_ratio"] == pytest.approx(16_000 / values)
+        assert table["weighted_error"] == planned.weighted_error
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_tied_tables_are_reported_once() -> None:
+    (table,) = table_report(_compressed(tied=True))
+    assert (table["name"], table["modules"]) == ("encoder", ["encoder", "decoder"])
+    assert table_report(_model()) == []
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_report_of_a_diverged_run_is_json(value: float, tmp_path: Path) -> None:
+    write_report(tmp_path / "report.json", _compressed(), {"dense": 3.0, "refined": [{"epoch": 1, "value": value}]})
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(constant)
+
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert report["perplexity"] == {"dense": 3.0, "refined": [{"epoch": 1, "value": None}]}
+
+
+def test_report_replaces_the_old_one(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        write_report(tmp_path / "report.json", _compressed(), {"final": value})
+    assert json.loads((tmp_path / "report.json").read_text())["perplexity"]["final"] == 2.0
+
+
+def test_tables_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    model = _model(tied=True)
+    show_requests(plan_requests(model, "group_reduce", ratio=2))
+    before = capsys.readouterr().out
+    for part in ("encoder = decoder", "group_reduce", "1,000 x 16", "0.064", "0.032", "2.00x"):
+        assert part in before
+    compress(model, "group_reduce", ratio=2, token_counts=torch.arange(1000, 0, -1), groups=8)
+    (table,) = plan_of(model).tables
+    show_plan(plan_of(model), model, "Compressed at epoch 3")
+    after = capsys.readouterr().out
+    assert table.weighted_error is not None
+    parts = ("Compressed at epoch 3", f"{table.ratio:.2f}x", "8 groups", "whole model", f"{table.weighted_error:.4f}")
+    for part in parts:
+        assert part in after
+    ranks = table.spec["ranks"]
+    shown = f"8 groups, ranks {', '.join(map(str, ranks[:6]))}, ... {ranks[-1]}"
+    assert table_report(model)[0]["structure"] == shown
+
+
+def test_low_rank_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    model = _compressed(method="low_rank")
+    show_plan(plan_of(model), model, "Compressed")
+    assert f"rank {plan_of(model).tables[0].spec['rank']}" in capsys.readouterr().out

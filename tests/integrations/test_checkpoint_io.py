@@ -1,0 +1,470 @@
+"""Checkpoints, saved directories and reports survive a full disk and a kill, and damaged ones are told."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from torch import Tensor, nn
+
+from lightning_embcompress import compress, load_compressed, save_compressed
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.compression.report import write_report
+from lightning_embcompress.integrations import checkpoint_io
+from lightning_embcompress.integrations.checkpoint_io import (
+    AtomicCheckpointIO,
+    check_checkpoint_file,
+    check_whole_file,
+    read_without_tensors,
+    use_atomic_checkpoints,
+)
+from lightning_embcompress.utils import files
+
+_MEGABYTES = 24
+
+
+def _checkpoint(number: int, megabytes: int = 1) -> dict[str, Any]:
+    """All of whose tensors tell of which one they are."""
+    tensors = {f"layer{index}": torch.full((megabytes * 2**18 // 4,), float(number)) for index in range(4)}
+    return {"state_dict": tensors, "number": number, "pytorch-lightning_version": "2.6.0"}
+
+
+def _number(path: Path) -> int:
+    """Which checkpoint a file holds, if it holds a whole one."""
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+    number: int = checkpoint["number"]
+    assert all(bool((tensor == number).all()) for tensor in checkpoint["state_dict"].values())
+    return number
+
+
+def _model(number: int, rows: int = 2000) -> nn.Sequential:
+    model = nn.Sequential(nn.Embedding(rows, 16), nn.Linear(16, 4))
+    compress(model, "low_rank", rank=4)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, number)
+    return model
+
+
+def _loaded_number(folder: Path, rows: int = 2000) -> int:
+    model = nn.Sequential(nn.Embedding(rows, 16), nn.Linear(16, 4))
+    load_compressed(folder, model)
+    (number,) = {value for parameter in model.parameters() for value in parameter.unique().tolist()}
+    return int(number)
+
+
+@contextmanager
+def _small_files(size: int) -> Iterator[None]:
+    """No file can grow beyond a size, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _child(target: Callable[..., None], *arguments: Any) -> multiprocessing.Process:
+    # A fork: a process of its own that is there at once.
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    return process  # type: ignore[return-value]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_the_file_is_that_of_lightning(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(3)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "folder" / "last.ckpt")
+    TorchCheckpointIO().save_checkpoint(checkpoint, tmp_path / "theirs.ckpt")
+    assert _names(tmp_path / "new" / "folder") == ["last.ckpt"]
+    ours, theirs = (torch.load(path, weights_only=True) for path in sorted(tmp_path.rglob("*.ckpt")))
+    torch.testing.assert_close(ours.pop("state_dict"), theirs.pop("state_dict"), rtol=0, atol=0)
+    assert ours == theirs
+    # Both read both, also by the name of a file's URL.
+    for path in tmp_path.rglob("*.ckpt"):
+        assert _number(path) == TorchCheckpointIO().load_checkpoint(path)["number"] == 3
+        assert AtomicCheckpointIO().load_checkpoint(f"file://{path}")["number"] == 3
+    with pytest.raises(TypeError, match="storage_options"):
+        AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "other.ckpt", storage_options={})
+
+
+def test_urls_are_left_to_lightning() -> None:
+    io = AtomicCheckpointIO()
+    io.save_checkpoint(_checkpoint(7), "memory://folder/last.ckpt")
+    assert io.load_checkpoint("memory://folder/last.ckpt")["number"] == 7
+    assert read_without_tensors("memory://folder/last.ckpt")["state_dict"]["layer0"].is_meta
+    io.save_checkpoint({"object": argparse.Namespace()}, "memory://folder/last.ckpt")
+    with pytest.raises(Exception, match="argparse.Namespace"):
+        io.load_checkpoint("memory://folder/last.ckpt")
+
+
+def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(checkpoint: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint(_checkpoint(1), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io.torch, "save", full)
+        with pytest.raises(
+            OSError, match=r"last.ckpt' could not be written, and what was there before is as it was"
+        ) as no:
+            io.save_checkpoint(_checkpoint(2), path)
+        assert no.value.errno == errno.ENOSPC
+        with pytest.raises(OSError, match=r"new.ckpt' could not be written, and nothing was left there: .*MB are free"):
+            io.save_checkpoint(_checkpoint(2), tmp_path / "new.ckpt")
+    assert _names(tmp_path) == ["last.ckpt"]
+    assert _number(path) == 1
+    # Not of the disk, and said as it is.
+    with pytest.raises((AttributeError, RuntimeError, TypeError), match="lambda"):
+        io.save_checkpoint({"state_dict": lambda: 1}, path)
+    assert _names(tmp_path) == ["last.ckpt"]
+    assert _number(path) == 1
+
+
+def test_files_that_cannot_grow(tmp_path: Path) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint(_checkpoint(1), path)
+    with (
+        _small_files(2**18),
+        pytest.raises(OSError, match=r"last.ckpt' could not be written, and what was there before"),
+    ):
+        io.save_checkpoint(_checkpoint(2), path)
+    assert _names(tmp_path) == ["last.ckpt"]
+    assert _number(path) == 1
+    io.save_checkpoint(_checkpoint(3), path)
+    assert _number(path) == 3
+    folder = tmp_path / "saved"
+    save_compressed(_model(1), folder)
+    with (
+        _small_files(2**14),
+        pytest.raises(OSError, match=r"safetensors' could not be written, and what was there before"),
+    ):
+        save_compressed(_model(2), folder)
+    assert _names(folder) == ["config.json", "model.safetensors"]
+    assert _loaded_number(folder) == 1
+    report = tmp_path / "report.json"
+    write_report(report, _model(1), {"final": 1.0})
+    before = report.read_bytes()
+    with _small_files(16), pytest.raises(OSError, match="File too large"):
+        write_report(report, _model(1), {"final": 2.0})
+    assert report.read_bytes() == before
+    assert _names(tmp_path) == ["last.ckpt", "report.json", "saved"]
+
+
+def _save_forever(path: Path) -> None:
+    number = 2
+    while True:
+        AtomicCheckpointIO().save_checkpoint(_checkpoint(number, _MEGABYTES), path)
+        number += 1
+
+
+def _save_compressed_forever(folder: Path) -> None:
+    number = 2
+    while True:
+        save_compressed(_model(number, 200_000), folder)
+        number += 1
+
+
+def _kill_while_writing(process: Any, folder: Path, least: int) -> bool:
+    """Kill a process while its temporary file is there, but not whole; tell whether that was so."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for file in folder.glob(".*.tmp"):
+            try:
+                caught = 0 < file.stat().st_size < least
+            except FileNotFoundError:
+                continue
+            if caught:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                return any(file.stat().st_size < least for file in folder.glob(".*.tmp"))
+        assert process.is_alive()
+    raise AssertionError("the process wrote nothing")
+
+
+def test_a_kill_in_the_middle_of_saving(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(_checkpoint(1, _MEGABYTES), path)
+    cut = 0
+    for _ in range(20):
+        process = _child(_save_forever, path)
+        cut += _kill_while_writing(process, tmp_path, path.stat().st_size)
+        # Whole: the one before, or the one after if the kill came too late.
+        assert _number(path) >= 1
+        assert process.exitcode == -signal.SIGKILL
+        if cut == 3:
+            break
+    assert cut == 3
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
+    AtomicCheckpointIO().save_checkpoint(_checkpoint(9), path)
+    assert _names(tmp_path) == ["last.ckpt"]
+
+
+def test_a_kill_in_the_middle_of_saving_a_directory(tmp_path: Path) -> None:
+    save_compressed(_model(1, 200_000), tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    cut = 0
+    for _ in range(20):
+        cut += _kill_while_writing(_child(_save_compressed_forever, tmp_path), tmp_path, size)
+        assert _loaded_number(tmp_path, 200_000) >= 1
+        if cut == 2:
+            break
+    assert cut == 2
+    save_compressed(_model(9), tmp_path)
+    assert _names(tmp_path) == ["config.json", "model.safetensors"]
+
+
+def _save_and_die_at_rename(folder: Path, number: int) -> None:
+    replace, count = os.replace, iter(range(10))
+
+    def dying(*paths: Any) -> None:
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    files.os.replace = dying  # type: ignore[attr-defined]
+    save_compressed(_model(2), folder)
+
+
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_a_kill_at_either_rename(renamed: int, tmp_path: Path) -> None:
+    save_compressed(_model(1), tmp_path)
+    _child(_save_and_die_at_rename, tmp_path, renamed).join()
+    if renamed == 0:
+        assert _loaded_number(tmp_path) == 1
+    else:
+        model = nn.Sequential(nn.Embedding(2000, 16), nn.Linear(16, 4))
+        with pytest.raises(
+            ValueError, match=r"model.safetensors' .*not the one that config.json beside it was written"
+        ):
+            load_compressed(tmp_path, model)
+        assert type(model[0]) is nn.Embedding
+    save_compressed(_model(3), tmp_path)
+    assert _names(tmp_path) == ["config.json", "model.safetensors"]
+    assert _loaded_number(tmp_path) == 3
+
+
+def test_directories_without_a_checksum_are_loaded(tmp_path: Path) -> None:
+    save_compressed(_model(4), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert list(config.pop("sha256")) == ["model.safetensors"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert _loaded_number(tmp_path) == 4
+    for damaged in (["model.safetensors"], {"other": "0"}, "0"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "sha256": damaged}))
+        with pytest.raises(ValueError, match=r"config.json' is damaged: 'sha256' is"):
+            _loaded_number(tmp_path)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "hpc_ckpt_3.ckpt"
+    own, prefix = files._host(), files._prefix(path)
+    dead = _child(time.sleep, 0)
+    dead.join()
+    alive = _child(time.sleep, 60)
+    try:
+        kept = [f"{prefix}{own}.{alive.pid}.tmp", f"{prefix}other-host.{dead.pid}.tmp", f"{prefix}{own}.x.tmp"]
+        kept += [".other.tmp", f"{files._prefix(tmp_path / 'other.ckpt')}{own}.{dead.pid}.tmp", "hpc_ckpt_3.ckpt.tmp"]
+        gone = [f"{prefix}{own}.{dead.pid}.tmp", f"{prefix}{own}.{os.getpid()}.tmp", f"{prefix}third.host.5.tmp"]
+        for name in kept + gone:
+            (tmp_path / name).write_bytes(b"left over")
+        os.utime(tmp_path / f"{prefix}third.host.5.tmp", (0, 0))
+        AtomicCheckpointIO().save_checkpoint(_checkpoint(1), path)
+        assert _names(tmp_path) == sorted([*kept, path.name])
+    finally:
+        alive.kill()
+        alive.join()
+    # Lightning takes the digits of whatever has "ckpt_" in its name for the number of a checkpoint.
+    for name in _names(tmp_path):
+        if name.endswith(".tmp") and not name.startswith("hpc"):
+            assert "ckpt" not in name
+    (tmp_path / "hpc_ckpt_3.ckpt.tmp").unlink()
+    assert _CheckpointConnector.hpc_save_path(str(tmp_path)) == str(tmp_path / "hpc_ckpt_4.ckpt")
+
+
+def test_names_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("ö" * 125 + ".ckpt")
+    AtomicCheckpointIO().save_checkpoint(_checkpoint(5), path)
+    assert _number(path) == 5
+
+
+class _Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.layer(batch).sum()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.ones(2, 2))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _trainer(**changes: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(**{**quiet, "max_epochs": 1, **changes})
+
+
+def test_a_trainer_uses_it_unless_it_was_told_otherwise(tmp_path: Path) -> None:
+    class Own(TorchCheckpointIO):
+        pass
+
+    trainer = _trainer(default_root_dir=tmp_path)
+    assert use_atomic_checkpoints(trainer)
+    first = trainer.strategy.checkpoint_io
+    assert use_atomic_checkpoints(trainer)
+    assert type(first) is AtomicCheckpointIO
+    assert trainer.strategy.checkpoint_io is first
+    trainer.fit(_Module())
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    check_whole_file(path)
+    trainer.fit_loop.max_epochs = 2
+    model = _Module()
+    trainer.fit(model, ckpt_path=path)
+    assert trainer.current_epoch == 2
+    own = Own()
+    for plugin in (own, AsyncCheckpointIO(own)):
+        other = _trainer(plugins=[plugin])
+        assert not use_atomic_checkpoints(other)
+        assert other.strategy.checkpoint_io is plugin
+        assert getattr(plugin, "checkpoint_io", own) is own
+
+
+class _Wrapper(_WrappingCheckpointIO):
+    """One that adds nothing."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [AsyncCheckpointIO, lambda: AsyncCheckpointIO(TorchCheckpointIO()), lambda: AsyncCheckpointIO(_Wrapper())],
+    ids=["empty", "given", "nested"],
+)
+def test_a_trainer_that_writes_in_the_background_uses_it_too(
+    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def noting(self: Any, checkpoint: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        written.append(Path(path))
+        save(self, checkpoint, path, *args, **kwargs)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", noting)
+    plugin = make()
+    trainer = _trainer(default_root_dir=tmp_path, plugins=[plugin])
+    assert use_atomic_checkpoints(trainer)
+    inner = plugin.checkpoint_io
+    assert use_atomic_checkpoints(trainer)
+    assert trainer.strategy.checkpoint_io is plugin
+    assert plugin.checkpoint_io is inner
+    trainer.fit(_Module())
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    check_whole_file(path)
+    assert written == [path]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(_Module(), ckpt_path=path)
+    assert trainer.current_epoch == 2
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A whole checkpoint."""
+    model = nn.Sequential(nn.Embedding(300, 8))
+    compress(model, "low_rank", ratio=2)
+    saved = {**_checkpoint(1), "state_dict": model.state_dict(), "embcompress": plan_of(model).to_dict()}
+    torch.save(saved, tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def test_every_byte_of_a_checkpoint_counts(path: Path) -> None:
+    content = path.read_bytes()
+    check_whole_file(path)
+    with zipfile.ZipFile(path) as archive:
+        places = [record.header_offset + 200 for record in archive.infolist() if record.file_size > 300]
+    assert places
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"last.ckpt' is damaged .*Copy it again, or take an earlier one"):
+            AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(_checkpoint(6), tmp_path / "last.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert _number(tmp_path / "last.ckpt") == 6
+
+
+def test_records_that_would_fill_the_memory(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "last.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+    with pytest.raises(ValueError, match="its records are larger than the file"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+
+
+class _Runs:
+    """An object that runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
+    path, marker = tmp_path / "last.ckpt", tmp_path / "marker"
+    torch.save({**_checkpoint(1), "hyper_parameters": _Runs(marker)}, path)
+    message = (
+        r"last.ckpt' holds more than tensors and plain values \(posix.system\), which can run code .*nothing was load"
+    )
+    for read in (AtomicCheckpointIO().load_checkpoint, read_without_tensors):
+        with pytest.raises(ValueError, match=message):
+            read(path)
+    assert not marker.exists()
+    # It would have: only for those who say that they trust it.
+    AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert marker.exists()
+
+
+def test_kinds_of_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint '.*nosuch.ckpt'"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "nosuch.ckpt")
+    with pytest.raises(ValueError, match="is a directory, but not a checkpoint of a sharded model: it has no meta.pt"):
+        check_checkpoint_file(tmp_path)
+    torch.save({"epoch": 3}, tmp_path / "meta.pt")
+    check_whole_file(tmp_path)
+    assert read_without_tensors(tmp_path) == {"epoch": 3}
+    os.truncate(tmp_path / "meta.pt", 100)
+    with pytest.raises(ValueError, match="is damaged"):
+        check_whole_file(tmp_path)
+    for content in (b"", b"hello", b"PK\x05\x06" + bytes(18)):
+        (tmp_path / "other.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match="other.ckpt' is (not a whole checkpoint|damaged)"):
+            AtomicCheckpointIO().load_checkpoint(tmp_path / "other.ckpt")

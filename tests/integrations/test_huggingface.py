@@ -1,0 +1,292 @@
+"""Compressed models of transformers: saved, loaded by `from_pretrained`, used, and made ordinary again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from lightning_embcompress import compress, densify
+from lightning_embcompress.compression.plan import Plan, plan_of
+from lightning_embcompress.methods.registry import METHODS
+
+_VOCAB = 300
+_IDS = torch.randint(3, _VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
+_TOKENS = {"vocab_size": _VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_GPT2 = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+_OPT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
+_LLAMA = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+_BART = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("layers", "attention_heads", "ffn_dim")}
+_BERT = _LLAMA | {"max_position_embeddings": 64}
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+
+# Class of the model, of its configuration, sizes, whether it is tied, and paths of its tables while they are.
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[tuple[str, ...]]]] = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2, [("transformer.wte", "lm_head")]),
+    "gpt2 untied": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        _GPT2 | {"tie_word_embeddings": False},
+        [("transformer.wte",), ("lm_head",)],
+    ),
+    "gpt2 headless": ("GPT2Model", "GPT2Config", _GPT2, [("wte",)]),
+    "gpt2 of two heads": (
+        "GPT2DoubleHeadsModel",
+        "GPT2Config",
+        _GPT2 | {"num_labels": 1},
+        [("transformer.wte", "lm_head")],
+    ),
+    "gpt-j with a head bias": (
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        _GPT2 | {"rotary_dim": 8},
+        [("transformer.wte",), ("lm_head",)],
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        _OPT | {"word_embed_proj_dim": 32},
+        [("model.decoder.embed_tokens", "lm_head")],
+    ),
+    "opt projected": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        _OPT | {"word_embed_proj_dim": 16},
+        [("model.decoder.embed_tokens", "lm_head")],
+    ),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA, [("model.embed_tokens",), ("lm_head",)]),
+    "llama tied": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        _LLAMA | {"tie_word_embeddings": True},
+        [("model.embed_tokens", "lm_head")],
+    ),
+    "qwen2 tied": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        _LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        [("model.embed_tokens", "lm_head")],
+    ),
+    "gemma3 scaled": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        _LLAMA | {"num_key_value_heads": 1, "head_dim": 16},
+        [("model.embed_tokens", "lm_head")],
+    ),
+    "bart scaled": (
+        "BartForCausalLM",
+        "BartConfig",
+        _BART | {"d_model": 32, "scale_embedding": True},
+        [("model.decoder.embed_tokens", "lm_head")],
+    ),
+    "bart encoder and decoder": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        _BART | {"d_model": 32, "scale_embedding": True},
+        [("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")],
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        _T5,
+        [("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")],
+    ),
+    "bert": (
+        "BertForPreTraining",
+        "BertConfig",
+        _BERT,
+        [("bert.embeddings.word_embeddings", "cls.predictions.decoder")],
+    ),
+}
+
+
+def _build(family: str, **given: Any) -> Any:
+    model_class, config_class, sizes, _ = _FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**_TOKENS, **sizes, **given}))
+    for name, parameter in model.named_parameters():
+        # Otherwise biases are zero, and a lost one shows nowhere.
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+def _compress(model: Any, method: str = "low_rank", ratio: float = 1.3, **given: Any) -> Plan:
+    chosen, dim = METHODS[method], model.get_input_embeddings().embedding_dim
+    # Not every method reaches every ratio.
+    smallest = chosen.factorization.smallest_bytes(_VOCAB, dim, 4, chosen.options())
+    ratio = min(ratio, _VOCAB * dim * 4 / smallest)
+    return compress(model, method, ratio=ratio, token_counts=torch.arange(_VOCAB, 0, -1), **given)
+
+
+@torch.no_grad()
+def _run(model: Any) -> Tensor:
+    output = model(_IDS, **({"decoder_input_ids": _IDS} if model.config.is_encoder_decoder else {}))
+    scores: Tensor = next(output[key] for key in ("logits", "prediction_logits", "last_hidden_state") if key in output)
+    return scores
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def _assert_loads(model: Any, folder: Path) -> Any:
+    """Save and load a compressed model, and compare everything."""
+    model.save_pretrained(folder)
+    assert Plan.from_dict(_config(folder)["quantization_config"]) == plan_of(model)
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
+    # Every tensor once.
+    state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    assert len(load_file(folder / "model.safetensors")) == len(state)
+    loaded, report = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(_run(loaded), _run(model))
+    assert plan_of(loaded) == plan_of(model)
+    assert loaded.all_tied_weights_keys == model.all_tied_weights_keys
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+    return loaded
+
+
+@pytest.mark.parametrize("family", sorted(_FAMILIES))
+def test_families(family: str, tmp_path: Path) -> None:
+    model = _build(family)
+    dense, ties = _run(model), dict(model.all_tied_weights_keys)
+    plan = _compress(model)
+    assert [table.modules for table in plan.tables] == _FAMILIES[family][3]
+    compressed = _run(model)
+    assert 0 < (compressed - dense).norm() < 0.95 * dense.norm()
+    loaded = _assert_loads(model, tmp_path / "compressed")
+    model.tie_weights()
+    loaded.tie_weights()
+    assert torch.equal(_run(model), compressed)
+    assert torch.equal(_run(loaded), compressed)
+    densify(loaded)
+    torch.testing.assert_close(_run(loaded), compressed, rtol=1e-3, atol=1e-4)
+    assert loaded.all_tied_weights_keys == ties
+    loaded.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in _config(tmp_path / "dense")
+    again, report = type(model).from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(_run(again), _run(loaded))
+    assert {type(one) for one in again.modules()} == {type(one) for one in _build(family).modules()}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bart encoder and decoder", "t5", "bert"])
+def test_ties_that_were_given_up(family: str, tmp_path: Path) -> None:
+    model = _build(family)
+    _compress(model, tie="untie")
+    *tied, head = _FAMILIES[family][3][0]
+    assert [table.modules for table in plan_of(model).tables] == [tuple(tied), (head,)]
+    loaded = _assert_loads(model, tmp_path / "compressed")
+    compressed = _run(loaded)
+    loaded.tie_weights()
+    assert torch.equal(_run(loaded), compressed)
+    densify(loaded)
+    dense = _run(loaded)
+    torch.testing.assert_close(dense, compressed, rtol=1e-3, atol=1e-4)
+    # Two different weights now: nothing may tie them again.
+    loaded.tie_weights()
+    assert torch.equal(_run(loaded), dense)
+    loaded.save_pretrained(tmp_path / "dense")
+    again, report = type(model).from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(_run(again), dense)
+
+
+def test_giving_up_ties_leaves_other_models_of_the_configuration_alone(tmp_path: Path) -> None:
+    model = _build("gpt2")
+    other = GPT2LMHeadModel(model.config).eval()
+    _compress(model, tie="untie")
+    assert not model.config.tie_word_embeddings
+    assert model.transformer.config is model.config
+    assert other.config.tie_word_embeddings
+    assert other.config is not model.config
+    other.save_pretrained(tmp_path)
+    assert torch.equal(_run(GPT2LMHeadModel.from_pretrained(tmp_path)), _run(other))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_methods(family: str, method: str, tmp_path: Path) -> None:
+    model = _build(family)
+    plan = _compress(model, method, ratio=1.5)
+    loaded = _assert_loads(model, tmp_path)
+    rest = sum(tensor.nbytes for name, tensor in model.state_dict().items() if "factorization" not in name)
+    dense_tensors = sum("factorization" not in name for name in model.state_dict())
+    size = (tmp_path / "model.safetensors").stat().st_size - rest
+    assert 0.9 * plan.stored_bytes - 100 < size < 1.02 * plan.stored_bytes + 200 * dense_tensors
+    # What is loaded trains, and is saved as it has become.
+    loaded.train()
+    before = _run(loaded)
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=1.0)
+    loaded(_IDS, labels=_IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.get_output_embeddings().parameters())
+    optimizer.step()
+    trained = _assert_loads(loaded.eval(), tmp_path)
+    assert not torch.equal(_run(trained), before)
+    # Another compression of what was loaded.
+    densify(trained)
+    _compress(trained, "low_rank", ratio=2)
+    _assert_loads(trained, tmp_path)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_narrow_dtypes(method: str, tmp_path: Path) -> None:
+    model = _build("gpt2")
+    _compress(model, method)
+    model.save_pretrained(tmp_path)
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    # Casting and moving are not refused, as they are to models that transformers calls quantized.
+    model.to(torch.bfloat16)
+    assert torch.equal(_run(narrow), _run(model))
+    assert {tensor.dtype for tensor in narrow.parameters()} == {torch.bfloat16}
+    # The plan is that of the model as it is now.
+    loaded = _assert_loads(narrow, tmp_path / "narrow")
+    assert {table.dtype for table in plan_of(loaded).tables} == {"bfloat16"}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "narrow").dtype == torch.bfloat16
+    assert narrow.float().half().dtype == torch.float16
+
+
+@pytest.mark.parametrize("family", ["gemma3 scaled", "bart scaled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_in_narrow_dtypes(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = _build(family)
+    dense, embedding = copy.deepcopy(model).to(dtype), type(model.get_input_embeddings())
+    _compress(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
+    densify(loaded)
+    layer, original = loaded.get_input_embeddings(), dense.get_input_embeddings()
+    original.weight = layer.weight
+    assert type(layer) is embedding
+    assert torch.equal(layer(_IDS), original(_IDS))
+    # And while it is compressed.
+    again = type(model).from_pretrained(tmp_path, dtype=dtype)
+    torch.testing.assert_close(again.get_input_embeddings()(_IDS), original(_IDS))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt projected"])
+@pytest.mark.parametrize("given", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampled", "beams"])
+def test_generation(family: str, given: dict[str, Any], tmp_path: Path) -> None:
+    model = _build(family)
+    _compress(model, "group_reduce")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    dense = copy.deepcopy(loaded)
+    densify(dense)
+    texts = []
+    for one in (model, loaded, dense):
+        torch.manual_seed(2)
+        texts.append(one.generate(_IDS, attention_mask=torch.ones_like(_IDS), max_new_tokens=6, **given))
+    assert torch.equal(texts[0], texts[1])
+    if not given:
+        assert torch.equal(texts[0], texts[2])

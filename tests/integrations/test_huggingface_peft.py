@@ -1,0 +1,74 @@
+"""LoRA on top of a compressed model, where PEFT is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from lightning_embcompress import compress
+from lightning_embcompress.compression.plan import plan_of
+
+peft = pytest.importorskip("peft")
+
+_VOCAB = 300
+_IDS = torch.randint(3, _VOCAB, (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Directory of a compressed model."""
+    torch.manual_seed(0)
+    tokens = {"vocab_size": _VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=64, **tokens))
+    compress(model, "group_reduce", ratio=1.5, token_counts=torch.arange(_VOCAB, 0, -1))
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _adapted(folder: Path, **given: Any) -> Any:
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, **given})
+    return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+
+
+def test_adapters_train_merge_and_are_saved(folder: Path, tmp_path: Path) -> None:
+    model = _adapted(folder)
+    factors = [parameter for name, parameter in model.named_parameters() if "factorization" in name]
+    assert factors
+    assert not any(parameter.requires_grad for parameter in factors)
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(_IDS, labels=_IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    model.eval()
+    scores = model(_IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
+    assert torch.equal(again(_IDS).logits, scores)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(_IDS).logits, scores)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(loaded(_IDS).logits, merged(_IDS).logits)
+    assert plan_of(loaded) == plan_of(merged)
+
+
+def test_adapters_of_transformers_itself_are_saved_alone(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+def test_adapters_of_a_compressed_table_are_refused_by_peft(folder: Path) -> None:
+    with pytest.raises(ValueError, match="CompressedLinear"):
+        _adapted(folder, target_modules=["lm_head"])

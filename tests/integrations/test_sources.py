@@ -1,0 +1,173 @@
+"""What a path or a name stands for, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_embcompress.integrations import huggingface, saved, sources
+from lightning_embcompress.integrations.sources import find_source
+
+
+def _write(folder: Path, config: dict[str, Any] | str, *files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    for file in files:
+        (folder / file).write_bytes(b"")
+    return folder
+
+
+def test_kinds(tmp_path: Path) -> None:
+    compressed = {"model_type": "gpt2", "quantization_config": {"quant_method": "embcompress"}}
+    for name, config, kind in (
+        ("dense", {"model_type": "gpt2"}, "pretrained"),
+        ("compressed", compressed, "pretrained"),
+        ("saved", {"format": "lightning-embcompress"}, "saved"),
+    ):
+        folder = _write(tmp_path / name, config, "model.safetensors")
+        source = find_source(str(folder))
+        assert (source.name, source.path, source.kind) == (str(folder), folder, kind)
+        assert source.config == config
+        assert source.weights == (folder / "model.safetensors",)
+        assert source.is_directory
+    with zipfile.ZipFile(tmp_path / "last.ckpt", "w") as file:
+        file.writestr("data", "")
+    source = find_source(str(tmp_path / "last.ckpt"))
+    assert (source.kind, source.is_directory, source.has_tokenizer) == ("checkpoint", False, False)
+
+
+def test_literals_are_those_of_the_modules_that_import_torch() -> None:
+    assert sources._SAVED_FORMAT == saved._FORMAT
+    assert sources._QUANT_METHOD == huggingface.QUANT_METHOD
+    assert sources.CONFIG_FILE == saved.CONFIG_FILE
+    assert sources._WEIGHTS[:2] == (saved.WEIGHTS_FILE, saved.INDEX_FILE)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    program = (
+        "import sys; import lightning_embcompress.cli.main as cli; import lightning_embcompress.integrations.sources\n"
+        "codes = [cli.main(words) for words in (['compress', 'a.ckpt', 'b'], ['inspect', '/no/model', '--json'])]\n"
+        "print(codes, sorted({'torch', 'transformers', 'lightning'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[1, 1] []\n", done.stderr
+
+
+def test_shards(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "model", {"model_type": "gpt2"}, "a.safetensors", "b.safetensors")
+    index = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [file.name for file in find_source(str(folder)).weights] == ["a.safetensors", "b.safetensors"]
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"not a whole model: b.safetensors of its 2 files of weights is missing"
+    ):
+        find_source(str(folder))
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a.safetensors, b.safetensors of its 2 files of weights are missing"):
+        find_source(str(folder))
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json' is damaged: 'weight_map' is None"):
+        find_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "config.json' is damaged"),
+        ("[]", "config.json' is damaged: it is no mapping"),
+        ({"hidden": 3}, "has no 'model_type'"),
+        ({"model_type": "gpt2"}, "is not a whole model: it has none of model.safetensors, "),
+        (
+            {"model_type": "gpt2", "quantization_config": {"quant_method": "gptq"}},
+            "is quantized by 'gptq', which would be lost: start from the model before it was quantized",
+        ),
+    ],
+)
+def test_directories_that_are_no_model(config: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace(".", r"\.")):
+        find_source(str(_write(tmp_path / "model", config)))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("epoch=1.ckpt", "to read a checkpoint in it, name the file, for example "),
+        (".metadata", "python -m lightning.pytorch.utilities.consolidate_checkpoint"),
+        ("adapter_config.json", "it is an adapter of PEFT: merge it into its model first"),
+        ("notes.txt", "give a directory that save_pretrained or save_compressed has written"),
+    ],
+)
+def test_directories_without_a_configuration(file: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("")
+    with pytest.raises(FileNotFoundError, match="it has no config.json") as caught:
+        find_source(str(tmp_path))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("recipe.yaml", "recipe.yaml' is no model; if it is a recipe: embcompress run "),
+        ("model.safetensors", "model.safetensors' is a part of a model: give its directory"),
+        ("last.ckpt", r"last.ckpt' is not a checkpoint of Lightning's Trainer: it was cut short .* \(4 bytes\)"),
+    ],
+)
+def test_files_that_are_no_checkpoint(file: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("text")
+    with pytest.raises(ValueError, match=message):
+        find_source(str(tmp_path / file))
+
+
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> str:
+        raise AssertionError("asked the hub for what is a path")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", never)
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    for name in (
+        "last.ckpt",
+        "./gpt2",
+        "/no/such/model",
+        "models/gpt2",
+        "~no-one-of-this-name/x",
+        "a/b/c",
+        "absent.json",
+    ):
+        with pytest.raises(FileNotFoundError, match="there is no file or directory "):
+            find_source(name)
+
+
+def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str], **kwargs: Any) -> str:
+        asked.append(allow_patterns)
+        files = ["pytorch_model.bin"] if any("bin" in pattern for pattern in allow_patterns) else []
+        return str(_write(tmp_path / "cache", {"model_type": "gpt2"}, *files))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    source = find_source("someone/model")
+    assert (source.name, source.path, source.weights[0].name) == (
+        "someone/model",
+        tmp_path / "cache",
+        "pytorch_model.bin",
+    )
+    assert len(asked) == 2, "other weights are only asked for where there are no safetensors"
+
+    def fail(*args: Any, **kwargs: Any) -> str:
+        raise OSError("no\nconnection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        FileNotFoundError, match="'gpt3', and it cannot be read from the Hugging Face hub: no connection"
+    ):
+        find_source("gpt3")

@@ -1,0 +1,478 @@
+"""The loss of a head, a chunk of tokens at a time, against the loss over all of its logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_embcompress import collect_statistics
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.layers.distillation import distilled_head_loss, distilled_loss, teacher_scores
+from lightning_embcompress.layers.full_softmax import full_softmax_loss
+from lightning_embcompress.layers.head_loss import head_softmax_loss
+from lightning_embcompress.methods.blocks import RowBlocks
+from lightning_embcompress.methods.registry import METHODS, Quantization
+from lightning_embcompress.modules import LSTMLanguageModel, head_loss
+
+TOKENS, VOCAB_SIZE, DIM, CHUNK = 23, 60, 8, 5
+
+
+def _compressed(method: str, dtype: torch.dtype = torch.float64) -> CompressedLinear:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(VOCAB_SIZE, DIM, generator=generator, dtype=torch.float64).to(dtype)
+    chosen = METHODS[method]
+    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, table.element_size(), chosen.options())
+    counts = torch.randperm(VOCAB_SIZE, generator=generator) + 1
+    factors = chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.options())
+    return CompressedLinear(factors, nn.Parameter(torch.randn(VOCAB_SIZE, generator=generator).to(dtype)))
+
+
+def _linear(bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(DIM, VOCAB_SIZE, bias=bias, dtype=dtype)
+
+
+def _data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(TOKENS, DIM, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(VOCAB_SIZE, (TOKENS,), generator=generator)
+    # Single ones, and one whole chunk.
+    targets[[0, 7, 22]] = -100
+    targets[10:15] = -100
+    return hidden, targets
+
+
+def _gradients(head: nn.Module, hidden: Tensor) -> dict[str, Tensor | None]:
+    found = {"hidden": hidden.grad, **{name: parameter.grad for name, parameter in head.named_parameters()}}
+    hidden.grad = None
+    head.zero_grad()
+    return {name: None if gradient is None else gradient.clone() for name, gradient in found.items()}
+
+
+def _both(head: nn.Module, hidden: Tensor, targets: Tensor, **options: Any) -> list[dict[str, Any]]:
+    """Loss and gradients by all logits, and by chunks of them."""
+    found = []
+    for loss, count in (
+        full_softmax_loss(head(hidden), targets),
+        head_softmax_loss(head, hidden, targets, **{"chunk_tokens": CHUNK, **options}),
+    ):
+        (3 * loss).backward()
+        found.append({"loss": loss.detach(), "count": count, **_gradients(head, hidden)})
+    return found
+
+
+class _TwoTables(nn.Module):
+    """A gradient of one tensor is that of both weights, and the bias is as large as the logits of one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(_linear().weight.detach()), nn.Parameter(torch.zeros(VOCAB_SIZE, DIM))
+        self.bias = nn.Parameter(torch.randn(1, VOCAB_SIZE))
+        self.double()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ (self.first + self.second).T + self.bias
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method(method: str) -> None:
+    whole, chunked = _both(_compressed(method), *_data())
+    of_factors = [gradient for name, gradient in whole.items() if name.startswith("factorization.")]
+    assert any(bool(gradient.any()) for gradient in of_factors)
+    assert whole["hidden"].any()
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "learned"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_factors_in_training_are_rounded_once(method: str, ranges: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = _compressed(method)
+    head.factorization = head.factorization.prepared(Quantization(bits=3, group_size=16, ranges=ranges))
+    assert head.factorization.is_prepared
+    hidden, targets = _data()
+    whole, chunked = _both(head, hidden, targets)
+    assert all(bool(gradient.any()) for name, gradient in whole.items() if name.startswith("factorization."))
+    torch.testing.assert_close(chunked, whole, rtol=1e-11, atol=1e-11)
+    seen = []
+    head.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)
+    assert sum(seen) == len(hidden)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 23, 1000, None])
+@pytest.mark.parametrize("head", [_linear(), _linear(bias=False), _TwoTables(), nn.Sequential(_linear(), nn.Tanh())])
+def test_other_heads(head: nn.Module, chunk_tokens: int | None) -> None:
+    whole, chunked = _both(head, *_data(), chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", [_linear(), _compressed("group_reduce")])
+def test_gradients_are_those_of_the_loss(head: nn.Module) -> None:
+    names, values = zip(*head.named_parameters(), strict=True)
+    hidden, targets = _data()
+
+    def loss(hidden: Tensor, *parameters: Tensor) -> Tensor:
+        # The head's own parameters, which `gradcheck` changes in place.
+        assert all(one is head.get_parameter(name) for name, one in zip(names, parameters, strict=True))
+        return head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, *values), fast_mode=True)
+
+
+def test_second_derivatives_are_refused() -> None:
+    head = _linear()
+    hidden, targets = _data()
+    loss, _ = head_softmax_loss(head, hidden, targets)
+    with pytest.raises(RuntimeError, match="can be differentiated only once, but create_graph=True"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_the_graph_can_be_run_twice() -> None:
+    head = _linear()
+    hidden, targets = _data()
+    loss, _ = head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)
+    loss.backward(retain_graph=True)
+    once = _gradients(head, hidden)
+    loss.backward()
+    torch.testing.assert_close(_gradients(head, hidden), once)
+
+
+@pytest.mark.parametrize("frozen", [["hidden"], ["bias"], ["weight", "bias"], ["hidden", "weight"]])
+def test_frozen_parts_get_no_gradient(frozen: list[str]) -> None:
+    head = _linear()
+    hidden, targets = _data()
+    hidden.requires_grad_("hidden" not in frozen)
+    for name, parameter in head.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    whole, chunked = _both(head, hidden, targets)
+    assert [name for name, found in chunked.items() if found is None] == frozen
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
+def test_a_table_that_is_embedding_and_head(method: str) -> None:
+    head = _compressed(method)
+    embedding = CompressedEmbedding(head.factorization)
+    ids, targets = torch.arange(TOKENS), _data()[1]
+    found = []
+    for chunked in (False, True):
+        hidden = embedding(ids).tanh()
+        loss, _ = head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK if chunked else TOKENS)
+        loss.backward()
+        found.append({name: parameter.grad for name, parameter in head.named_parameters()})
+        head.zero_grad()
+    hidden = embedding(ids).tanh()
+    full_softmax_loss(head(hidden), targets)[0].backward()
+    expected = {name: parameter.grad for name, parameter in head.named_parameters()}
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_of_parameters_see_the_whole_gradient_once() -> None:
+    head, seen = _linear(), []
+    hidden, targets = _data()
+    hook = head.weight.register_hook(lambda gradient: seen.append(gradient) or gradient * 2)
+    head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)[0].backward()
+    assert len(seen) == 1
+    doubled = _gradients(head, hidden)["weight"]
+    hook.remove()
+    plain = _both(head, hidden, targets)[0]["weight"]
+    torch.testing.assert_close(doubled, 2 / 3 * plain)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(dtype: torch.dtype, tolerance: float, autocast: bool) -> None:
+    head = _compressed("group_reduce", torch.float32 if autocast else dtype)
+    hidden, targets = _data(torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        whole, chunked = _both(head, hidden, targets)
+    assert chunked["loss"].dtype == torch.float32
+    assert chunked["hidden"].dtype == hidden.dtype
+    torch.testing.assert_close(chunked, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_half_precision_is_added_up_in_float32() -> None:
+    head = nn.Linear(1, 2, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(head.weight)
+    # Each token's gradient is -1/2: in bfloat16 a sum of -256 and -1/2 is -256.
+    hidden = torch.ones(2048, 1, dtype=torch.bfloat16)
+    loss, _ = head_softmax_loss(head, hidden, torch.zeros(2048, dtype=torch.long), chunk_tokens=1)
+    (2048 * loss).backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.flatten().tolist() == [-1024, 1024]
+
+
+def test_small_probabilities_in_float16() -> None:
+    head = nn.Linear(1, 2, bias=False, dtype=torch.float16)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[16.75], [0.0]]))  # e^-16.75 = 5.3e-8, twice below the half of 2^-24 at 1.0
+    hidden = torch.ones(1, 1, dtype=torch.float16, requires_grad=True)
+    loss, _ = head_softmax_loss(head, hidden, torch.zeros(1, dtype=torch.long))
+    (2**16 * loss).backward()
+    assert head.weight.grad is not None
+    assert float(head.weight.grad[1, 0]) == pytest.approx(2**16 * 5.316e-8, rel=0.02)
+
+
+@pytest.mark.parametrize("tokens", [0, 7])
+@pytest.mark.parametrize("head", [_linear(), _compressed("group_reduce"), _compressed("tensor_train")])
+def test_nothing_to_predict(head: nn.Module, tokens: int) -> None:
+    hidden = torch.randn(tokens, DIM, dtype=torch.float64, requires_grad=True)
+    targets = torch.full((tokens,), -100)
+    loss, count = head_softmax_loss(head, hidden, targets, chunk_tokens=3)
+    loss.backward()
+    assert (loss.item(), count.item()) == (0, 0)
+    assert not any(bool(gradient.any()) for gradient in _gradients(head, hidden).values() if gradient is not None)
+    with torch.no_grad():
+        assert head_softmax_loss(head, hidden, targets, chunk_tokens=3)[0].item() == 0
+
+
+def test_without_gradients_others_see_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = _linear()
+    hidden, targets = _data()
+    seen, original = [], F.cross_entropy
+
+    def watched(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        seen.append((logits, targets))
+        return original(logits, targets, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", watched)
+    with torch.no_grad():
+        loss, count = head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)
+        calls = list(seen)
+        expected = head(hidden)
+    assert not loss.requires_grad
+    torch.testing.assert_close((loss, count), full_softmax_loss(expected, targets), check_dtype=False)
+    torch.testing.assert_close(torch.cat([part for part, _ in calls]), expected)
+    assert torch.equal(torch.cat([part for _, part in calls]), targets)
+
+
+def test_chunks_go_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, calls = _linear(), []
+    head.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
+    hidden, targets = torch.zeros(1000, DIM, dtype=torch.float64), torch.zeros(1000, dtype=torch.long)
+    monkeypatch.setattr(head_loss, "_CPU_LEAST_ELEMENTS", 300 * VOCAB_SIZE)
+    head_softmax_loss(head, hidden, targets)
+    assert calls == [250] * 4
+    calls.clear()
+    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", 1)
+    head_softmax_loss(head, hidden, targets)
+    assert max(calls) <= 64
+    assert (sum(calls), len(calls)) == (1000, 16)
+
+
+def test_in_a_checkpoint() -> None:
+    head = _compressed("tensor_train")
+    hidden, targets = _data()
+    expected = _both(head, hidden, targets)[0]
+
+    def run(states: Tensor) -> Any:
+        return head_softmax_loss(head, states, targets, chunk_tokens=CHUNK)
+
+    for use_reentrant in (False, True):
+        loss, _ = checkpoint(run, hidden, use_reentrant=use_reentrant)
+        (3 * loss).backward()
+        torch.testing.assert_close(_gradients(head, hidden)["hidden"], expected["hidden"])
+
+
+@pytest.mark.parametrize("method", [None, "group_reduce"])
+@pytest.mark.parametrize("frozen_body", [False, True])
+def test_statistics_are_the_same(method: str | None, frozen_body: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(VOCAB_SIZE, DIM), _linear(dtype=torch.float32))
+    if method is not None:
+        model[1] = _compressed(method, torch.float32)
+    model[0].requires_grad_(not frozen_body)
+    tables = ["1"] if frozen_body else ["0", "1"]
+    ids = torch.randint(VOCAB_SIZE, (3, 4, 6))
+    targets = ids.roll(-1, -1)
+    targets[..., -1] = -100
+
+    def collect(loss: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+        def loss_fn(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return loss(model[1], model[0](batch[0]), batch[1])[0]
+
+        counts = torch.ones(VOCAB_SIZE)
+        return collect_statistics(model, zip(ids, targets, strict=True), loss_fn, tables=tables, token_counts=counts)
+
+    chunked = collect(lambda *of: head_softmax_loss(*of, chunk_tokens=CHUNK))
+    whole = collect(lambda head, hidden, targets: full_softmax_loss(head(hidden), targets))
+    assert chunked.num_targets == whole.num_targets == 3 * 4 * 5
+    for kind in ("hidden", "hidden_mean", "probabilities", "squared_probabilities", "gradients", "gradient_energies"):
+        torch.testing.assert_close(getattr(chunked, kind), getattr(whole, kind), rtol=1e-5, atol=1e-7)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_language_model_trains_by_chunks_as_by_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = LSTMLanguageModel(VOCAB_SIZE, DIM, DIM, dropout=0.0, tie_weights=True)
+    other, calls = copy.deepcopy(model), []
+    model.log = other.log = lambda *_, **__: None  # type: ignore[method-assign]
+    model.decoder.register_forward_hook(lambda _, __, logits: calls.append(logits.shape))
+    batch = (torch.randint(VOCAB_SIZE, (10, 30)), torch.randint(VOCAB_SIZE, (10, 30)))
+    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", 1)
+    loss = model.training_step(batch, 0)
+    assert calls == [(60, VOCAB_SIZE)] * 5
+    expected, _ = full_softmax_loss(other.decoder(other.hidden_states(batch[0])[0]), batch[1])
+    torch.testing.assert_close(loss, expected)
+    for one in (loss, expected):
+        one.backward()
+    for (name, one), another in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, another.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_mistakes() -> None:
+    head = _linear()
+    hidden, targets = _data()
+    with pytest.raises(ValueError, match=r"shape \(23, 8\) need targets of shape \(23,\).*\(22,\)"):
+        head_softmax_loss(head, hidden, targets[1:])
+    with pytest.raises(ValueError, match="chunk_tokens must be at least 1, it is 0"):
+        head_softmax_loss(head, hidden, targets, chunk_tokens=0)
+    outside = torch.ones(VOCAB_SIZE, dtype=torch.float64, requires_grad=True)
+
+    class Reading(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * outside
+
+    with pytest.raises(ValueError, match=r"tensor of shape \(60,\) that requires a gradient and is not among"):
+        head_softmax_loss(Reading(DIM, VOCAB_SIZE, dtype=torch.float64), hidden, targets)
+    assert hidden.grad is None
+    assert outside.grad is None
+
+
+def test_several_processes(torchrun: Callable[..., str]) -> None:
+    """DDP and FSDP2 with tables that are tied, frozen or units of their own."""
+    assert torchrun(Path(__file__).parent / "workers" / "head_loss.py").count("as one process") == 2
+
+
+def test_many_tokens_of_one_chunk_in_float16() -> None:
+    """The gradient of the bias adds up those of all tokens, which no scale of the training makes smaller."""
+    head, tokens = _linear(dtype=torch.float16), 12_000
+    hidden = torch.zeros(tokens, DIM, dtype=torch.float16, requires_grad=True)
+    loss, _ = head_softmax_loss(head, hidden, torch.zeros(tokens, dtype=torch.long), chunk_tokens=tokens)
+    (gradient,) = torch.autograd.grad(loss, head.bias)
+    expected = F.softmax(head.bias.detach().float(), -1) - F.one_hot(torch.tensor(0), VOCAB_SIZE)
+    torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_logits_stay_in_the_order_of_the_blocks(
+    method: str, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = _compressed(method)
+    hidden, targets = _data()
+    teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), top_k)
+    whole = [
+        full_softmax_loss(head(hidden), targets)[0],
+        distilled_loss(head(hidden), targets, teacher).loss,
+    ]
+    assert head.factorization.kept_at is not None
+    if top_k is not None:
+        monkeypatch.setattr(RowBlocks, "logits", None)
+    chunked = [
+        head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)[0],
+        distilled_head_loss(head, hidden, targets, teacher, chunk_tokens=CHUNK).loss,
+    ]
+    torch.testing.assert_close(chunked, whole)
+    inputs = [hidden, *head.parameters()]
+    for one, other in zip(chunked, whole, strict=True):
+        found, expected = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (one, other))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_negative_targets_are_no_tokens(distilled: bool) -> None:
+    head = _compressed("group_reduce")
+    hidden, targets = _data()
+    targets[0] = -1
+    teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), 7)
+    assert head.factorization.kept_at is not None
+    loss: Any = distilled_head_loss if distilled else head_softmax_loss
+    with pytest.raises(IndexError, match="out of range"):
+        loss(head, hidden, targets, *([teacher] if distilled else []))
+
+
+def test_heads_that_compute_something_else_are_called() -> None:
+    class Scaled(CompressedLinear):
+        def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * super().forward(input)
+
+    head = Scaled(_compressed("group_reduce").factorization)
+    hidden, targets = _data()
+    torch.testing.assert_close(*(_loss(head, hidden, targets) for _loss in (head_softmax_loss, _all_logits)))
+    head.factorization = head.factorization.prepared(Quantization(bits=4, group_size=16))
+    torch.testing.assert_close(*(_loss(head, hidden, targets) for _loss in (head_softmax_loss, _all_logits)))
+    other = _compressed("group_reduce")
+    call = other.forward
+    other.forward = lambda input: 3 * call(input)  # type: ignore[method-assign]
+    torch.testing.assert_close(*(_loss(other, hidden, targets) for _loss in (head_softmax_loss, _all_logits)))
+
+
+def _all_logits(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return full_softmax_loss(head(hidden), targets)
+
+
+def test_backward_hooks_see_the_order_of_ids() -> None:
+    head = _compressed("group_reduce")
+    hidden, targets = _data()
+    seen: list[Tensor] = []
+    head.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    head_softmax_loss(head, hidden, targets, chunk_tokens=TOKENS)
+    scored = targets.ne(-100)
+    assert seen[0].argmin(dim=1)[scored].equal(targets[scored])
+
+
+@pytest.mark.parametrize("head", [_compressed("group_reduce"), _linear()])
+def test_a_large_vocabulary_is_computed_in_tiles(head: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets = _data()
+    expected = _both(head, hidden, targets)[0]
+    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", head_loss._LEAST_TOKENS * VOCAB_SIZE - 1)
+    monkeypatch.setattr(head_loss, "_with_gradients", None)
+    loss, count = head_softmax_loss(head, hidden, targets)
+    (3 * loss).backward()
+    found = {"loss": loss.detach(), "count": count, **_gradients(head, hidden)}
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batches_of_other_sizes_in_a_compiled_function(bias: bool) -> None:
+    head = nn.Linear(8, 50, bias=bias)
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return head_softmax_loss(head, 2 * hidden, targets)[0]
+
+    compiled = torch.compile(loss, backend="eager")
+    for tokens in (5, 6, 7, 9):
+        hidden, targets = torch.randn(tokens, 8), torch.randint(50, (tokens,))
+        torch.testing.assert_close(compiled(hidden, targets), loss(hidden, targets))
+        gradients = [
+            torch.autograd.grad(function(hidden, targets), list(head.parameters())) for function in (compiled, loss)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_what_is_done_to_all_layers_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden, targets = nn.Linear(8, 50), torch.randn(5, 8), torch.randint(50, (5,))
+    forward = nn.Linear.forward
+
+    def compare() -> None:
+        found = torch.autograd.grad(head_softmax_loss(head, hidden, targets)[0], list(head.parameters()))
+        expected = torch.autograd.grad(F.cross_entropy(head(hidden), targets), list(head.parameters()))
+        torch.testing.assert_close(found, expected)
+
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: 2 * output)
+    try:
+        compare()
+    finally:
+        handle.remove()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: forward(self, input).tanh())
+    compare()

@@ -1,0 +1,112 @@
+"""The two roles of a compressed table against the layers of torch that they replace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.methods.registry import METHODS, Factorization
+
+_METHODS = sorted(METHODS)
+
+
+def _factors(method: str = "low_rank", vocab_size: int = 200, dim: int = 8) -> Factorization[torch.nn.Module]:
+    chosen = METHODS[method]
+    table = torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(0))
+    counts = torch.arange(vocab_size, 0, -1)
+    max_bytes = max(int(table.nbytes / 1.5), chosen.factorization.smallest_bytes(vocab_size, dim, 4, chosen.options()))
+    return chosen.factorization.decompose(table, max_bytes, counts, chosen.options())
+
+
+def _reference(factors: Factorization[torch.nn.Module], **given: object) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(factors.dense(), freeze=False, **given)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_embedding_and_linear_equal_those_of_torch(method: str) -> None:
+    factors = _factors(method)
+    bias = nn.Parameter(torch.randn(200))
+    ids, hidden = torch.tensor([[0, 7], [7, 199]]), torch.randn(2, 3, 8)
+    torch.testing.assert_close(CompressedEmbedding(factors)(ids), _reference(factors)(ids))
+    expected = nn.functional.linear(hidden, factors.dense(), bias)
+    torch.testing.assert_close(CompressedLinear(factors, bias)(hidden), expected, rtol=1e-4, atol=1e-4)
+    # By name, as code that was written for the layers of torch may.
+    assert torch.equal(CompressedEmbedding(factors)(input=ids), CompressedEmbedding(factors)(ids))
+    assert torch.equal(CompressedLinear(factors)(input=hidden), CompressedLinear(factors)(hidden))
+
+
+def _gradients(layer: nn.Module, ids: Tensor) -> list[Tensor]:
+    layer.zero_grad()
+    layer(ids).square().sum().backward()
+    return [parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_padding_gets_no_gradient(method: str) -> None:
+    factors = _factors(method)
+    layer, reference = CompressedEmbedding(factors, padding_idx=3), _reference(factors, padding_idx=3)
+    ids = torch.tensor([[3, 5, 3], [7, 5, 3]])
+    torch.testing.assert_close(layer(ids), reference(ids))
+    with_padding = _gradients(layer, ids)
+    without = _gradients(CompressedEmbedding(factors), torch.tensor([5, 7]))
+    once_more = _gradients(CompressedEmbedding(factors), torch.tensor([5, 7, 5]))
+    assert all(gradient.abs().max() == 0 for gradient in _gradients(layer, torch.tensor([3, 3])))
+    for padded, plain in zip(with_padding, once_more, strict=True):
+        torch.testing.assert_close(padded, plain)
+    assert any(not torch.equal(padded, plain) for padded, plain in zip(with_padding, without, strict=True))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_max_norm_scales_rows_down(norm_type: float) -> None:
+    factors = _factors()
+    layer = CompressedEmbedding(factors, max_norm=1.5, norm_type=norm_type)
+    ids = torch.arange(200)
+    with torch.no_grad():
+        expected = _reference(factors, max_norm=1.5, norm_type=norm_type)(ids)
+    torch.testing.assert_close(layer(ids), expected, rtol=1e-5, atol=1e-6)
+    norms = factors.dense().norm(p=norm_type, dim=1)
+    assert int((norms > 1.5).sum()) > 0
+    torch.testing.assert_close(layer(ids)[norms <= 1.5], factors.dense()[norms <= 1.5])
+    assert all(gradient.isfinite().all() for gradient in _gradients(layer, ids))
+
+
+def test_bias_keeps_the_dtype_of_the_logits_under_autocast() -> None:
+    factors = _factors()
+    for bias in (None, nn.Parameter(torch.randn(200))):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert CompressedLinear(factors, bias)(torch.randn(2, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("role", [CompressedEmbedding, CompressedLinear])
+def test_weight_is_missing_and_says_why(role: type[nn.Module]) -> None:
+    layer = role(_factors())
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match=rf"{role.__name__} has no weight: .* LowRank.*factorization\.rows\(ids\)"):
+        _ = layer.weight
+    with pytest.raises(AttributeError, match="nosuch"):
+        _ = layer.nosuch
+
+
+def test_attributes_of_the_layers_they_replace() -> None:
+    embedding, linear = CompressedEmbedding(_factors(), padding_idx=4), CompressedLinear(_factors())
+    assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (200, 8, 4)
+    assert (linear.in_features, linear.out_features, linear.bias) == (8, 200, None)
+    assert "200, 8, padding_idx=4" in repr(embedding)
+    assert "in_features=8, out_features=200, bias=False" in repr(linear)
+
+
+def test_tied_layers_stay_tied_in_copies() -> None:
+    factors = _factors()
+    model = nn.ModuleList([CompressedEmbedding(factors), CompressedLinear(factors)])
+    assert len(list(model.parameters())) == len(list(factors.parameters()))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other[0].factorization is other[1].factorization
+        assert other[0].factorization is not factors
+    moved = copy.deepcopy(model).to(torch.bfloat16)
+    assert moved[0].factorization is moved[1].factorization
+    assert moved[1](torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16

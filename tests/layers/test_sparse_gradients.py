@@ -1,0 +1,396 @@
+"""Embeddings whose factors get sparse gradients: the same numbers, and nothing as large as the table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_embcompress.compression.plan import compress, densify
+from lightning_embcompress.integrations.saved import load_compressed, save_compressed
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.methods.full_table import FullTable
+from lightning_embcompress.methods.group_reduce.factorization import BlockLowRank
+from lightning_embcompress.methods.registry import METHODS, Factorization, Quantization
+from lightning_embcompress.quantization.aware import prepare
+
+VOCAB_SIZE, DIM = 120, 12
+IDS = torch.tensor([[3, 5, 3, 117], [7, 5, 3, 64]])
+
+
+def _table(rows: int = VOCAB_SIZE, dim: int = DIM) -> Tensor:
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+
+
+def _solved(method: str, **options: Any) -> Factorization[Any]:
+    if method == "full_table":
+        return FullTable.decompose(_table(), 10**9)
+    chosen = METHODS[method]
+    given = chosen.options(**options)
+    table = _table()
+    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, given)
+    counts = torch.arange(VOCAB_SIZE, 0, -1)
+    return chosen.factorization.decompose(table, max(table.nbytes // 2, least), counts, given)
+
+
+def _factors(case: str) -> Factorization[Any]:
+    """A method, in the state that follows its name."""
+    method, _, state = case.partition(" ")
+    if method == "shared_basis":
+        factors = _solved("group_reduce", variant="loss", groups=3)
+    else:
+        factors = _solved(method, **({"groups": 3} if method in ("group_reduce", "transform_coding") else {}))
+    if not state:
+        return factors
+    if method == "transform_coding":
+        return factors.prepared(Quantization())
+    prepared = factors.prepared(Quantization(group_size=16, ranges="learned" if state == "learned" else "minmax"))
+    if state == "frozen":
+        prepared.freeze_ranges()
+    return prepared
+
+
+_NAMES = [*sorted(METHODS), "shared_basis", "full_table"]
+CASES = [
+    *_NAMES,
+    *(f"{name} prepared" for name in _NAMES),
+    *(f"{name} learned" for name in _NAMES if name != "transform_coding"),
+    "group_reduce frozen",
+]
+
+
+def _pair(factors: Factorization[Any], **given: Any) -> tuple[CompressedEmbedding, CompressedEmbedding]:
+    """Layers of equal factors, of dense gradients and of sparse ones."""
+    return CompressedEmbedding(copy.deepcopy(factors), **given), CompressedEmbedding(factors, **given, sparse=True)
+
+
+def _backward(layer: nn.Module, ids: Tensor) -> Tensor:
+    rows = layer(ids)
+    (rows * torch.linspace(-1, 2, rows.numel()).view(rows.shape)).sum().backward()
+    return rows.detach()
+
+
+def _check_equal(dense: nn.Module, sparse: nn.Module) -> int:
+    """Compare gradients, and count them."""
+    count = 0
+    for (name, plain), own in zip(dense.named_parameters(), sparse.parameters(), strict=True):
+        assert (plain.grad is None) == (own.grad is None), name
+        if plain.grad is not None and own.grad is not None:
+            assert own.grad.is_sparse, name
+            torch.testing.assert_close(own.grad.to_dense(), plain.grad, msg=lambda said, name=name: f"{name}: {said}")
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("given", [{}, {"padding_idx": 5, "max_norm": 2.0}])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_all_factors_are_sparse_and_equal_dense_ones(case: str, given: dict[str, Any]) -> None:
+    dense, sparse = _pair(_factors(case), **given)
+    for ids in (IDS, IDS[0, 0], torch.arange(VOCAB_SIZE)):
+        assert torch.equal(_backward(dense, ids), _backward(sparse, ids))
+        assert _check_equal(dense, sparse) > 0
+        dense.zero_grad()
+        sparse.zero_grad()
+    # Gradients of several batches add up.
+    for ids in (IDS, IDS + 1):
+        _backward(dense, ids)
+        _backward(sparse, ids)
+    _check_equal(dense, sparse)
+    with torch.no_grad():
+        assert torch.equal(sparse(IDS), dense(IDS))
+
+
+def _own_rows(factors: Factorization[Any]) -> list[nn.Parameter]:
+    """Factors with a row for every token, of all tokens together."""
+    found = [
+        parameter
+        for name, parameter in factors.named_parameters()
+        if name.split(".")[0] in ("coefficients", "weight", "cores") and not name.endswith("scales")
+    ]
+    return found if sum(len(parameter) for parameter in found) == VOCAB_SIZE else []
+
+
+def _nnz(factors: Sequence[nn.Parameter]) -> int:
+    """Rows of gradients, each of which they have once."""
+    assert all(parameter.grad._nnz() == parameter.grad.coalesce()._nnz() for parameter in factors)
+    return sum(parameter.grad._nnz() for parameter in factors)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_rows_that_are_looked_up_are_in_the_gradient(case: str) -> None:
+    _, sparse = _pair(_factors(case))
+    own = _own_rows(sparse.factorization)
+    method = case.split()[0]
+    # Codes of tokens are no factors; those of folded tables are shared.
+    assert bool(own) != (
+        method in ("cp", "tucker", "tensor_train_matrix", "product_quantization") or case == "transform_coding"
+    )
+    _backward(sparse, IDS)
+    if own:
+        # Words of blocks of rank 0 have no numbers of their own.
+        wide = [parameter for parameter in own if parameter.shape[1]]
+        words = len(IDS.unique())
+        assert words / 2 <= _nnz(wide) <= words
+        assert len(wide) < len(own) or _nnz(wide) == words
+    scales = [parameter for name, parameter in sparse.named_parameters() if name.endswith("scales")]
+    assert bool(scales) == (case.endswith("learned") or case == "transform_coding prepared")
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if not name.endswith("frozen")])
+def test_no_ids_give_gradients_without_rows(case: str) -> None:
+    dense, sparse = _pair(_factors(case))
+    empty = IDS[:, :0]
+    assert _backward(sparse, empty).shape == (2, 0, DIM)
+    _backward(dense, empty)
+    assert _check_equal(dense, sparse) > 0
+    assert all(parameter.grad._nnz() == 0 for parameter in _own_rows(sparse.factorization))
+    before = copy.deepcopy(sparse.state_dict())
+    SparseAdam(sparse.parameters(), lr=0.1).step()
+    assert all(torch.equal(before[name], value) for name, value in sparse.state_dict().items())
+
+
+def test_blocks_without_an_id_get_gradients_without_rows() -> None:
+    # Empty blocks, of rank 0, kept as rows, and of a rank of their own.
+    factors = BlockLowRank(20, 4, [6, 0, 2, 5, 7], [2, 0, 2, 0, 1])
+    for parameter in factors.parameters():
+        nn.init.normal_(parameter)
+    dense, sparse = _pair(factors)
+    optimizer = SparseAdam(sparse.parameters(), lr=0.1)
+    for ids, expected in (([0, 5], 2), ([6], 1), ([8, 9], 0), ([19, 13, 19], 2)):
+        dense.zero_grad()
+        optimizer.zero_grad()
+        assert torch.equal(_backward(dense, torch.tensor(ids)), _backward(sparse, torch.tensor(ids)))
+        assert _check_equal(dense, sparse) == 6
+        counts = [parameter.grad._nnz() for parameter in factors.coefficients]
+        assert sorted(counts) == [0, 0, 0, 0, expected]
+        optimizer.step()
+        dense.load_state_dict(sparse.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: SparseAdam(parameters, lr=0.05),
+        lambda parameters: SGD(parameters, lr=0.05),
+        lambda parameters: Adagrad(parameters, lr=0.05),
+    ],
+)
+def test_a_whole_table_trains_as_that_of_torch(make: Callable[[Any], Optimizer]) -> None:
+    reference = nn.Embedding(VOCAB_SIZE, DIM, padding_idx=5, sparse=True)
+    layer = CompressedEmbedding(FullTable.decompose(reference.weight, 10**9), padding_idx=5, sparse=True)
+    optimizers = [make(list(one.parameters())) for one in (reference, layer)]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        ids = torch.randint(0, 20, (3, 4), generator=generator)
+        for one, optimizer in zip((reference, layer), optimizers, strict=True):
+            optimizer.zero_grad()
+            _backward(one, ids)
+            optimizer.step()
+        torch.testing.assert_close(layer.factorization.weight, reference.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_first_step_is_that_of_adam_and_later_ones_leave_other_rows_alone(case: str) -> None:
+    dense, sparse = _pair(_factors(case).requires_grad_(True), padding_idx=5)
+    start = copy.deepcopy(sparse.state_dict())
+    adam, optimizer = Adam(dense.parameters(), lr=0.01, eps=1e-12), SparseAdam(sparse.parameters(), lr=0.01, eps=1e-12)
+    _backward(dense, IDS)
+    _backward(sparse, IDS)
+    gradients = [parameter.grad for parameter in dense.parameters()]
+    adam.step()
+    optimizer.step()
+    for plain, own, gradient in zip(dense.parameters(), sparse.parameters(), gradients, strict=True):
+        # Of a gradient that is nothing but rounding the sign, and so the step, may be either.
+        clear = torch.zeros_like(plain) if gradient is None else (gradient.abs() > 1e-6) | (gradient == 0)
+        torch.testing.assert_close(own[clear.bool()], plain[clear.bool()], rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(start[name], value) for name, value in sparse.state_dict().items())
+    for ids in (IDS + 1, IDS + 2):
+        optimizer.zero_grad()
+        _backward(sparse, ids)
+        optimizer.step()
+    touched = torch.cat([IDS.flatten() + shift for shift in range(3)]).unique()
+    moved = 0
+    for name, parameter in sparse.named_parameters():
+        if any(parameter is own for own in _own_rows(sparse.factorization)):
+            moved += int((parameter != start[name]).any(dim=1).sum()) if parameter.shape[1] else 0
+    assert moved <= len(touched)
+
+
+class _Largest(TorchDispatchMode):
+    """Most numbers of a tensor that is made, of sparse ones those that are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_place(tensor) for tensor in _tensors([args, kwargs or {}])}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if _place(tensor) not in given:
+                values = tensor._values() if tensor.is_sparse else tensor
+                self.numbers = max(self.numbers, values.numel())
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _place(tensor: Tensor) -> int:
+    return id(tensor) if tensor.is_sparse else tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_nothing_as_large_as_the_table_is_made(quantized: bool) -> None:
+    vocab_size = 40_000
+    factors: Factorization[Any] = BlockLowRank(vocab_size, 16, [4_000, 16_000, 20_000], [16, 8, 2])
+    for parameter in factors.parameters():
+        nn.init.normal_(parameter)
+    if quantized:
+        factors = factors.prepared(Quantization(group_size=16, ranges="learned"))
+    ids = torch.randint(0, vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+    largest = {}
+    for is_sparse in (True, False):
+        layer = CompressedEmbedding(copy.deepcopy(factors), sparse=is_sparse)
+        optimizer = SparseAdam(layer.parameters()) if is_sparse else SGD(layer.parameters(), lr=0.1)
+        # State is made, once, in the first step.
+        for _ in range(2):
+            optimizer.zero_grad()
+            with _Largest() as seen:
+                _backward(layer, ids)
+                optimizer.step()
+        largest[is_sparse] = seen.numbers
+    assert largest[True] <= 64 * 16
+    assert largest[False] >= 20_000
+
+
+def test_a_softmax_of_the_same_table_adds_dense_gradients() -> None:
+    factors = _solved("group_reduce", groups=3)
+    dense, sparse = _pair(factors)
+    for layer in (dense, sparse):
+        head = CompressedLinear(layer.factorization)
+        hidden = layer(IDS)
+        F.cross_entropy(head(hidden).flatten(0, 1), IDS.flatten()).backward()
+    for plain, own in zip(dense.parameters(), sparse.parameters(), strict=True):
+        assert not own.grad.is_sparse
+        torch.testing.assert_close(own.grad, plain.grad)
+
+
+def test_results_are_the_same_in_deterministic_mode() -> None:
+    factors = _solved("group_reduce", groups=3).prepared(Quantization(group_size=16, ranges="learned"))
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            layer = CompressedEmbedding(copy.deepcopy(factors), sparse=True)
+            optimizer = SparseAdam(layer.parameters(), lr=0.1)
+            for shift in range(3):
+                optimizer.zero_grad()
+                _backward(layer, IDS + shift)
+                optimizer.step()
+            results.append(layer.state_dict())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    dense, sparse = _pair(_solved("group_reduce", groups=3).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_backward(dense, IDS), _backward(sparse, IDS))
+    assert _check_equal(dense, sparse) == 4
+
+
+def test_the_flag_is_shown_and_may_be_changed() -> None:
+    layer = CompressedEmbedding(_solved("low_rank"), padding_idx=2, sparse=True)
+    assert repr(layer).startswith("CompressedEmbedding(\n  120, 12, padding_idx=2, sparse=True\n")
+    assert "sparse" not in repr(CompressedEmbedding(_solved("low_rank")))
+    for is_sparse in (False, True):
+        layer.sparse = is_sparse
+        layer.zero_grad()
+        _backward(layer, IDS)
+        assert {parameter.grad.is_sparse for parameter in layer.parameters()} == {is_sparse}
+    assert copy.deepcopy(layer).sparse
+
+
+def _model(is_sparse: bool = True) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {"encoder": nn.Embedding(VOCAB_SIZE, DIM, sparse=is_sparse), "decoder": nn.Linear(DIM, VOCAB_SIZE)}
+    )
+
+
+def test_models_keep_the_flag_and_files_have_none(tmp_path: Path) -> None:
+    model = _model()
+    compress(model, "group_reduce", ratio=1.5, token_counts=torch.arange(VOCAB_SIZE, 0, -1), groups=3)
+    assert model["encoder"].sparse
+    _backward(model["encoder"], IDS)
+    assert all(parameter.grad.is_sparse for parameter in model["encoder"].parameters())
+    save_compressed(model, tmp_path / "model")
+    for is_sparse in (True, False):
+        fresh = _model(is_sparse)
+        load_compressed(tmp_path / "model", fresh)
+        assert fresh["encoder"].sparse == is_sparse
+        assert torch.equal(fresh["encoder"](IDS), model["encoder"](IDS))
+    prepare(model, Quantization(group_size=16))
+    assert model["encoder"].sparse
+    model.zero_grad()
+    _backward(model["encoder"], IDS)
+    assert all(parameter.grad.is_sparse for parameter in model["encoder"].parameters())
+    densify(model)
+    assert type(model["encoder"]) is nn.Embedding
+    assert model["encoder"].sparse
+    _backward(model["encoder"], IDS)
+    assert model["encoder"].weight.grad.is_sparse
+
+
+def test_scaled_embeddings_keep_the_flag() -> None:
+    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
+    model = nn.Sequential(bart.BartScaledWordEmbedding(VOCAB_SIZE, DIM, padding_idx=1, embed_scale=2.0))
+    model[0].sparse = True
+    compress(model, "low_rank", ratio=1.5)
+    assert model[0].sparse
+    _backward(model, IDS)
+    assert all(parameter.grad.is_sparse for parameter in model.parameters())
+    densify(model)
+    assert type(model[0]) is bart.BartScaledWordEmbedding
+    assert model[0].sparse
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_data_parallel_training_is_refused_with_a_remedy() -> None:
+    layer = CompressedEmbedding(_solved("low_rank"), sparse=True)
+    wrapped = DistributedDataParallel(nn.Sequential(layer))
+    with pytest.raises(RuntimeError, match=r"sparse=True, but DistributedDataParallel .* set `sparse = False`"):
+        wrapped(IDS)
+    # Without gradients it is as it was, and it can be done as it says.
+    with torch.no_grad():
+        assert torch.equal(wrapped(IDS), layer(IDS))
+    layer.sparse = False
+    wrapped(IDS).sum().backward()
+    assert not layer.factorization.basis.grad.is_sparse

@@ -1,0 +1,280 @@
+"""GroupReduce against plain SVDs of its groups, and what must hold whatever the table is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_embcompress.methods.group_reduce.solver import (
+    BlockSolution,
+    _choose_moves,
+    _Moments,
+    equal_frequency_groups,
+    group_reduce,
+)
+from lightning_embcompress.methods.low_rank.solver import weighted_low_rank
+from lightning_embcompress.methods.numerics.gram import gram_matrix, row_weights
+from lightning_embcompress.methods.numerics.rank_allocation import block_elements, smallest_elements
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _table(vocab_size: int, dim: int, seed: int = 0) -> Tensor:
+    return _random(vocab_size, dim, seed=seed) * torch.logspace(0, -1.5, dim, dtype=torch.float64)
+
+
+def _zipf(vocab_size: int) -> Tensor:
+    """Distinct counts, the most frequent token first."""
+    return (1e7 / torch.arange(1, vocab_size + 1).double()).round()
+
+
+def _dense(table: Tensor, solution: BlockSolution) -> Tensor:
+    out = torch.empty_like(table)
+    for block, basis in enumerate(solution.bases):
+        rows = solution.block_of_row == block
+        out[rows] = table[rows] if basis is None else table[rows] @ basis.T @ basis
+    return out
+
+
+def _error(table: Tensor, solution: BlockSolution, weights: Tensor) -> float:
+    lost = (_dense(table, solution) - table).double().square().sum(1) @ weights
+    return float(lost / (table.double().square().sum(1) @ weights))
+
+
+def _spent(solution: BlockSolution, dim: int) -> int:
+    sizes = torch.bincount(solution.block_of_row, minlength=len(solution.ranks)).tolist()
+    return sum(block_elements(size, rank, dim) for size, rank in zip(sizes, solution.ranks, strict=True))
+
+
+def _clusters(clusters: int, size: int, dim: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Rows of every cluster in a subspace of its own, shuffled, and the cluster of every row."""
+    rows = torch.cat([_random(size, rank, seed=c) @ _random(rank, dim, seed=100 + c) for c in range(clusters)])
+    truth = torch.arange(clusters).repeat_interleave(size)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(7))
+    return rows[order] + 1e-3 * _random(len(rows), dim, seed=9), truth[order]
+
+
+def test_groups_by_frequency_are_of_equal_size() -> None:
+    groups = equal_frequency_groups(torch.tensor([1.0, 9.0, 5.0, 5.0, 0.5, 7.0, 2.0]), 3)
+    assert groups.tolist() == [2, 0, 0, 1, 2, 0, 1]
+    assert equal_frequency_groups(torch.ones(4), 4).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_group_is_weighted_low_rank(dtype: torch.dtype) -> None:
+    table, weights = _table(200, 12).to(dtype), row_weights(_zipf(200), 200)
+    solution = group_reduce(table, weights, max_elements=5 * 212, groups=1)
+    coefficients, basis = weighted_low_rank(table, 5, weights)
+    assert solution.ranks == [5]
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(_dense(table, solution), coefficients @ basis, rtol=0, atol=tolerance)
+
+
+def _plain_group_reduce(table: Tensor, counts: Tensor, ranks: list[int]) -> Tensor:
+    """The published algorithm before refinement, by the SVD of every group, for counts in any order."""
+    order = sorted(range(len(counts)), key=lambda row: -float(counts[row]))
+    out = torch.zeros_like(table)
+    start = 0
+    for index, rank in enumerate(ranks):
+        size = len(order) // len(ranks) + (index < len(order) % len(ranks))
+        rows = order[start : start + size]
+        start += size
+        root = counts[rows].sqrt().unsqueeze(1)
+        left, values, right = torch.linalg.svd(root * table[rows], full_matrices=False)
+        out[rows] = ((left[:, :rank] * values[:rank]) @ right[:rank]) / root
+    return out
+
+
+@pytest.mark.parametrize(("vocab_size", "groups"), [(200, 4), (203, 5), (30, 7)])
+def test_without_refinement_it_is_an_svd_a_group(vocab_size: int, groups: int) -> None:
+    table = _table(vocab_size, 10)
+    counts = _zipf(vocab_size)[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(3))]
+    budget = vocab_size * 10 // 3 + 10 * groups
+    solution = group_reduce(table, row_weights(counts, vocab_size), budget, groups, refine_rounds=0)
+    expected = _plain_group_reduce(table, counts, solution.ranks)
+    torch.testing.assert_close(_dense(table, solution), expected, rtol=0, atol=1e-6)
+    lost = (expected - table).square().sum(1) @ counts / (table.square().sum(1) @ counts)
+    assert solution.errors == pytest.approx([float(lost)], rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ratio", [2, 6])
+def test_refinement_never_makes_it_worse(seed: int, ratio: int) -> None:
+    table, weights = _table(600, 16, seed), row_weights(_zipf(600), 600)
+    budget = 600 * 16 // ratio
+    before = group_reduce(table, weights, budget, groups=4, refine_rounds=0)
+    after = group_reduce(table, weights, budget, groups=4, refine_rounds=6, move_fraction=0.3)
+    assert _error(table, after, weights) <= _error(table, before, weights) * (1 + 1e-9)
+    assert after.errors[0] == pytest.approx(before.errors[0], rel=1e-9)
+    # What is returned is the best of the rounds, and the errors reported are the true ones.
+    assert _error(table, after, weights) <= min(after.errors) * (1 + 1e-9)
+
+
+def test_some_rounds_do_get_worse_and_are_not_kept() -> None:
+    """The published rule lets a block of full rank swallow the others: keeping the best round is not idle."""
+    table, weights = _table(600, 16), row_weights(_zipf(600), 600)
+    solution = group_reduce(table, weights, 600 * 16 // 3, groups=4, refine_rounds=6, move_fraction=0.3)
+    assert max(solution.errors) > 1.05 * min(solution.errors)
+
+
+def test_refinement_finds_planted_clusters() -> None:
+    table, truth = _clusters(clusters=3, size=200, dim=24, rank=4)
+    weights = torch.ones(600).double()
+    # Start from groups of which a third of the rows is wrong.
+    generator = torch.Generator().manual_seed(1)
+    wrong = torch.rand(600, generator=generator) < 0.33
+    start = torch.where(wrong, torch.randint(3, (600,), generator=generator), truth)
+    budget = 3 * 4 * (200 + 24)
+    fixed = group_reduce(table, weights, budget, 3, refine_rounds=0, start=start)
+    found = group_reduce(table, weights, budget, 3, refine_rounds=40, move_fraction=0.3, start=start)
+    assert _error(table, found, weights) < 0.25 * _error(table, fixed, weights)
+    # Half of the wrong third, and more, has found home.
+    right = [(blocks == truth).double().mean() for blocks in (start, found.block_of_row)]
+    assert right[0] < 0.8
+    assert right[1] > 0.9
+
+
+@given(
+    vocab_size=st.integers(1, 80),
+    dim=st.integers(1, 12),
+    groups=st.integers(1, 12),
+    part=st.floats(0, 1),
+    rounds=st.integers(0, 4),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=150)
+def test_budget_and_ranks_hold_for_any_table(
+    vocab_size: int, dim: int, groups: int, part: float, rounds: int, seed: int
+) -> None:
+    groups = min(groups, vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(vocab_size, dim, generator=generator)
+    counts = torch.randint(0, 50, (vocab_size,), generator=generator)
+    sizes = torch.arange(vocab_size).tensor_split(groups)
+    smallest = smallest_elements([len(size) for size in sizes], dim)
+    budget = smallest + int(part * max(0, vocab_size * dim - smallest))
+    weights = row_weights(counts, vocab_size)
+    solution = group_reduce(table, weights, budget, groups, rounds, move_fraction=1.0)
+    assert _spent(solution, dim) <= budget
+    sizes_after = torch.bincount(solution.block_of_row, minlength=groups).tolist()
+    for size, rank, basis in zip(sizes_after, solution.ranks, solution.bases, strict=True):
+        assert 1 <= rank <= min(size, dim)
+        assert basis is None or basis.shape == (rank, dim)
+
+
+def test_donors_keep_as_many_rows_as_their_rank() -> None:
+    # Every row of block 0 and 1 lies in the span of block 2: all of them want to go there.
+    table = torch.cat([_random(30, 2), _random(30, 2, seed=1), _random(40, 2, seed=2)])
+    table = torch.nn.functional.pad(table, (0, 6)) + 1e-3 * _random(100, 8, seed=3)
+    blocks = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([30, 30, 40]))
+    bases: list[Tensor | None] = [torch.eye(8).double()[2:6], torch.eye(8).double()[4:7], torch.eye(8).double()[:2]]
+    moves = _choose_moves(table, torch.ones(100).double(), blocks, [4, 3, 2], bases, move_fraction=1.0)
+    assert moves is not None
+    rows, destinations = moves
+    assert set(destinations.tolist()) == {2}
+    assert torch.bincount(blocks[rows], minlength=3).tolist() == [26, 27, 0]
+
+
+def test_moves_are_those_of_the_lowest_error_at_their_destination() -> None:
+    table = torch.nn.functional.pad(_random(100, 2), (0, 6)) + 0.1 * _random(100, 8, seed=3)
+    blocks = torch.arange(2).repeat_interleave(50)
+    bases: list[Tensor | None] = [torch.eye(8).double()[4:6], torch.eye(8).double()[:2]]
+    moves = _choose_moves(table, torch.ones(100).double(), blocks, [2, 2], bases, move_fraction=0.2)
+    assert moves is not None
+    error = {
+        block: (table - table @ basis.T @ basis).square().sum(1)
+        for block, basis in enumerate(bases)
+        if basis is not None
+    }
+    candidates = sorted(
+        (row for row in range(100) if error[1 - int(blocks[row])][row] < error[int(blocks[row])][row]),
+        key=lambda row: float(error[1 - int(blocks[row])][row]),
+    )
+    assert sorted(moves[0].tolist()) == sorted(candidates[: round(0.2 * len(candidates))])
+
+
+def test_rounds_stop_when_few_words_would_move() -> None:
+    table, truth = _clusters(clusters=2, size=100, dim=16, rank=3)
+    wrong_start = truth.clone()
+    wrong_start[:5] = 1 - truth[:5]
+    weights = torch.ones(200).double()
+    solution = group_reduce(table, weights, 2 * 3 * 116, 2, refine_rounds=9, move_fraction=1.0, start=wrong_start)
+    assert len(solution.errors) == 1
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_is_deterministic(rounds: int) -> None:
+    table, weights = _table(300, 12).float(), row_weights(_zipf(300), 300)
+    first, second = (group_reduce(table, weights, 1200, 5, rounds) for _ in range(2))
+    assert torch.equal(_dense(table, first), _dense(table, second))
+    assert torch.equal(first.block_of_row, second.block_of_row)
+    assert first.errors == second.errors
+
+
+def test_order_of_the_rows_does_not_matter() -> None:
+    table, counts = _table(400, 12), _zipf(400)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(5))
+    straight = group_reduce(table, row_weights(counts, 400), 1600, 4, 4, 0.3)
+    shuffled = group_reduce(table[order], row_weights(counts[order], 400), 1600, 4, 4, 0.3)
+    assert torch.equal(straight.block_of_row[order], shuffled.block_of_row)
+    torch.testing.assert_close(_dense(table, straight)[order], _dense(table[order], shuffled), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_dtypes_come_close_to_float64(dtype: torch.dtype) -> None:
+    table, weights = _table(500, 16).to(dtype), row_weights(_zipf(500), 500)
+    narrow = group_reduce(table, weights, 500 * 4, 5, refine_rounds=0)
+    wide = group_reduce(table.double(), weights, 500 * 4, 5, refine_rounds=0)
+    assert narrow.ranks == wide.ranks
+    assert narrow.errors[0] == pytest.approx(wide.errors[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(100), torch.ones(100), torch.cat([torch.ones(1), torch.zeros(99)])])
+def test_zero_and_equal_counts(counts: Tensor) -> None:
+    table = _table(100, 8)
+    table[10:40] = table[3]
+    table[50:60] = 0
+    solution = group_reduce(table, row_weights(counts, 100), 400, 4, 3)
+    assert _dense(table, solution).isfinite().all()
+    assert _spent(solution, 8) <= 400
+    assert _dense(table, solution)[50:60].abs().max() == 0
+
+
+def test_table_of_zeros() -> None:
+    solution = group_reduce(torch.zeros(60, 8), torch.ones(60).double(), 200, 3)
+    assert solution.errors == [0.0]
+    assert _dense(torch.zeros(60, 8), solution).abs().max() == 0
+
+
+def test_moments_stay_those_of_the_rows_when_rows_come_and_go() -> None:
+    """A very frequent word that visits a block of rare ones leaves nothing behind when it goes."""
+    table = _table(200, 8).float()
+    counts = torch.cat([torch.full((100,), 1e7), torch.zeros(100)])
+    counts[0] = 1
+    weights = row_weights(counts, 200)
+    blocks = torch.arange(2).repeat_interleave(100)
+    moments = _Moments(table, weights, blocks, 2)
+    visit = blocks.clone()
+    visit[:10] = 1
+    moments.update(visit)
+    moments.update(blocks)
+    for block in range(2):
+        exact = gram_matrix(table, weights, (blocks == block).nonzero().squeeze(1))
+        assert (moments.grams[block].double() - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_too_small_a_budget() -> None:
+    with pytest.raises(ValueError, match="do not cover rank 1 in each of 4 blocks"):
+        group_reduce(_table(100, 8), torch.ones(100).double(), 100, 4)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 5])
+def test_progress_adds_up_to_one(rounds: int) -> None:
+    shares: list[float] = []
+    group_reduce(_table(300, 8), row_weights(_zipf(300), 300), 900, 3, rounds, advance=shares.append)
+    assert sum(shares) == pytest.approx(1)

@@ -1,0 +1,156 @@
+"""Models that users compile: the same numbers, and as few graphs as can be."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress import fused_cross_entropy
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.methods.quantizers.integer_quantizer import narrowed, repeated
+from lightning_embcompress.methods.registry import METHODS, Factorization, Quantization
+
+VOCAB_SIZE, DIM = 300, 70
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+# What inductor compiles its code with.
+_has_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler"
+)
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _factors(method: str) -> Factorization[Any]:
+    torch.manual_seed(0)
+    table, chosen = torch.randn(VOCAB_SIZE, DIM), METHODS[method]
+    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.options())
+    counts = torch.randperm(VOCAB_SIZE) + 1
+    return chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.options())
+
+
+class Model(nn.Module):
+    """A table that is read both ways."""
+
+    def __init__(self, factors: Factorization[Any]) -> None:
+        super().__init__()
+        self.encoder, self.body = CompressedEmbedding(factors), nn.Linear(DIM, DIM)
+        self.head = CompressedLinear(factors, nn.Parameter(torch.randn(VOCAB_SIZE)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.body(self.encoder(ids[:, :-1])).tanh()
+        loss: Tensor = fused_cross_entropy(self.head, hidden, ids[:, 1:], tile_rows=64)
+        return loss
+
+
+def _step(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(ids)
+    loss.backward()
+    return [loss.detach(), *(one.grad.clone() for one in model.parameters() if one.grad is not None)]
+
+
+@pytest.mark.parametrize("method", ["low_rank", "group_reduce"])
+def test_steps_of_a_compiled_model(method: str) -> None:
+    model = Model(_factors(method))
+    batches = [torch.randint(VOCAB_SIZE, (tokens, 6)) for tokens in (3, 3, 4, 7)]
+    expected = [_step(model, ids) for ids in batches]
+    # Everything but the code that is generated.
+    model.compile(backend="aot_eager")
+    found = [_step(model, ids) for ids in batches]
+    torch.testing.assert_close(found, expected)
+    before = _graphs()
+    for tokens in (5, 9, 12, 6):
+        _step(model, torch.randint(VOCAB_SIZE, (tokens, 6)))
+    assert _graphs() == before, "it is compiled for every batch"
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["low_rank", "group_reduce", "product_quantization", pytest.param("transform_coding", marks=pytest.mark.full)],
+)
+def test_heads_are_one_graph(method: str) -> None:
+    forms = [_factors(method)]
+    if not forms[0].is_packed:
+        prepared = copy.deepcopy(forms[0]).prepared(Quantization(bits=4, group_size=32))
+        forms += [prepared, copy.deepcopy(prepared).converted()]
+    hidden = torch.randn(5, DIM)
+    for form in forms:
+        head = CompressedLinear(form)
+        expected = head(hidden)
+        head.compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(head(hidden), expected)
+
+
+@_has_compiler
+@pytest.mark.parametrize(("columns", "group"), [(102, 64), (60, 16)])
+def test_scales_of_a_group_that_is_cut_off(columns: int, group: int) -> None:
+    groups = -(-columns // group)
+    scales, values = torch.rand(50, groups) + 1, torch.randn(50, columns)
+
+    def scaled(values: Tensor, scales: Tensor) -> Tensor:
+        return values / repeated(scales, columns, group)
+
+    expected = scaled(values, scales)
+    torch.testing.assert_close(expected, values / scales[:, torch.arange(columns) // group])
+    torch.testing.assert_close(torch.compile(scaled)(values, scales), expected)
+
+
+@_has_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_not_left_out(dtype: torch.dtype) -> None:
+    def rounded(values: Tensor) -> Tensor:
+        return 2 * narrowed(values / 3, dtype).float()
+
+    values = torch.rand(100)
+    assert torch.equal(torch.compile(rounded)(values), rounded(values))
+
+
+@_has_compiler
+@pytest.mark.full
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_generated_code(method: str) -> None:
+    factors = _factors(method)
+    forms = [factors]
+    if not factors.is_packed:
+        prepared = copy.deepcopy(factors).prepared(Quantization(bits=4, group_size=32))
+        forms += [prepared, copy.deepcopy(prepared).converted()]
+    hidden, ids = torch.randn(5, DIM), torch.randint(VOCAB_SIZE, (3, 7))
+    for form in forms:
+        for layer, given in ((CompressedLinear(form), hidden), (CompressedEmbedding(form), ids)):
+            torch.compiler.reset()
+            with torch.no_grad():
+                expected = layer(given)
+                layer.compile()
+                torch.testing.assert_close(layer(given), expected)
+
+
+@_has_compiler
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["low_rank", "group_reduce"])
+@pytest.mark.parametrize("ranges", [None, "minmax", "learned"])
+def test_steps_of_generated_code(method: str, ranges: Any) -> None:
+    factors = _factors(method)
+    if ranges is not None:
+        factors = factors.prepared(Quantization(bits=4, group_size=32, ranges=ranges))
+    model = Model(factors)
+    batches = [torch.randint(VOCAB_SIZE, (tokens, 6)) for tokens in (3, 4)]
+    expected = [_step(model, ids) for ids in batches]
+    model.compile()
+    torch.testing.assert_close([_step(model, ids) for ids in batches], expected)

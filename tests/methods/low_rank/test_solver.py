@@ -1,0 +1,212 @@
+"""Weighted low rank against a dense float64 SVD and against TensorLy."""
+
+from __future__ import annotations
+
+import pytest
+import tensorly as tl
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning_embcompress.solvers import gram
+from tensorly.tenalg import svd_interface
+from torch import Tensor
+
+from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, project, weighted_low_rank
+from lightning_embcompress.methods.numerics.gram import row_weights
+from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+
+# Relative to the norm of the table: rounding of the Gram product and of the factors.
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def _table(vocab_size: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(vocab_size + dim)
+    scales = torch.logspace(0, -1.5, dim, dtype=torch.float64)
+    return (torch.randn(vocab_size, dim, generator=generator, dtype=torch.float64) * scales).to(dtype)
+
+
+def _counts(vocab_size: int) -> Tensor:
+    return (1000 / torch.arange(1, vocab_size + 1).double()).round()
+
+
+def _weighted_norm(difference: Tensor, weights: Tensor) -> float:
+    return float((difference.double().square().sum(1) * weights).sum().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 1, 7, 16])
+def test_reaches_the_tail_of_the_singular_values(dtype: torch.dtype, rank: int) -> None:
+    table, weights = _table(120, 16, dtype), row_weights(_counts(120), 120)
+    coefficients, basis = weighted_low_rank(table, rank, weights)
+    assert coefficients.dtype == basis.dtype == dtype
+    assert coefficients.shape == (120, rank)
+    assert basis.shape == (rank, 16)
+    # Eckart-Young: the singular values that are left out are the error of the best approximation.
+    singular_values = torch.linalg.svdvals(weights.sqrt().unsqueeze(1) * table.double())
+    best = float(singular_values[rank:].square().sum().sqrt())
+    achieved = _weighted_norm(table.double() - coefficients.double() @ basis.double(), weights)
+    assert achieved == pytest.approx(best, abs=_TOLERANCE[dtype] * float(singular_values.norm()))
+    assert achieved >= best * (1 - 1e-12)
+
+
+def test_no_other_subspace_is_better() -> None:
+    table, weights = _table(80, 12), row_weights(_counts(80), 80)
+    coefficients, basis = weighted_low_rank(table, 4, weights)
+    achieved = _weighted_norm(table - coefficients @ basis, weights)
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        # Half of them close to the solution, where a wrong weighting would lose by little.
+        noise = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+        other = torch.linalg.qr((basis + 0.05 * noise if seed % 2 else noise).T).Q.T
+        assert _weighted_norm(table - table @ other.T @ other, weights) > achieved
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(90, 10), (10, 10), (6, 14)])
+def test_equals_tensorly(shape: tuple[int, int], weighted: bool) -> None:
+    table = _table(*shape)
+    weights = row_weights(_counts(shape[0]) if weighted else None, shape[0])
+    root = weights.sqrt().unsqueeze(1)
+    with tl.backend_context("pytorch", local_threadsafe=True):
+        left, values, right = svd_interface(root * table, n_eigenvecs=3)
+        expected = ((left * values) @ right) / root
+    coefficients, basis = weighted_low_rank(table, 3, weights)
+    torch.testing.assert_close(coefficients @ basis, expected, rtol=0, atol=1e-9)
+
+
+def test_basis_is_orthonormal_and_coefficients_are_projections() -> None:
+    table, weights = _table(50, 9, torch.float32), row_weights(_counts(50), 50)
+    coefficients, basis = weighted_low_rank(table, 5, weights)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(coefficients, table @ basis.T)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_table_of_zeros(rank: int) -> None:
+    coefficients, basis = weighted_low_rank(torch.zeros(20, 6), rank, torch.ones(20).double())
+    assert torch.equal(coefficients @ basis, torch.zeros(20, 6))
+
+
+def test_zero_and_duplicated_rows() -> None:
+    table = _table(30, 8)
+    table[5] = 0
+    table[10:20] = table[3]
+    coefficients, basis = weighted_low_rank(table, 4, torch.ones(30).double())
+    approximation = coefficients @ basis
+    assert torch.equal(approximation[5], torch.zeros(8).double())
+    assert (approximation[10:20] - approximation[3]).abs().max() < 1e-12
+
+
+def test_full_rank_of_a_short_table_is_exact() -> None:
+    table = _table(5, 20)
+    coefficients, basis = weighted_low_rank(table, 5, row_weights(_counts(5), 5))
+    torch.testing.assert_close(coefficients @ basis, table, rtol=0, atol=1e-9)
+
+
+def test_rows_that_never_occur_do_not_disturb_those_that_do() -> None:
+    table, counts = _table(60, 10), _counts(60)
+    counts[30:] = 0
+    coefficients, basis = weighted_low_rank(table, 3, row_weights(counts, 60))
+    seen_error = _weighted_norm(table[:30] - coefficients[:30] @ basis, counts[:30])
+    _, seen_basis = weighted_low_rank(table[:30], 3, row_weights(counts[:30], 30))
+    best = _weighted_norm(table[:30] - table[:30] @ seen_basis.T @ seen_basis, counts[:30])
+    assert seen_error == pytest.approx(best, rel=1e-5)
+
+
+def test_rows_that_never_occur_get_the_directions_that_are_left() -> None:
+    # The rows that occur span two directions; a third one is free for the others.
+    table = torch.zeros(40, 6, dtype=torch.float64)
+    table[:20, :2] = _table(20, 2)
+    table[20:, 4] = torch.linspace(1, 2, 20, dtype=torch.float64)
+    counts = torch.cat([torch.full((20,), 7.0), torch.zeros(20)])
+    coefficients, basis = weighted_low_rank(table, 3, row_weights(counts, 40))
+    torch.testing.assert_close(coefficients @ basis, table, rtol=0, atol=1e-6)
+
+
+def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, weights = _table(101, 8), row_weights(_counts(101), 101)
+    whole = weighted_low_rank(table, 3, weights)
+    monkeypatch.setattr(gram, "_CHUNK_ELEMENTS", 8 * 7)
+    in_parts = weighted_low_rank(table, 3, weights)
+    torch.testing.assert_close(in_parts[0] @ in_parts[1], whole[0] @ whole[1], rtol=0, atol=1e-12)
+
+
+def test_projects_some_rows() -> None:
+    table, basis = _table(20, 6), torch.eye(6, dtype=torch.float64)[:2]
+    rows = torch.tensor([7, 0, 7])
+    assert torch.equal(project(table, basis, rows), table[rows][:, :2])
+
+
+def _metric(vocab_size: int, dim: int, seed: int = 0, condition: float = 100.0, rank: int | None = None) -> Metric:
+    """Directions of very different weight, not along the columns; of a rank below the full one singular."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, -1, dim, dtype=torch.float64) ** torch.tensor(condition).log10()
+    values[dim if rank is None else rank :] = 0
+    return Metric((vectors * values) @ vectors.T, smoothed_frequencies(_counts(vocab_size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 1, 7, 16])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_in_a_metric_reaches_the_tail_of_the_singular_values(dtype: torch.dtype, rank: int, scale: float) -> None:
+    table, metric = _table(120, 16, dtype), _metric(120, 16)
+    metric = Metric(metric.matrix * scale, metric.weights)
+    coefficients, basis = low_rank_in_metric(table, rank, metric)
+    assert coefficients.dtype == basis.dtype == dtype
+    torch.testing.assert_close(basis.double() @ basis.double().T, torch.eye(rank).double(), rtol=0, atol=0.02)
+    # Eckart-Young for the table times both roots.
+    singular_values = torch.linalg.svdvals(metric.weights.sqrt().unsqueeze(1) * table.double() @ metric.root)
+    best = float(singular_values[rank:].square().sum().sqrt())
+    lost = metric.loss(table.double(), coefficients.double() @ basis.double())
+    assert (2 * lost) ** 0.5 == pytest.approx(best, abs=_TOLERANCE[dtype] * float(singular_values.norm()))
+
+
+@pytest.mark.parametrize("shape", [(90, 10), (10, 10), (6, 14)])
+def test_in_a_metric_equals_the_svd(shape: tuple[int, int]) -> None:
+    table, metric = _table(*shape), _metric(*shape)
+    left = metric.weights.sqrt().unsqueeze(1)
+    factors = torch.linalg.svd(left * table @ metric.root, full_matrices=False)
+    expected = (factors.U[:, :4] * factors.S[:4]) @ factors.Vh[:4] @ metric.inverse_root / left
+    coefficients, basis = low_rank_in_metric(table, 4, metric)
+    torch.testing.assert_close(coefficients @ basis, expected, rtol=0, atol=1e-8)
+
+
+def test_in_a_metric_that_sees_all_directions_alike_it_is_weighted_low_rank() -> None:
+    table, weights = _table(60, 8), smoothed_frequencies(_counts(60))
+    expected = weighted_low_rank(table, 3, weights)
+    for matrix in (torch.eye(8), torch.zeros(8, 8), -torch.eye(8)):
+        found = low_rank_in_metric(table, 3, Metric(matrix.double(), weights))
+        torch.testing.assert_close(found[0] @ found[1], expected[0] @ expected[1], rtol=0, atol=1e-10)
+
+
+def test_a_singular_metric_keeps_what_it_sees() -> None:
+    table, metric = _table(100, 12), _metric(100, 12, rank=4)
+    coefficients, basis = low_rank_in_metric(table, 4, metric)
+    vectors = torch.linalg.eigh(metric.matrix).eigenvectors[:, -4:]
+    change = (table - coefficients @ basis) @ vectors
+    # Directions of no weight are floored, not free: they may pull a little.
+    assert float(change.norm()) < 1e-2 * float((table @ vectors).norm())
+    assert (coefficients @ basis).norm() < 2 * table.norm()
+
+
+def test_zero_rows_and_short_tables_in_a_metric() -> None:
+    table, metric = _table(30, 8), _metric(30, 8)
+    table[5] = 0
+    coefficients, basis = low_rank_in_metric(table, 4, metric)
+    assert torch.equal((coefficients @ basis)[5], torch.zeros(8).double())
+    assert torch.equal(low_rank_in_metric(torch.zeros(30, 8), 3, metric)[0], torch.zeros(30, 3))
+    short = _table(5, 8)
+    coefficients, basis = low_rank_in_metric(short, 5, Metric(metric.matrix, metric.weights[:5]))
+    torch.testing.assert_close(coefficients @ basis, short, rtol=0, atol=1e-8)
+
+
+@given(st.integers(1, 40), st.integers(1, 10), st.integers(0, 99), st.data())
+@settings(deadline=None, max_examples=40)
+def test_the_metric_never_loses_to_weights_alone(vocab_size: int, dim: int, seed: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, min(vocab_size, dim)))
+    table, metric = _table(vocab_size, dim), _metric(vocab_size, dim, seed, condition=1000)
+    coefficients, basis = low_rank_in_metric(table, rank, metric)
+    plain = weighted_low_rank(table, rank, metric.weights)
+    most = metric.loss(table, plain[0] @ plain[1])
+    assert metric.loss(table, coefficients @ basis) <= most * (1 + 1e-9) + 1e-12 * metric.loss(table, 0 * table)

@@ -1,0 +1,193 @@
+"""Product quantization in the metric of the loss: k-means in subspaces, and subspaces that answer to each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.product_quantization.descent import descend
+from lightning_embcompress.methods.product_quantization.solver import (
+    Groups,
+    gather_rows,
+    product_quantization,
+    subspace_sizes,
+)
+
+
+def _table(vocab_size: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _metric(vocab_size: int, dim: int, seed: int = 0, rank: int | None = None, scale: float = 1.0) -> Metric:
+    """Directions of very different weight, not along the columns; of a rank below the full one singular."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, -2, dim, dtype=torch.float64)
+    values[dim if rank is None else rank :] = 0
+    counts = (1000 / torch.arange(1, vocab_size + 1)).long()
+    counts[vocab_size // 2 :] = 0
+    return Metric(scale * (vectors * values) @ vectors.T, smoothed_frequencies(counts))
+
+
+def _distances(points: Tensor, centroids: Tensor, matrix: Tensor) -> Tensor:
+    change = points.double().unsqueeze(1) - centroids.double().unsqueeze(0)
+    return torch.einsum("vks,st,vkt->vk", change, matrix, change)
+
+
+def _columns(dim: int, subspaces: int) -> list[slice]:
+    ends = torch.tensor([0, *subspace_sizes(dim, subspaces)]).cumsum(0).tolist()
+    return [slice(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("subspaces", "rank"), [(1, None), (2, None), (3, 2), (7, None)])
+def test_codes_of_kmeans_are_nearest_in_the_metric_to_what_is_stored(
+    dtype: torch.dtype, subspaces: int, rank: int | None
+) -> None:
+    table, metric = _table(150, 7, dtype), _metric(150, 7, rank=rank)
+    table[::5] = 0
+    codebook, codes = product_quantization(table, metric.weights, subspaces, 8, metric=metric)
+    assert torch.equal(codebook, codebook.to(dtype).to(codebook.dtype))
+    for subspace, columns in enumerate(_columns(7, subspaces)):
+        # Of a singular metric with its eigenvalues floored.
+        matrix = (metric.root @ metric.root)[columns, columns]
+        distances = _distances(table[:, columns], codebook[:, columns], matrix)
+        own = distances.gather(1, codes[:, subspace, None].long()).squeeze(1)
+        assert torch.all(own <= distances.amin(dim=1) + 1e-5 * float(matrix.diagonal().sum()))
+
+
+@pytest.mark.parametrize("subspaces", [1, 2])
+def test_kmeans_in_the_metric_loses_less_than_without(subspaces: int) -> None:
+    table, metric = _table(600, 8), _metric(600, 8)
+
+    def block_loss(found: tuple[Tensor, Tensor]) -> float:
+        """What k-means lowers: the metric within subspaces."""
+        matrix = torch.zeros(8, 8, dtype=torch.float64)
+        for columns in _columns(8, subspaces):
+            matrix[columns, columns] = metric.matrix[columns, columns]
+        return Metric(matrix, metric.weights).loss(table, gather_rows(*found))
+
+    without = product_quantization(table, metric.weights, subspaces, 16)
+    within = product_quantization(table, metric.weights, subspaces, 16, metric=metric)
+    assert block_loss(within) < 0.95 * block_loss(without)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e12])
+def test_the_unit_of_the_metric_does_not_matter(scale: float) -> None:
+    table = _table(200, 6, torch.float32)
+    found = []
+    for metric in (_metric(200, 6), _metric(200, 6, scale=scale)):
+        codebook, codes = product_quantization(table, metric.weights, 3, 8, metric=metric)
+        descend(table, metric, codebook, codes)
+        found.append(metric.loss(table, gather_rows(codebook, codes)))
+    assert found[1] == pytest.approx(scale * found[0], rel=1e-3)
+
+
+def test_a_metric_of_the_identity_changes_nothing() -> None:
+    table, weights = _table(200, 6), smoothed_frequencies(torch.arange(200))
+    expected = product_quantization(table, weights, 3, 8)
+    metric = Metric(torch.eye(6).double(), weights)
+    codebook, codes = product_quantization(table, weights, 3, 8, metric=metric)
+    torch.testing.assert_close(codebook, expected[0])
+    assert torch.equal(codes, expected[1])
+    # No parts of the metric are between subspaces: they have nothing to answer to, but k-means may go on.
+    before = metric.loss(table, gather_rows(codebook, codes))
+    descend(table, metric, codebook, codes, rounds=1)
+    assert metric.loss(table, gather_rows(codebook, codes)) <= before
+
+
+@given(
+    vocab_size=st.integers(1, 60),
+    dim=st.integers(1, 9),
+    subspaces=st.integers(1, 9),
+    centroids=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    rank=st.one_of(st.none(), st.integers(0, 4)),
+    limit=st.integers(0, 20),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_no_round_raises_the_loss(
+    vocab_size: int,
+    dim: int,
+    subspaces: int,
+    centroids: int,
+    dtype: torch.dtype,
+    rank: int | None,
+    limit: int,
+    seed: int,
+) -> None:
+    subspaces, centroids = min(subspaces, dim), min(centroids, vocab_size)
+    table, metric = _table(vocab_size, dim, dtype, seed), _metric(vocab_size, dim, seed, rank)
+    table[::3] = 0
+    rare = _table(vocab_size, 1, seed=seed).squeeze(1) > 0
+    groups = None
+    if 0 < limit < centroids:
+        groups = Groups([(~rare).nonzero().flatten(), rare.nonzero().flatten()], [centroids, limit])
+    codebook, codes = product_quantization(table, metric.weights, subspaces, centroids, groups, metric=metric)
+    # As it is used: with its eigenvalues floored.
+    floored = Metric(metric.root @ metric.root, metric.weights)
+    losses = [floored.loss(table, gather_rows(codebook, codes))]
+    for _ in range(3):
+        descend(table, metric, codebook, codes, groups, rounds=1)
+        losses.append(floored.loss(table, gather_rows(codebook, codes)))
+    slack = (1e-12 if dtype == torch.float64 else 1e-6) * floored.loss(table, 0 * table)
+    assert all(after <= before * (1 + 1e-9) + slack for before, after in zip(losses[:-1], losses[1:], strict=True))
+    assert codebook.isfinite().all()
+    assert torch.equal(codebook, codebook.to(dtype).to(codebook.dtype))
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < centroids
+    if groups is not None and rare.any():
+        assert int(codes[rare].max()) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_subspaces_make_up_for_each_other(dtype: torch.dtype) -> None:
+    table, metric = _table(800, 8, dtype), _metric(800, 8)
+    found = product_quantization(table, metric.weights, 4, 16, metric=metric)
+    before = metric.loss(table, gather_rows(*found))
+    shares: list[float] = []
+    descend(table, metric, *found, advance=shares.append)
+    assert sum(shares) == pytest.approx(1)
+    assert metric.loss(table, gather_rows(*found)) < 0.6 * before
+    assert torch.equal(found[0], found[0].to(dtype).to(found[0].dtype))
+
+
+def test_no_change_of_one_code_lowers_the_loss() -> None:
+    table, metric = _table(60, 6), _metric(60, 6)
+    codebook, codes = product_quantization(table, metric.weights, 3, 5, metric=metric)
+    descend(table, metric, codebook, codes, rounds=40)
+    matrix = metric.root @ metric.root
+
+    def losses(some: Tensor) -> Tensor:
+        change = table - gather_rows(codebook, some)
+        return ((change @ matrix) * change).sum(dim=1)
+
+    own = losses(codes)
+    for subspace in range(3):
+        for code in range(5):
+            other = codes.clone()
+            other[:, subspace] = code
+            assert torch.all(losses(other) >= own - 1e-12)
+
+
+def test_as_many_centroids_as_rows_are_exact() -> None:
+    table, metric = _table(30, 6, torch.float32), _metric(30, 6)
+    for subspaces in (1, 4, 6):
+        codebook, codes = product_quantization(table, metric.weights, subspaces, 30, metric=metric)
+        descend(table, metric, codebook, codes)
+        torch.testing.assert_close(gather_rows(codebook, codes), table, rtol=0, atol=1e-4)
+
+
+def test_no_rounds_change_nothing() -> None:
+    table, metric = _table(50, 6), _metric(50, 6)
+    found = product_quantization(table, metric.weights, 3, 5, metric=metric)
+    before = [part.clone() for part in found]
+    shares: list[float] = []
+    descend(table, metric, *found, rounds=0, advance=shares.append)
+    assert shares == [1.0]
+    assert all(torch.equal(one, other) for one, other in zip(found, before, strict=True))

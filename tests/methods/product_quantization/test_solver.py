@@ -1,0 +1,265 @@
+"""Weighted k-means in subspaces against a direct implementation in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning_embcompress.solvers import product_quantization as solver
+from torch import Tensor
+
+from lightning_embcompress.methods.numerics.gram import row_weights
+from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
+
+
+def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _zipf(vocab_size: int) -> Tensor:
+    return row_weights((10_000 / torch.arange(1, vocab_size + 1)).long(), vocab_size)
+
+
+def _parts(values: Tensor, subspaces: int) -> list[Tensor]:
+    return list(torch.split(values.double(), subspace_sizes(values.shape[1], subspaces), dim=1))
+
+
+def _rows(codebook: Tensor, codes: Tensor) -> Tensor:
+    columns = torch.repeat_interleave(torch.tensor(subspace_sizes(codebook.shape[1], codes.shape[1])))
+    return torch.gather(codebook, 0, codes.long()[:, columns])
+
+
+def _error(weight: Tensor, weights: Tensor, found: tuple[Tensor, Tensor]) -> float:
+    return float(((weight - _rows(*found)).double().square().sum(1) * weights).sum())
+
+
+def _check_nearest(weight: Tensor, codebook: Tensor, codes: Tensor, limit: int) -> None:
+    """Every code against all distances in float64; ties and rounding may choose another one as near."""
+    for part, centroids, chosen in zip(
+        _parts(weight, codes.shape[1]), _parts(codebook, codes.shape[1]), codes.T.long(), strict=True
+    ):
+        distances = torch.cdist(part, centroids[:limit], compute_mode="donot_use_mm_for_euclid_dist")
+        own = distances.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        scale = part.norm(dim=1) + centroids.norm(dim=1).max()
+        assert torch.all(own**2 - distances.amin(1) ** 2 <= 1e-5 * scale**2)
+
+
+def _reference_lloyd(weight: Tensor, weights: Tensor, start: Tensor, subspaces: int, steps: list[int]) -> Tensor:
+    """Lloyd's iteration as it is written down, centroids that lose all rows staying where they are."""
+    found = []
+    for part, centroids, count in zip(_parts(weight, subspaces), _parts(start, subspaces), steps, strict=True):
+        centroids = centroids.clone()
+        for _ in range(count):
+            codes = torch.cdist(part, centroids).argmin(1)
+            for index in range(len(centroids)):
+                mine = codes == index
+                if mine.any():
+                    centroids[index] = (part[mine] * weights[mine, None]).sum(0) / weights[mine].sum()
+        found.append(centroids)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("subspaces", [1, 2, 3, 5, 7])
+def test_steps_are_those_of_lloyd(subspaces: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "_TOLERANCE", -1e9)
+    monkeypatch.setattr(solver, "_reseed", lambda *_: None)
+    weight, weights = _random(200, 7, dtype=dtype), _zipf(200)
+    start = weight[torch.randperm(200, generator=torch.Generator().manual_seed(1))[:6]]
+    codebook, codes = product_quantization(weight, weights, subspaces, 6, start=start, max_iterations=4)
+    # Of single columns the steps cost nothing, and there are more.
+    steps = [12 if size == 1 else 4 for size in subspace_sizes(7, subspaces)]
+    expected = _reference_lloyd(weight, weights, start, subspaces, steps)
+    torch.testing.assert_close(codebook.double(), expected, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
+    _check_nearest(weight, codebook, codes, 6)
+
+
+@given(
+    vocab_size=st.integers(1, 60),
+    dim=st.integers(1, 9),
+    subspaces=st.integers(1, 9),
+    centroids=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    limit=st.integers(0, 20),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_codes_are_of_the_nearest_centroids_that_may_be_used(
+    vocab_size: int, dim: int, subspaces: int, centroids: int, dtype: torch.dtype, limit: int, seed: int
+) -> None:
+    subspaces, centroids = min(subspaces, dim), min(centroids, vocab_size)
+    weight = _random(vocab_size, dim, seed=seed, dtype=dtype)
+    weight[::3] = 0
+    rare = _random(vocab_size, seed=seed) > 0
+    groups = None
+    if 0 < limit < centroids:
+        groups = Groups([(~rare).nonzero().flatten(), rare.nonzero().flatten()], [centroids, limit])
+    codebook, codes = product_quantization(weight, _zipf(vocab_size), subspaces, centroids, groups)
+    assert codebook.shape == (centroids, dim)
+    assert codes.shape == (vocab_size, subspaces)
+    assert codebook.isfinite().all()
+    # As they are stored.
+    assert torch.equal(codebook, codebook.to(dtype).to(codebook.dtype))
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < centroids
+    if groups is None:
+        _check_nearest(weight, codebook, codes, centroids)
+    else:
+        assert not rare.any() or int(codes[rare].max()) < limit
+        _check_nearest(weight[rare], codebook, codes[rare], limit)
+        _check_nearest(weight[~rare], codebook, codes[~rare], centroids)
+
+
+def test_as_many_centroids_as_rows_are_exact() -> None:
+    weight = _random(30, 6, dtype=torch.float32)
+    for subspaces in (1, 4, 6):
+        assert _error(weight, _zipf(30), product_quantization(weight, _zipf(30), subspaces, 30)) < 1e-9
+
+
+def test_is_close_to_the_best_of_many_starts() -> None:
+    weight, weights = _random(400, 2), _zipf(400)
+    found = _error(weight, weights, product_quantization(weight, weights, 1, 8))
+    others = []
+    for seed in range(20):
+        start = weight[torch.randperm(400, generator=torch.Generator().manual_seed(seed))[:8]]
+        codebook = _reference_lloyd(weight, weights, start, 1, [30])
+        others.append(_error(weight, weights, (codebook, torch.cdist(weight, codebook).argmin(1, keepdim=True))))
+    assert found <= 1.1 * min(others)
+
+
+@pytest.mark.parametrize("subspaces", [2, 4])
+def test_more_centroids_and_subspaces_lower_the_error(subspaces: int) -> None:
+    weight, weights = _random(500, 4, dtype=torch.float32), _zipf(500)
+    errors = [_error(weight, weights, product_quantization(weight, weights, subspaces, k)) for k in (1, 2, 8, 64)]
+    assert errors == sorted(errors, reverse=True)
+    # One centroid is the weighted mean.
+    mean = (weight * weights.unsqueeze(1)).sum(0) / weights.sum()
+    assert errors[0] == pytest.approx(float(((weight - mean).square().sum(1) * weights).sum()), rel=1e-5)
+    assert errors[2] < _error(weight, weights, product_quantization(weight, weights, 1, 8))
+
+
+def test_rows_of_high_weight_come_first() -> None:
+    weight, weights = _random(600, 6, dtype=torch.float32), _zipf(600)
+    weighted = product_quantization(weight, weights, 3, 16)
+    plain = product_quantization(weight, torch.ones(600).double(), 3, 16)
+    assert _error(weight, weights, weighted) < 0.8 * _error(weight, weights, plain)
+    assert _error(weight, torch.ones(600), plain) < _error(weight, torch.ones(600), weighted)
+
+
+def test_rows_that_never_occur_do_not_disturb_those_that_do() -> None:
+    weight = _random(80, 4)
+    counts = torch.cat([torch.arange(40, 0, -1), torch.zeros(40, dtype=torch.long)])
+    codebook, codes = product_quantization(weight, row_weights(counts, 80), 2, 8)
+    alone = product_quantization(weight[:40], row_weights(counts[:40], 40), 2, 8)
+    both = _error(weight[:40], counts[:40], (codebook, codes[:40]))
+    assert both == pytest.approx(_error(weight[:40], counts[:40], alone), rel=0.15)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_centroids_without_rows_are_moved(columns: int) -> None:
+    weight = _random(100, columns)
+    start = torch.full((8, columns), 50.0, dtype=torch.float64)
+    codebook, codes = product_quantization(weight, torch.ones(100), 1, 8, start=start, max_iterations=20)
+    assert len(codes.unique()) == 8
+    fresh = product_quantization(weight, torch.ones(100), 1, 8, max_iterations=20)
+    assert _error(weight, torch.ones(100), (codebook, codes)) <= 1.25 * _error(weight, torch.ones(100), fresh)
+
+
+@pytest.mark.parametrize("subspaces", [1, 2])
+def test_tables_of_zeros_and_of_few_different_rows(subspaces: int) -> None:
+    codebook, codes = product_quantization(torch.zeros(20, 2), torch.ones(20), subspaces, 5)
+    assert codebook.abs().max() == 0
+    weight = _random(3, 2, dtype=torch.float32).repeat(10, 1)
+    found = product_quantization(weight, torch.ones(30), subspaces, 5)
+    assert _error(weight, torch.ones(30), found) < 1e-9
+
+
+def test_rare_rows_share_the_first_centroids() -> None:
+    weight, weights = _random(300, 4), torch.cat([torch.full((60,), 100.0), torch.ones(240)]).double()
+    groups = Groups([torch.arange(60), torch.arange(60, 300)], [32, 4])
+    codebook, codes = product_quantization(weight, weights, 2, 32, groups)
+    assert int(codes[60:].max()) == 3
+    assert int(codes[:60].max()) > 20
+    # Not worse for the frequent rows than if they had no more than the rare ones, and about as good as alone.
+    few = product_quantization(weight, weights, 2, 4)
+    alone = product_quantization(weight[:60], weights[:60], 2, 32)
+    frequent = _error(weight[:60], weights[:60], (codebook, codes[:60]))
+    assert frequent < 0.3 * _error(weight[:60], weights[:60], (few[0], few[1][:60]))
+    assert frequent < 2 * _error(weight[:60], weights[:60], alone) + 1e-9
+    rare = _error(weight[60:], weights[60:], (codebook, codes[60:]))
+    assert rare < 1.7 * _error(weight[60:], weights[60:], product_quantization(weight[60:], weights[60:], 2, 4))
+
+
+@pytest.mark.parametrize("subspaces", [2, 4])
+def test_training_on_a_sample_is_about_as_good(subspaces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, weights = _random(3000, 4, dtype=torch.float32), _zipf(3000)
+    whole = _error(weight, weights, product_quantization(weight, weights, subspaces, 16))
+    monkeypatch.setattr(solver, "_ROWS_PER_CENTROID", 30)
+    found = product_quantization(weight, weights, subspaces, 16)
+    assert _error(weight, weights, found) <= 1.1 * whole
+    _check_nearest(weight, *found, 16)
+
+
+def test_a_sample_has_the_heavy_rows_and_the_right_sums() -> None:
+    weights = _zipf(5000)
+    rows, priority = solver._sample(weights, 400, torch.Generator().manual_seed(0))
+    assert rows.numel() == 400
+    assert torch.equal(rows, rows.unique())
+    assert torch.equal(rows[:20], torch.arange(20))
+    assert torch.equal(priority[:20], weights[:20])
+    assert float(priority.sum()) == pytest.approx(float(weights.sum()), rel=0.05)
+    tail = rows >= 2500
+    assert float(priority[tail].sum()) == pytest.approx(float(weights[2500:].sum()), rel=0.3)
+    rows, priority = solver._sample(weights, 5000, torch.Generator().manual_seed(0))
+    assert torch.equal(rows, torch.arange(5000))
+    assert priority is weights
+
+
+def test_starting_centroids_are_different_rows() -> None:
+    weight = _random(40, 6)
+    sample = solver._Sampled(Groups([torch.arange(40)], [40]), torch.ones(40).double())
+    spaces = [solver.Space(columns, None, weight) for columns in (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))]
+    starts = solver._starting_codebook(weight, torch.arange(40), sample, spaces, 40, torch.Generator().manual_seed(0))
+    for part, points in zip(_parts(starts, 4), _parts(weight, 4), strict=True):
+        # Each row once, whatever the order.
+        assert torch.equal(part[part[:, 0].argsort()], points[points[:, 0].argsort()])
+
+
+def test_starting_centroids_of_a_group_come_from_those_that_may_use_them() -> None:
+    weight = torch.arange(40, dtype=torch.float64).unsqueeze(1)
+    groups = Groups([torch.arange(10), torch.arange(10, 40)], [12, 5])
+    sample = solver._Sampled(groups, torch.ones(40).double())
+    spaces = [solver.Space(slice(0, 1), None, weight)]
+    starts = solver._starting_codebook(weight, torch.arange(40), sample, spaces, 12, torch.Generator().manual_seed(0))
+    assert starts[5:].max() < 10
+    assert starts[:5].max() > 10
+
+
+@pytest.mark.parametrize("subspaces", [1, 3, 5])
+def test_progress_adds_up_and_nothing_global_changes(subspaces: int) -> None:
+    weight, shares = _random(90, 5, dtype=torch.float32), []
+    torch.manual_seed(1)
+    np.random.seed(1)
+    state, drawn, before = torch.get_rng_state(), np.random.RandomState(1).random_sample(2), weight.clone()
+    first = product_quantization(weight, _zipf(90), subspaces, 9, advance=shares.append)
+    assert len(shares) == subspaces
+    assert sum(shares) == pytest.approx(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.random_sample(2), drawn)
+    assert torch.equal(weight, before)
+    torch.manual_seed(2)
+    again = product_quantization(weight, _zipf(90), subspaces, 9)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@given(st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=40)
+def test_subspaces_cover_the_columns_evenly(dim: int, data: st.DataObject) -> None:
+    subspaces = data.draw(st.integers(1, dim))
+    sizes = subspace_sizes(dim, subspaces)
+    assert len(sizes) == subspaces
+    assert sum(sizes) == dim
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1

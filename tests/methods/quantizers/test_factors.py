@@ -1,0 +1,357 @@
+"""Factors of every method in few bits: while they train, and packed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.quantizers.factors import FakeQuantizedFactor
+from lightning_embcompress.methods.quantizers.integer_quantizer import from_codes, group_scales, to_codes
+from lightning_embcompress.methods.registry import (
+    METHODS,
+    BlockLowRank,
+    Factorization,
+    FullTable,
+    LatentCodes,
+    LowRank,
+    Quantization,
+    SharedBasisBlocks,
+    check_spec,
+    factorization_from_spec,
+)
+from lightning_embcompress.methods.shared_basis.factorization import plain_metric
+
+_METHODS = sorted(METHODS)
+
+
+def _table(vocab_size: int = 90, dim: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(vocab_size, dim, generator=generator).to(dtype)
+
+
+def _solved(method: str, dtype: torch.dtype = torch.float32) -> Factorization[Any]:
+    table = _table(dtype=dtype)
+    counts = (1000 / torch.arange(1, 91)).long()
+    chosen = METHODS[method]
+    options = chosen.options()
+    smallest = chosen.factorization.smallest_bytes(*table.shape, table.element_size(), options)
+    return chosen.factorization.decompose(table, max(smallest, table.nbytes // 2), counts, options)
+
+
+def _check_reads(factors: Factorization[Any], tolerance: float = 1e-5) -> None:
+    dense = factors.dense()
+    ids = torch.tensor([[3, 0, 89], [3, 40, 41]])
+    torch.testing.assert_close(factors.rows(ids), dense[ids], rtol=tolerance, atol=tolerance)
+    for states in (1, 30):
+        hidden = _table(states, 12, factors.dtype, seed=5)
+        expected = hidden.double() @ dense.double().T
+        assert (factors.logits(hidden).double() - expected).abs().max() < 10 * tolerance * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "learned"])
+@pytest.mark.parametrize("method", _METHODS)
+def test_what_trains_is_what_will_be_packed(method: str, ranges: Any, tmp_path: Path) -> None:
+    factors = _solved(method)
+    before = list(factors.parameters())
+    prepared = factors.prepared(Quantization(bits=5, group_size=16, ranges=ranges))
+    assert prepared.is_prepared
+    if method != "transform_coding":
+        kept = [parameter for name, parameter in prepared.named_parameters() if not name.endswith("scales")]
+        assert [id(parameter) for parameter in kept] == [id(parameter) for parameter in before]
+    _check_reads(prepared)
+    hidden = _table(20, 12, seed=2)
+    (prepared.rows(torch.arange(90)).square().sum() + prepared.logits(hidden).square().sum()).backward()
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+
+    packed = prepared.converted()
+    assert packed.is_packed
+    assert not packed.is_prepared
+    assert not prepared.is_packed
+    _check_reads(packed)
+    torch.testing.assert_close(packed.dense(), prepared.dense(), rtol=1e-5, atol=1e-5)
+    for some in (prepared, packed):
+        check_spec(some.spec())
+        empty = factorization_from_spec(json.loads(json.dumps(some.spec())), torch.float32, torch.device("meta"))
+        assert empty.stored_bytes() == some.stored_bytes()
+        empty.load_state_dict(some.state_dict(), assign=True)
+        assert torch.equal(empty.dense(), some.dense())
+        assert empty.spec() == some.spec()
+        save_file({name: tensor.contiguous() for name, tensor in some.state_dict().items()}, tmp_path / "factors")
+        on_disk = (tmp_path / "factors").stat().st_size + len(json.dumps(some.spec(), separators=(",", ":")))
+        # The header of the file has the names of the tensors, of which an estimate is counted.
+        assert abs(on_disk - some.stored_bytes()) <= 60 * len(some.state_dict()) + 100
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_ranges_can_be_frozen(method: str) -> None:
+    prepared = _solved(method).prepared(Quantization(bits=4, group_size=16))
+    dense = prepared.dense()
+    prepared.freeze_ranges()
+    torch.testing.assert_close(prepared.dense(), dense, rtol=1e-5, atol=1e-6)
+    restored = factorization_from_spec(prepared.spec(), torch.float32)
+    restored.load_state_dict(prepared.state_dict())
+    assert torch.equal(restored.dense(), prepared.dense())
+    if isinstance(prepared, LatentCodes):
+        assert not prepared.log_scales.requires_grad
+        return
+    factor = next(module for module in prepared.modules() if isinstance(module, FakeQuantizedFactor))
+    scales = factor.scales.clone()
+    with torch.no_grad():
+        factor.weight.mul_(3)
+    assert torch.equal(factor.scales, scales)
+    torch.testing.assert_close(prepared.converted().dense(), prepared.dense(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["low_rank", "group_reduce", "transform_coding"])
+def test_balance_changes_factors_and_not_the_table(method: str) -> None:
+    table = _table(200, 24) * torch.logspace(0, -2, 24)
+    counts = (1000 / torch.arange(1, 201)).long()
+    if method == "transform_coding":
+        factors: Factorization[Any] = SharedBasisBlocks.solve(table, 9000, plain_metric(table, counts), None, 2, ())
+    else:
+        factors = METHODS[method].factorization.decompose(table, 9000, counts)
+    dense = factors.dense()
+    plain = copy.deepcopy(factors)
+    plain.balance = lambda: None  # type: ignore[method-assign]
+    factors.balance()
+    torch.testing.assert_close(factors.dense(), dense, rtol=1e-4, atol=1e-5)
+    errors = [float((some.prepared(Quantization(3, 16)).dense() - dense).square().sum()) for some in (factors, plain)]
+    # Blocks of rank 1 have only their scales to move.
+    assert errors[0] < (1.0 if method == "group_reduce" else 0.8) * errors[1]
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+@pytest.mark.parametrize("method", _METHODS)
+def test_without_training(method: str, with_metric: bool) -> None:
+    torch.manual_seed(1)
+    factors = _solved(method)
+    if method == "transform_coding":
+        factors = SharedBasisBlocks.solve(_table(), 3000, _metric(), None, 2, ())
+    parameters = {name: parameter.detach().clone() for name, parameter in factors.named_parameters()}
+    dense, metric = factors.dense(), _metric()
+    nearest = copy.deepcopy(factors).prepared(Quantization(4, 16)).converted()
+    packed = factors.quantized(Quantization(4, 16), metric if with_metric else None)
+    assert packed.is_packed
+    assert factors.quantization is None
+    for name, parameter in factors.named_parameters():
+        assert torch.equal(parameter, parameters[name])
+    assert packed.stored_bytes() == nearest.stored_bytes()
+    _check_reads(packed)
+    lost, before = (
+        metric.loss(dense, some.dense()) if with_metric else float((dense - some.dense()).square().sum())
+        for some in (packed, nearest)
+    )
+    assert lost <= 1.05 * before
+    if method in ("low_rank", "weighted_low_rank", "transform_coding") and with_metric:
+        assert lost < 0.8 * before
+
+
+def _metric() -> Metric:
+    generator = torch.Generator().manual_seed(3)
+    mixed = torch.randn(12, 12, generator=generator, dtype=torch.float64) * torch.logspace(0, -1.5, 12)
+    return Metric(mixed @ mixed.T, torch.full((90,), 1 / 90, dtype=torch.float64))
+
+
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    bits=st.integers(2, 8),
+    group_size=st.sampled_from([16, 32, 64, 100]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    scale_dtype=st.sampled_from(["float16", "bfloat16"]),
+)
+@settings(deadline=None, max_examples=40)
+def test_only_rows_that_are_asked_for_are_read(
+    rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: Any
+) -> None:
+    weight = _table(rows, columns, dtype)
+    weight[0] = 0
+    of = Quantization(bits, group_size, scale_dtype)
+    factor = FakeQuantizedFactor(nn.Parameter(weight.clone()), of)
+    scales = group_scales(weight, bits, group_size, of.scales)
+    expected = from_codes(to_codes(weight, scales, bits, group_size), scales, bits, group_size, dtype)
+    place = torch.tensor([[rows - 1, 0], [rows // 2, rows - 1]])
+    assert torch.equal(factor.whole(), expected)
+    assert torch.equal(factor.rows(place), expected[place])
+    assert factor.rows(place[:0]).shape == (0, 2, columns)
+    packed = factor.packed()
+    assert torch.equal(packed.whole(), expected)
+    assert torch.equal(packed.rows(place), expected[place])
+    assert packed.codes.nbytes + packed.scales.nbytes == of.bytes_of((rows, columns))
+    # Rows that are neither asked for nor share a scale with one that is may be anything.
+    group_rows = max(1, group_size // columns)
+    near = (torch.arange(rows) // group_rows) == (rows - 1) // group_rows
+    with torch.no_grad():
+        factor.weight[~near] = torch.nan
+    assert torch.equal(factor.rows(torch.tensor([rows - 1])), expected[-1:])
+
+
+def test_casts_leave_the_stored_bytes_as_they_are() -> None:
+    packed = _solved("low_rank").prepared(Quantization(4)).converted()
+    state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    narrow = copy.deepcopy(packed).to(torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16
+    assert narrow.rows(torch.tensor([1])).dtype == torch.bfloat16
+    assert narrow.logits(_table(2, 12, torch.bfloat16)).dtype == torch.bfloat16
+    for name, tensor in narrow.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    assert torch.equal(narrow.float().dense(), packed.dense())
+
+
+def test_codes_change_as_their_numbers_are_trained() -> None:
+    torch.manual_seed(0)
+    table = _table(600, 24)
+    coded = SharedBasisBlocks.decompose(table, table.nbytes // 12, (1000 / torch.arange(1, 601)).long())
+    latent = LatentCodes.of(coded)
+    torch.testing.assert_close(latent.dense(), coded.dense(), rtol=1e-4, atol=1e-5)
+    back = latent.converted()
+    assert torch.equal(back.packed_codes, coded.packed_codes)
+    target = table + 0.5 * _table(600, 24, seed=9)
+    optimizer = torch.optim.Adam(latent.parameters(), 0.02)
+    before = (latent.dense() - target).square().mean()
+    for _ in range(60):
+        loss = (latent.rows(torch.arange(600)) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = (latent.converted().dense() - target).square().mean()
+    assert after < 0.95 * before
+    assert latent.converted().stored_bytes() == coded.stored_bytes()
+    torch.testing.assert_close(latent.converted().dense(), latent.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_mistakes_are_refused() -> None:
+    factors = _solved("low_rank")
+    with pytest.raises(ValueError, match="nothing to convert"):
+        factors.converted()
+    factors.prepared(Quantization(4))
+    with pytest.raises(ValueError, match="prepared for quantization already"):
+        factors.prepared(Quantization(4))
+    packed = factors.converted()
+    with pytest.raises(ValueError, match="packed already"):
+        packed.prepared(Quantization(4))
+    with pytest.raises(ValueError, match="nothing to convert"):
+        packed.converted()
+    coded = _solved("transform_coding")
+    with pytest.raises(ValueError, match="widths of their own"):
+        coded.hold(Quantization(4), "packed")
+    with pytest.raises(ValueError, match="prepared for training already"):
+        coded.prepared(Quantization(4)).prepared(Quantization(4))
+    for wrong, message in (
+        ({"bits": 9}, "bits must be an integer from 2 to 8, it is 9"),
+        ({"bits": 1}, "bits must"),
+        ({"bits": True}, "bits must"),
+        ({"group_size": 8}, "group_size must be an integer from 16 to 256"),
+        ({"scale_dtype": "float32"}, "scale_dtype must"),
+        ({"ranges": "percentile"}, "ranges must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Quantization(**wrong)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        {"state": "thawed"},
+        {"bits": 44},
+        {"bits": "4"},
+        {"more": 1},
+        {"group_size": 2**40},
+    ],
+)
+def test_damaged_structures_are_refused(change: Any) -> None:
+    record = None if change is None else {**Quantization().record("packed"), **change}
+    spec = {**LowRank(90, 12, 3).structure(), "quantization": record}
+    with pytest.raises(ValueError, match=r"quantization|bits must|group_size must"):
+        check_spec(spec)
+
+
+def test_a_full_table_is_quantized_as_it_is() -> None:
+    table = nn.Parameter(_table(2000, 64))
+    full = FullTable.of(table)
+    assert next(full.parameters()) is table
+    assert full.stored_bytes() == FullTable.smallest_bytes(2000, 64, 4)
+    for bits in (8, 4, 3):
+        packed = full.quantized(Quantization(bits, 32))
+        scales = group_scales(table, bits, 32, torch.float16)
+        codes = to_codes(table, scales, bits, 32)
+        assert torch.equal(packed.dense(), from_codes(codes, scales, bits, 32, torch.float32))
+        assert packed.stored_bytes() < table.nbytes / (32 / (bits + 0.55))
+    copied = FullTable.decompose(table, 0)
+    assert torch.equal(copied.rows(torch.tensor([5])), table[5:6])
+    copied.refined(2 * table, 0)
+    assert torch.equal(copied.dense(), 2 * table)
+
+
+def test_blocks_without_components() -> None:
+    table = _table(400, 16)
+    counts = (4000 / torch.arange(1, 401)).long()
+    factors = METHODS["group_reduce"].factorization.decompose(
+        table, table.nbytes // 14, counts, METHODS["group_reduce"].options(variant="loss", groups=6)
+    )
+    assert 0 in factors.ranks
+    for packed in (factors.quantized(Quantization(4)), copy.deepcopy(factors).prepared(Quantization(4)).converted()):
+        dense = packed.dense()
+        assert torch.equal(packed.rows(torch.arange(400)), dense)
+        torch.testing.assert_close(packed.logits(torch.eye(16)), dense.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dim", "group_size", "ranks"), [(16, 64, [2, 3]), (16, 64, [4, 2]), (128, 256, [1, 2])])
+def test_rows_of_a_basis_that_share_a_scale(dim: int, group_size: int, ranks: list[int]) -> None:
+    torch.manual_seed(0)
+    factors = BlockLowRank(80, dim, [40, 40], ranks)
+    with torch.no_grad():
+        for parameter in factors.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    dense = factors.dense()
+    packed = factors.quantized(Quantization(8, group_size))
+    assert torch.equal(factors.dense(), dense)
+    for block in (slice(0, 40), slice(40, 80)):
+        assert (packed.dense()[block] - dense[block]).norm() < 0.03 * dense[block].norm()
+
+
+def test_copies_share_nothing_that_loading_writes() -> None:
+    factors, other = _solved("group_reduce"), _solved("group_reduce")
+    moved = other.state_dict()
+    moved["packed_block_index"] = moved["packed_block_index"].flip(0)
+    packed = factors.quantized(Quantization(8))
+    dense, index = packed.dense(), packed.packed_block_index.clone()
+    factors.packed_block_index.zero_()
+    assert torch.equal(packed.packed_block_index, index)
+    assert torch.equal(packed.dense(), dense)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "learned"])
+def test_values_outside_of_frozen_ranges_stay(ranges: Any) -> None:
+    factor = FakeQuantizedFactor(nn.Parameter(_table(8, 32)), Quantization(4, 32, ranges=ranges))
+    factor.freeze()
+    with torch.no_grad():
+        factor.weight[2, 3] = 100.0
+    factor.whole().sum().backward()
+    gradient = factor.weight.grad
+    assert gradient is not None
+    assert gradient[2, 3] == 0
+    assert gradient[0].any()
+    with pytest.raises(ValueError, match="no ranges to freeze"):
+        _solved("low_rank").freeze_ranges()
+
+
+def test_learned_scales_get_the_same_gradient_by_rows_and_as_a_whole() -> None:
+    factor = FakeQuantizedFactor(nn.Parameter(_table(64, 8)), Quantization(4, 64, ranges="learned"))
+    assert isinstance(factor.scales, nn.Parameter)
+    found = []
+    for read in (factor.whole(), factor.rows(torch.arange(64))):
+        (gradient,) = torch.autograd.grad(read.square().sum(), factor.scales)
+        found.append(gradient)
+    torch.testing.assert_close(*found)

@@ -1,0 +1,262 @@
+"""Integers in groups against their definition in float64, and against torchao where it is installed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_embcompress.methods.quantizers.integer_quantizer import (
+    expand_scales,
+    fake_quantize,
+    from_codes,
+    group_scales,
+    group_shape,
+    scales_shape,
+    to_codes,
+)
+
+_SHAPES = [(7, 64), (5, 200), (33, 10), (1, 3), (12, 1), (4, 63), (3, 65)]
+
+
+def _matrix(n: int, columns: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(n, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _group_of(n: int, columns: int, group_size: int) -> np.ndarray:
+    """Row and column of the group of every value, counted one by one."""
+    rows = 1
+    while (rows + 1) * columns <= group_size:
+        rows += 1
+    width = min(columns, group_size)
+    return np.array([[(row // rows, column // width) for column in range(columns)] for row in range(n)])
+
+
+def _oracle(weight: Tensor, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and step of each, in float64 and one group after the other."""
+    values = weight.double().numpy()
+    places = _group_of(*values.shape, group_size)
+    out, steps = np.zeros_like(values), np.zeros_like(values)
+    for group in {tuple(place) for place in places.reshape(-1, 2)}:
+        inside = (places == group).all(axis=2)
+        step = float(np.float16(np.abs(values[inside]).max() * 2 / (2**bits - 1)))
+        if step:
+            codes = np.clip(np.round(values[inside] / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            out[inside], steps[inside] = codes * step, step
+    return out, steps
+
+
+@given(
+    n=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    bits=st.integers(2, 8),
+    group_size=st.integers(16, 64),
+    scale=st.sampled_from([1e-5, 1.0, 50.0]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=50)
+def test_values_are_those_of_float64(n: int, columns: int, bits: int, group_size: int, scale: float, seed: int) -> None:
+    weight = _matrix(n, columns, seed, scale)
+    scales = group_scales(weight, bits, group_size)
+    codes = to_codes(weight, scales, bits, group_size)
+    found = from_codes(codes, scales, bits, group_size, torch.float64).numpy()
+    wanted, steps = _oracle(weight, bits, group_size)
+    # A value half-way between two integers may go to either, for what float32 makes of it.
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1.0001 * steps.max())
+    assert (np.abs(found - wanted) > 1e-6 * steps).mean() <= 0.05
+    assert int(codes.max()) < 2**bits
+    assert torch.equal(
+        fake_quantize(weight, scales, bits, group_size), from_codes(codes, scales, bits, group_size, weight.dtype)
+    )
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+def test_groups_are_those_of_the_layout(shape: tuple[int, int]) -> None:
+    places = _group_of(*shape, 64)
+    assert scales_shape(*shape, 64) == tuple(places.reshape(-1, 2).max(axis=0) + 1)
+    scales = torch.rand(scales_shape(*shape, 64))
+    wanted = scales.numpy()[places[..., 0], places[..., 1]]
+    np.testing.assert_array_equal(expand_scales(scales, *shape, 64).numpy(), wanted)
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_rows_with_a_row_of_scales_each_read_as_the_whole(shape: tuple[int, int], bits: int) -> None:
+    weight = _matrix(*shape)
+    scales = group_scales(weight, bits, 64)
+    codes = to_codes(weight, scales, bits, 64)
+    place = torch.arange(shape[0]).flip(0)
+    of_rows = scales[place // group_shape(shape[1], 64)[0]]
+    assert torch.equal(from_codes(codes[place], of_rows, bits, 64), from_codes(codes, scales, bits, 64)[place])
+    assert torch.equal(fake_quantize(weight[place], of_rows, bits, 64), fake_quantize(weight, scales, bits, 64)[place])
+    assert torch.equal(to_codes(weight[place], of_rows, bits, 64), codes[place])
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_agrees_with_torchao(bits: int, group_size: int) -> None:
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    weight = _matrix(50, 128)
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scales, zeros = primitives.choose_qparams_affine(
+        weight, primitives.MappingType.SYMMETRIC, (1, group_size), torch.int8, least, most, 1e-9, torch.float16
+    )
+    found = group_scales(weight, bits, group_size)
+    assert torch.equal(found, scales.view_as(found))
+    integers = primitives.quantize_affine(
+        weight, (1, group_size), scales.float(), torch.zeros_like(zeros), torch.int8, least, most
+    )
+    codes = to_codes(weight, found, bits, group_size).short() - 2 ** (bits - 1)
+    # It multiplies with the inverse of the scale, which moves a value half-way between two integers.
+    assert (codes - integers).abs().max() <= 1
+    assert (codes != integers).float().mean() < 1e-3
+
+
+def test_zero_groups_and_scales_that_vanish_are_zeros() -> None:
+    weight = torch.stack([torch.zeros(64), torch.full((64,), 1e-9), torch.ones(64)])
+    scales = group_scales(weight, 8, 64)
+    assert scales[:2].flatten().tolist() == [0, 0]
+    codes = to_codes(weight, scales, 8, 64)
+    assert (codes[:2] == 128).all()
+    assert from_codes(codes, scales, 8, 64)[:2].abs().max() == 0
+    assert fake_quantize(weight, scales, 8, 64)[:2].abs().max() == 0
+
+
+def test_subnormal_scales_lose_no_more_than_their_step() -> None:
+    weight = _matrix(20, 64, scale=1e-6)
+    scales = group_scales(weight, 4, 64)
+    assert 0 < float(scales.max()) < torch.finfo(torch.float16).tiny
+    found = fake_quantize(weight, scales, 4, 64)
+    # Rounded to multiples of 2^-24, a step may be too small for the largest value by half of that for each integer.
+    assert ((found - weight).abs() <= 0.5 * scales.float() + 9 * 2**-25).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("search", [False, True])
+def test_other_dtypes_are_quantized_as_their_values(dtype: torch.dtype, search: bool) -> None:
+    weight = _matrix(6, 100).to(dtype)
+    exact = weight.float() if dtype != torch.float64 else weight
+    scales = group_scales(weight, 4, 64, search=search)
+    assert torch.equal(scales, group_scales(exact, 4, 64, search=search))
+    found = fake_quantize(weight, scales, 4, 64)
+    assert found.dtype == dtype
+    assert torch.equal(found, fake_quantize(exact, scales, 4, 64).to(dtype))
+    assert torch.equal(found, from_codes(to_codes(weight, scales, 4, 64), scales, 4, 64, dtype))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+def test_empty(shape: tuple[int, int]) -> None:
+    weight = torch.zeros(shape, requires_grad=True)
+    for search in (False, True):
+        scales = group_scales(weight.detach(), 4, 64, search=search)
+        assert tuple(scales.shape) == scales_shape(*shape, 64)
+        codes = to_codes(weight.detach(), scales, 4, 64)
+        assert codes.shape == from_codes(codes, scales, 4, 64).shape == shape
+        fake_quantize(weight, scales.float().requires_grad_(), 4, 64).sum().backward()
+
+
+def test_gradients_go_straight_through() -> None:
+    weight = _matrix(5, 70).requires_grad_()
+    outer = _matrix(5, 70, seed=1)
+    fake_quantize(weight, group_scales(weight.detach(), 3, 64), 3, 64).backward(outer)
+    assert torch.equal(weight.grad, outer)
+
+
+@pytest.mark.parametrize("shape", [(6, 128), (5, 70), (14, 10)])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_gradients_of_learned_scales_are_those_of_lsq(shape: tuple[int, int], by_row: bool) -> None:
+    bits, group_size = 3, 64
+    weight = _matrix(*shape).double().requires_grad_()
+    # Smaller than what covers everything, so that some values are outside.
+    scales = (0.5 * group_scales(weight.detach(), bits, group_size)).double()
+    group_rows = group_shape(shape[1], group_size)[0]
+    if by_row:
+        scales = scales.repeat_interleave(group_rows, dim=0)[: shape[0]]
+    scales.requires_grad_()
+    outer = _matrix(*shape, seed=1).double()
+    fake_quantize(weight, scales, bits, group_size).backward(outer)
+
+    # The same of autograd, from the definition: s · (clamp(w / s) + constant), whose constant is the rounding.
+    of_weight, of_scales = weight.detach().requires_grad_(), scales.detach().requires_grad_()
+    clamped = (of_weight / expand_scales(of_scales, *shape, group_size)).clamp(-4, 3)
+    ((clamped + (clamped.round() - clamped).detach()) * expand_scales(of_scales, *shape, group_size)).backward(outer)
+    assert of_weight.grad is not None
+    assert 0 < int((of_weight.grad == 0).sum()) < weight.numel() / 2
+    torch.testing.assert_close(weight.grad, of_weight.grad)
+    values = min(shape[1], group_size) * group_rows
+    torch.testing.assert_close(scales.grad, of_scales.grad / math.sqrt(values * 3))
+
+
+def test_learned_scale_of_zero_recovers() -> None:
+    weight = torch.ones(1, 64)
+    scales = torch.zeros(1, 1, requires_grad=True)
+    found = fake_quantize(weight, scales, 4, 64)
+    assert found.abs().max() == 0
+    (found - weight).square().sum().backward()
+    # Downhill is up, towards the values.
+    assert torch.isfinite(scales.grad).all()
+    assert float(scales.grad) < 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("shape", [(80, 128), (400, 10)])
+def test_search_loses_less_in_its_weights(bits: int, shape: tuple[int, int]) -> None:
+    weight = _matrix(*shape).pow(3)
+    generator = torch.Generator().manual_seed(2)
+    rows, columns = torch.rand(shape[0], generator=generator) ** 4, torch.rand(shape[1], generator=generator) ** 4
+
+    def lost(scales: Tensor, weights: Tensor) -> float:
+        return float(((fake_quantize(weight, scales, bits, 64) - weight).square() * weights).sum())
+
+    both, ones = rows.unsqueeze(1) * columns, torch.ones(shape)
+    plain = group_scales(weight, bits, 64)
+    searched = group_scales(weight, bits, 64, search=True)
+    weighted = group_scales(weight, bits, 64, search=True, row_weights=rows, column_weights=columns)
+    assert searched.dtype == plain.dtype
+    assert searched.shape == plain.shape
+    assert lost(searched, ones) < (0.8 if bits < 6 else 1.0) * lost(plain, ones)
+    # Many levels lose about the same at all scales that are tried.
+    assert lost(weighted, both) < (1.0 if bits < 6 else 1.1) * lost(searched, both)
+
+
+def test_search_finds_the_step_of_two_level_values() -> None:
+    # All values are multiples of 3 but for one, which a scale of three loses and one that covers all keeps.
+    weight = 3 * torch.randint(-1, 2, (1, 64), generator=torch.Generator().manual_seed(0)).float()
+    weight[0, 0] = 9.0
+    scales = group_scales(weight, 2, 64, search=True)
+    assert abs(abs(float(scales)) - 3) < 0.3
+    assert float((fake_quantize(weight, scales, 2, 64) - weight)[0, 1:].abs().max()) < 0.5
+
+
+def test_pieces_of_a_long_matrix_are_as_one() -> None:
+    # Of more rows than are looked at together, in groups of several rows.
+    weight = _matrix(250_001, 5)
+    scales = group_scales(weight, 4, 64, search=True)
+    tail = 5000 * group_shape(5, 64)[0]
+    assert torch.equal(scales[5000:], group_scales(weight[tail:], 4, 64, search=True))
+    codes = to_codes(weight, scales, 4, 64)
+    assert torch.equal(from_codes(codes, scales, 4, 64), fake_quantize(weight, scales, 4, 64))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(1, 32), (9, 32), (4, 0), (4.0, 32), (True, 32)])
+def test_out_of_range(bits: int, group_size: int) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        group_scales(torch.ones(2, 2), bits, group_size)
+
+
+def test_what_cannot_be_quantized_is_refused() -> None:
+    weight = torch.ones(2, 64)
+    with pytest.raises(ValueError, match=r"must be of the shape \[2, 1\].*they are \[3, 1\]"):
+        to_codes(weight, torch.ones(3, 1), 4, 64)
+    with pytest.raises(ValueError, match="bfloat16"):
+        to_codes(1e6 * weight, group_scales(1e6 * weight, 4, 64), 4, 64)
+    to_codes(1e6 * weight, group_scales(1e6 * weight, 4, 64, torch.bfloat16), 4, 64)
+    with pytest.raises(ValueError, match="not finite"):
+        to_codes(weight * math.nan, torch.ones(2, 1), 4, 64)
+    with pytest.raises(ValueError, match="search"):
+        group_scales(weight, 4, 64, row_weights=torch.ones(2))

@@ -1,0 +1,230 @@
+"""Blocks that share a basis: what is stored of a solution, and the options that lead to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_embcompress.methods.group_reduce.grouping import kmeans_groups
+from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.registry import (
+    BlockLowRank,
+    GroupReduceOptions,
+    SharedBasisBlocks,
+    TransformCodingOptions,
+    factorization_from_spec,
+)
+
+_VOCAB_SIZE, _DIM = 2000, 32
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _table(vocab_size: int = _VOCAB_SIZE, dim: int = _DIM, seed: int = 0) -> Tensor:
+    rows = _random(vocab_size, dim, seed=seed) * torch.logspace(0, -1.5, dim)
+    return rows * torch.linspace(2, 0.5, vocab_size).unsqueeze(1) + _random(1, dim, seed=seed + 1)
+
+
+def _counts(vocab_size: int = _VOCAB_SIZE) -> Tensor:
+    return (1e6 / torch.arange(1, vocab_size + 1)).long()
+
+
+def _metric(vocab_size: int = _VOCAB_SIZE, dim: int = _DIM) -> Metric:
+    states = _random(4 * dim, dim, seed=2).double() * torch.logspace(0, -1, dim)
+    return Metric(states.T @ states / len(states), smoothed_frequencies(_counts(vocab_size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ratio", [8, 24])
+def test_predicted_loss_of_codes_is_that_of_what_is_stored(ratio: float, dtype: torch.dtype) -> None:
+    table, metric = _table().to(dtype), _metric()
+    factors = SharedBasisBlocks.decompose(table, int(_table().nbytes / ratio), metric=metric)
+    assert factors.is_coded
+    assert factors.dtype == dtype
+    assert factors.predicted_loss == pytest.approx(factors.loss_in(metric, table), rel=0.16)
+    assert factors.stored_bytes() <= int(_table().nbytes / ratio)
+    # What is kept free for the structure's text and for levels is little beside the rest.
+    assert factors.stored_bytes() >= int(_table().nbytes / ratio) - 3500
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e6])
+def test_predicted_loss_of_floats_in_any_unit_of_the_metric(scale: float, dtype: torch.dtype) -> None:
+    table, metric = _table().to(dtype), Metric(scale * _metric().matrix, _metric().weights)
+    factors = BlockLowRank.decompose(table, table.nbytes // 4, metric=metric)
+    assert isinstance(factors, SharedBasisBlocks)
+    assert not factors.is_coded
+    assert factors.predicted_loss == pytest.approx(factors.loss_in(metric, table), rel=1e-2)
+    assert factors.stored_bytes() <= table.nbytes // 4
+
+
+@given(
+    st.integers(1, 120),
+    st.integers(1, 24),
+    st.floats(0.3, 40),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from([(1, 2, 3, 4, 5, 6, 8), (4,), ()]),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(0, 3),
+)
+@settings(max_examples=120, deadline=None)
+def test_budget_is_never_exceeded(
+    vocab_size: int,
+    dim: int,
+    ratio: float,
+    groups: int | None,
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    rounds: int,
+) -> None:
+    table, metric = _table(vocab_size, dim).to(dtype), _metric(vocab_size, dim)
+    groups = None if groups is None else min(groups, vocab_size)
+    least = SharedBasisBlocks.least_bytes(vocab_size, dim, dtype.itemsize, groups, widths)
+    budget = least + int(table.nbytes / ratio)
+    factors = SharedBasisBlocks.solve(table, budget, metric, groups, rounds, widths)
+    assert factors.stored_bytes() <= budget
+    found = factors.dense()
+    assert found.isfinite().all()
+    # It is as a file has it: structure and state are enough.
+    read = SharedBasisBlocks.from_spec(factors.spec(), dtype)
+    read.load_state_dict(factors.state_dict())
+    assert torch.equal(read.dense(), found)
+    smallest = SharedBasisBlocks.solve(table, least, metric, groups, 0, widths)
+    assert smallest.stored_bytes() <= least
+    with pytest.raises(ValueError, match=rf"^{least - 1} bytes do not hold a table of {vocab_size} x {dim} in"):
+        SharedBasisBlocks.solve(table, least - 1, metric, groups, 0, widths)
+
+
+def test_without_components_blocks_are_their_means() -> None:
+    table, metric = _table(), _metric()
+    for widths in ((), (1, 2, 3, 4, 5, 6, 8)):
+        least = SharedBasisBlocks.least_bytes(_VOCAB_SIZE, _DIM, 4, 3, widths)
+        factors = SharedBasisBlocks.solve(table, least, metric, 3, 0, widths)
+        assert factors.ranks == [0, 0, 0]
+        assert factors.is_coded == bool(widths)
+        weights = metric.weights[factors.block_of_row == 1]
+        wanted = (weights / weights.sum()) @ table[factors.block_of_row == 1].double()
+        found = factors.rows(torch.tensor([1000])).squeeze(0)
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
+        hidden = _random(2, _DIM, seed=5)
+        torch.testing.assert_close(factors.logits(hidden), hidden @ factors.dense().T)
+
+
+def test_one_heavy_row_has_a_say_in_its_own_codes_only() -> None:
+    # Nearly all of the weight: its block is small, and levels must fit the others.
+    table, counts = _table(), torch.ones(_VOCAB_SIZE, dtype=torch.long)
+    counts[7] = 10**7
+    metric = Metric(_metric().matrix, smoothed_frequencies(counts))
+    factors = SharedBasisBlocks.decompose(table, table.nbytes // 6, metric=metric)
+    lost = (factors.dense() - table).square().sum(dim=1) / table.square().sum(dim=1)
+    assert float(lost[7]) < 1e-3
+    assert float(lost.median()) < 0.1
+
+
+def test_nothing_is_as_large_as_the_table() -> None:
+    table, metric = _table(20_000, 64), _metric(20_000, 64)
+    for widths in ((), (1, 2, 3, 4, 5, 6, 8)):
+        factors = SharedBasisBlocks.solve(table, table.nbytes // 20, metric, None, 2, widths)
+        kept = sum(tensor.nbytes for tensor in (*factors.parameters(), *factors.buffers()))
+        # Codes are unpacked in memory, and rows have a place in the order of blocks.
+        assert kept < table.nbytes / 2
+
+
+def test_without_a_metric_rows_count_by_their_frequency() -> None:
+    table, counts = _table(), _counts()
+    plain = Metric(torch.eye(_DIM), smoothed_frequencies(counts))
+    given, assumed = (SharedBasisBlocks.decompose(table, 30_000, counts, metric=metric) for metric in (plain, None))
+    assert torch.equal(given.dense(), assumed.dense())
+
+
+def test_variant_of_group_reduce() -> None:
+    table, counts, metric = _table(), _counts(), _metric()
+
+    def solve(metric: Metric | None, **options: Any) -> Any:
+        return BlockLowRank.decompose(table, table.nbytes // 6, counts, GroupReduceOptions(**options), metric=metric)
+
+    assert isinstance(solve(None), BlockLowRank)
+    assert isinstance(solve(metric), SharedBasisBlocks)
+    assert isinstance(solve(metric, variant="paper"), BlockLowRank)
+    loss = solve(metric, variant="loss", groups=6)
+    assert isinstance(loss, SharedBasisBlocks)
+    assert len(loss.sizes) <= 6
+    # Every way to ask for the best number of groups is the same.
+    automatic = [solve(metric, **options) for options in ({}, {"groups": "auto"}, {"variant": "loss"})]
+    assert all(torch.equal(one.dense(), automatic[0].dense()) for one in automatic)
+    # Asked for without a metric, directions count the same.
+    plain = solve(Metric(torch.eye(_DIM), smoothed_frequencies(counts)))
+    assert torch.equal(solve(None, variant="loss").dense(), plain.dense())
+    # At equal bytes it loses far less than the published algorithm.
+    losses = [solve(None, groups=g, refine_rounds=r).loss_in(metric, table) for g in (5, 10, 20) for r in (0, 5)]
+    assert automatic[0].loss_in(metric, table) < 0.6 * min(losses)
+
+
+def test_grouping_by_kmeans() -> None:
+    table, counts = _table(), _counts()
+    options = GroupReduceOptions(groups=5, refine_rounds=0, grouping="kmeans")
+    found = BlockLowRank.decompose(table, table.nbytes // 4, counts, options)
+    wanted = kmeans_groups(counts, 5)
+    assert torch.equal(found.block_of_row, wanted)
+    assert (
+        found.sizes
+        != BlockLowRank.decompose(table, table.nbytes // 4, counts, GroupReduceOptions(groups=5, refine_rounds=0)).sizes
+    )
+    with pytest.raises(ValueError, match="grouping='kmeans' is for variant='paper'; with 'loss' leave it out"):
+        GroupReduceOptions(variant="loss", grouping="kmeans")
+    with pytest.raises(ValueError, match="grouping must be 'equal' or 'kmeans', it is 'random'"):
+        GroupReduceOptions(grouping="random")  # type: ignore[arg-type]
+
+
+def test_one_width() -> None:
+    table, metric = _table(), _metric()
+    factors = SharedBasisBlocks.decompose(table, 20_000, None, TransformCodingOptions(bits=3), metric=metric)
+    assert {bits for runs in factors.segments for bits, _ in runs} == {3}
+    free = SharedBasisBlocks.decompose(table, 20_000, None, TransformCodingOptions(), metric=metric)
+    assert free.loss_in(metric, table) < factors.loss_in(metric, table)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_refined_with_other_options_and_less_room(codes: bool) -> None:
+    table, metric = _table(), _metric()
+    options: Any = TransformCodingOptions(bits=6) if codes else GroupReduceOptions(variant="loss")
+    factors = SharedBasisBlocks.solve(table, 40_000, metric, 8, 2, (6,) if codes else ())
+    # Less room: what there is cannot stay.
+    smaller = factors.refined(table, 20_000, None, options, metric=metric)
+    assert smaller is not factors
+    assert smaller.stored_bytes() <= 20_000
+    # Hardly any: not even its blocks.
+    least = SharedBasisBlocks.least_bytes(_VOCAB_SIZE, _DIM, 4, None, (6,) if codes else ())
+    assert factors.refined(table, least, None, options, metric=metric).stored_bytes() <= least
+    if codes:
+        other = factors.refined(table, 40_000, None, TransformCodingOptions(bits=4), metric=metric)
+        assert other.widths == [4]
+    again = factors.refined(table + 0.001 * _random(*table.shape, seed=4), 40_000, None, options, metric=metric)
+    assert again is factors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_coded": 1}, "'is_coded' must be true or false"),
+        ({"is_coded": False}, "bits 1 to 8 of codes, 0 of floats"),
+        ({"segments": [[[9, 4]], [[2, 1]]]}, "bits 1 to 8 of codes, 0 of floats"),
+        ({"segments": [[[4, 4]]]}, "there must be segments for each of 2 blocks"),
+        ({"segments": [[[4, 5]], [[2, 1]]]}, "the most of 4 components"),
+        ({"segments": [[[4, 4, 1]], [[2, 1]]]}, r"must be lists of \[bits, components\]"),
+        ({"segments": "all"}, "must be a list with an entry for every block"),
+        ({"rank": 9, "segments": [[[4, 9]], [[2, 1]]]}, "at most 8"),
+    ],
+)
+def test_structures_that_are_not_possible(change: dict[str, Any], message: str) -> None:
+    spec = SharedBasisBlocks(20, 8, 4, [12, 8], [[[4, 4]], [[2, 1]]], True).spec()
+    assert factorization_from_spec(spec, torch.float32).spec() == spec
+    with pytest.raises(ValueError, match=message):
+        factorization_from_spec({**spec, **change}, torch.float32)

@@ -1,0 +1,252 @@
+"""Batched TT-SVD against TensorLy's, token by token, and the published sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tensorly as tl
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorly.decomposition import tensor_train as tensorly_tensor_train
+from tensorly.tt_tensor import tt_to_tensor
+from torch import Tensor
+
+from lightning_embcompress.methods.tensor_train.factorization import TensorTrain, TensorTrainOptions
+from lightning_embcompress.methods.tensor_train.solver import (
+    core_sizes,
+    tensor_train,
+    train_halves,
+    train_logits,
+    train_ranks,
+    train_rows,
+)
+
+# Of what is compared, relative to the norm of a row.
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+_TWOS = [2] * 10
+
+
+def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _of_tensorly(vectors: Tensor, shape: list[int], ranks: list[int]) -> Tensor:
+    """Every row by itself: folded, decomposed and multiplied out by TensorLy."""
+    count, length = vectors.shape
+    rows = []
+    with tl.backend_context("pytorch", local_threadsafe=True):
+        for vector in vectors:
+            # A last mode of size 1: TensorLy takes no train of a single core.
+            folded = torch.nn.functional.pad(vector, (0, math.prod(shape) - length)).reshape([*shape, 1])
+            rows.append(tt_to_tensor(tensorly_tensor_train(folded, [*ranks, 1])).flatten()[:length])
+    return torch.stack(rows) if count else vectors
+
+
+def _check_errors(vectors: Tensor, shape: list[int], max_rank: int) -> None:
+    ranks = train_ranks(shape, max_rank)
+    cores = tensor_train(vectors, shape, ranks)
+    assert cores.dtype == vectors.dtype
+    assert cores.shape == (len(vectors), sum(core_sizes(shape, ranks)))
+    rows = train_rows(cores, shape, ranks, vectors.shape[1])
+    expected = _of_tensorly(vectors, shape, ranks)
+    norms = vectors.norm(dim=1)
+    found, oracle = (vectors - rows).norm(dim=1), (vectors - expected).norm(dim=1)
+    assert torch.all((found - oracle).abs() <= _TOLERANCE[vectors.dtype] * norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("length", "shape", "max_rank"),
+    [
+        (768, _TWOS, 1),
+        (768, _TWOS, 4),
+        (768, [4, 4, 4, 3, 4], 6),
+        (768, [8, 8, 12], 7),
+        (64, [2] * 6, 3),
+        (50, [3, 1, 5, 4], 2),
+        (50, [1, 50, 1], 5),
+        (7, [7], 1),
+        (1, [1, 1], 1),
+        (5, [2, 2, 2], 2),
+    ],
+)
+def test_errors_are_those_of_tensorly(dtype: torch.dtype, length: int, shape: list[int], max_rank: int) -> None:
+    _check_errors(_random(12, length, dtype=dtype), shape, max_rank)
+
+
+@st.composite
+def _problems(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
+    """Any shape, with modes of size 1; any length that it holds; any rank; a seed."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    length = draw(st.integers(1, math.prod(shape)))
+    return shape, length, draw(st.integers(1, 12)), draw(st.integers(0, 99))
+
+
+@given(_problems(), st.sampled_from(list(_TOLERANCE)))
+@settings(deadline=None, max_examples=60)
+def test_errors_of_any_shape_are_those_of_tensorly(
+    problem: tuple[list[int], int, int, int], dtype: torch.dtype
+) -> None:
+    shape, length, max_rank, seed = problem
+    _check_errors(_random(3, length, seed=seed, dtype=dtype), shape, max_rank)
+
+
+@given(_problems(), st.sampled_from(list(_TOLERANCE)))
+@settings(deadline=None, max_examples=60)
+def test_rows_and_logits_are_those_of_the_cores(problem: tuple[list[int], int, int, int], dtype: torch.dtype) -> None:
+    shape, length, max_rank, seed = problem
+    ranks = train_ranks(shape, max_rank)
+    sizes = core_sizes(shape, ranks)
+    cores = _random(4, sum(sizes), seed=seed, dtype=dtype)
+    rows = train_rows(cores, shape, ranks, length)
+    with tl.backend_context("pytorch", local_threadsafe=True):
+        for row, entries in zip(rows, cores, strict=True):
+            own: list[Tensor] = [
+                piece.reshape(left, size, right)
+                for piece, left, size, right in zip(torch.split(entries, sizes), ranks, shape, ranks[1:], strict=False)
+            ]
+            expected = tt_to_tensor(own).flatten()[:length]
+            # A row may be far smaller than the products that it is a sum of.
+            scale = math.prod(float(piece.norm()) for piece in own)
+            assert (row - expected).norm() <= _TOLERANCE[dtype] * scale
+    hidden = _random(3, length, seed=seed + 1, dtype=dtype)
+    logits = train_logits(cores, hidden, shape, ranks)
+    assert logits.shape == (3, 4)
+    scale = float(hidden.norm()) * float(cores.norm()) ** len(shape)
+    assert (logits - hidden @ rows.T).norm() <= _TOLERANCE[dtype] * scale
+
+
+def test_halves_multiply_to_the_rows() -> None:
+    shape, ranks = [2, 3, 2, 2, 3], train_ranks([2, 3, 2, 2, 3], 4)
+    cores = tensor_train(_random(6, 72), shape, ranks)
+    first, second = train_halves(cores, shape, ranks)
+    assert first.shape == (12, ranks[3], 6)
+    assert second.shape == (ranks[3], 6, 6)
+    rows = torch.einsum("art,rbt->tab", first, second).flatten(1)
+    torch.testing.assert_close(rows, train_rows(cores, shape, ranks, 72), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_ranks_are_exact(dtype: torch.dtype) -> None:
+    vectors = _random(9, 60, dtype=dtype)
+    ranks = train_ranks([4, 4, 4], 100)
+    assert ranks == [1, 4, 4, 1]
+    rows = train_rows(tensor_train(vectors, [4, 4, 4], ranks), [4, 4, 4], ranks, 60)
+    assert (rows - vectors).norm() <= _TOLERANCE[dtype] * vectors.norm()
+
+
+@pytest.mark.parametrize("max_rank", [1, 3])
+def test_rows_of_zeros_and_of_equal_entries(max_rank: int) -> None:
+    vectors = torch.stack([torch.zeros(12), torch.ones(12), torch.zeros(12), torch.full((12,), 1e-30)])
+    ranks = train_ranks([2, 2, 3], max_rank)
+    cores = tensor_train(vectors, [2, 2, 3], ranks)
+    assert cores.isfinite().all()
+    rows = train_rows(cores, [2, 2, 3], ranks, 12)
+    assert rows[0].abs().max() == rows[2].abs().max() == 0
+    torch.testing.assert_close(rows, vectors, rtol=1e-5, atol=1e-35)
+
+
+def test_no_rows() -> None:
+    ranks = train_ranks([2, 2, 3], 2)
+    cores = tensor_train(torch.empty(0, 12), [2, 2, 3], ranks)
+    assert cores.shape == (0, sum(core_sizes([2, 2, 3], ranks)))
+    assert train_rows(cores, [2, 2, 3], ranks, 12).shape == (0, 12)
+
+
+def test_rows_do_not_depend_on_their_neighbours() -> None:
+    vectors = _random(20, 64, dtype=torch.float32)
+    ranks = train_ranks([2] * 6, 3)
+    together = train_rows(tensor_train(vectors, [2] * 6, ranks), [2] * 6, ranks, 64)
+    alone = torch.cat([train_rows(tensor_train(v, [2] * 6, ranks), [2] * 6, ranks, 64) for v in vectors.split(1)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_are_solved_in_float32(dtype: torch.dtype) -> None:
+    vectors = _random(5, 64, dtype=dtype)
+    ranks = train_ranks([2] * 6, 3)
+    cores = tensor_train(vectors, [2] * 6, ranks)
+    assert cores.dtype == torch.float32
+    assert torch.equal(cores, tensor_train(vectors.float(), [2] * 6, ranks))
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "floats", "ratio"),
+    [(1, 20, 38.4), (2, 72, None), (3, 140, None), (4, 232, 3.31), (5, 320, None), (6, 424, None), (8, 680, None)],
+)
+def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> None:
+    """Table 1 of arXiv 2307.00526: GPT-2's 768 columns, padded to 1,024 = 2¹⁰."""
+    assert sum(core_sizes(_TWOS, train_ranks(_TWOS, max_rank))) == floats
+    options = TensorTrainOptions(max_rank=max_rank)
+    smallest = TensorTrain.smallest_bytes(3, 768, 4, options)
+    factors = TensorTrain.decompose(_random(3, 768, dtype=torch.float32), smallest, options=options)
+    assert factors.shape == _TWOS
+    assert factors.cores.shape == (3, floats)
+    assert factors.stored_bytes() == smallest
+    if ratio is not None:
+        assert round(768 / floats, 2) == ratio
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_rank": 0}, r"max_rank must be 1 or more, it is 0"),
+        ({"shape": []}, r"shape must be sizes of 1 or more, it is \[\]"),
+        ({"shape": [4, 0]}, r"shape must be sizes of 1 or more, it is \[4, 0\]"),
+        ({"shape": [3, 5]}, r"shape \[3, 5\] has a product of 15: it must be at least the 16 columns of the table"),
+        ({"max_rank": 5}, r"max_rank must be at most 4 for vectors folded to 2 x 2 x 2 x 2, it is 5"),
+    ],
+)
+def test_options_that_do_not_fit(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TensorTrain.smallest_bytes(100, 16, 4, TensorTrainOptions(**given))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [2, 2]},
+        {"shape": []},
+        {"ranks": [1, 2, 2, 1]},
+        {"ranks": [1, 2, 5, 2, 1]},
+        {"ranks": [1, 0, 1, 1, 1]},
+        {"ranks": [2, 2, 2, 2, 1]},
+        {"ranks": "1, 2"},
+        {"shape": None},
+    ],
+)
+def test_structures_that_are_not_possible(change: dict[str, Any]) -> None:
+    spec = {"kind": "tensor_train", "vocab_size": 9, "dim": 16, "shape": [2] * 4, "ranks": [1, 2, 3, 2, 1]}
+    TensorTrain.from_spec(spec, torch.float32)
+    with pytest.raises(ValueError, match="shape|ranks"):
+        TensorTrain.from_spec({**spec, **change}, torch.float32)
+
+
+def test_refining_keeps_the_signs_of_every_core() -> None:
+    table = _random(30, 64, dtype=torch.float32)
+    options = TensorTrainOptions(max_rank=3)
+    budget = TensorTrain.smallest_bytes(30, 64, 4, options)
+    factors = TensorTrain.decompose(table, budget, options=options)
+    solved = factors.cores.detach().clone()
+    # Signs of singular vectors of every token by itself, taken back by the next core.
+    sizes = core_sizes(factors.shape, factors.ranks)
+    signs = _random(30, sum(factors.ranks), seed=1, dtype=torch.float32).sign()
+    flipped, start = [], 0
+    before = torch.ones(30, 1)
+    for mode, piece in enumerate(torch.split(solved, sizes, dim=1)):
+        left, right = factors.ranks[mode : mode + 2]
+        last = mode == len(sizes) - 1
+        after = torch.ones(30, right) if last else signs[:, start : start + right]
+        core = piece.reshape(30, left, factors.shape[mode], right)
+        flipped.append((before[:, :, None, None] * core * after[:, None, None, :]).flatten(1))
+        before, start = after, start + right
+    dense = factors.dense()
+    factors.cores.data.copy_(torch.cat(flipped, dim=1))
+    torch.testing.assert_close(factors.dense(), dense, rtol=0, atol=1e-5)
+    expected = factors.cores.detach().clone()
+    assert (expected - solved).norm() > 0.5 * solved.norm()
+    assert factors.refined(table, budget, options=options) is factors
+    torch.testing.assert_close(factors.cores.detach(), expected, rtol=0, atol=1e-3)

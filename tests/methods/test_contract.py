@@ -1,0 +1,428 @@
+"""What every way of storing a table must do, for all methods there are: a new one is tested by its registration."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.methods.base import Factorization as Base
+from lightning_embcompress.methods.numerics.gram import row_weights
+from lightning_embcompress.methods.registry import (
+    METHODS,
+    BlockLowRank,
+    Factorization,
+    LowRank,
+    factorization_from_spec,
+)
+
+_METHODS = sorted(METHODS)
+# Of one entry, relative to the norms of the vectors whose product it is.
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def _problem(vocab_size: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(vocab_size, dim, generator=generator, dtype=torch.float64).to(dtype)
+    counts = (1000 / torch.arange(1, vocab_size + 1)).long()
+    return table, counts[torch.randperm(vocab_size, generator=generator)]
+
+
+def _budget(method: str, table: Tensor, ratio: float) -> int:
+    """Bytes at a ratio, or the fewest that a method needs for a table: some cannot make small ones much smaller."""
+    chosen = METHODS[method]
+    smallest = chosen.factorization.smallest_bytes(*table.shape, table.element_size(), chosen.options())
+    return max(smallest, int(table.nbytes / ratio))
+
+
+def _decomposed(
+    method: str, vocab_size: int, dim: int, ratio: float = 3, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Factorization[Any]:
+    """Some structure of a method, its parameters shaken so that nothing holds only for fresh solutions."""
+    table, counts = _problem(vocab_size, dim, dtype, seed)
+    chosen = METHODS[method]
+    factors = chosen.factorization.decompose(table, _budget(method, table, ratio), counts, chosen.options())
+    _shake(factors, seed)
+    return factors
+
+
+def _shake(factors: Factorization[Any], seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in factors.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((0.3 * noise).to(parameter.dtype))
+
+
+def _check_reads(factors: Factorization[Any], seed: int = 0) -> None:
+    """`rows` and `logits` against products with the dense table."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, rounding = factors.dtype, _ROUNDING[factors.dtype]
+    dense = factors.dense()
+    assert dense.shape == (factors.vocab_size, factors.dim)
+    assert dense.dtype == dtype
+    ids = torch.randint(factors.vocab_size, (3, 7), generator=generator)
+    for some in (ids, ids[0, 0], ids[:, :0], ids.repeat(2, 1), ids.int(), torch.arange(factors.vocab_size)):
+        rows = factors.rows(some)
+        assert rows.dtype == dtype
+        assert rows.shape == (*some.shape, factors.dim)
+        assert torch.all((rows - dense[some.long()]).abs() <= rounding * dense.norm())
+        with torch.no_grad():
+            assert torch.equal(factors.rows(some), rows)
+    hidden = torch.randn(2, 3, factors.dim, generator=generator, dtype=torch.float64).to(dtype)
+    for some in (hidden, hidden[0, 0], hidden[:, :0], hidden.transpose(0, 1)):
+        logits = factors.logits(some)
+        assert logits.dtype == dtype
+        assert logits.shape == (*some.shape[:-1], factors.vocab_size)
+        expected = some.double() @ dense.double().T
+        scale = some.double().norm() * dense.double().norm(dim=1).max() if some.numel() else 0
+        assert torch.all((logits.double() - expected).abs() <= rounding * scale)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@given(
+    vocab_size=st.integers(1, 70),
+    dim=st.integers(1, 20),
+    ratio=st.floats(1, 12),
+    dtype=st.sampled_from(list(_ROUNDING)),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=30)
+def test_rows_and_logits_are_those_of_the_dense_table(
+    method: str, vocab_size: int, dim: int, ratio: float, dtype: torch.dtype, seed: int
+) -> None:
+    _check_reads(_decomposed(method, vocab_size, dim, ratio, dtype, seed), seed)
+
+
+@st.composite
+def _block_structures(draw: st.DrawFn) -> tuple[BlockLowRank, int]:
+    """Blocks of any size, empty ones too, of any rank from 0 to full, rows in any order."""
+    dim = draw(st.integers(1, 12))
+    sizes = draw(st.lists(st.integers(0, 15), min_size=1, max_size=6).filter(any))
+    ranks = [draw(st.integers(0, min(size, dim))) for size in sizes]
+    seed = draw(st.integers(0, 99))
+    factors = BlockLowRank(sum(sizes), dim, sizes, ranks, draw(st.sampled_from(list(_ROUNDING))))
+    blocks = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    if draw(st.booleans()):
+        blocks = blocks[torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))]
+    factors._index(blocks)
+    _shake(factors, seed)
+    return factors, seed
+
+
+def _reconstructed(factors: BlockLowRank) -> Tensor:
+    """`W` in one piece, from the definition: row `i` of block `b` is `u_i B_b`, rows of a block in vocabulary order."""
+    table = factors.basis.new_zeros(factors.vocab_size, factors.dim)
+    for block, (coefficients, basis) in enumerate(zip(factors.coefficients, factors.bases(), strict=True)):
+        rows = (factors.block_of_row == block).nonzero().flatten()
+        values = coefficients if factors.dense_blocks[block] else coefficients @ basis
+        table = table.index_put((rows,), values)
+    return table
+
+
+@given(_block_structures())
+@settings(deadline=None, max_examples=150)
+def test_any_block_structure(problem: tuple[BlockLowRank, int]) -> None:
+    factors, seed = problem
+    _check_reads(factors, seed)
+    expected = _reconstructed(factors)
+    assert (factors.dense() - expected).abs().max() <= _ROUNDING[factors.dtype] * (expected.norm() + 1)
+
+
+@given(_block_structures())
+@settings(deadline=None, max_examples=80)
+def test_gradients_of_blocks_are_those_of_the_reconstruction(problem: tuple[BlockLowRank, int]) -> None:
+    factors, seed = problem
+    factors = factors.double()
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(factors.vocab_size, (11,), generator=generator)
+    hidden = torch.randn(4, factors.dim, generator=generator, dtype=torch.float64, requires_grad=True)
+    out = torch.randn(11, factors.dim, generator=generator, dtype=torch.float64)
+    scores = torch.randn(4, factors.vocab_size, generator=generator, dtype=torch.float64)
+    inputs = [*factors.parameters(), hidden]
+    loss = (factors.rows(ids) * out).sum() + (factors.logits(hidden) * scores).sum()
+    dense = _reconstructed(factors)
+    reference = (dense[ids] * out).sum() + (hidden @ dense.T * scores).sum()
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(reference, inputs, allow_unused=True, materialize_grads=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@given(st.integers(1, 20), st.integers(1, 12), st.data())
+@settings(deadline=None, max_examples=40)
+def test_low_rank_of_any_rank(vocab_size: int, dim: int, data: st.DataObject) -> None:
+    factors = LowRank(vocab_size, dim, data.draw(st.integers(0, min(vocab_size, dim))))
+    _shake(factors)
+    _check_reads(factors)
+    torch.testing.assert_close(factors.dense(), factors.coefficients @ factors.basis, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("role", [CompressedEmbedding, CompressedLinear])
+def test_gradients_are_those_of_finite_differences(method: str, role: type[nn.Module]) -> None:
+    layer = role(_decomposed(method, 14, 4, 1.5, torch.float64))
+    names = [name for name, _ in layer.named_parameters()]
+    given_input = torch.tensor([[3, 3, 0], [13, 5, 3]]) if role is CompressedEmbedding else torch.randn(2, 4).double()
+
+    def read(values: Tensor, *parameters: Tensor) -> Any:
+        return functional_call(layer, dict(zip(names, parameters, strict=True)), values)
+
+    if role is CompressedLinear:
+        given_input.requires_grad_()
+    assert torch.autograd.gradcheck(read, (given_input, *layer.parameters()))
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_every_parameter_gets_a_gradient_from_any_batch(method: str) -> None:
+    """Like the weight of an `nn.Embedding`, and as DistributedDataParallel asks for."""
+    factors = _decomposed(method, 60, 8)
+    for ids in (torch.tensor([5]), torch.empty(0, 3, dtype=torch.long)):
+        factors.zero_grad()
+        factors.rows(ids).sum().backward()
+        assert all(parameter.grad is not None for parameter in factors.parameters())
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("bad", [-1, 60, 10**6])
+def test_ids_out_of_range_are_refused(method: str, bad: int) -> None:
+    with pytest.raises(IndexError):
+        _decomposed(method, 60, 8).rows(torch.tensor([3, bad]))
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_structure_survives_json_and_loading(method: str) -> None:
+    factors = _decomposed(method, 60, 8, dtype=torch.float64)
+    spec = json.loads(json.dumps(factors.spec()))
+    assert spec == factors.spec()
+    empty = factorization_from_spec(spec, torch.float64)
+    assert type(empty) is type(factors)
+    assert empty.stored_bytes() == factors.stored_bytes()
+    assert not torch.equal(empty.dense(), factors.dense())
+    empty.load_state_dict(factors.state_dict())
+    assert empty.spec() == factors.spec()
+    _check_same(empty, factors)
+
+
+def _check_same(one: Factorization[Any], other: Factorization[Any]) -> None:
+    hidden = torch.randn(3, other.dim, dtype=other.dtype)
+    assert torch.equal(one.dense(), other.dense())
+    assert torch.equal(one.logits(hidden), other.logits(hidden))
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_structure_can_be_built_on_the_meta_device_and_assigned(method: str) -> None:
+    factors = _decomposed(method, 60, 8)
+    empty = factorization_from_spec(factors.spec(), torch.float32, torch.device("meta"))
+    assert empty.device.type == "meta"
+    assert empty.stored_bytes() == factors.stored_bytes()
+    empty.load_state_dict(factors.state_dict(), assign=True)
+    assert all(not tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    _check_same(empty, factors)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_copies_and_conversions(method: str, tmp_path: Path) -> None:
+    factors = _decomposed(method, 60, 8)
+    factors.provenance = {"method": method}
+    _check_same(copy.deepcopy(factors), factors)
+    restored = pickle.loads(pickle.dumps(factors))
+    _check_same(restored, factors)
+    assert restored.provenance == factors.provenance
+    torch.save(factors.state_dict(), tmp_path / "state.pt")
+    empty = factorization_from_spec(factors.spec(), torch.float32)
+    empty.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    _check_same(empty, factors)
+    half = copy.deepcopy(factors).to(torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    _check_reads(half)
+    assert copy.deepcopy(factors).to("meta").device.type == "meta"
+    double = copy.deepcopy(factors).double()
+    torch.testing.assert_close(double.dense().float(), factors.dense())
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("name", ["vocab_size", "dim"])
+@pytest.mark.parametrize("value", [None, 0, -3, 2.5, "60", True])
+def test_structures_that_are_not_possible_are_refused(method: str, name: str, value: Any) -> None:
+    spec = _decomposed(method, 60, 8).spec()
+    with pytest.raises(ValueError, match=f"'{name}' must be a positive integer, it is"):
+        factorization_from_spec({**spec, name: value}, torch.float32)
+
+
+def test_kinds_and_block_structures_that_are_not_possible_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown kind of factorization 'nosuch'; known are cp, block_low_rank, "):
+        factorization_from_spec({"kind": "nosuch"}, torch.float32)
+    spec = {"kind": "block_low_rank", "vocab_size": 10, "dim": 4, "sizes": [6, 4], "ranks": [2, 1]}
+    factorization_from_spec(spec, torch.float32)
+    for change in (
+        {"sizes": [6, 5]},
+        {"sizes": [6]},
+        {"sizes": [12, -2]},
+        {"ranks": [5, 1]},
+        {"ranks": [-1, 1]},
+        {"ranks": "2, 1"},
+        {"sizes": [], "ranks": []},
+    ):
+        with pytest.raises(ValueError, match="sizes|rank"):
+            factorization_from_spec({**spec, **change}, torch.float32)
+    for rank in (-1, 5, None, "2"):
+        with pytest.raises(ValueError, match="rank"):
+            factorization_from_spec({"kind": "low_rank", "vocab_size": 10, "dim": 4, "rank": rank}, torch.float32)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("shape", [(3000, 64), (20_000, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_bytes_are_those_of_a_file(
+    method: str, shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    factors = _decomposed(method, *shape, ratio=4, dtype=dtype)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in factors.state_dict().items()}, file)
+    size = file.stat().st_size + len(json.dumps(factors.spec()))
+    assert factors.stored_bytes() > 70_000
+    assert factors.stored_bytes() == pytest.approx(size, rel=0.02)
+    assert factors.stored_bytes() >= sum(tensor.nbytes for tensor in factors.state_dict().values())
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@given(
+    vocab_size=st.integers(1, 400),
+    dim=st.integers(1, 24),
+    part=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=30)
+def test_budget_is_never_exceeded(
+    method: str, vocab_size: int, dim: int, part: float, dtype: torch.dtype, seed: int
+) -> None:
+    table, counts = _problem(vocab_size, dim, dtype, seed)
+    chosen = METHODS[method]
+    smallest = chosen.factorization.smallest_bytes(vocab_size, dim, dtype.itemsize, chosen.options())
+    # From the very smallest on: what is called possible must be.
+    max_bytes = smallest + int(part * max(0, table.nbytes - smallest))
+    before = table.clone()
+    shares: list[float] = []
+    factors = chosen.factorization.decompose(table, max_bytes, counts, chosen.options(), shares.append)
+    assert factors.stored_bytes() <= max_bytes
+    assert factors.dtype == dtype
+    assert torch.equal(table, before)
+    assert sum(shares) == pytest.approx(1)
+    # One byte less than this result takes is another budget.
+    if (less := factors.stored_bytes() - 1) >= smallest:
+        assert chosen.factorization.decompose(table, less, counts, chosen.options()).stored_bytes() <= less
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_the_weight_of_a_layer_can_be_given_as_it_is(method: str) -> None:
+    table, counts = _problem(100, 8, torch.float32)
+    chosen = METHODS[method]
+    budget = _budget(method, table, 2)
+    factors = chosen.factorization.decompose(nn.Parameter(table), budget, counts, chosen.options())
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in factors.parameters())
+    refined = factors.refined(nn.Parameter(2 * table), budget, counts, chosen.options())
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in refined.parameters())
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_budget_that_is_too_small_is_refused(method: str) -> None:
+    table, counts = _problem(500, 16, torch.float32)
+    chosen = METHODS[method]
+    smallest = chosen.factorization.smallest_bytes(500, 16, 4, chosen.options())
+    with pytest.raises(ValueError, match=r"^\d+ (bytes|elements) do not (hold|cover) "):
+        chosen.factorization.decompose(table, smallest - 4, counts, chosen.options())
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_more_bytes_lower_the_error(method: str) -> None:
+    # Columns enough that the ranks of all methods are different ones at these ratios.
+    table, counts = _problem(600, 128, torch.float32)
+    chosen = METHODS[method]
+    weights = row_weights(counts if chosen.needs_counts else None, 600)
+    errors = []
+    for ratio in (8, 2.6, 1.4):
+        factors = chosen.factorization.decompose(table, int(table.nbytes / ratio), counts, chosen.options())
+        assert factors.stored_bytes() <= table.nbytes / ratio
+        errors.append(factors.weighted_error(table, weights))
+        dense = factors.dense()
+        lost = (table - dense).double().square().sum(1) @ weights / (table.double().square().sum(1) @ weights)
+        assert errors[-1] == pytest.approx(float(lost), rel=1e-4)
+    # With all components at the largest width, more bytes are of no use.
+    assert errors[0] > errors[1] >= errors[2] > 0
+    assert errors[1] > errors[2] or errors[1] < 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name in _METHODS if METHODS[name].needs_counts])
+def test_weighting_by_counts_helps_the_frequent_rows(method: str) -> None:
+    table, counts = _problem(600, 24, torch.float32)
+    chosen, plain = METHODS[method], METHODS["low_rank"]
+    budget = table.nbytes // 4
+    weighted = chosen.factorization.decompose(table, budget, counts, chosen.options())
+    unweighted = plain.factorization.decompose(table, budget, counts, plain.options())
+    weights = row_weights(counts, 600)
+    assert weighted.weighted_error(table, weights) < unweighted.weighted_error(table, weights)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_is_usable_under_autocast(method: str) -> None:
+    factors = _decomposed(method, 60, 8)
+    embedding, linear = CompressedEmbedding(factors), CompressedLinear(factors, nn.Parameter(torch.randn(60)))
+    dense, hidden = factors.dense(), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows, logits = embedding(torch.arange(60)), linear(hidden)
+        reference = nn.functional.linear(hidden, dense, linear.bias)
+    # As torch's own layers: an embedding keeps its dtype, a projection takes that of autocast.
+    assert rows.dtype == torch.float32
+    assert logits.dtype == reference.dtype == torch.bfloat16
+    torch.testing.assert_close(rows, dense, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, reference, rtol=0, atol=0.05 * reference.abs().max().item())
+    logits.float().logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in factors.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in factors.parameters() if p.numel())
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_the_dense_table_is_never_built(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = _decomposed(method, 3000, 32, ratio=8)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        hidden = torch.randn(4, 32, requires_grad=True)
+        (factors.rows(torch.arange(20)).sum() + factors.logits(hidden).sum()).backward()
+    assert largest <= 3000 * 32 // 2
+
+
+def test_damaged_block_index_is_refused() -> None:
+    factors = BlockLowRank(20, 4, [12, 8], [2, 1])
+    state = factors.state_dict()
+    state["packed_block_index"] = ~state["packed_block_index"]
+    with pytest.raises(RuntimeError, match=r"the block index packed_block_index is damaged"):
+        BlockLowRank(20, 4, [12, 8], [2, 1]).load_state_dict(state)
+
+
+def test_base_class_asks_for_every_part() -> None:
+    assert {"rows", "logits", "structure", "from_spec", "smallest_bytes", "decompose", "refined"} == set(
+        Base.__abstractmethods__
+    )

@@ -1,0 +1,274 @@
+"""Factors of whole models in few bits: prepared, converted, saved, exported, and back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress import collect_statistics, compress, densify, load_compressed, save_compressed
+from lightning_embcompress.calibration.loss_metric import metric_of
+from lightning_embcompress.compression.backbone import Body
+from lightning_embcompress.compression.plan import Plan, apply_plan, model_bytes, plan_of
+from lightning_embcompress.compression.records import check_factors
+from lightning_embcompress.compression.report import table_report
+from lightning_embcompress.methods.registry import LatentCodes, LowRank, Quantization, SharedBasisBlocks
+from lightning_embcompress.quantization.aware import convert, converted_plan, prepare, quantize
+from lightning_embcompress.tables.replacement import find_tables
+
+VOCAB_SIZE, DIM = 400, 24
+COUNTS = (4000 / torch.arange(1, VOCAB_SIZE + 1)).long()
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.encoder = nn.Embedding(VOCAB_SIZE, DIM)
+        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
+        if tied:
+            self.decoder.weight = self.encoder.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores: Tensor = self.decoder(self.encoder(ids))
+        return scores
+
+
+IDS = torch.tensor([[1, 5, 399], [0, 1, 7]])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", ["group_reduce", "transform_coding", "low_rank"])
+def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model(tied)
+    compress(model, method, ratio=4, token_counts=COUNTS)
+    prepare(model, Quantization(bits=6, group_size=32))
+    assert len(plan_of(model).tables) == (1 if tied else 2)
+    if tied:
+        assert model.encoder.factorization is model.decoder.factorization
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    expected = model(IDS)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    # A checkpoint of the numbers, as they train.
+    fresh = Model(tied)
+    apply_plan(fresh, Plan.from_dict(plan_of(model).to_dict()))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(IDS), expected)
+
+    # What is saved is packed; the model goes on training.
+    save_compressed(model, tmp_path)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(table.spec.get("kind") == "latent_codes" or "fake" in str(table.spec) for table in plan_of(model).tables)
+    loaded = Model(tied)
+    plan = load_compressed(tmp_path, loaded)
+    torch.testing.assert_close(loaded(IDS), expected, rtol=1e-4, atol=1e-4)
+    assert plan == converted_plan(model)
+    rest = loaded.decoder.bias.nbytes
+    on_disk = (tmp_path / "model.safetensors").stat().st_size
+    assert abs(on_disk - plan.stored_bytes - rest) < 0.1 * on_disk
+    assert model_bytes(loaded)["stored_bytes"] == plan.stored_bytes + rest
+    for entry in table_report(loaded):
+        assert entry["ratio"] > 4
+        assert 0.8 < entry["parameter_ratio"] < entry["ratio"]
+        assert "bits" in entry["structure"]
+
+    # Dense again, for any other engine.
+    densify(loaded)
+    assert isinstance(loaded.encoder, nn.Embedding)
+    assert loaded.encoder.weight.requires_grad
+    torch.testing.assert_close(loaded(IDS), expected, rtol=1e-4, atol=1e-4)
+
+    assert convert(model).stored_bytes == plan.stored_bytes
+    with pytest.raises(ValueError, match="are packed already|packed already"):
+        convert(model)
+
+
+def test_dense_tables_can_be_quantized_as_they_are(tmp_path: Path) -> None:
+    model = Model()
+    dense = copy.deepcopy(model)
+    weight = model.decoder.weight
+    with pytest.raises(ValueError, match=r"no compressed tables.*tables=\['encoder', 'decoder'\]"):
+        prepare(model, Quantization(4))
+    prepare(model, Quantization(8, 32), tables=["encoder", "decoder"])
+    assert any(parameter is weight for parameter in model.parameters())
+    torch.testing.assert_close(model(IDS), dense(IDS), rtol=0.05, atol=0.05)
+    convert(model)
+    assert 3 < plan_of(model).ratio < 4
+    save_compressed(model, tmp_path)
+    loaded = Model()
+    load_compressed(tmp_path, loaded)
+    assert torch.equal(loaded(IDS), model(IDS))
+    assert 6 < quantize(dense, Quantization(4, 32), ["encoder", "decoder"]).ratio < 7.2
+
+
+def test_without_training() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    compress(model, "low_rank", ratio=2, tables=["encoder"])
+    compress(model, "transform_coding", ratio=8, token_counts=COUNTS, tables=["decoder"])
+    before, codes = model(IDS), model.decoder.factorization
+    plan = quantize(model, Quantization(8))
+    assert model.decoder.factorization is codes
+    assert plan.tables[0].ratio > 7
+    torch.testing.assert_close(model(IDS), before, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match=r"'encoder' is packed in 8 bits, and has no numbers left"):
+        prepare(model, Quantization(4), tables=["encoder"])
+    prepare(model, tables=["decoder"])
+    assert isinstance(model.decoder.factorization, LatentCodes)
+    with pytest.raises(ValueError, match=r"'decoder' is prepared for quantization already"):
+        prepare(model, tables=["decoder"])
+    convert(model)
+    assert isinstance(model.decoder.factorization, SharedBasisBlocks)
+
+
+def test_statistics_say_what_errors_cost() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    with torch.no_grad():
+        model.encoder.weight.mul_(torch.logspace(0, -2, DIM))
+    batches = [torch.randint(VOCAB_SIZE, (8, 10)) for _ in range(5)]
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    statistics = collect_statistics(model, batches, loss, token_counts=COUNTS)
+    (decoder,) = find_tables(model, ["decoder"])
+    metric = metric_of(model, decoder, statistics)
+    compress(model, "low_rank", ratio=1.3, tables=["decoder"])
+    dense = model.decoder.factorization.dense()
+    lost = []
+    for known in (None, statistics):
+        smaller = copy.deepcopy(model)
+        quantize(smaller, Quantization(3), tables=["decoder"], statistics=known)
+        lost.append(metric.loss(dense, smaller.decoder.factorization.dense()))
+    assert lost[1] < 0.7 * lost[0]
+    before = model.decoder.factorization
+    other = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 30))
+    of_another = collect_statistics(other, [batches[0] % 30], loss)
+    with pytest.raises(ValueError, match="statistics"):
+        quantize(model, statistics=of_another)
+    assert model.decoder.factorization is before
+
+
+def test_nothing_changes_where_one_of_several_tables_is_refused() -> None:
+    model = Model()
+    compress(model, "low_rank", ratio=2)
+    prepare(model, Quantization(4), tables=["decoder"])
+    before = model.encoder.factorization
+    with pytest.raises(ValueError, match="'decoder' is prepared"):
+        prepare(model, Quantization(4))
+    assert model.encoder.factorization is before
+    assert before.quantization is None
+    with torch.no_grad():
+        model = Model()
+        model.decoder.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="decoder"):
+        prepare(model, Quantization(4), tables=["encoder", "decoder"])
+    assert isinstance(model.encoder, nn.Embedding)
+
+
+def test_frozen_factors_stay_frozen() -> None:
+    model = Model()
+    compress(model, "low_rank", ratio=2)
+    model.encoder.requires_grad_(False)
+    prepare(model, Quantization(4, ranges="learned"))
+    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
+    assert all(parameter.requires_grad for parameter in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
+def test_transformers(method: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=16, n_embd=DIM, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    compress(model, method, ratio=3, token_counts=COUNTS)
+    prepare(model, Quantization(bits=6))
+    expected = model(IDS).logits
+    with pytest.raises(ValueError, match="prepared for quantization, and a state_dict of numbers"):
+        model.save_pretrained(tmp_path / "no", state_dict=model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert model.lm_head.factorization.is_prepared
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.lm_head.factorization is loaded.transformer.wte.factorization
+    assert loaded.lm_head.factorization.is_packed
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    generated = loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, model.generate(IDS[:1], max_new_tokens=3, do_sample=False))
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert narrow(IDS).logits.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+
+
+def test_export() -> None:
+    layer = Model()
+    compress(layer, "low_rank", ratio=2)
+    quantize(layer, Quantization(4, 16))
+    with torch.no_grad():
+        program = torch.export.export(layer.eval(), (IDS,))
+        torch.testing.assert_close(program.module()(IDS), layer(IDS), rtol=1e-4, atol=1e-4)
+    assert isinstance(layer.encoder.factorization, LowRank)
+
+
+def test_numbers_that_cannot_be_quantized_are_named_before_anything_changes() -> None:
+    model = Model()
+    compress(model, "low_rank", ratio=2)
+    with torch.no_grad():
+        model.decoder.factorization.coefficients[3, 0] = torch.nan
+    before = model.encoder.factorization.coefficients.clone()
+    with pytest.raises(ValueError, match="table 'decoder' has NaN or infinite values"):
+        prepare(model, Quantization(4))
+    assert torch.equal(model.encoder.factorization.coefficients, before)
+    assert not model.encoder.factorization.is_prepared
+    model = Model()
+    with torch.no_grad():
+        model.encoder.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"table 'encoder' has values that are too large .* scale_dtype='bfloat16'"):
+        prepare(model, Quantization(4), tables=["encoder"])
+    prepare(model, Quantization(4, scale_dtype="bfloat16"), tables=["encoder"])
+    compress(model, "transform_coding", ratio=8, token_counts=COUNTS, tables=["decoder"])
+    with pytest.raises(ValueError, match="table 'decoder' is stored in codes already"):
+        quantize(model, tables=["decoder"])
+
+
+def test_frozen_codes_stay_frozen() -> None:
+    model = Model()
+    compress(model, "transform_coding", ratio=8, token_counts=COUNTS)
+    model.requires_grad_(False)
+    prepare(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    convert(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_damaged_files_are_refused_before_the_model_is_changed(tmp_path: Path) -> None:
+    model = Model()
+    compress(model, "low_rank", ratio=2)
+    quantize(model, Quantization(4))
+    plan = plan_of(model)
+    state = model.state_dict()
+    state["encoder.factorization.coefficients.scales"] = torch.full_like(
+        state["encoder.factorization.coefficients.scales"], 255
+    )
+    with pytest.raises(ValueError, match=r"NaN or infinite scales in 'encoder.factorization.coefficients.scales'"):
+        check_factors(plan.tables, state, "the file")
+    body = Body({"encoder.weight": (VOCAB_SIZE, DIM)}, Quantization(4), "packed")
+    fresh = Model()
+    with pytest.raises(ValueError, match="'encoder.weight' among the weights beside the tables"):
+        apply_plan(fresh, replace(plan, body=body))
+    assert isinstance(fresh.encoder, nn.Embedding)

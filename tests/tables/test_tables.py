@@ -1,0 +1,272 @@
+"""Finding tables, refusing what cannot be replaced, and replacing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_embcompress.compression.plan import compress, densify
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.methods.registry import LowRank
+from lightning_embcompress.tables.replacement import Table, check_finite, find_tables, replace_table, restore_dense
+
+
+def _names(model: nn.Module, tables: str | list[str] = "auto") -> list[tuple[str, ...]]:
+    return [table.modules for table in find_tables(model, tables)]
+
+
+def _pair(vocab_size: int = 100, dim: int = 8) -> nn.ModuleDict:
+    return nn.ModuleDict({"encoder": nn.Embedding(vocab_size, dim), "decoder": nn.Linear(dim, vocab_size)})
+
+
+def _tied(vocab_size: int = 100, dim: int = 8) -> nn.ModuleDict:
+    model = _pair(vocab_size, dim)
+    model["decoder"].weight = model["encoder"].weight
+    return model
+
+
+def test_finds_an_embedding_and_a_projection_of_the_same_size() -> None:
+    model = nn.ModuleDict({**_pair(), "lstm": nn.LSTM(8, 8), "hidden": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    assert _names(model) == [("encoder",), ("decoder",)]
+    assert find_tables(model)[0].shape == (100, 8)
+    assert find_tables(model)[0].weight is model["encoder"].weight
+
+
+def test_finds_a_tied_pair_as_one_table() -> None:
+    assert _names(_tied()) == [("encoder", "decoder")]
+    # A named module brings what is tied to it.
+    assert _names(_tied(), ["decoder"]) == [("encoder", "decoder")]
+    assert _names(_tied(), ["decoder", "encoder"]) == [("encoder", "decoder")]
+
+
+def test_finds_an_embedding_or_a_projection_alone() -> None:
+    assert _names(nn.Sequential(nn.Embedding(100, 8), nn.LSTM(8, 8))) == [("0",)]
+    assert _names(nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 100))) == [("1",)]
+
+
+def test_position_embedding_is_left_alone() -> None:
+    assert _names(nn.ModuleDict({"position": nn.Embedding(32, 8), **_pair()})) == [("encoder",), ("decoder",)]
+
+
+def test_a_module_that_is_registered_twice_is_one_table_with_two_paths() -> None:
+    model = nn.Module()
+    model.encoder = nn.Embedding(100, 8)
+    model.inner = nn.Module()
+    model.inner.embed = model.encoder
+    model.decoder = nn.Linear(8, 100)
+    assert _names(model) == [("encoder", "inner.embed"), ("decoder",)]
+    compress(model, "low_rank", ratio=1.2)
+    # Otherwise one path would go on reading the dense table.
+    assert isinstance(model.inner.embed, CompressedEmbedding)
+    assert model.inner.embed.factorization is model.encoder.factorization
+
+
+def test_named_tables_come_in_the_order_of_the_model() -> None:
+    assert _names(_pair(), ["decoder", "encoder"]) == [("encoder",), ("decoder",)]
+    assert _names(_pair(), "decoder") == [("decoder",)]
+    # Of two sizes, which only a name can choose between.
+    two = nn.ModuleDict({"word": nn.Embedding(100, 8), "tag": nn.Embedding(30, 8)})
+    assert _names(two, ["word"]) == [("word",)]
+
+
+class _Scaled(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(input)
+
+
+class _Functional(nn.Module):
+    """Reads the weight of another module, by its own name for it."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.kernel = weight
+
+
+def _with_hook() -> nn.Module:
+    model = _pair()
+    model["decoder"].register_forward_hook(lambda *_: None)
+    return model
+
+
+def _weight_norm() -> nn.Module:
+    model = _pair()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model["decoder"])
+    return model
+
+
+def _parametrized() -> nn.Module:
+    model = _pair()
+    nn.utils.parametrizations.orthogonal(model["encoder"])
+    return model
+
+
+def _tied_elsewhere() -> nn.Module:
+    model = _pair()
+    model["head"] = _Functional(model["encoder"].weight)
+    return model
+
+
+def _compressed() -> nn.Module:
+    model = nn.ModuleDict({**_pair(), "hidden": nn.Linear(8, 8)})
+    compress(model, "low_rank", ratio=1.2)
+    return model
+
+
+_REFUSED: list[tuple[Callable[[], nn.Module], str | list[str], str]] = [
+    (lambda: nn.LSTM(8, 8), "auto", r"found no table: the model has neither .* `configure_model`"),
+    (
+        lambda: nn.ModuleDict({**_pair(), "other": nn.Linear(8, 100)}),
+        "auto",
+        r"two or more projections of the same vocabulary size: 'decoder' \(100, 8\); 'other' \(100, 8\)\. Name the mod",
+    ),
+    (
+        lambda: nn.ModuleDict({**_pair(), "target": nn.Embedding(100, 8)}),
+        "auto",
+        r"two or more embeddings of the same vocabulary size: 'encoder' \(100, 8\); 'target' \(100, 8\)\. Name the mod",
+    ),
+    (
+        lambda: nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Embedding(8, 4)}),
+        "auto",
+        r"found two or more candidates .*: 'a' \(9, 4\); 'b' \(8, 4\)\. Name the modules",
+    ),
+    (
+        lambda: nn.ModuleDict({**_pair(), "c": nn.Embedding(30, 8), "d": nn.Linear(8, 30)}),
+        "auto",
+        r"embeddings and projections of several sizes: .*'c' \(30, 8\).*Name the modules",
+    ),
+    (_pair, ["encodr"], r"no module 'encodr' \(did you mean 'encoder'.*\?\); candidates are 'encoder', 'decoder'"),
+    (_pair, [], r"tables is an empty list: name at least one module, or use 'auto'"),
+    (
+        lambda: nn.ModuleDict({**_pair(), "lstm": nn.LSTM(8, 8)}),
+        ["lstm"],
+        r"module 'lstm' is a LSTM: only nn.Embedding and nn.Linear",
+    ),
+    (
+        lambda: nn.ModuleDict({"encoder": _Scaled(100, 8), "decoder": nn.Linear(8, 100)}),
+        "auto",
+        r"module 'encoder' of table 'encoder' is a .*_Scaled: only plain .*name other modules in tables",
+    ),
+    (_with_hook, "auto", r"module 'decoder' of table 'decoder' has hooks.*remove them"),
+    (_weight_norm, "auto", r"module 'decoder' of table 'decoder' has hooks.*remove them"),
+    (_parametrized, "auto", r"module 'encoder' of table 'encoder' is a .*ParametrizedEmbedding: only plain"),
+    (_tied_elsewhere, "auto", r"module 'head' of table 'encoder' is a .*_Functional: only plain"),
+    (
+        lambda: nn.ModuleDict({"encoder": nn.Embedding(100, 8, scale_grad_by_freq=True)}),
+        "auto",
+        r"module 'encoder' of table 'encoder' has scale_grad_by_freq=True: .*set it to False before compressing",
+    ),
+    (lambda: nn.Embedding(100, 8), "auto", r"the model is itself an Embedding.*put it into a module"),
+    # The small projection beside compressed tables must not be taken for a table.
+    (_compressed, "auto", r"tables 'encoder', 'decoder' are compressed already: restore them with densify\(model\)"),
+    (_compressed, ["decoder"], r"module 'decoder' is compressed already; restore it with densify\(model\) first"),
+]
+
+
+@pytest.mark.parametrize(("make", "tables", "message"), _REFUSED)
+def test_refusals_name_the_layer_and_the_remedy_and_change_nothing(
+    make: Callable[[], nn.Module], tables: str | list[str], message: str
+) -> None:
+    model = make()
+    modules = list(model.named_modules())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        compress(model, "low_rank", ratio=1.2, tables=tables)
+    assert all(one[1] is other[1] for one, other in zip(modules, model.named_modules(), strict=True))
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_integer_tables_are_refused() -> None:
+    model = _pair()
+    model["encoder"].weight = nn.Parameter(torch.zeros(100, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"table 'encoder' holds torch.int8: only floating-point tables"):
+        find_tables(model, ["encoder"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_named(value: float) -> None:
+    table = Table(("encoder",), torch.zeros(20, 4))
+    check_finite(table)
+    table.weight[[3, 17], 2] = value
+    with pytest.raises(ValueError, match=r"'encoder' has NaN or infinite values in 2 of its 20 rows \(rows 3, 17"):
+        check_finite(table)
+    table.weight[:8] = value
+    with pytest.raises(ValueError, match=r"in 9 of its 20 rows \(rows 0, 1, 2, 3, 4, \.\.\.\)"):
+        check_finite(table)
+
+
+def test_tables_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = _pair()
+    with pytest.raises(ValueError, match=r"'encoder' is on the meta device and has no values to compress: build it"):
+        compress(model, "low_rank", ratio=1.2)
+
+
+def test_replacing_keeps_what_the_layers_had_beside_their_weight() -> None:
+    model = nn.ModuleDict(
+        {"encoder": nn.Embedding(100, 8, padding_idx=2, max_norm=3.0, norm_type=1.0), "decoder": nn.Linear(8, 100)}
+    ).eval()
+    bias, factors = model["decoder"].bias, LowRank(100, 8, 2)
+    replace_table(model, ["encoder", "decoder"], factors)
+    encoder, decoder = model["encoder"], model["decoder"]
+    assert isinstance(encoder, CompressedEmbedding)
+    assert isinstance(decoder, CompressedLinear)
+    assert (encoder.padding_idx, encoder.max_norm, encoder.norm_type) == (2, 3.0, 1.0)
+    assert decoder.bias is bias
+    assert encoder.factorization is decoder.factorization is factors
+    assert not encoder.training
+    restore_dense(model)
+    assert type(model["encoder"]) is nn.Embedding
+    assert type(model["decoder"]) is nn.Linear
+    assert (model["encoder"].padding_idx, model["encoder"].max_norm, model["encoder"].norm_type) == (2, 3.0, 1.0)
+    assert model["decoder"].bias is bias
+    assert model["encoder"].weight is model["decoder"].weight
+    assert not model["encoder"].training
+
+
+@pytest.fixture
+def compiled() -> Iterator[nn.ModuleDict]:
+    """A model with a compiled embedding."""
+    model = _pair()
+    # Runs the same operations.
+    model["encoder"].compile(backend="eager")
+    yield model
+    torch.compiler.reset()
+
+
+def test_layers_that_are_not_compiled_any_more_are_named(
+    compiled: nn.ModuleDict, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids, said = torch.tensor([3, 99]), "Not compiled any more: 'encoder', replaced by new layers"
+    with caplog.at_level("INFO"):
+        compress(compiled, "low_rank", ratio=1.2)
+        (message,) = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
+        assert message.startswith(said)
+        assert "call .encoder.compile() on the model, with the arguments you gave before" in message
+        # It can be done as it says, and the way back says the same.
+        rows = compiled["encoder"](ids)
+        compiled["encoder"].compile(backend="eager")
+        assert torch.equal(compiled["encoder"](ids), rows)
+        caplog.clear()
+        densify(compiled)
+        assert [said in record.getMessage() for record in caplog.records] == [True]
+        torch.testing.assert_close(compiled["encoder"](ids), rows)
+        # What was not compiled is not mentioned.
+        caplog.clear()
+        compress(compiled, "low_rank", ratio=1.2)
+        densify(compiled)
+        assert not caplog.records
+
+
+@pytest.mark.parametrize("tables", ["auto", ["encoder"], ["encoder._orig_mod"], ["decoder"]])
+def test_wrapped_layers_are_refused_with_a_remedy(tables: str | list[str]) -> None:
+    model = _tied()
+    model["encoder"] = torch.compile(model["encoder"], backend="eager")
+    with pytest.raises(
+        ValueError, match=r"'encoder'.* is a .*OptimizedModule: only the layer that .* module\.encoder\.c"
+    ):
+        compress(model, "low_rank", ratio=1.2, tables=tables)
+    assert type(model["decoder"]) is nn.Linear
