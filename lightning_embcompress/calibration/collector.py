@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, wide
-from lightning_embcompress.compression.budget import checked_counts
-from lightning_embcompress.compression.distribution import sum_over_processes
+from lightning_embcompress.calibration.counts import checked_counts
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.tables.replacement import all_modules, find_tables
+from lightning_embcompress.utils.division import sum_over_processes
 
 # Of the loss in float16, so that its gradient is finite.
 _LARGEST_HALF_SCALE = 2.0**15

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_embcompress.calibration.collector import Collector, find_layers, summed
-from lightning_embcompress.compression.distribution import failing_together
 from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.utils.division import failing_together
 from lightning_embcompress.utils.files import explaining_failure, replacing
 from lightning_embcompress.utils.progress import progress_bar
 

@@ -23,7 +23,7 @@ from lightning_embcompress.callbacks.passes import (
     step_arguments,
     undisturbed,
 )
-from lightning_embcompress.compression.distribution import sum_over_processes
+from lightning_embcompress.utils.division import sum_over_processes
 from lightning_embcompress.utils.progress import progress_bar
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
-from lightning_embcompress.compression.distribution import sum_over_processes
+from lightning_embcompress.utils.division import sum_over_processes
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set, deque)
 

@@ -18,10 +18,11 @@ from lightning_embcompress.callbacks.reporting import log, show_and_log, write_r
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
 from lightning_embcompress.compression.backbone import body_of, freeze_body_ranges
 from lightning_embcompress.compression.distribution import failing_together
-from lightning_embcompress.compression.plan import compressed_tables, plan_of
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.layers.parametrized_weights import storage_of
+from lightning_embcompress.layers.sizes import compressed_tables
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import (
     check_preparation,

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_embcompress.callbacks.checks import is_fast_dev_run
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
-from lightning_embcompress.compression.plan import model_bytes, plan_of
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import show_plan, write_report
+from lightning_embcompress.layers.sizes import model_bytes
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -23,8 +23,9 @@ from lightning_embcompress.cli.text import (
     zipf_counts,
 )
 from lightning_embcompress.compression.budget import Request, check_budget, plan_requests
-from lightning_embcompress.compression.plan import compress, densify, model_bytes, plan_of
+from lightning_embcompress.compression.plan import compress, densify, plan_of
 from lightning_embcompress.compression.report import say, show_plan, show_requests, write_report
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import get_method
 from lightning_embcompress.utils.files import staged
 

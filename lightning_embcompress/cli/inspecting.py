@@ -19,9 +19,10 @@ from lightning_embcompress.cli.models import (
     read_tensors,
 )
 from lightning_embcompress.cli.skeleton import Skeleton, build_skeleton, choose_tables
-from lightning_embcompress.compression.plan import Plan, model_bytes, plan_of
+from lightning_embcompress.compression.plan import Plan, plan_of
 from lightning_embcompress.compression.report import show_inspection, table_report
 from lightning_embcompress.integrations.sources import Source
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.tables.replacement import Table, find_tables
 
 

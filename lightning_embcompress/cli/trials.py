@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import check_counts, plan_requests
 from lightning_embcompress.compression.loss_budget import uses_loss
-from lightning_embcompress.compression.plan import compress, model_bytes
+from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.quantizers.round_to_nearest import round_to_nearest, rounded_bytes
 from lightning_embcompress.methods.registry import get_method
 from lightning_embcompress.tables.replacement import check_finite, find_tables

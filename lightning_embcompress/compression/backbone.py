@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from lightning_embcompress.integrations import huggingface
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.parametrized_weights import (
     FakeQuantizedWeight,
@@ -29,11 +28,14 @@ from lightning_embcompress.layers.parametrized_weights import (
     install,
     pack,
     parametrized,
+    readings,
     restore,
     shape_of,
 )
 from lightning_embcompress.methods.quantizers.factors import HALVES, Quantization, State
+from lightning_embcompress.tables.listeners import layers_replaced
 from lightning_embcompress.tables.replacement import all_modules, find_tables
+from lightning_embcompress.tables.transformers_models import vocabulary_layers
 
 _KINDS = {nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
 _KINDS |= {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
@@ -106,7 +108,7 @@ def body_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     library = sys.modules.get("transformers.pytorch_utils")
     kinds = {*_KINDS, getattr(library, "Conv1D", nn.Linear)}
-    sizes, heads = _vocabulary_sizes(model), {id(layer) for layer in huggingface.vocabulary_layers(model)[1]}
+    sizes, heads = _vocabulary_sizes(model), {id(layer) for layer in vocabulary_layers(model)[1]}
     found: dict[str, nn.Parameter] = {}
     others: set[int] = set()
     for path, module in all_modules(model).items():
@@ -162,7 +164,7 @@ def prepare_body(model: nn.Module, storage: Storage) -> Body:
         if id(weight) not in lists:
             lists[id(weight)] = parametrized(FakeQuantizedWeight(weight, storage), weight)
         _install(model, name, lists[id(weight)])
-    huggingface.follow(model)
+    layers_replaced(model)
     return Body({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
 
 
@@ -243,20 +245,6 @@ def body_of(model: nn.Module) -> Body | None:
     return Body({name: tuple(shape_of(kept)) for name, kept in lists.items()}, reading.storage, state)
 
 
-def body_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the quantized weights as they were, and as they are in the state dict now.
-
-    Example:
-        >>> model = nn.LSTM(64, 64)
-        >>> _ = prepare_body(model, Quantization(bits=8)), convert_body(model)
-        >>> body_bytes(model)
-        (131072, 33792)
-    """
-    lists = {id(kept): kept for kept in readings(model).values()}.values()
-    dense = sum(shape_of(kept).numel() * dtype_of(kept).itemsize for kept in lists)
-    return dense, sum(tensor.nbytes for kept in lists for tensor in kept.state_dict().values())
-
-
 def check_body(model: nn.Module, body: Body | None) -> None:
     """Check that a model has the weights of a body.
 
@@ -295,7 +283,7 @@ def apply_body(model: nn.Module, body: Body | None) -> None:
         if id(weight) not in lists:
             lists[id(weight)] = empty_weight(weight, body)
         _install(model, name, lists[id(weight)])
-    huggingface.follow(model)
+    layers_replaced(model)
 
 
 def restore_body(model: nn.Module) -> None:
@@ -307,18 +295,6 @@ def prefix_of(name: str) -> str:
     """With what the tensors of a quantized weight begin in a state dict."""
     path, _, own = name.rpartition(".")
     return f"{path}.parametrizations.{own}." if path else f"parametrizations.{own}."
-
-
-def readings(model: nn.Module) -> dict[str, ParametrizationList]:
-    """What reads quantized weights, by the names of the weights."""
-    found: dict[str, ParametrizationList] = {}
-    for path, module in all_modules(model).items():
-        if not is_parametrized(module):
-            continue
-        for name, kept in cast(Mapping[str, ParametrizationList], module.parametrizations).items():
-            if isinstance(kept[0], FakeQuantizedWeight | PackedWeight):
-                found[f"{path}.{name}" if path else name] = kept
-    return found
 
 
 def _weight_shape(model: nn.Module, name: str) -> torch.Size | None:
@@ -373,4 +349,4 @@ def _restore(model: nn.Module, fill: bool) -> None:
             # A module of two paths.
             continue
         restore(module, own, parameters[id(kept)])
-    huggingface.follow(model)
+    layers_replaced(model)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.backbone import Body, empty_weight, prefix_of, readings
-from lightning_embcompress.layers.parametrized_weights import PackedWeight, shape_of
+from lightning_embcompress.compression.backbone import Body, empty_weight, prefix_of
+from lightning_embcompress.layers.parametrized_weights import PackedWeight, readings, shape_of
 from lightning_embcompress.methods.quantizers.factors import HALVES
 from lightning_embcompress.methods.registry import Quantization
 

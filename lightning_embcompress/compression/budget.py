@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.calibration.counts import checked_counts
 from lightning_embcompress.methods.base import Options
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
@@ -319,32 +320,3 @@ def check_counts(token_counts: Any, requests: Sequence[Request]) -> Tensor | Non
                 )
         return None
     return checked_counts(token_counts, {request.table.name: request.table.shape[0] for request in requests})
-
-
-def checked_counts(token_counts: Any, sizes: Mapping[str, int]) -> Tensor:
-    """Check token counts against tables.
-
-    Args:
-        token_counts: How often every token occurs.
-        sizes: Rows of the tables, by their names.
-
-    Returns:
-        `[vocab_size]` tensor on the CPU.
-
-    Raises:
-        ValueError: If they are of the wrong length, negative or not finite.
-    """
-    counts = torch.as_tensor(token_counts).detach().cpu()
-    for name, vocab_size in sizes.items():
-        if counts.shape != (vocab_size,):
-            raise ValueError(
-                f"token_counts must have one entry for each of the {vocab_size} rows of table {name!r}, its shape is "
-                f"{tuple(counts.shape)}"
-            )
-    bad = (~torch.isfinite(counts.double()) | (counts < 0)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"token_counts must be finite and not negative; entry {bad[0]} is {counts[bad[0]].item()} "
-            f"({len(bad)} such entries)"
-        )
-    return counts

@@ -22,7 +22,7 @@ from lightning_embcompress.utils.division import (
     send,
 )
 
-__all__ = ["Job", "count_processes", "failing_together", "raise_together", "solve_together", "sum_over_processes"]
+__all__ = ["Job", "count_processes", "failing_together", "raise_together", "solve_together"]
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,6 @@ def solve_together(jobs: Sequence[Job], group: dist.ProcessGroup | None = None) 
         with divided(group):
             job.request.record(factors, job.weight, job.token_counts)
     return solved
-
-
-def sum_over_processes(counts: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Add up what every process of a group has counted; all of them get the sum.
-
-    Args:
-        counts: Of the same shape and dtype in all processes, on any device.
-        group: The processes; None for all there are.
-
-    Returns:
-        A new tensor, on the device of the counts.
-
-    Example:
-        >>> sum_over_processes(torch.tensor([3, 0, 1]))
-        tensor([3, 0, 1])
-    """
-    if count_processes(group) == 1:
-        return counts.detach().clone()
-    total = counts.detach().to(group_device(group, counts.device), copy=True).contiguous()
-    dist.all_reduce(total, dist.ReduceOp.SUM, group)
-    return total.to(counts.device)
 
 
 def _solve_by_several(jobs: Sequence[Job], group: dist.ProcessGroup | None) -> list[Factorization[Any]]:

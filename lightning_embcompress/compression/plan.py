@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.compression.backbone import Body, apply_body, body_bytes, body_of, check_body, restore_body
+from lightning_embcompress.compression.backbone import Body, apply_body, body_of, check_body, restore_body
 from lightning_embcompress.compression.budget import (
     Request,
     Tie,
@@ -32,22 +32,19 @@ from lightning_embcompress.compression.loss_budget import (
 from lightning_embcompress.compression.records import check_tables, dtype_of, shown
 from lightning_embcompress.compression.solution import Solution, put_in_place, solve_all, tried
 from lightning_embcompress.layers.compressed import CompressedLayer
-from lightning_embcompress.methods.registry import Factorization, factorization_from_spec, get_method
+from lightning_embcompress.layers.sizes import compressed_tables
+from lightning_embcompress.methods.registry import factorization_from_spec, get_method
 from lightning_embcompress.methods.specs import dense_bytes
 from lightning_embcompress.tables.replacement import (
     all_modules,
     replace_table,
     restore_dense,
 )
-from lightning_embcompress.utils.storage import check_whole, place_of
+from lightning_embcompress.utils.storage import check_whole
 
 PLAN_VERSION = 4
 """Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`."""
 _ADDED: dict[str, Any] = {"untied": None, "predicted_loss": None}
-
-
-Placed: TypeAlias = tuple[tuple[str, ...], Factorization[Any]]
-"""Paths of the modules that read a table, and what they read."""
 
 
 @dataclass(frozen=True)
@@ -302,48 +299,6 @@ def plan_of(model: nn.Module) -> Plan:
         ),
         body=body_of(model),
     )
-
-
-def compressed_tables(model: nn.Module) -> list[Placed]:
-    """Compressed tables of a model: paths of the modules that read one, and what they read.
-
-    Returns:
-        One entry a table in the order of `model.named_modules()`.
-    """
-    modules: dict[int, list[str]] = {}
-    factorizations: dict[int, Factorization[Any]] = {}
-    for path, module in all_modules(model).items():
-        if isinstance(module, CompressedLayer):
-            modules.setdefault(id(module.factorization), []).append(path)
-            factorizations[id(module.factorization)] = module.factorization
-    return [(tuple(paths), factorizations[key]) for key, paths in modules.items()]
-
-
-def model_bytes(model: nn.Module) -> dict[str, float]:
-    """Bytes of a whole model as it would be dense and as it is stored, shared tensors counted once.
-
-    Of a sharded model, too, it is all of it, and not the part of this process.
-
-    Returns:
-        `dense_bytes`, `stored_bytes` and their `ratio`, as in `report.json`.
-
-    Example:
-        >>> model_bytes(nn.Linear(10, 5, bias=False))
-        {'dense_bytes': 200, 'stored_bytes': 200, 'ratio': 1.0}
-    """
-    plan = plan_of(model)
-    inside = {
-        place_of(tensor)
-        for module in model.modules()
-        if isinstance(module, CompressedLayer)
-        for tensor in module.factorization.state_dict(keep_vars=True).values()
-    }
-    # A shard counts as the whole tensor.
-    outside = {place_of(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
-    rest = sum(size for place, size in outside.items() if place not in inside)
-    body_dense, body_stored = body_bytes(model)
-    dense, stored = rest - body_stored + body_dense + plan.dense_bytes, rest + plan.stored_bytes
-    return {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored if stored else 1.0}
 
 
 def densify(model: nn.Module) -> None:

@@ -14,8 +14,9 @@ from rich.table import Table as ScreenTable
 from torch import nn
 
 from lightning_embcompress.compression.budget import Request, parse_loss
-from lightning_embcompress.compression.plan import Plan, TablePlan, model_bytes, plan_of
+from lightning_embcompress.compression.plan import Plan, TablePlan, plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.tables.replacement import all_modules
 from lightning_embcompress.utils.files import explaining_failure, replacing
 from lightning_embcompress.utils.progress import output_console

@@ -78,6 +78,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         """
         from lightning_embcompress.compression.backbone_files import finish_loading
         from lightning_embcompress.integrations import huggingface
+        from lightning_embcompress.tables.transformers_models import pretrained_models
 
         for table in self.plan.tables:
             factorization = _loaded(table, model.get_submodule(table.name).factorization)
@@ -88,7 +89,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         finish_loading(model, _is_missing)
         # From here on it is a model like any other: what transformers calls quantized can neither be cast nor trained.
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        for part in huggingface.pretrained_models(model).values():
+        for part in pretrained_models(model).values():
             part.config.__dict__.pop("_is_quantized", None)
         huggingface.follow(model)
         return model

@@ -14,17 +14,34 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lightning_embcompress.tables.listeners import add_listener
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _AWAITED = "transformers.quantizers.auto"
 _OURS = "lightning_embcompress.integrations.huggingface_quantizer"
+_FOLLOWS = "lightning_embcompress.integrations.huggingface"
 
 
 def register() -> None:
-    """Register the quantizer with transformers: now if it has been imported, otherwise when it is."""
+    """Register the quantizer with transformers: now if it has been imported, otherwise when it is.
+
+    Models of transformers are also kept in step with their layers from now on, whenever some are replaced.
+    """
+    add_listener(_follow)
     if _AWAITED in sys.modules:
         importlib.import_module(_OURS)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _follow(model: nn.Module) -> None:
+    # Where nobody has imported transformers, no model of it can be there.
+    if "transformers.modeling_utils" in sys.modules:
+        importlib.import_module(_FOLLOWS).follow(model)
 
 
 class _Finder(MetaPathFinder):

@@ -22,6 +22,7 @@ from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import factorization_from_spec
 from lightning_embcompress.quantization.aware import converted
 from lightning_embcompress.tables.replacement import all_modules
+from lightning_embcompress.tables.transformers_models import only_model
 from lightning_embcompress.utils.files import explaining_failure, read_json, replacing, synchronize
 from lightning_embcompress.utils.storage import check_whole, identity_of
 
@@ -150,7 +151,7 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None
         if model is None:
             return _build_pretrained(directory, config)
         # A LightningModule, say, around the model that was saved.
-        model = huggingface.only_model(model) or model
+        model = only_model(model) or model
     elif model is None:
         raise ValueError(
             f"{str(directory)!r} was written by save_compressed and does not say what kind of model it is: build one "

@@ -57,7 +57,8 @@ def fused_cross_entropy(
     :func:`~lightning_embcompress.layers.head_loss.head_softmax_loss` computes them only once.
 
     Args:
-        head: A :class:`~lightning_embcompress.layers.compressed.CompressedLinear` of any method, or an :class:`torch.nn.Linear`.
+        head: A :class:`~lightning_embcompress.layers.compressed.CompressedLinear` of any method, or an
+            :class:`torch.nn.Linear`.
         hidden: What the head reads, floating point, shape ``[*, dim]``.
         targets: Ids of the true tokens, int64, shape ``[*]``.
         reduction: ``"mean"`` over the targets that are not ignored, 0 if there is none, ``"sum"``, or ``"none"``.

@@ -60,8 +60,8 @@ def head_softmax_loss(
     A head that FSDP has sharded is called once, with all tokens, as its parameters are there for one call only.
 
     Args:
-        head: A :class:`~lightning_embcompress.layers.compressed.CompressedLinear`, an :class:`torch.nn.Linear`, or any module that
-            gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, row by row.
+        head: A :class:`~lightning_embcompress.layers.compressed.CompressedLinear`, an :class:`torch.nn.Linear`, or any
+            module that gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, row by row.
         hidden: What the head reads, floating point, shape ``[*, dim]``.
         targets: Ids of the true tokens, int64, shape ``[*]``; -100 is ignored.
         chunk_tokens: Tokens of a call of the head; None for as many as give 2^24 logits, on a CPU 2^22 or as many as

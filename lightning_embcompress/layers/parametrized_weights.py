@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -251,3 +251,30 @@ def _read_once(module: nn.RNNBase) -> None:
     # Casts assign a list, which is of no use.
     cls._flat_weights = property(weights, lambda self, value: None)
     cls.forward = forward
+
+
+def readings(model: nn.Module) -> dict[str, ParametrizationList]:
+    """What reads quantized weights, by the names of the weights."""
+    found: dict[str, ParametrizationList] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not is_parametrized(module):
+            continue
+        for name, kept in cast(Mapping[str, ParametrizationList], module.parametrizations).items():
+            if isinstance(kept[0], FakeQuantizedWeight | PackedWeight):
+                found[f"{path}.{name}" if path else name] = kept
+    return found
+
+
+def parametrized_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the quantized weights as they were, and as they are in the state dict now.
+
+    Example:
+        >>> model = nn.Linear(64, 512, bias=False)
+        >>> storage = Quantization(bits=8, group_size=64)
+        >>> install(model, "weight", pack(parametrized(FakeQuantizedWeight(model.weight, storage), model.weight)))
+        >>> parametrized_bytes(model)
+        (131072, 33792)
+    """
+    lists = {id(kept): kept for kept in readings(model).values()}.values()
+    dense = sum(shape_of(kept).numel() * dtype_of(kept).itemsize for kept in lists)
+    return dense, sum(tensor.nbytes for kept in lists for tensor in kept.state_dict().values())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_embcompress.compression.plan import model_bytes, plan_of
+from lightning_embcompress.layers.sizes import compressed_tables, dense_table_bytes, model_bytes
 
 
 class CompressionRatio(Metric):
@@ -42,11 +42,13 @@ class CompressionRatio(Metric):
 
     def update(self, model: nn.Module) -> None:
         """Measure a model; the last one counts."""
-        plan = plan_of(model)
-        whole = model_bytes(model)
-        dense, stored = (
-            (plan.dense_bytes, plan.stored_bytes) if self.tables_only else (whole["dense_bytes"], whole["stored_bytes"])
-        )
+        if self.tables_only:
+            tables = [factors for _, factors in compressed_tables(model)]
+            dense: float = sum(map(dense_table_bytes, tables))
+            stored: float = sum(factors.stored_bytes() for factors in tables)
+        else:
+            whole = model_bytes(model)
+            dense, stored = whole["dense_bytes"], whole["stored_bytes"]
         self.dense_bytes = torch.tensor(float(dense), dtype=torch.float64, device=self.device)
         self.stored_bytes = torch.tensor(float(stored), dtype=torch.float64, device=self.device)
 

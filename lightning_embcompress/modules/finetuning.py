@@ -34,7 +34,12 @@ from lightning_embcompress.modules.finetuning_foreign import (
 )
 from lightning_embcompress.modules.finetuning_original import Original
 from lightning_embcompress.modules.finetuning_parts import Freeze, Parts, Watch, unfreeze, warn_of_frozen
-from lightning_embcompress.modules.finetuning_sources import architecture_of, build, open_model
+from lightning_embcompress.modules.finetuning_sources import (
+    architecture_of,
+    build,
+    open_model,
+    register_checkpoint_class,
+)
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 
 
@@ -90,7 +95,8 @@ class CompressedLanguageModel(LanguageModel):
             that are frozen stay so.
         factor_learning_rate: Of the tables; None for the optimizer's.
         body_learning_rate: Of everything else; None for the optimizer's. Schedulers scale each from its own start.
-        tables: ``auto``, or names of the modules that are the tables, see ``lightning_embcompress.tables.replacement.find_tables``.
+        tables: ``auto``, or names of the modules that are the tables, see
+            :func:`~lightning_embcompress.tables.replacement.find_tables`.
         optimizer: Makes the optimizer from two groups of parameters, the body and the tables, in this order.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
         lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
@@ -451,3 +457,6 @@ class CompressedLanguageModel(LanguageModel):
                 " save_compressed(path)."
             )
         self.model.save_pretrained(str(path))
+
+
+register_checkpoint_class(CompressedLanguageModel, {"architecture", "teacher_top_k"})

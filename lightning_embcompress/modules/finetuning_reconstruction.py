@@ -2,8 +2,8 @@ r"""How far factors are from the table that they stand for, as a loss.
 
 In the metric of the loss this is what the mean loss is predicted to grow by, in nats,
 :math:`\frac12 \sum_i q_i \, \delta_i^\top M \delta_i`, with `q_i` how much token `i` counts and `M` the second moment
-of what the table meets (:mod:`lightning_embcompress.calibration.statistics`). Only some rows are read at every step. The tokens of
-a batch are drawn by their frequency :math:`f_i`, so the mean of
+of what the table meets (:mod:`lightning_embcompress.calibration.statistics`). Only some rows are read at every step.
+The tokens of a batch are drawn by their frequency :math:`f_i`, so the mean of
 :math:`\frac12 (q_i / f_i) \, \delta_i^\top M \delta_i` over them is expected to be that sum; over rows that are drawn
 with the chances :math:`q_i / \sum_j q_j`, it is :math:`\sum_j q_j` times the mean of
 :math:`\frac12 \delta_i^\top M \delta_i`.

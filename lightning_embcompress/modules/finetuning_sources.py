@@ -14,7 +14,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_embcompress.integrations import huggingface
 from lightning_embcompress.integrations.checkpoint import load_from_checkpoint, restore_structure, restores_structure
 from lightning_embcompress.integrations.checkpoint_io import read_without_tensors
 from lightning_embcompress.integrations.saved import load_compressed
@@ -24,11 +23,17 @@ from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
+from lightning_embcompress.tables.transformers_models import only_model, pretrained_models
 
 _Result = TypeVar("_Result")
 
 # Built again from what a checkpoint says. No other class: a file must not choose what code is run.
 _CLASSES: dict[str, type[LanguageModel]] = {cls.__name__: cls for cls in (LSTMLanguageModel, HuggingFaceCausalLM)}
+# Classes that checkpoints are made with, and the hyper-parameters by which theirs are told: further ones register here.
+_CHECKPOINTS: dict[type[LanguageModel], set[str]] = {
+    LSTMLanguageModel: {"embedding_dim", "hidden_size", "tie_weights"},
+    HuggingFaceCausalLM: {"pretrained", "config", "gradient_checkpointing"},
+}
 _NOT_RECORDED = ("optimizer", "lr_scheduler")
 # What a model of transformers notes of itself once it is built.
 _UPDATED = ("pretrained", "config")
@@ -69,6 +74,16 @@ def open_model(model: nn.Module | str | None, weights: str | None, name: str = "
     if weights is not None:
         _load(opened, weights)
     return opened
+
+
+def register_checkpoint_class(kind: type[LanguageModel], marks: set[str]) -> None:
+    """Let checkpoints of a class be opened by their path.
+
+    Args:
+        kind: The class.
+        marks: Hyper-parameters that its checkpoints have, and those of no other class.
+    """
+    _CHECKPOINTS[kind] = marks
 
 
 def architecture_of(model: LightningModule) -> dict[str, Any] | None:
@@ -141,23 +156,16 @@ def _read(source: Source, name: str) -> LightningModule:
 
 def _class_of(hyper_parameters: Mapping[str, Any]) -> type[LanguageModel] | None:
     """The class that a checkpoint was made with: Lightning notes its name for runs of the command line only."""
-    from lightning_embcompress.modules.finetuning import CompressedLanguageModel
-
-    known: dict[str, type[LanguageModel]] = {**_CLASSES, "CompressedLanguageModel": CompressedLanguageModel}
     if "_class_path" in hyper_parameters:
-        return known.get(str(hyper_parameters["_class_path"]).rpartition(".")[2])
-    marks = {
-        "LSTMLanguageModel": {"embedding_dim", "hidden_size", "tie_weights"},
-        "HuggingFaceCausalLM": {"pretrained", "config", "gradient_checkpointing"},
-        "CompressedLanguageModel": {"architecture", "teacher_top_k"},
-    }
-    return next((known[name] for name, mark in marks.items() if mark <= hyper_parameters.keys()), None)
+        name = str(hyper_parameters["_class_path"]).rpartition(".")[2]
+        return next((kind for kind in _CHECKPOINTS if kind.__name__ == name), None)
+    return next((kind for kind, marks in _CHECKPOINTS.items() if marks <= hyper_parameters.keys()), None)
 
 
 def _as_lightning(model: nn.Module, name: str) -> LightningModule:
     if isinstance(model, LightningModule):
         return model
-    if "" not in huggingface.pretrained_models(model):
+    if "" not in pretrained_models(model):
         raise TypeError(
             f"{name} is a {type(model).__name__}, which is neither a LightningModule nor a model of transformers: wrap"
             " it in a LightningModule whose training_step computes its loss."
@@ -176,7 +184,7 @@ def _as_lightning(model: nn.Module, name: str) -> LightningModule:
 def _load(model: LightningModule, weights: str) -> None:
     source = find_source(weights)
     if source.kind == "saved" or "quantization_config" in source.config:
-        load_compressed(source.path, huggingface.only_model(model) if source.kind == "pretrained" else model)
+        load_compressed(source.path, only_model(model) if source.kind == "pretrained" else model)
         return
     if source.kind == "pretrained":
         raise ValueError(

@@ -12,7 +12,6 @@ from torch import nn
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.backbone import (
-    body_bytes,
     body_of,
     body_weights,
     check_body_preparation,
@@ -20,8 +19,9 @@ from lightning_embcompress.compression.backbone import (
     converted_body,
     prepare_body,
 )
-from lightning_embcompress.compression.plan import Placed, Plan, compressed_tables, model_bytes, plan_of
-from lightning_embcompress.layers.parametrized_weights import Storage, storage_of
+from lightning_embcompress.compression.plan import Plan, plan_of
+from lightning_embcompress.layers.parametrized_weights import Storage, parametrized_bytes, storage_of
+from lightning_embcompress.layers.sizes import Placed, compressed_tables, model_bytes
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.factors import matrix_shape
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_scales
@@ -284,7 +284,7 @@ def conversion_report(model: nn.Module) -> dict[str, Any]:
         modules[0] for modules, factors in compressed_tables(model) if factors.is_prepared or factors.is_packed
     }
     with converted(model):
-        plan, whole, body, sizes = plan_of(model), model_bytes(model), body_of(model), body_bytes(model)
+        plan, whole, body, sizes = plan_of(model), model_bytes(model), body_of(model), parametrized_bytes(model)
     entries = []
     for table in plan.tables:
         if table.name in quantized:

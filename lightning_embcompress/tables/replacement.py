@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_embcompress.integrations import huggingface
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import Factorization, nearest
 from lightning_embcompress.methods.specs import dense_bytes
+from lightning_embcompress.tables.listeners import layers_replaced
+from lightning_embcompress.tables.transformers_models import vocabulary_layers
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def replace_table(
             assert isinstance(old, nn.Linear | CompressedLinear)
             new = CompressedLinear(factorization, old.bias)
         _swap(model, path, new)
-    huggingface.follow(model)
+    layers_replaced(model)
 
 
 def restore_dense(model: nn.Module, fill: bool = True) -> None:
@@ -176,7 +177,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             new.weight = weight
             new.register_parameter("bias", old.bias)
         _swap(model, path, new)
-    huggingface.follow(model)
+    layers_replaced(model)
 
 
 def _check_memory(path: str, table: Factorization[Any]) -> None:
@@ -201,7 +202,7 @@ def put_back(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """
     for path, layer in layers.items():
         _swap(model, path, layer)
-    huggingface.follow(model)
+    layers_replaced(model)
 
 
 def _say_compiled(model: nn.Module, paths: Sequence[str]) -> None:
@@ -237,7 +238,7 @@ _Dense = nn.Embedding | nn.Linear
 def _automatic(model: nn.Module, named: dict[str, nn.Module]) -> list[Table]:
     embeddings = {path: module for path, module in named.items() if isinstance(module, nn.Embedding)}
     linears = {path: module for path, module in named.items() if isinstance(module, nn.Linear)}
-    said, projections = huggingface.vocabulary_layers(model)
+    said, projections = vocabulary_layers(model)
     compressed = [path for path, module in named.items() if isinstance(module, CompressedLayer)]
     sizes = {module.num_embeddings for module in embeddings.values()}
     sizes &= {module.out_features for module in linears.values()}

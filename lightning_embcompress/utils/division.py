@@ -255,3 +255,24 @@ def group_device(group: dist.ProcessGroup | None = None, wanted: torch.device | 
     if "cpu" in kinds:
         return torch.device("cpu")
     return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
+
+
+def sum_over_processes(counts: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Add up what every process of a group has counted; all of them get the sum.
+
+    Args:
+        counts: Of the same shape and dtype in all processes, on any device.
+        group: The processes; None for all there are.
+
+    Returns:
+        A new tensor, on the device of the counts.
+
+    Example:
+        >>> sum_over_processes(torch.tensor([3, 0, 1]))
+        tensor([3, 0, 1])
+    """
+    if count_processes(group) == 1:
+        return counts.detach().clone()
+    total = counts.detach().to(group_device(group, counts.device), copy=True).contiguous()
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    return total.to(counts.device)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from lightning_embcompress.cli.commands import compressing
+from lightning_embcompress.cli import compressing
 from lightning_embcompress.cli.models import PretrainedModel
 from lightning_embcompress.utils import files as writing
 from lightning_embcompress.utils.files import staged

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 import lightning_embcompress
-from lightning_embcompress.cli.commands import text as shell_text
+from lightning_embcompress.cli import text as shell_text
 from lightning_embcompress.compression.plan import Plan, compress, plan_of
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 

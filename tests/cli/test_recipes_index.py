@@ -17,7 +17,7 @@ def test_recipes_of_a_clone_and_of_a_wheel(tmp_path: Path, monkeypatch: pytest.M
     for folder in (package, tmp_path / "recipes"):
         folder.mkdir()
     (tmp_path / "recipes" / "beside.yaml").write_text(RECIPE)
-    monkeypatch.setattr(recipes_index, "__file__", str(package / "recipes_index.py"))
+    monkeypatch.setattr(recipes_index, "__file__", str(package / "cli" / "recipes_index.py"))
     assert recipes_index.available_recipes() == {}, "site-packages/recipes is somebody else's"
     (tmp_path / "pyproject.toml").touch()
     assert list(recipes_index.available_recipes()) == ["beside"]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_embcompress import load_compressed, save_compressed
 from lightning_embcompress.cli.skeleton import build_skeleton, choose_tables, tie_equal
-from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, model_bytes, plan_of
+from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, plan_of
 from lightning_embcompress.integrations.checkpoint import RECORD_KEY, write_record
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import METHODS, factorization_from_spec
 from lightning_embcompress.tables.replacement import replace_table
 

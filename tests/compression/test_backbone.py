@@ -19,7 +19,6 @@ from lightning_embcompress.cli.skeleton import build_skeleton
 from lightning_embcompress.compression.backbone import (
     Body,
     apply_body,
-    body_bytes,
     body_of,
     body_weights,
     convert_body,
@@ -28,9 +27,10 @@ from lightning_embcompress.compression.backbone import (
     prepare_body,
     restore_body,
 )
-from lightning_embcompress.compression.plan import Plan, model_bytes
+from lightning_embcompress.compression.plan import Plan
 from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
-from lightning_embcompress.layers.parametrized_weights import Storage, storage_of
+from lightning_embcompress.layers.parametrized_weights import Storage, parametrized_bytes, storage_of
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.quantizers.integer_quantizer import from_codes, group_scales, to_codes
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import convert, prepare
@@ -144,7 +144,7 @@ def test_bytes_are_those_of_the_bits() -> None:
         packed = copy.deepcopy(model)
         prepare_body(packed, storage_of(dtype, group_size=64))
         convert_body(packed)
-        assert body_bytes(packed) == (4 * 32_768, of_weights)
+        assert parametrized_bytes(packed) == (4 * 32_768, of_weights)
         assert model_bytes(packed) == {
             "dense_bytes": dense,
             "stored_bytes": dense - 4 * 32_768 + of_weights,
@@ -265,7 +265,7 @@ def test_files_hold_the_integers(saved: tuple[nn.Sequential, Path]) -> None:
     assert plan.body == Body(SHAPES, storage_of("int4", 16), "packed")
     torch.testing.assert_close(fresh[1](x), model[1](x))
     packed = sum(tensor.nbytes for key, tensor in load_file(folder / "model.safetensors").items() if "parametr" in key)
-    assert packed == body_bytes(fresh)[1] == (24 + 16) * 64 // 2 + 2 * (64 * 2 + 64)
+    assert packed == parametrized_bytes(fresh)[1] == (24 + 16) * 64 // 2 + 2 * (64 * 2 + 64)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     densify(fresh)
     assert plan_of(fresh) == Plan()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.compression.budget import parse_size
-from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, model_bytes, plan_of
+from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, plan_of
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import METHODS
 
 _METHODS = sorted(METHODS)

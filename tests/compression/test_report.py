@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lightning_embcompress.compression.budget import plan_requests
-from lightning_embcompress.compression.plan import compress, model_bytes, plan_of
+from lightning_embcompress.compression.plan import compress, plan_of
 from lightning_embcompress.compression.report import show_plan, show_requests, table_report, write_report
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import METHODS
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_embcompress.solvers import gram
 
-from lightning_embcompress.compression.distribution import Job, solve_together, sum_over_processes
-from lightning_embcompress.methods.registry import METHODS, tensor_train
+from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.methods.numerics import gram
+from lightning_embcompress.methods.registry import METHODS
+from lightning_embcompress.methods.tensor_train import factorization as tensor_train
+from lightning_embcompress.utils.division import sum_over_processes
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_embcompress.layers import full_softmax
 from lightning_embcompress.layers.full_softmax import full_softmax_loss
-from lightning_embcompress.modules import full_softmax
 
 TOKENS, VOCAB_SIZE, DIM = 23, 37, 8
 

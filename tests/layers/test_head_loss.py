@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_embcompress import collect_statistics
+from lightning_embcompress.layers import head_loss
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.layers.distillation import distilled_head_loss, distilled_loss, teacher_scores
 from lightning_embcompress.layers.full_softmax import full_softmax_loss
 from lightning_embcompress.layers.head_loss import head_softmax_loss
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.registry import METHODS, Quantization
-from lightning_embcompress.modules import LSTMLanguageModel, head_loss
+from lightning_embcompress.modules import LSTMLanguageModel
 
 TOKENS, VOCAB_SIZE, DIM, CHUNK = 23, 60, 8, 5
 

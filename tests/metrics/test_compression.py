@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_embcompress.compression.plan import compress, model_bytes, plan_of
+from lightning_embcompress.compression.plan import compress, plan_of
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.metrics import CompressionRatio
 
 

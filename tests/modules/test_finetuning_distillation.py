@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_embcompress.layers import distillation
 from lightning_embcompress.layers.distillation import (
     distilled_head_loss,
     distilled_loss,
     joined_scores,
     teacher_scores,
 )
-from lightning_embcompress.modules import LSTMLanguageModel, distillation
+from lightning_embcompress.modules import LSTMLanguageModel
 from lightning_embcompress.modules.finetuning_parts import Parts
 from lightning_embcompress.modules.finetuning_teacher import Teacher
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_embcompress import compress
-from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel, head_loss, lstm
+from lightning_embcompress.layers import head_loss
+from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel, lstm
 
 VOCAB_SIZE = 50
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lightning_embcompress import collect_statistics, compress, densify, load_compressed, save_compressed
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.compression.backbone import Body
-from lightning_embcompress.compression.plan import Plan, apply_plan, model_bytes, plan_of
+from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.compression.report import table_report
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import LatentCodes, LowRank, Quantization, SharedBasisBlocks
 from lightning_embcompress.quantization.aware import convert, converted_plan, prepare, quantize
 from lightning_embcompress.tables.replacement import find_tables

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_embcompress.compression.plan import apply_plan, compress, model_bytes
+from lightning_embcompress.compression.plan import apply_plan, compress
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.utils.storage import identity_of, place_of
 
 

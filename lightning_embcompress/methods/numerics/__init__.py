@@ -1,1 +1,1 @@
-"""Numerical routines that several methods share: Gram products, the metric of the loss, allocation of ranks and rates."""
+"""Numerical routines that methods share: Gram products, the metric of the loss, allocation of ranks and rates."""

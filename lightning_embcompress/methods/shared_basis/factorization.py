@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -107,12 +107,12 @@ class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
     options_class = TransformCodingOptions
     divides = True
     uses_metric = True
+    latent_codes: ClassVar[Callable[[Any], Factorization[Any]]]
+    """Makes the numbers behind the codes of a table; registered by `LatentCodes`, which is built on this class."""
 
     def prepared(self, quantization: Quantization) -> Factorization[Any]:
         """See `Factorization.prepared`; codes keep the widths that they have, and are trained as `LatentCodes`."""
-        from lightning_embcompress.methods.transform_coding.latent_codes import LatentCodes
-
-        return LatentCodes.of(self) if self.is_coded else super().prepared(quantization)
+        return type(self).latent_codes(self) if self.is_coded else super().prepared(quantization)
 
     @classmethod
     def smallest_bytes(

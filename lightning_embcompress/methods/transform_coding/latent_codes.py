@@ -269,3 +269,6 @@ def _stored_logarithms(logarithms: Tensor) -> Tensor:
         return logarithms
     largest = logarithms.max()
     return largest - ((largest - logarithms) * SCALE_STEPS).round().clamp(max=255) / SCALE_STEPS
+
+
+SharedBasisBlocks.latent_codes = LatentCodes.of

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_embcompress.solvers import gram
 from torch import Tensor, nn
 
 from lightning_embcompress.compression.budget import Request, plan_requests
 from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.methods.numerics import gram
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
-from lightning_embcompress.methods.registry import Factorization, tensor_train
+from lightning_embcompress.methods.registry import Factorization
+from lightning_embcompress.methods.tensor_train import factorization as tensor_train
 
 VOCAB_SIZE, DIM = 900, 160
 # The processes that solve the cases; None for all there are.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from cases import counts, requests, small_units, table
-from lightning_embcompress.solvers import group_reduce
 
 from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.methods.group_reduce import solver as group_reduce
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")

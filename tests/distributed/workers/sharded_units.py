@@ -18,9 +18,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_embcompress.compression.plan import compress, densify, model_bytes, plan_of
+from lightning_embcompress.compression.plan import compress, densify, plan_of
 from lightning_embcompress.integrations.saved import save_compressed
 from lightning_embcompress.integrations.sharding import compress_or_restore, is_sharded, shard_tables
+from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.modules import LSTMLanguageModel
 
 

@@ -11,15 +11,9 @@ import torch
 import torch.distributed as dist
 from cases import CASES, MORE_CASES, counts, requests, small_units, solve_all, table
 
-from lightning_embcompress.compression.distribution import (
-    Job,
-    failing_together,
-    raise_together,
-    solve_together,
-    sum_over_processes,
-)
+from lightning_embcompress.compression.distribution import Job, failing_together, raise_together, solve_together
 from lightning_embcompress.methods.registry import CP, LowRank
-from lightning_embcompress.utils.division import deal, divided
+from lightning_embcompress.utils.division import deal, divided, sum_over_processes
 
 
 def check_what_is_said(rank: int, processes: int) -> None:

@@ -7,11 +7,11 @@ import tensorly as tl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_embcompress.solvers import gram
 from tensorly.tenalg import svd_interface
 from torch import Tensor
 
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, project, weighted_low_rank
+from lightning_embcompress.methods.numerics import gram
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 

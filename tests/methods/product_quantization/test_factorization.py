@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.product_quantization import factorization as product_quantization
 from lightning_embcompress.methods.product_quantization.solver import subspace_sizes
-from lightning_embcompress.methods.registry import (
-    ProductQuantization,
-    ProductQuantizationOptions,
-    product_quantization,
-)
+from lightning_embcompress.methods.registry import ProductQuantization, ProductQuantizationOptions
 from lightning_embcompress.methods.specs import TENSOR_HEADER_BYTES
 
 

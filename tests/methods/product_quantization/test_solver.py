@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_embcompress.solvers import product_quantization as solver
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.gram import row_weights
+from lightning_embcompress.methods.product_quantization import solver
 from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
 
 

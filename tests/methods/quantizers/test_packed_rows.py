@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.methods.quantizers import packed_product, packed_rows, repacked_product
 from lightning_embcompress.methods.quantizers.integer_quantizer import from_codes, scales_shape
 from lightning_embcompress.methods.quantizers.packed_rows import (
     multiply_packed,
@@ -18,7 +19,6 @@ from lightning_embcompress.methods.quantizers.packed_rows import (
     read_packed_rows,
     unpack_rows,
 )
-from lightning_embcompress.methods.registry import packed_product, packed_rows, repacked_product
 
 BITS = range(2, 9)
 # Rows that share groups, that end within a byte, with groups that end within a byte, and with groups of unequal sizes.

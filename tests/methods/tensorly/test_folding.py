@@ -14,7 +14,8 @@ from tensorly.cp_tensor import cp_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor
 
-from lightning_embcompress.methods.registry import CP, CPOptions, Tucker, TuckerOptions, folding
+from lightning_embcompress.methods.registry import CP, CPOptions, Tucker, TuckerOptions
+from lightning_embcompress.methods.tensorly import folding
 from lightning_embcompress.methods.tensorly.cp_solver import largest_cp_rank
 from lightning_embcompress.methods.tensorly.tucker_solver import possible_ranks
 
