@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_embcompress.layers.serving import optimize_for_inference
     from lightning_embcompress.methods.registry import Quantization
     from lightning_embcompress.modules import CompressedLanguageModel
-    from lightning_embcompress.quantization.aware import convert, prepare, quantize
+    from lightning_embcompress.quantization.aware import convert_qat, prepare_qat, quantize_tables
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ __all__ = [
     "collect_statistics",
     "compress",
     "compress_or_restore",
-    "convert",
+    "convert_qat",
     "densify",
     "fused_cross_entropy",
     "generate_from_best",
@@ -58,8 +58,8 @@ __all__ = [
     "open_reference",
     "optimize_for_inference",
     "plan_of",
-    "prepare",
-    "quantize",
+    "prepare_qat",
+    "quantize_tables",
     "save_compressed",
     "shard_tables",
     "structure_from_checkpoint",
@@ -78,7 +78,7 @@ _HOMES = {
     "layers.serving": ("optimize_for_inference",),
     "methods.registry": ("Quantization",),
     "modules": ("CompressedLanguageModel",),
-    "quantization.aware": ("convert", "prepare", "quantize"),
+    "quantization.aware": ("convert_qat", "prepare_qat", "quantize_tables"),
 }
 
 # Makes `from_pretrained` of transformers load compressed models; imports nothing.

@@ -44,7 +44,7 @@ class Asked:
         options: As they were given.
         ratio: None where another budget was given.
         size: None where another budget was given.
-        max_loss: None where another budget was given.
+        max_perplexity_increase: None where another budget was given.
         tables: `auto`, or paths of modules.
         tie: What becomes of a table that embedding and softmax share.
         statistics: Of the model, or a file with them; None to collect them from the training data.
@@ -59,7 +59,7 @@ class Asked:
     options: dict[str, Any]
     ratio: float | None
     size: str | int | None
-    max_loss: str | float | None
+    max_perplexity_increase: str | float | None
     tables: str | Sequence[str]
     tie: Tie
     statistics: Statistics | str | Path | None
@@ -70,7 +70,7 @@ class Asked:
         """Check what can be checked without a model."""
         if self.statistics_batches < 0:
             raise ValueError(f"statistics_batches must be 0 or more, it is {self.statistics_batches}")
-        if self.max_loss is not None:
+        if self.max_perplexity_increase is not None:
             check_predictable(self.method, self.options)
         if self._needs_loss and self.statistics is None and not self.statistics_batches:
             raise ValueError(
@@ -86,8 +86,8 @@ class Asked:
     @property
     def _needs_loss(self) -> str:
         """The argument that can only be followed where it is known what errors cost; nothing if there is none."""
-        if self.max_loss is not None:
-            return f"max_loss={self.max_loss!r}"
+        if self.max_perplexity_increase is not None:
+            return f"max_perplexity_increase={self.max_perplexity_increase!r}"
         return asks_for_loss(self.method, self.options)
 
     def _hindrance(self, module: LightningModule) -> str:
@@ -134,7 +134,11 @@ class Asked:
     def settings(self) -> dict[str, Any]:
         """What is kept in checkpoints of what was asked for."""
         settings: dict[str, Any] = plain({"ratio": self.ratio, "size": self.size, **self.options})
-        return settings if self.max_loss is None else {**settings, "max_loss": self.max_loss}
+        return (
+            settings
+            if self.max_perplexity_increase is None
+            else {**settings, "max_perplexity_increase": self.max_perplexity_increase}
+        )
 
     @cached_property
     def given(self) -> Statistics | None:
@@ -166,9 +170,10 @@ class Asked:
                 chosen = "variant='paper'" if has_variants else "errors are weighed by the frequency of tokens alone"
                 rank_zero_info(f"{self.method}: {chosen}, because {self._hindrance(module)}.")
             return
-        if self.max_loss is not None and not trainer.enable_validation:
+        if self.max_perplexity_increase is not None and not trainer.enable_validation:
             raise ValueError(
-                f"max_loss={self.max_loss!r} measures the perplexity on validation data, and there is none: give the "
+                f"max_perplexity_increase={self.max_perplexity_increase!r} measures the perplexity on validation "
+                "data, and there is none: give the "
                 "Trainer validation data and the module a validation_step, or give a ratio or a size instead"
             )
         if self.given is not None:
@@ -200,7 +205,7 @@ class Asked:
 
     @property
     def _ratio(self) -> float | None:
-        return self.ratio if self.max_loss is None else ANY_RATIO
+        return self.ratio if self.max_perplexity_increase is None else ANY_RATIO
 
     def find_statistics(
         self, trainer: Trainer, module: LightningModule, requests: Sequence[Request], counts: Tensor | None

@@ -79,8 +79,8 @@ class EmbeddingCompression(ScheduledCallback):
         ratio: Dense bytes over stored bytes, for every table; of all tables together where errors are weighed by what
             the loss grows by. Some methods have an option that takes its place, such as `max_rank` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
-        max_loss: Instead of a size, the most that the perplexity on the validation data may grow by when the tables are
-            compressed, `1%` or `0.01`: the smallest tables within it are searched for.
+        max_perplexity_increase: Instead of a size, the most that the perplexity on the validation data may grow by when
+            the tables are compressed, `1%` or `0.01`: the smallest tables within it are searched for.
         at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
         refine_at_epochs: Later epochs at whose start they are solved again, for the table as training has moved it
             plus what the last solution left out of it. That residual is kept in the run's folder, as large as the
@@ -116,7 +116,7 @@ class EmbeddingCompression(ScheduledCallback):
         *,
         ratio: float | None = None,
         size: str | int | None = None,
-        max_loss: str | float | None = None,
+        max_perplexity_increase: str | float | None = None,
         at_epoch: int = 0,
         refine_at_epochs: Sequence[int] = (),
         tables: str | list[str] = "auto",
@@ -131,14 +131,23 @@ class EmbeddingCompression(ScheduledCallback):
     ) -> None:
         """Check what can be checked without a model."""
         super().__init__()
-        check_budget(ratio, size, get_method(method).options(**options), max_loss)
+        check_budget(ratio, size, get_method(method).options(**options), max_perplexity_increase)
         if statistics is not None and token_counts is not None:
             raise ValueError(
                 "give statistics or token_counts, not both: statistics have token counts of their own, those of "
                 "collect_statistics(..., token_counts=...)"
             )
         self._asked = Asked(
-            method, options, ratio, size, max_loss, tables, tie, statistics, statistics_batches, refresh_statistics
+            method,
+            options,
+            ratio,
+            size,
+            max_perplexity_increase,
+            tables,
+            tie,
+            statistics,
+            statistics_batches,
+            refresh_statistics,
         )
         if at_epoch < 0:
             raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
@@ -259,7 +268,7 @@ class EmbeddingCompression(ScheduledCallback):
                     f"keep_reference: {str(kept)!r} is there already, from another run, and would be lost: name "
                     "another folder, or remove it"
                 )
-        show_requests(requests, self._asked.by_loss(module), self._asked.max_loss)
+        show_requests(requests, self._asked.by_loss(module), self._asked.max_perplexity_increase)
 
     def _warn_of_other_settings(self) -> None:
         if self._settings is not None and self._settings != self._asked.settings:
@@ -369,7 +378,7 @@ class EmbeddingCompression(ScheduledCallback):
         self, trainer: Trainer, module: LightningModule, statistics: Statistics, counts: Tensor | None
     ) -> tuple[list[Request], list[Factorization[Any]]]:
         """Requests with the metric of the loss and one budget, and what was found for them if they were tried."""
-        if self._asked.max_loss is None:
+        if self._asked.max_perplexity_increase is None:
             return self._asked.requests_in_loss(module, statistics), []
         shares = self._asked.shares_in_loss(module, statistics)
         sizes = [request.table.shape[0] for request in shares.requests]
@@ -378,7 +387,9 @@ class EmbeddingCompression(ScheduledCallback):
             return validation_perplexity(trainer, module, sizes, self.monitor, "Perplexity, compressed")
 
         dense = self._perplexity["dense"]
-        return search_smallest(module, shares, counts, statistics, self._asked.max_loss, dense, perplexity)
+        return search_smallest(
+            module, shares, counts, statistics, self._asked.max_perplexity_increase, dense, perplexity
+        )
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
         statistics = self._statistics

@@ -21,8 +21,8 @@ class GroupReduce(EmbeddingCompression):
     Args:
         ratio: Dense bytes over stored bytes: of all tables together with `variant="loss"`, of every table with `paper`.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
-        max_loss: Instead of a size, the most that the perplexity on the validation data may grow by, `1%` or `0.01`;
-            with `variant="loss"`.
+        max_perplexity_increase: Instead of a size, the most that the perplexity on the validation data may grow by,
+            `1%` or `0.01`; with `variant="loss"`.
         at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
         refine_at_epochs: Later epochs at whose start they are solved again.
         variant: `paper` is the published algorithm. `loss` weighs errors by what the loss grows by, gives ranks by
@@ -57,7 +57,7 @@ class GroupReduce(EmbeddingCompression):
         *,
         ratio: float | None = None,
         size: str | int | None = None,
-        max_loss: str | float | None = None,
+        max_perplexity_increase: str | float | None = None,
         at_epoch: int = 0,
         refine_at_epochs: Sequence[int] = (),
         variant: Literal["paper", "loss"] | None = None,
@@ -78,7 +78,7 @@ class GroupReduce(EmbeddingCompression):
             "group_reduce",
             ratio=ratio,
             size=size,
-            max_loss=max_loss,
+            max_perplexity_increase=max_perplexity_increase,
             at_epoch=at_epoch,
             refine_at_epochs=refine_at_epochs,
             tables=tables,

@@ -16,7 +16,7 @@ from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import changing_in_training, rewrap, uninterrupted
 from lightning_embcompress.callbacks.reporting import log, show_and_log, write_run_report
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
-from lightning_embcompress.compression.backbone import body_of, freeze_body_ranges
+from lightning_embcompress.compression.backbone import backbone_of, freeze_backbone_ranges
 from lightning_embcompress.compression.distribution import failing_together
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.integrations.checkpoint import keep_structure
@@ -28,7 +28,7 @@ from lightning_embcompress.quantization.aware import (
     check_preparation,
     conversion_report,
     layers_to_prepare,
-    prepare,
+    prepare_qat,
 )
 from lightning_embcompress.tables.replacement import find_tables
 
@@ -39,8 +39,8 @@ class QuantizationAware(ScheduledCallback):
     From its epoch on factors are read as the integers they will become, and the optimizer goes on with the numbers
     behind them; of an embedding only the rows that a step reads are rounded. Codes of `transform_coding`, which keep
     widths of their own, are trained too. Checkpoints of the training are of the numbers, work with `ckpt_path`
-    everywhere and resume exactly; `save_compressed`, `save_pretrained` and `lightning_embcompress.convert` store the
-    integers. Perplexity on the validation data is measured before and after, and written to `report.json` with the
+    everywhere and resume exactly; `save_compressed`, `save_pretrained` and `lightning_embcompress.convert_qat` store
+    the integers. Perplexity on the validation data is measured before and after, and written to `report.json` with the
     bytes after conversion.
 
     In a run that also compresses, this comes last: at the epoch of the last compression or refinement, after it, or
@@ -54,8 +54,8 @@ class QuantizationAware(ScheduledCallback):
         group_size: Neighbouring values of a row that share a scale, 16 to 256.
         scale_dtype: Of the scales, `float16` or `bfloat16`.
         ranges: A group's range is that of its values (`minmax`), or its scale is trained too (`learned`).
-        tables: `auto` for all compressed tables, or names of modules; `[]` for none, with `body`.
-        body: Dtype of all other linear and recurrent weights, `int8`, `int4`, ... in groups of the same size, or
+        tables: `auto` for all compressed tables, or names of modules; `[]` for none, with `backbone`.
+        backbone: Dtype of all other linear and recurrent weights, `int8`, `int4`, ... in groups of the same size, or
             `float16`, `bfloat16`; None to leave them as they are.
         freeze_observers_at: Epoch from whose start on ranges stay what they are; None to let them follow the values.
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by; by default the
@@ -66,7 +66,7 @@ class QuantizationAware(ScheduledCallback):
             later, there is nothing to quantize, or it is quantized already. Nothing is changed then.
 
     Example:
-        >>> callback = QuantizationAware("int4", at_epoch=3, body="int8")
+        >>> callback = QuantizationAware("int4", at_epoch=3, backbone="int8")
         >>> QuantizationAware("int9")
         Traceback (most recent call last):
         ...
@@ -83,17 +83,17 @@ class QuantizationAware(ScheduledCallback):
         scale_dtype: Literal["float16", "bfloat16"] = "float16",
         ranges: Literal["minmax", "learned"] = "minmax",
         tables: str | list[str] = "auto",
-        body: str | None = None,
+        backbone: str | None = None,
         freeze_observers_at: int | None = None,
         monitor: str | None = None,
     ) -> None:
         """Check what can be checked without a model."""
         super().__init__()
         self.quantization = Quantization(_width(bits), group_size, scale_dtype, ranges)
-        if body is not None:
-            storage_of(body, group_size, scale_dtype, ranges)
+        if backbone is not None:
+            storage_of(backbone, group_size, scale_dtype, ranges)
         elif not tables:
-            raise ValueError("there is nothing to quantize: tables is empty, and body is None")
+            raise ValueError("there is nothing to quantize: tables is empty, and backbone is None")
         if at_epoch < 0:
             raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
         if freeze_observers_at is not None and freeze_observers_at < at_epoch:
@@ -103,7 +103,7 @@ class QuantizationAware(ScheduledCallback):
             )
         self.at_epoch = at_epoch
         self.tables = tables
-        self.body = body
+        self.backbone = backbone
         self.freeze_observers_at = freeze_observers_at
         self.monitor = monitor
         self._start_anew()
@@ -119,12 +119,12 @@ class QuantizationAware(ScheduledCallback):
     @property
     def settings(self) -> dict[str, Any]:
         """What was asked for."""
-        return {**vars(self.quantization), "tables": self.tables, "body": self.body}
+        return {**vars(self.quantization), "tables": self.tables, "backbone": self.backbone}
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(at_epoch=self.at_epoch, tables=self.tables, body=self.body)
+        return self._generate_state_key(at_epoch=self.at_epoch, tables=self.tables, backbone=self.backbone)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -185,26 +185,26 @@ class QuantizationAware(ScheduledCallback):
         """Whether what was prepared is what the model has; converted it cannot go on training."""
         assert self._prepared is not None
         tables = {path: factors for paths, factors in compressed_tables(module) for path in paths}
-        body = body_of(module)
+        backbone = backbone_of(module)
         own = [tables[name] for name in self._prepared if name in tables]
         packed = [name for name in self._prepared if name in tables and not tables[name].is_prepared]
-        if self.body is not None and body is not None and body.state == "packed":
-            packed.append(next(iter(body.weights)))
+        if self.backbone is not None and backbone is not None and backbone.state == "packed":
+            packed.append(next(iter(backbone.weights)))
         if packed:
             raise ValueError(
                 f"{', '.join(map(repr, packed))} was converted, and has no numbers left to train: resume from a "
                 "checkpoint of the training, which is not converted"
             )
-        return len(own) == len(self._prepared) and (self.body is None or body is not None)
+        return len(own) == len(self._prepared) and (self.backbone is None or backbone is not None)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         before = [callback for callback in _compressing(trainer) if not callback._compressed]
         if not before:
-            check_preparation(module, self.quantization, self.tables, self.body)
+            check_preparation(module, self.quantization, self.tables, self.backbone)
             return
         # Tables that are compressed first are dense now; what is there already can be checked.
-        if self.body is not None:
-            check_preparation(module, self.quantization, [], self.body)
+        if self.backbone is not None:
+            check_preparation(module, self.quantization, [], self.backbone)
         names = [self.tables] if isinstance(self.tables, str) else self.tables
         if names != ["auto"]:
             compressed = {path for paths, _ in compressed_tables(module) for path in paths}
@@ -240,14 +240,14 @@ class QuantizationAware(ScheduledCallback):
                 rank_zero_info(f"Ranges are frozen from epoch {trainer.current_epoch} on.")
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        check_preparation(module, self.quantization, self.tables, self.body)
+        check_preparation(module, self.quantization, self.tables, self.backbone)
         before = self._measure(trainer, module, "before quantization")
-        tables, weights = layers_to_prepare(module, self.tables, self.body)
+        tables, weights = layers_to_prepare(module, self.tables, self.backbone)
         chosen = set(tables) | set(weights)
         paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path in chosen]
         with uninterrupted():
             with changing_in_training(trainer, module, paths):
-                prepare(module, self.quantization, self.tables, self.body)
+                prepare_qat(module, self.quantization, self.tables, self.backbone)
             self._prepared, self._measured, self._settings = tables, False, self.settings
             self._perplexity = {"epoch": trainer.current_epoch, "before": before, "after": None}
 
@@ -256,8 +256,8 @@ class QuantizationAware(ScheduledCallback):
         for paths, factors in compressed_tables(module):
             if own & set(paths):
                 factors.freeze_ranges()
-        if self.body is not None:
-            freeze_body_ranges(module)
+        if self.backbone is not None:
+            freeze_backbone_ranges(module)
         self._frozen = True
         # DDP waits for gradients of what trained when it was made, and knows the buffers of then.
         rewrap(trainer)
@@ -275,9 +275,9 @@ class QuantizationAware(ScheduledCallback):
 
     def _say(self, report: dict[str, Any]) -> None:
         said = [(f"Table {entry['name']!r} trains", entry) for entry in report["tables"]]
-        if report["body"]:
-            count = report["body"]["weights"]
-            said.append((f"Weights beside the tables ({count}) train", report["body"]))
+        if report["backbone"]:
+            count = report["backbone"]["weights"]
+            said.append((f"Weights beside the tables ({count}) train", report["backbone"]))
         for what, entry in said:
             rank_zero_info(
                 f"{what} for {entry['dtype']}: {entry['stored_bytes'] / 1e6:.3f} MB once converted, "
@@ -359,6 +359,6 @@ def _check_order(trainer: Trainer, own: QuantizationAware) -> None:
             continue
         first, second = ({one.tables} if isinstance(one.tables, str) else set(one.tables) for one in (own, other))
         shared = first & second or (first | second if "auto" in first | second and first and second else set())
-        if shared or (own.body is not None and other.body is not None):
+        if shared or (own.backbone is not None and other.backbone is not None):
             what = f"the tables {sorted(shared)}" if shared else "the weights beside the tables"
-            raise ValueError(f"two callbacks quantize {what}: give them different tables, and body to one of them")
+            raise ValueError(f"two callbacks quantize {what}: give them different tables, and backbone to one of them")

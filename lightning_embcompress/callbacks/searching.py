@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.replacing import uninterrupted
-from lightning_embcompress.compression.budget import Request, parse_loss
+from lightning_embcompress.compression.budget import Request, parse_perplexity_increase
 from lightning_embcompress.compression.distribution import Job, solve_together
 from lightning_embcompress.compression.loss_budget import Shares, smallest_within
 from lightning_embcompress.compression.solution import tried
@@ -25,7 +25,7 @@ def search_smallest(
     shares: Shares,
     counts: Tensor | None,
     statistics: Statistics,
-    max_loss: str | float,
+    max_perplexity_increase: str | float,
     dense: float | None,
     perplexity: Callable[[], float | None],
 ) -> tuple[list[Request], list[Factorization[Any]]]:
@@ -38,7 +38,7 @@ def search_smallest(
         shares: What each table is worth.
         counts: `[vocab_size]` token counts.
         statistics: Of the module.
-        max_loss: Relative increase of the perplexity, `1%` or `0.01`.
+        max_perplexity_increase: Relative increase of the perplexity, `1%` or `0.01`.
         dense: Perplexity of the module as it is.
         perplexity: Measures the module.
 
@@ -50,7 +50,8 @@ def search_smallest(
     """
     if dense is None or not math.isfinite(dense):
         raise ValueError(
-            f"max_loss={max_loss!r} needs the perplexity on the validation data, and that of the model as it is is "
+            f"max_perplexity_increase={max_perplexity_increase!r} needs the perplexity on the validation data, and "
+            "that of the model as it is is "
             f"{'not known' if dense is None else dense}: name a logged loss in nats per token as monitor, or give a "
             "ratio or a size instead"
         )
@@ -66,4 +67,4 @@ def search_smallest(
         rank_zero_info(f"Tables in {size / 1e6:.3f} MB: perplexity {value:.2f} ({value / dense - 1:+.2%}).")
         return math.log(value / dense), (sized, factors)
 
-    return smallest_within(parse_loss(max_loss), shares, measure)[0]
+    return smallest_within(parse_perplexity_increase(max_perplexity_increase), shares, measure)[0]

@@ -21,7 +21,8 @@ class TransformCoding(EmbeddingCompression):
     Args:
         ratio: Dense bytes over stored bytes of all tables together; of every table where there are no statistics.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
-        max_loss: Instead of a size, the most that the perplexity on the validation data may grow by, `1%` or `0.01`.
+        max_perplexity_increase: Instead of a size, the most that the perplexity on the validation data may grow by,
+            `1%` or `0.01`.
         at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
         refine_at_epochs: Later epochs at whose start they are solved again.
         groups: Number of groups to begin with; None or `auto` for the best of 1, 2, 4, ... 32.
@@ -43,7 +44,7 @@ class TransformCoding(EmbeddingCompression):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> callback = TransformCoding(max_loss="1%", at_epoch=4)
+        >>> callback = TransformCoding(max_perplexity_increase="1%", at_epoch=4)
         >>> trainer = Trainer(max_epochs=5, callbacks=[callback], accelerator="cpu", logger=False)
     """
 
@@ -52,7 +53,7 @@ class TransformCoding(EmbeddingCompression):
         *,
         ratio: float | None = None,
         size: str | int | None = None,
-        max_loss: str | float | None = None,
+        max_perplexity_increase: str | float | None = None,
         at_epoch: int = 0,
         refine_at_epochs: Sequence[int] = (),
         groups: int | Literal["auto"] | None = None,
@@ -72,7 +73,7 @@ class TransformCoding(EmbeddingCompression):
             "transform_coding",
             ratio=ratio,
             size=size,
-            max_loss=max_loss,
+            max_perplexity_increase=max_perplexity_increase,
             at_epoch=at_epoch,
             refine_at_epochs=refine_at_epochs,
             tables=tables,

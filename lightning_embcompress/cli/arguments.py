@@ -40,7 +40,7 @@ Options of the methods (`embcompress list` shows them) are given as --option NAM
   embcompress compress gpt2 gpt2-small --method tensor_train --max_rank 4 --text novels/*.txt
   embcompress compress last.ckpt small.ckpt --ratio 6.6 --groups 20 --tables encoder decoder
   embcompress compress my_model my_model-4x --method low_rank --size 80MB --tie untie
-  embcompress compress my_model my_model-1% --method auto --max_loss 1% --text novels/*.txt
+  embcompress compress my_model my_model-1% --method auto --max_perplexity_increase 1% --text novels/*.txt
 """
 _INSPECT = """\
 Show the tables of a model in files: how they are stored, their bytes, and their share of the model's bytes. For a model
@@ -216,7 +216,7 @@ def _compress_parser() -> argparse.ArgumentParser:
     )
     add("--size", help="in place of a ratio, bytes of all tables together, such as 80MB (MB = 1,000,000)")
     add(
-        "--max_loss",
+        "--max_perplexity_increase",
         metavar="INCREASE",
         help="in place of a size, the most that the perplexity on --text may grow by, such as 1%%: the smallest tables "
         "within it are searched for",

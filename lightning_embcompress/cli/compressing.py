@@ -65,7 +65,7 @@ def run_compress(arguments: Arguments) -> int:
         ValueError: If the request cannot be met. Nothing has been written then.
     """
     given = arguments.given
-    _check_method(given.method, given.ratio, given.size, given.max_loss, arguments.options)
+    _check_method(given.method, given.ratio, given.size, given.max_perplexity_increase, arguments.options)
     tokenizer = _check_text(arguments)
     wanted = WantedStatistics.of(arguments)
     opened = open_model(arguments.source, given.dtype, given.trust_source, is_directory(given.tokenizer))
@@ -78,7 +78,7 @@ def run_compress(arguments: Arguments) -> int:
         if given.method == "group_reduce" and wanted is not None:
             request["variant"] = "loss"
         # A limit of the perplexity leaves the size open.
-        ratio = _ANY_RATIO if given.max_loss is not None else given.ratio
+        ratio = _ANY_RATIO if given.max_perplexity_increase is not None else given.ratio
         requests = plan_requests(opened.model, given.method, ratio, given.size, **request)
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
@@ -91,12 +91,12 @@ def run_compress(arguments: Arguments) -> int:
     if wanted is not None:
         statistics = wanted.find(opened.model, None if text is None else text.tokens, counts, tables)
         statistics.check([request.table for request in requests])
-    show_requests(requests, statistics is not None, given.max_loss)
+    show_requests(requests, statistics is not None, given.max_perplexity_increase)
     perplexity: dict[str, Any] = dict.fromkeys(("dense", "compressed"))
     perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
     if text is not None:
         perplexity["dense"] = text.perplexity(opened.model, "dense")
-    sizes = {"ratio": given.ratio, "size": given.size, "max_loss": given.max_loss}
+    sizes = {"ratio": given.ratio, "size": given.size, "max_perplexity_increase": given.max_perplexity_increase}
     evaluate = None if text is None else text.evaluate
     plan = compress(
         opened.model, given.method, **sizes, token_counts=counts, statistics=statistics, evaluate=evaluate, **request
@@ -119,7 +119,7 @@ def type_name(opened: OpenedModel) -> str:
 
 
 def _check_method(
-    name: str, ratio: float | None, size: str | None, max_loss: str | None, options: dict[str, Any]
+    name: str, ratio: float | None, size: str | None, max_perplexity_increase: str | None, options: dict[str, Any]
 ) -> None:
     """Refuse what is wrong whatever the model is."""
     try:
@@ -132,7 +132,7 @@ def _check_method(
                     f"there is no option --{option}, neither of the command (embcompress compress --help) nor of the "
                     f"method {name!r}, which has {listed}"
                 )
-        check_budget(ratio, size, method.options(**options), max_loss)
+        check_budget(ratio, size, method.options(**options), max_perplexity_increase)
     except TypeError as error:
         values = ", ".join(f"{option}={value!r}" for option, value in options.items())
         raise UsageError(f"an option of the method {name!r} is of the wrong type ({values}): {error}") from error

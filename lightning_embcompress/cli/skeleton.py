@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.backbone_files import body_shapes, check_body_tensors, load_body
+from lightning_embcompress.compression.backbone_files import backbone_shapes, check_backbone_tensors, load_backbone
 from lightning_embcompress.compression.plan import Plan, TablePlan, apply_plan
 from lightning_embcompress.compression.records import check_factors, dtype_of
 from lightning_embcompress.layers.compressed import CompressedLayer
@@ -65,11 +65,11 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
     """
     # What layers share may be stored under any of their names.
     check_factors(plan.tables, state, where, complete=False)
-    check_body_tensors(plan.body, state, where)
+    check_backbone_tensors(plan.backbone, state, where)
     state = _cast(state, dtype)
     skeleton = Skeleton()
     compressed = {path: table for table in plan.tables for path in table.modules}
-    beside = body_shapes(nn.Module(), plan.body, {}).keys()
+    beside = backbone_shapes(nn.Module(), plan.backbone, {}).keys()
     tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed) and name not in beside}
     weights: dict[str, Tensor] = {}
     # First, and in the order of the plan, so that tables keep their names: a file may have its tensors in any order.
@@ -91,13 +91,13 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
         skeleton.put(path, _layer(parameters[identity_of(weight)], biases.get(path), is_last))
     for name, tensor in tensors.items():
         skeleton.put(name, tensor)
-    if plan.body is not None:
+    if plan.backbone is not None:
         number = next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.empty(()))
-        for name, shape in plan.body.weights.items():
+        for name, shape in plan.backbone.weights.items():
             skeleton.put(name, nn.Parameter(torch.empty(shape, dtype=number.dtype)))
     apply_plan(skeleton, plan)
     _load_factors(skeleton, plan, state, where)
-    load_body(skeleton, state)
+    load_backbone(skeleton, state)
     return skeleton
 
 

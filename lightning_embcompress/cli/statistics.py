@@ -61,20 +61,24 @@ class WantedStatistics:
             UsageError: If they are needed and cannot be had, or given and not used.
         """
         given, options = arguments.given, arguments.options
-        needs = f"--max_loss {given.max_loss}" if given.max_loss is not None else ""
+        needs = (
+            f"--max_perplexity_increase {given.max_perplexity_increase}"
+            if given.max_perplexity_increase is not None
+            else ""
+        )
         if given.method == AUTOMATIC or options.get("variant") == "loss":
             needs = needs or (f"--method {AUTOMATIC}" if given.method == AUTOMATIC else "--variant loss")
         reads_text = given.text is not None and not given.counts_only
         if not uses_loss(given.method, options):
-            if given.statistics is not None or given.max_loss is not None:
-                option = "--statistics" if given.statistics is not None else "--max_loss"
+            if given.statistics is not None or given.max_perplexity_increase is not None:
+                option = "--statistics" if given.statistics is not None else "--max_perplexity_increase"
                 raise UsageError(
                     f"{option} is for methods that weigh errors by what the loss grows by, and {given.method!r} with "
                     "these options does not: use transform_coding, group_reduce without --variant paper, "
                     "product_quantization, weighted_low_rank or auto"
                 )
             return None
-        if given.max_loss is not None and not reads_text:
+        if given.max_perplexity_increase is not None and not reads_text:
             raise UsageError(f"{needs} measures the perplexity: give a text with --text, without --counts_only")
         file = None if given.statistics is None else Path(os.path.expanduser(given.statistics))
         if file is not None and file.is_file():

@@ -44,7 +44,7 @@ _MOST_ROWS = 2**31
 
 
 @dataclass(frozen=True)
-class Body:
+class Backbone:
     """Which weights beside the tables are quantized, and how.
 
     Attributes:
@@ -65,7 +65,7 @@ class Body:
         return {**record, "dtype": self.storage, "state": self.state}
 
     @classmethod
-    def from_dict(cls, record: Any) -> Body:
+    def from_dict(cls, record: Any) -> Backbone:
         """Read what `to_dict` wrote.
 
         Raises:
@@ -73,28 +73,29 @@ class Body:
         """
         weights = record.get("weights") if isinstance(record, Mapping) else None
         if not isinstance(weights, Mapping) or not 1 <= len(weights) <= _MOST_WEIGHTS:
-            raise ValueError("'body' of the compression plan must have 'weights', shapes by names")
+            raise ValueError("'backbone' of the compression plan must have 'weights', shapes by names")
         for name, shape in weights.items():
             known = isinstance(name, str) and isinstance(shape, list | tuple) and len(shape) == 2
             if not known or not all(type(size) is int and 1 <= size <= _MOST_ROWS for size in shape):
-                raise ValueError(f"'weights' of the body in the compression plan: {str(name)[:80]!r} has no shape")
+                raise ValueError(f"'weights' of the backbone in the compression plan: {str(name)[:80]!r} has no shape")
         shapes = {name: tuple(shape) for name, shape in weights.items()}
         if record.keys() == {"weights", "quantization"}:
             try:
                 return cls(shapes, *Quantization.from_record(record["quantization"]))
             except ValueError as error:
-                raise ValueError(f"'body' of the compression plan: {error}") from error
+                raise ValueError(f"'backbone' of the compression plan: {error}") from error
         dtype, state = record.get("dtype"), record.get("state")
         known = record.keys() == {"weights", "dtype", "state"} and isinstance(dtype, str) and isinstance(state, str)
         if not known or dtype not in HALVES or state not in ("fake", "packed"):
             raise ValueError(
-                "'body' of the compression plan must have a 'quantization', or a 'dtype' of float16 or bfloat16 and a "
+                "'backbone' of the compression plan must have a 'quantization', or a 'dtype' of float16 or bfloat16 "
+                "and a "
                 "'state' of fake or packed"
             )
         return cls(shapes, dtype, state)
 
 
-def body_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def backbone_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights of a model that are linear or recurrent and belong to no table, by their names.
 
     They are those of `nn.Linear`, `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN`, their cells, and `Conv1D` of
@@ -103,7 +104,7 @@ def body_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 8), nn.LSTM(8, 16), nn.Linear(16, 4), nn.Linear(4, 100))
-        >>> list(body_weights(model))
+        >>> list(backbone_weights(model))
         ['1.weight_ih_l0', '1.weight_hh_l0', '2.weight']
     """
     library = sys.modules.get("transformers.pytorch_utils")
@@ -135,7 +136,7 @@ def _vocabulary_sizes(model: nn.Module) -> set[int]:
         return set()
 
 
-def prepare_body(model: nn.Module, storage: Storage) -> Body:
+def prepare_backbone(model: nn.Module, storage: Storage) -> Backbone:
     """Let the weights beside the tables train as they will be once they are stored in fewer bits, in place.
 
     The parameters stay the same objects; their names become those of `torch.nn.utils.parametrize`, and in
@@ -154,30 +155,30 @@ def prepare_body(model: nn.Module, storage: Storage) -> Body:
 
     Example:
         >>> model = nn.LSTM(8, 16)
-        >>> _ = prepare_body(model, Quantization(bits=8))
-        >>> convert_body(model).state
+        >>> _ = prepare_backbone(model, Quantization(bits=8))
+        >>> convert_backbone(model).state
         'packed'
     """
-    weights = check_body_preparation(model, storage)
+    weights = check_backbone_preparation(model, storage)
     lists: dict[int, ParametrizationList] = {}
     for name, weight in weights.items():
         if id(weight) not in lists:
             lists[id(weight)] = parametrized(FakeQuantizedWeight(weight, storage), weight)
         _install(model, name, lists[id(weight)])
     layers_replaced(model)
-    return Body({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
+    return Backbone({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
 
 
-def check_body_preparation(model: nn.Module, storage: Storage) -> dict[str, nn.Parameter]:
-    """Weights that `prepare_body` would prepare; the model is not changed.
+def check_backbone_preparation(model: nn.Module, storage: Storage) -> dict[str, nn.Parameter]:
+    """Weights that `prepare_backbone` would prepare; the model is not changed.
 
     Raises:
-        ValueError: As `prepare_body`.
+        ValueError: As `prepare_backbone`.
     """
-    if (there := body_of(model)) is not None:
+    if (there := backbone_of(model)) is not None:
         done = "packed" if there.state == "packed" else "prepared for quantization"
         raise ValueError(f"the weights beside the tables ({next(iter(there.weights))!r}, ...) are {done} already")
-    weights = body_weights(model)
+    weights = backbone_weights(model)
     if not weights:
         raise ValueError("the model has no linear or recurrent weights beside its tables")
     for name, weight in weights.items():
@@ -194,26 +195,26 @@ def _said(storage: Storage) -> str:
     return f"scales of {storage.scale_dtype}" if isinstance(storage, Quantization) else storage
 
 
-def convert_body(model: nn.Module) -> Body:
+def convert_backbone(model: nn.Module) -> Backbone:
     """Pack the weights that were prepared, in place: afterwards they do not train.
 
     Raises:
         ValueError: If none is prepared.
     """
-    body = body_of(model)
-    if body is None or body.state == "packed":
-        state = "they are packed already" if body is not None else "they were not prepared"
+    backbone = backbone_of(model)
+    if backbone is None or backbone.state == "packed":
+        state = "they are packed already" if backbone is not None else "they were not prepared"
         raise ValueError(f"there are no weights beside the tables to convert: {state}")
     _replace(model, pack)
-    return Body(body.weights, body.storage, "packed")
+    return Backbone(backbone.weights, backbone.storage, "packed")
 
 
 @contextmanager
-def converted_body(model: nn.Module) -> Iterator[None]:
+def converted_backbone(model: nn.Module) -> Iterator[None]:
     """Pack the weights that are prepared for a while: afterwards the model is as it was, and goes on training."""
     before = readings(model)
-    body = body_of(model)
-    if body is None or body.state == "packed":
+    backbone = backbone_of(model)
+    if backbone is None or backbone.state == "packed":
         yield
         return
     try:
@@ -224,7 +225,7 @@ def converted_body(model: nn.Module) -> Iterator[None]:
             _install(model, name, kept)
 
 
-def freeze_body_ranges(model: nn.Module) -> None:
+def freeze_backbone_ranges(model: nn.Module) -> None:
     """Keep the ranges of the weights that are prepared as they are from now on."""
     for kept in readings(model).values():
         reading = kept[0]
@@ -232,7 +233,7 @@ def freeze_body_ranges(model: nn.Module) -> None:
             reading.freeze(kept.original)
 
 
-def body_of(model: nn.Module) -> Body | None:
+def backbone_of(model: nn.Module) -> Backbone | None:
     """Read off a model which of its weights beside the tables are quantized; None if none is."""
     lists = readings(model)
     if not lists:
@@ -242,16 +243,16 @@ def body_of(model: nn.Module) -> Body | None:
     state: State = "packed"
     if isinstance(reading, FakeQuantizedWeight):
         state = "frozen" if reading.frozen else "fake"
-    return Body({name: tuple(shape_of(kept)) for name, kept in lists.items()}, reading.storage, state)
+    return Backbone({name: tuple(shape_of(kept)) for name, kept in lists.items()}, reading.storage, state)
 
 
-def check_body(model: nn.Module, body: Body | None) -> None:
-    """Check that a model has the weights of a body.
+def check_backbone(model: nn.Module, backbone: Backbone | None) -> None:
+    """Check that a model has the weights of a backbone.
 
     Raises:
         ValueError: Naming the first that it has not.
     """
-    for name, shape in {} if body is None else body.weights.items():
+    for name, shape in {} if backbone is None else backbone.weights.items():
         own = _weight_shape(model, name)
         if own is None:
             raise ValueError(
@@ -264,29 +265,29 @@ def check_body(model: nn.Module, body: Body | None) -> None:
             )
 
 
-def apply_body(model: nn.Module, body: Body | None) -> None:
-    """Give a model the structure of a body, ready to be loaded into; None makes it ordinary.
+def apply_backbone(model: nn.Module, backbone: Backbone | None) -> None:
+    """Give a model the structure of a backbone, ready to be loaded into; None makes it ordinary.
 
     Raises:
         ValueError: If the model has no such weights. It is as it was.
     """
-    check_body(model, body)
-    if body_of(model) == body:
+    check_backbone(model, backbone)
+    if backbone_of(model) == backbone:
         return
     _restore(model, fill=False)
-    if body is None:
+    if backbone is None:
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))
     lists: dict[int, ParametrizationList] = {}
-    for name in body.weights:
+    for name in backbone.weights:
         weight = parameters[name]
         if id(weight) not in lists:
-            lists[id(weight)] = empty_weight(weight, body)
+            lists[id(weight)] = empty_weight(weight, backbone)
         _install(model, name, lists[id(weight)])
     layers_replaced(model)
 
 
-def restore_body(model: nn.Module) -> None:
+def restore_backbone(model: nn.Module) -> None:
     """Make the weights beside the tables ordinary parameters again, with the values that are stored."""
     _restore(model, fill=True)
 
@@ -310,11 +311,11 @@ def _weight_shape(model: nn.Module, name: str) -> torch.Size | None:
     return weight.shape if weight is not None and weight.dim() == 2 else None
 
 
-def empty_weight(weight: nn.Parameter, body: Body) -> ParametrizationList:
-    """What reads a weight of a body, ready to be loaded into."""
-    if body.state != "packed":
-        return parametrized(FakeQuantizedWeight(weight, body.storage, body.state == "frozen"), weight)
-    reading = PackedWeight(weight.shape, body.storage, weight.dtype, weight.device)
+def empty_weight(weight: nn.Parameter, backbone: Backbone) -> ParametrizationList:
+    """What reads a weight of a backbone, ready to be loaded into."""
+    if backbone.state != "packed":
+        return parametrized(FakeQuantizedWeight(weight, backbone.storage, backbone.state == "frozen"), weight)
+    reading = PackedWeight(weight.shape, backbone.storage, weight.dtype, weight.device)
     return parametrized(reading, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
 
 

@@ -8,33 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.backbone import Body, empty_weight, prefix_of
+from lightning_embcompress.compression.backbone import Backbone, empty_weight, prefix_of
 from lightning_embcompress.layers.parametrized_weights import PackedWeight, readings, shape_of
 from lightning_embcompress.methods.quantizers.factors import HALVES
 from lightning_embcompress.methods.registry import Quantization
 
 
-def body_shapes(
-    model: nn.Module, body: Body | None, shapes: Mapping[str, tuple[int, ...]]
+def backbone_shapes(
+    model: nn.Module, backbone: Backbone | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's tensors once it has the structure of a body, from those that it has now."""
+    """Shapes of a model's tensors once it has the structure of a backbone, from those that it has now."""
     expected = dict(shapes)
     for name, kept in readings(model).items():
         prefix = prefix_of(name)
         expected = {key: shape for key, shape in expected.items() if not key.startswith(prefix)}
         expected[name] = tuple(shape_of(kept))
-    for name in () if body is None else body.weights:
-        assert body is not None
+    for name in () if backbone is None else backbone.weights:
+        assert backbone is not None
         expected.pop(name, None)
-        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(body, name).items()}
+        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(backbone, name).items()}
     return expected
 
 
-def check_body_tensors(body: Body | None, state: Mapping[str, Any], where: str, complete: bool = True) -> None:
-    """Check the tensors of a body before a model is changed for them.
+def check_backbone_tensors(
+    backbone: Backbone | None, state: Mapping[str, Any], where: str, complete: bool = True
+) -> None:
+    """Check the tensors of a backbone before a model is changed for them.
 
     Args:
-        body: Which weights are quantized in the file.
+        backbone: Which weights are quantized in the file.
         state: A state dict; tensors of other modules are not looked at.
         where: What messages call it.
         complete: Whether all must be there.
@@ -43,9 +45,9 @@ def check_body_tensors(body: Body | None, state: Mapping[str, Any], where: str, 
         ValueError: If a tensor is missing or one too many, of another shape or dtype, or has values that are not
             finite.
     """
-    for name in () if body is None else body.weights:
-        assert body is not None
-        expected = _expected(body, name)
+    for name in () if backbone is None else backbone.weights:
+        assert backbone is not None
+        expected = _expected(backbone, name)
         found = {key: value for key, value in state.items() if key.startswith(prefix_of(name)) or key == name}
         if not found and not complete:
             continue
@@ -57,31 +59,31 @@ def check_body_tensors(body: Body | None, state: Mapping[str, Any], where: str, 
                 raise ValueError(f"{where} does not fit its plan: {key!r} is not a tensor of {list(tensor.shape)}")
             if tensor.dtype == torch.uint8 and value.dtype != torch.uint8:
                 raise ValueError(f"{where} is damaged: {key!r} holds {value.dtype} instead of packed bytes (uint8)")
-            if not _is_finite(value, tensor, body, key):
+            if not _is_finite(value, tensor, backbone, key):
                 raise ValueError(f"{where} has NaN or infinite values in {key!r}: take an earlier one")
 
 
-def _is_finite(value: Tensor, expected: Tensor, body: Body | None, key: str) -> bool:
-    assert body is not None
+def _is_finite(value: Tensor, expected: Tensor, backbone: Backbone | None, key: str) -> bool:
+    assert backbone is not None
     if expected.dtype == torch.uint8:
-        numbers = body.storage if isinstance(body.storage, str) else body.storage.scale_dtype
-        if isinstance(body.storage, Quantization) and key.endswith("original0"):
+        numbers = backbone.storage if isinstance(backbone.storage, str) else backbone.storage.scale_dtype
+        if isinstance(backbone.storage, Quantization) and key.endswith("original0"):
             return True
         value = value.contiguous().view(HALVES[numbers])
     return value.is_meta or bool(value.isfinite().all())
 
 
-def _expected(body: Body, name: str) -> dict[str, Tensor]:
-    empty = empty_weight(nn.Parameter(torch.empty(body.weights[name], device="meta")), body)
+def _expected(backbone: Backbone, name: str) -> dict[str, Tensor]:
+    empty = empty_weight(nn.Parameter(torch.empty(backbone.weights[name], device="meta")), backbone)
     return {prefix_of(name) + key: tensor for key, tensor in empty.state_dict().items()}
 
 
-def load_body(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the tensors of quantized weights alone.
 
     Args:
-        model: A model that has the structure of its body already.
-        state: Tensors that `check_body_tensors` has seen.
+        model: A model that has the structure of its backbone already.
+        state: Tensors that `check_backbone_tensors` has seen.
     """
     for name, kept in readings(model).items():
         prefix = prefix_of(name)

@@ -129,25 +129,28 @@ def parse_size(size: str | int) -> int:
     return int(number)
 
 
-def parse_loss(max_loss: str | float) -> float:
+def parse_perplexity_increase(max_perplexity_increase: str | float) -> float:
     """Nats that a relative increase of the perplexity is: `1%` or `0.01` is `log 1.01`.
 
     Raises:
         ValueError: If it cannot be read or is not positive.
 
     Example:
-        >>> round(parse_loss("1%"), 5)
+        >>> round(parse_perplexity_increase("1%"), 5)
         0.00995
     """
-    match = _LOSS.fullmatch(str(max_loss))
+    match = _LOSS.fullmatch(str(max_perplexity_increase))
     number = float(match.group(1)) / (100 if match.group(2) else 1) if match else 0.0
     if not 0 < number < math.inf:
-        raise ValueError(f"max_loss must be an increase of the perplexity such as '1%' or 0.01, it is {max_loss!r}")
+        raise ValueError(
+            f"max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is "
+            f"{max_perplexity_increase!r}"
+        )
     return math.log1p(number)
 
 
 def check_budget(
-    ratio: float | None, size: str | int | None, options: Options, max_loss: str | float | None = None
+    ratio: float | None, size: str | int | None, options: Options, max_perplexity_increase: str | float | None = None
 ) -> None:
     """Check that a budget is given in exactly one way.
 
@@ -155,12 +158,12 @@ def check_budget(
         ratio: Dense bytes over stored bytes.
         size: Bytes.
         options: Of the method: some of them say how large the factors are.
-        max_loss: Relative increase of the perplexity.
+        max_perplexity_increase: Relative increase of the perplexity.
 
     Raises:
         ValueError: If it is given in no way or in several, or the value is out of its range.
     """
-    given: dict[str, Any] = {"ratio": ratio, "size": size, "max_loss": max_loss}
+    given: dict[str, Any] = {"ratio": ratio, "size": size, "max_perplexity_increase": max_perplexity_increase}
     given |= {name: getattr(options, name) for name in options.size_options}
     if len([value for value in given.values() if value is not None]) != 1:
         names = list(given)
@@ -170,8 +173,8 @@ def check_budget(
         raise ValueError(f"ratio must be above 1 (dense bytes over stored bytes), it is {ratio!r}")
     if size is not None:
         parse_size(size)
-    if max_loss is not None:
-        parse_loss(max_loss)
+    if max_perplexity_increase is not None:
+        parse_perplexity_increase(max_perplexity_increase)
 
 
 def plan_requests(

@@ -135,7 +135,7 @@ def check_known(method: str, options: Mapping[str, Any], statistics: Statistics 
 
 
 def check_predictable(method: str, options: dict[str, Any]) -> None:
-    """Refuse `max_loss` for what does not predict what the loss grows by.
+    """Refuse `max_perplexity_increase` for what does not predict what the loss grows by.
 
     Args:
         method: Name in `METHODS`, or `auto`.
@@ -146,7 +146,8 @@ def check_predictable(method: str, options: dict[str, Any]) -> None:
     """
     if not uses_loss(method, options):
         raise ValueError(
-            f"max_loss cannot be predicted for method {method!r} with these options: use 'transform_coding', "
+            f"max_perplexity_increase cannot be predicted for method {method!r} with these options: use "
+            "'transform_coding', "
             "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
         )
 
@@ -283,7 +284,8 @@ def smallest_within(
             break
     if best is None:
         raise ValueError(
-            f"max_loss: the perplexity grows by {math.expm1(lowest):.2%} at least with this method and options, above "
+            f"max_perplexity_increase: the perplexity grows by {math.expm1(lowest):.2%} at least with this method "
+            "and options, above "
             f"the limit of {math.expm1(limit):.2%}: allow more, or use method={AUTOMATIC!r} or 'transform_coding'"
         )
     return best[1], best[2]

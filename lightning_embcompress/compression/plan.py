@@ -11,14 +11,20 @@ import torch
 from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.compression.backbone import Body, apply_body, body_of, check_body, restore_body
+from lightning_embcompress.compression.backbone import (
+    Backbone,
+    apply_backbone,
+    backbone_of,
+    check_backbone,
+    restore_backbone,
+)
 from lightning_embcompress.compression.budget import (
     Request,
     Tie,
     check_budget,
     check_tables_and_counts,
     checked_requests,
-    parse_loss,
+    parse_perplexity_increase,
 )
 from lightning_embcompress.compression.loss_budget import (
     ANY_RATIO,
@@ -42,8 +48,9 @@ from lightning_embcompress.tables.replacement import (
 )
 from lightning_embcompress.utils.storage import check_whole
 
-PLAN_VERSION = 4
-"""Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`."""
+PLAN_VERSION = 5
+"""Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`; version 5
+calls that `backbone`."""
 _ADDED: dict[str, Any] = {"untied": None, "predicted_loss": None}
 
 
@@ -109,12 +116,12 @@ class Plan:
     Attributes:
         tables: One entry a table.
         version: Version of the format.
-        body: Which weights beside the tables are quantized; None if none is.
+        backbone: Which weights beside the tables are quantized; None if none is.
     """
 
     tables: tuple[TablePlan, ...] = field(default_factory=tuple)
     version: int = PLAN_VERSION
-    body: Body | None = None
+    backbone: Backbone | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -140,8 +147,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON."""
         tables = [{**vars(table), "modules": list(table.modules)} for table in self.tables]
-        body = {} if self.body is None else {"body": self.body.to_dict()}
-        return {"version": self.version, "tables": tables, **body}
+        backbone = {} if self.backbone is None else {"backbone": self.backbone.to_dict()}
+        return {"version": self.version, "tables": tables, **backbone}
 
     @classmethod
     def from_dict(cls, record: Any) -> Plan:
@@ -161,15 +168,17 @@ class Plan:
                 f"the compression plan has version {shown(version)}, this package reads versions up to {PLAN_VERSION}: "
                 "upgrade lightning-embcompress"
             )
+        if version < 5 and "body" in record:
+            record = {"backbone": record["body"], **{key: value for key, value in record.items() if key != "body"}}
         # The configuration of a model of transformers says beside the plan by whom it is read.
-        if unknown := record.keys() - {"version", "tables", "body", "quant_method"}:
+        if unknown := record.keys() - {"version", "tables", "backbone", "quant_method"}:
             raise ValueError(f"the compression plan has unknown keys {shown(sorted(map(str, unknown)))}: it is damaged")
         names = set(TablePlan.__dataclass_fields__)
         if not isinstance(tables, list):
             raise ValueError(f"not a compression plan: 'tables' must be a list, it is {shown(tables)}")
         entries = []
         for entry in tables:
-            if version < PLAN_VERSION and isinstance(entry, Mapping):
+            if version < 4 and isinstance(entry, Mapping):
                 entry = {**_ADDED, **entry}
             if not isinstance(entry, Mapping) or set(entry) != names:
                 raise ValueError(
@@ -177,8 +186,10 @@ class Plan:
                 )
             entries.append(entry)
         check_tables(entries)
-        body = None if record.get("body") is None else Body.from_dict(record["body"])
-        return cls(tuple(TablePlan(**{**entry, "modules": tuple(entry["modules"])}) for entry in entries), body=body)
+        backbone = None if record.get("backbone") is None else Backbone.from_dict(record["backbone"])
+        return cls(
+            tuple(TablePlan(**{**entry, "modules": tuple(entry["modules"])}) for entry in entries), backbone=backbone
+        )
 
 
 def compress(
@@ -187,7 +198,7 @@ def compress(
     *,
     ratio: float | None = None,
     size: str | int | None = None,
-    max_loss: str | float | None = None,
+    max_perplexity_increase: str | float | None = None,
     tables: str | Sequence[str] = "auto",
     tie: Tie = "keep",
     token_counts: Any = None,
@@ -206,8 +217,8 @@ def compress(
         ratio: Dense bytes over stored bytes, for every table; with statistics, of all tables together. Some methods
             have an option that takes its place, such as `max_rank=4` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `"80MB"` (MB = 10⁶) or a number.
-        max_loss: Instead of a size, the most that the perplexity may grow by, `"1%"` or `0.01`: the smallest model
-            within it is searched for. Needs `statistics` and `evaluate`.
+        max_perplexity_increase: Instead of a size, the most that the perplexity may grow by, `"1%"` or `0.01`: the
+            smallest model within it is searched for. Needs `statistics` and `evaluate`.
         tables: `"auto"`, or paths of modules, see `find_tables`.
         tie: What becomes of a table that embedding and softmax share. `"keep"`: one set of factors serves both.
             `"untie"`: each gets its own, of half the bytes. `"auto"`: whichever leaves the lower predicted loss at
@@ -216,7 +227,7 @@ def compress(
             weight by frequency, where there are no statistics.
         statistics: What `collect_statistics` has found for this model: methods that can, minimise what the loss grows
             by, all tables share one budget, and biases of heads make up for the mean error of their logits.
-        evaluate: For `max_loss`: measures the perplexity of the model on validation data.
+        evaluate: For `max_perplexity_increase`: measures the perplexity of the model on validation data.
         **options: Options of the method, such as `groups=20`.
 
     Returns:
@@ -233,12 +244,12 @@ def compress(
         [('0', True), ('1', True)]
     """
     check_whole(model, "compressed")
-    _check_loss(method, ratio, size, max_loss, statistics, evaluate, options)
+    _check_loss(method, ratio, size, max_perplexity_increase, statistics, evaluate, options)
     if statistics is None or not uses_loss(method, options):
         requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
         return _replace(model, solve_all(requests, counts), None)
     counts = statistics.token_counts
-    if max_loss is None:
+    if max_perplexity_increase is None:
         requests = requests_in_loss(model, statistics, method, ratio, size, tables, tie, **options)
         check_tables_and_counts(requests, counts)
         return _replace(model, solve_all(requests, counts), statistics)
@@ -252,20 +263,27 @@ def compress(
         with tried(model, solved, statistics):
             return math.log(evaluate(model)) - dense, solved
 
-    solved, _ = smallest_within(parse_loss(max_loss), shares, measure)
+    solved, _ = smallest_within(parse_perplexity_increase(max_perplexity_increase), shares, measure)
     return _replace(model, solved, statistics)
 
 
 def _check_loss(
-    method: str, ratio: Any, size: Any, max_loss: Any, statistics: Any, evaluate: Any, options: dict[str, Any]
+    method: str,
+    ratio: Any,
+    size: Any,
+    max_perplexity_increase: Any,
+    statistics: Any,
+    evaluate: Any,
+    options: dict[str, Any],
 ) -> None:
     check_known(method, options, statistics)
-    if max_loss is None:
+    if max_perplexity_increase is None:
         return
-    check_budget(ratio, size, get_method(method).options(**options), max_loss)
+    check_budget(ratio, size, get_method(method).options(**options), max_perplexity_increase)
     if statistics is None or evaluate is None:
         raise ValueError(
-            "max_loss needs statistics, as collect_statistics(model, batches) gives them, to predict sizes, and "
+            "max_perplexity_increase needs statistics, as collect_statistics(model, batches) gives them, to predict "
+            "sizes, and "
             "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
         )
     check_predictable(method, options)
@@ -297,7 +315,7 @@ def plan_of(model: nn.Module) -> Plan:
             )
             for paths, factors in compressed_tables(model)
         ),
-        body=body_of(model),
+        backbone=backbone_of(model),
     )
 
 
@@ -318,7 +336,7 @@ def densify(model: nn.Module) -> None:
     """
     check_whole(model, "made dense")
     restore_dense(model)
-    restore_body(model)
+    restore_backbone(model)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -347,7 +365,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     restore_dense(model, fill=False)
     for table, factorization in zip(plan.tables, factorizations, strict=True):
         replace_table(model, table.modules, factorization)
-    apply_body(model, plan.body)
+    apply_backbone(model, plan.backbone)
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
@@ -358,7 +376,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """
     named = all_modules(model)
     owned = tuple(f"{path}." for table in plan.tables for path in table.modules)
-    for name in plan.body.weights if plan.body is not None else ():
+    for name in plan.backbone.weights if plan.backbone is not None else ():
         if name.startswith(owned):
             raise ValueError(
                 f"the plan is damaged: it names {shown(name)} among the weights beside the tables, but it is one of a "
@@ -378,7 +396,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                     f"the plan's table {path!r} is {shape[0]} x {shape[1]}, the model's is {own[0]} x {own[1]}: build "
                     "the model with the vocabulary and the sizes that the checkpoint was trained with"
                 )
-    check_body(model, plan.body)
+    check_backbone(model, plan.backbone)
 
 
 def _table_shape(module: nn.Module) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as ScreenTable
 from torch import nn
 
-from lightning_embcompress.compression.budget import Request, parse_loss
+from lightning_embcompress.compression.budget import Request, parse_perplexity_increase
 from lightning_embcompress.compression.plan import Plan, TablePlan, plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import model_bytes
@@ -76,14 +76,14 @@ def _finite(value: Any) -> Any:
 
 @rank_zero_only
 def show_requests(
-    requests: Sequence[Request], shares_budget: bool = False, max_loss: str | float | None = None
+    requests: Sequence[Request], shares_budget: bool = False, max_perplexity_increase: str | float | None = None
 ) -> None:
     """Print what the tables are now and how small they will be.
 
     Args:
         requests: What is to become of which table.
         shares_budget: Whether only all tables together have a size.
-        max_loss: Relative increase of the perplexity that decides the size, if it does.
+        max_perplexity_increase: Relative increase of the perplexity that decides the size, if it does.
     """
     screen = ScreenTable("table", "method", "shape", "MB now", "MB at most", "ratio", title="Tables to compress")
     for request in requests:
@@ -100,8 +100,8 @@ def show_requests(
             sum(sizes) for sizes in zip(*((r.table.weight.nbytes, r.max_bytes) for r in requests), strict=True)
         )
         asked = [f"{most / 1e6:.3f}", f"{now / most:.2f}x"]
-        if max_loss is not None:
-            asked = [f"perplexity {math.expm1(parse_loss(max_loss)):+.2%}", ""]
+        if max_perplexity_increase is not None:
+            asked = [f"perplexity {math.expm1(parse_perplexity_increase(max_perplexity_increase)):+.2%}", ""]
         screen.add_section()
         screen.add_row("all together", "", "", f"{now / 1e6:.3f}", *asked)
     _print(screen)

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_embcompress.compression.backbone import body_of
-from lightning_embcompress.compression.backbone_files import check_body_tensors
+from lightning_embcompress.compression.backbone import backbone_of
+from lightning_embcompress.compression.backbone_files import check_backbone_tensors
 from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.integrations.checkpoint_io import check_whole_file, read_without_tensors
@@ -31,10 +31,12 @@ _Module = TypeVar("_Module", bound=LightningModule)
 def write_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Record the structure of a module in its checkpoint, if any of it is compressed."""
     plan = plan_of(module)
-    if plan.tables or plan.body:
+    if plan.tables or plan.backbone:
         tables = [replace(table, modules=tuple(map(_unwrapped, table.modules))) for table in plan.tables]
-        body = plan.body and replace(plan.body, weights={_unwrapped(n): s for n, s in plan.body.weights.items()})
-        checkpoint[RECORD_KEY] = replace(plan, tables=tuple(tables), body=body).to_dict()
+        backbone = plan.backbone and replace(
+            plan.backbone, weights={_unwrapped(n): s for n, s in plan.backbone.weights.items()}
+        )
+        checkpoint[RECORD_KEY] = replace(plan, tables=tuple(tables), backbone=backbone).to_dict()
 
 
 def restore_structure(
@@ -71,7 +73,7 @@ def restore_structure(
     check_plan(module, plan)
     if state:
         check_factors(plan.tables, state, where, complete)
-        check_body_tensors(plan.body, state, where, complete)
+        check_backbone_tensors(plan.backbone, state, where, complete)
     if plan != plan_of(module):
         apply_plan(module, plan)
 
@@ -109,10 +111,11 @@ def _check_record_is_there(module: nn.Module, state: Mapping[str, Any]) -> None:
                 "without the callback. Load it with model.load_state_dict into a model that was compressed in the same "
                 "way, and call keep_structure(model) before you train a model that was compressed by hand"
             )
-    body = body_of(module)
-    if body is not None and not body.weights.keys() & state.keys():
+    backbone = backbone_of(module)
+    if backbone is not None and not backbone.weights.keys() & state.keys():
         raise ValueError(
-            f"the checkpoint has no weight {next(iter(body.weights))!r}, and does not say how it is quantized: it was "
+            f"the checkpoint has no weight {next(iter(backbone.weights))!r}, and does not say how it is quantized: "
+            "it was "
             "saved without the callback. Load it with model.load_state_dict into a model that was quantized likewise"
         )
 

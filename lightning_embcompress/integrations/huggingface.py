@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.backbone import body_of
+from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import Factorization
@@ -38,7 +38,7 @@ def follow(root: nn.Module) -> None:
         root: The module in which layers were replaced.
     """
     for model in pretrained_models(root).values():
-        if _factorizations(model) or body_of(model) is not None:
+        if _factorizations(model) or backbone_of(model) is not None:
             _hook(model)
             _declare_ties(model, root)
         elif _DENSE_TIES in model.__dict__:
@@ -107,7 +107,7 @@ class _SaveHook(_Hook):
         if state_dict is not None and is_prepared(self.model):
             raise ValueError(
                 "the model is prepared for quantization, and a state_dict of numbers has no integers: call "
-                "save_pretrained without a state_dict, or convert(model) before"
+                "save_pretrained without a state_dict, or convert_qat(model) before"
             )
         with converted(self.model):
             state = self.model.state_dict() if state_dict is None else state_dict

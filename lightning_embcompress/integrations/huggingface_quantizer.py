@@ -48,7 +48,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         Raises:
             ValueError: If the configuration holds no plan that can be read, or one for another model.
         """
-        from lightning_embcompress.compression.backbone import apply_body
+        from lightning_embcompress.compression.backbone import apply_backbone
         from lightning_embcompress.compression.plan import Plan, check_plan
         from lightning_embcompress.integrations import huggingface
         from lightning_embcompress.tables.replacement import replace_table
@@ -67,7 +67,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
             # missing, and overwrite what was read. So only the first layer has the factors while they are loaded.
             for path in table.modules[1:]:
                 del model.get_submodule(path).factorization
-        apply_body(model, self.plan.body)
+        apply_backbone(model, self.plan.backbone)
         huggingface.follow(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -130,16 +130,16 @@ def _fitted(plan: Plan, model: Any) -> Plan:
             taken.update(paths)
     tables = zip(plan.tables, placed, strict=True)
     fitted = replace(plan, tables=tuple(replace(table, modules=tuple(paths)) for table, paths in tables if paths))
-    if plan.body is None:
+    if plan.backbone is None:
         return fitted
     known = dict(model.named_parameters(remove_duplicate=False))
     weights = {}
-    for name, shape in plan.body.weights.items():
+    for name, shape in plan.backbone.weights.items():
         own = next((one for one in (name, base + name, name.removeprefix(base)) if one in known), None)
         # One outside of the base model belongs to a head that this model may not have.
         if own is not None or name.startswith(base):
             weights[own or name] = shape
-    return replace(fitted, body=replace(plan.body, weights=weights) if weights else None)
+    return replace(fitted, backbone=replace(plan.backbone, weights=weights) if weights else None)
 
 
 def _is_missing(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.backbone_files import body_shapes, check_body_tensors
+from lightning_embcompress.compression.backbone_files import backbone_shapes, check_backbone_tensors
 from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.compression.records import check_factors, dtype_of, shown
 from lightning_embcompress.integrations import huggingface
@@ -301,7 +301,7 @@ def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mappi
             expected = _without(expected, f"{path}.weight")
             for name, tensor in factorization.state_dict().items():
                 expected[f"{path}.factorization.{name}"] = tuple(tensor.shape)
-    expected = body_shapes(model, plan.body, expected)
+    expected = backbone_shapes(model, plan.backbone, expected)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -310,7 +310,7 @@ def _check_tensors(directory: Path, model: nn.Module, plan: Plan, tensors: Mappi
                 f"and {expected.get(name, 'missing')} in the model"
             )
     check_factors(plan.tables, tensors, repr(str(directory / WEIGHTS_FILE)))
-    check_body_tensors(plan.body, tensors, repr(str(directory / WEIGHTS_FILE)))
+    check_backbone_tensors(plan.backbone, tensors, repr(str(directory / WEIGHTS_FILE)))
 
 
 def _without(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:

@@ -143,8 +143,8 @@ def shard_tables(module: nn.Module, **options: Any) -> None:
     """Make every compressed table of a module a unit of FSDP2, which is gathered whenever rows or logits are computed.
 
     A table is gathered by `factorization.rows` and `factorization.logits` themselves, so it can be shared by an
-    embedding and a softmax, and read outside of their `forward`, as by a sampled softmax or `factorization.dense()`;
-    by all processes alike, as they exchange the shards. Without it:
+    embedding and a softmax, and read outside of their `forward`, as by a sampled softmax or
+    `factorization.materialize()`; by all processes alike, as they exchange the shards. Without it:
 
     - A table belongs to the unit of the module above, such as the LightningModule. It can be tied, but is only there
       while `forward` of that module runs; if `training_step` reads it otherwise, "got mixed torch.Tensor and DTensor"

@@ -32,7 +32,7 @@ class CompressedLayer(nn.Module):
             stored = type(self._modules.get("factorization")).__name__
             raise AttributeError(
                 f"{type(self).__name__} has no weight: the table is stored as {stored}. Call the layer, read single "
-                "rows with `.factorization.rows(ids)`, or build the whole table with `.factorization.dense()`"
+                "rows with `.factorization.rows(ids)`, or build the whole table with `.factorization.materialize()`"
             )
         return super().__getattr__(name)
 
@@ -149,19 +149,22 @@ class CompressedLinear(CompressedLayer):
     def forward(self, input: Tensor, *, as_kept: bool = False) -> Tensor:
         """Logits of hidden states, `[*, in_features] -> [*, out_features]`.
 
-        With `as_kept` they stay in the order in which the factorization keeps its rows, see `Factorization.kept_at`.
+        With `as_kept` they stay in the order in which the factorization keeps its rows, see
+        `Factorization.storage_order`.
         """
         if self.best is not None and not torch.is_grad_enabled():
             found = self.topk(input, self.best)
             none = found.logits.new_full((*input.shape[:-1], self.out_features), -torch.inf)
             return none.scatter_(-1, found.ids, found.logits)
-        logits: Tensor = self.factorization.logits_as_kept(input) if as_kept else self.factorization.logits(input)
+        logits: Tensor = (
+            self.factorization.logits_in_storage_order(input) if as_kept else self.factorization.logits(input)
+        )
         if self.bias is None:
             return logits
         bias: Tensor = self.bias
-        kept_at = self.factorization.kept_at if as_kept else None
-        if kept_at is not None:
-            bias = torch.empty_like(bias).index_copy(0, kept_at, bias)
+        storage_order = self.factorization.storage_order if as_kept else None
+        if storage_order is not None:
+            bias = torch.empty_like(bias).index_copy(0, storage_order, bias)
         # Under autocast the logits are narrower than the bias: as in `nn.Linear`, their dtype is the result's.
         return logits + bias.to(logits.dtype)
 

@@ -211,10 +211,10 @@ def distilled_head_loss(
     """
     flat, ids = hidden.flatten(0, -2), targets.flatten()
     # All logits of a teacher are in the order of ids.
-    kept_at = None if teacher.ids is None else kept_order(head)
-    if kept_at is not None and teacher.ids is not None:
-        ids = kept_targets(ids, kept_at)
-        teacher = teacher._replace(ids=kept_at[teacher.ids])
+    storage_order = None if teacher.ids is None else kept_order(head)
+    if storage_order is not None and teacher.ids is not None:
+        ids = kept_targets(ids, storage_order)
+        teacher = teacher._replace(ids=storage_order[teacher.ids])
     parts: list[tuple[Tensor, Tensor]] = []
 
     def summed(logits: Tensor, part: slice, gradient: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def distilled_head_loss(
         parts.append((terms[0], terms[1]))
         return total
 
-    total = head_loss_sum(head, flat, summed, chunk_tokens, as_kept=kept_at is not None)
+    total = head_loss_sum(head, flat, summed, chunk_tokens, as_kept=storage_order is not None)
     cross_entropy, divergence = (torch.stack(terms).sum() for terms in zip(*parts, strict=True))
     return _means(total, cross_entropy, divergence, ids)
 

@@ -98,15 +98,15 @@ def head_softmax_loss(
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         if chunk_tokens is None and _is_too_wide(head):
             return fused_cross_entropy(head, flat, ids, reduction="sum") / count.clamp(min=1), count
-        kept_at = kept_order(head)
-        if kept_at is not None:
-            ids = kept_targets(ids, kept_at)
+        storage_order = kept_order(head)
+        if storage_order is not None:
+            ids = kept_targets(ids, storage_order)
         loss = head_loss_sum(
             head,
             flat,
             lambda logits, part, out: summed_loss(logits, ids[part], out),
             chunk_tokens,
-            as_kept=kept_at is not None,
+            as_kept=storage_order is not None,
             divisor=count.clamp(min=1),
         )
         return loss, count
@@ -118,14 +118,14 @@ def kept_order(head: nn.Module) -> Tensor | None:
 
     Nor if it has hooks, which are to see the logits as they are outside of a loss.
     """
-    return head.factorization.kept_at if _is_compressed(head) else None
+    return head.factorization.storage_order if _is_compressed(head) else None
 
 
-def kept_targets(targets: Tensor, kept_at: Tensor) -> Tensor:
+def kept_targets(targets: Tensor, storage_order: Tensor) -> Tensor:
     """Targets by where their rows are kept, see `kept_order`; those that are ignored stay what they are."""
     scored = targets.ne(IGNORE_INDEX)
     # Not by indexing, which takes -1 for the last one.
-    return torch.where(scored, kept_at.index_select(0, torch.where(scored, targets, 0)), IGNORE_INDEX)
+    return torch.where(scored, storage_order.index_select(0, torch.where(scored, targets, 0)), IGNORE_INDEX)
 
 
 def _is_compressed(head: nn.Module) -> TypeGuard[CompressedLinear]:

@@ -107,12 +107,12 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
         """
 
     @property
-    def kept_at(self) -> Tensor | None:
+    def storage_order(self) -> Tensor | None:
         """`[vocab_size]` where the row of every id is kept; None where it is the id itself."""
         return None
 
-    def logits_as_kept(self, hidden: Tensor) -> Tensor:
-        """The same product in the order in which the rows are kept: column `kept_at[i]` is that of id `i`.
+    def logits_in_storage_order(self, hidden: Tensor) -> Tensor:
+        """The same product in the order in which the rows are kept: column `storage_order[i]` is that of id `i`.
 
         Of many states bringing all logits into the order of ids, and their gradients back, can take as long as the
         product itself: a loss looks for its targets where they are.
@@ -217,7 +217,7 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
         return next(module.unit for module in self.modules() if isinstance(module, PackedFactor))
 
     @torch.no_grad()
-    def dense(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """The whole table, `[vocab_size, dim]`: for leaving the compressed form, never for using it."""
         out = torch.empty(self.vocab_size, self.dim, dtype=self.dtype, device=self.device)
         for chunk in row_chunks(self.vocab_size, self.dim):

@@ -155,17 +155,17 @@ class RowBlocks(Factorization[OptionsT]):
         return maker.made() if self.in_order else maker.made(self.order, self.position)
 
     @property
-    def kept_at(self) -> Tensor | None:
-        """See `Factorization.kept_at`."""
+    def storage_order(self) -> Tensor | None:
+        """See `Factorization.storage_order`."""
         return None if self.in_order else self.position
 
     @abstractmethod
-    def logits_as_kept(self, hidden: Tensor) -> Tensor:
-        """`h Wᵀ` in block order, see `Factorization.logits_as_kept`."""
+    def logits_in_storage_order(self, hidden: Tensor) -> Tensor:
+        """`h Wᵀ` in block order, see `Factorization.logits_in_storage_order`."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""
-        blocks = self.logits_as_kept(hidden)
+        blocks = self.logits_in_storage_order(hidden)
         if self.in_order:
             return blocks
         if is_exporting():

@@ -17,7 +17,7 @@ from lightning_embcompress.methods.quantizers.factors import (
     Quantization,
     State,
     in_place_of,
-    whole,
+    materialize,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class QuantizationStates(nn.Module):
         """All factors, in the order of `parameters()` of those that are not quantized; see `whole`."""
         own = [parameter for parameter in self._parameters.values() if parameter is not None]
         parts = [part for child in self.children() for part in _parts(child)]
-        return [whole(factor, sparse) for factor in [*own, *parts]]
+        return [materialize(factor, sparse) for factor in [*own, *parts]]
 
     @property
     def may_train(self) -> bool:
@@ -185,7 +185,7 @@ class QuantizationStates(nn.Module):
         values = {}
         for name, child in self._modules.items():
             for index, part in enumerate(_parts(child)):
-                values[f"{name}.{index}" if isinstance(child, _LISTS) else name] = whole(part)
+                values[f"{name}.{index}" if isinstance(child, _LISTS) else name] = materialize(part)
         return cast("Factorization[Any]", plain), values
 
     def freeze_ranges(self) -> None:

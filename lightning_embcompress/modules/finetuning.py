@@ -57,9 +57,9 @@ class CompressedLanguageModel(LanguageModel):
       from drifting; alone it is a decomposition by gradient descent.
 
     Nothing of the teacher is trained, or kept in checkpoints but its path: a run that is resumed finds it there again,
-    or is given it as a module again. With ``teacher_shares_body`` only its tables are kept, and they are read over the
-    model's own body, of which there is no copy; that body must not be trained, for then it would no longer be that of
-    the original and the teacher would move with its student.
+    or is given it as a module again. With ``teacher_shares_backbone`` only its tables are kept, and they are read over
+    the model's own backbone, of which there is no copy; that backbone must not be trained, for then it would no longer
+    be that of the original and the teacher would move with its student.
 
     The model keeps its own ways: an LSTM's state is carried over from batch to batch (also the teacher's, and over a
     resumed epoch), batches are what the model takes, the hooks of a module of another class are called. Its optimizer
@@ -80,8 +80,8 @@ class CompressedLanguageModel(LanguageModel):
         weights: Where ``model`` is a module, what is loaded into it: a checkpoint of its class, or a directory that
             ``save_compressed`` or ``save_pretrained`` has written, compressed or not.
         teacher: The dense original, a path or a module as ``model``. Needed for distillation and reconstruction.
-        teacher_shares_body: Whether only the teacher's tables are kept, over this model's own body; needs
-            ``freeze='body'``.
+        teacher_shares_backbone: Whether only the teacher's tables are kept, over this model's own backbone; needs
+            ``freeze='backbone'``.
         teacher_top_k: How many of the teacher's likeliest tokens are told apart at every position; None for all.
         temperature: What logits of teacher and model are divided by to be compared.
         cross_entropy_weight: Of the cross-entropy; 0 for none.
@@ -90,14 +90,14 @@ class CompressedLanguageModel(LanguageModel):
         reconstruction_rows: Rows of each table that are drawn at every step for the reconstruction; None for those of
             the tokens in the batch.
         statistics: Of the model, or the file that ``Statistics.save`` has written; None for the plain relative error.
-        freeze: ``body`` to train the tables alone (with the biases of their layers), ``factors`` to train all but
+        freeze: ``backbone`` to train the tables alone (with the biases of their layers), ``factors`` to train all but
             them, None for both. What an earlier fine-tuning has frozen is trained again; other parameters of a module
             that are frozen stay so.
         factor_learning_rate: Of the tables; None for the optimizer's.
-        body_learning_rate: Of everything else; None for the optimizer's. Schedulers scale each from its own start.
+        backbone_learning_rate: Of everything else; None for the optimizer's. Schedulers scale each from its own start.
         tables: ``auto``, or names of the modules that are the tables, see
             :func:`~lightning_embcompress.tables.replacement.find_tables`.
-        optimizer: Makes the optimizer from two groups of parameters, the body and the tables, in this order.
+        optimizer: Makes the optimizer from two groups of parameters, the backbone and the tables, in this order.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
         lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
         lr_scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` scheduler watches.
@@ -112,7 +112,7 @@ class CompressedLanguageModel(LanguageModel):
         FileNotFoundError: If there is nothing at a path.
         TypeError: If ``model`` or ``teacher`` is of a type that cannot be used.
         ValueError: If an argument is out of range, or arguments do not fit each other; when training starts, also if
-            the teacher has another vocabulary, other tables or, with ``teacher_shares_body``, another body.
+            the teacher has another vocabulary, other tables or, with ``teacher_shares_backbone``, another backbone.
 
     Example:
         >>> from lightning_embcompress import compress
@@ -131,7 +131,7 @@ class CompressedLanguageModel(LanguageModel):
         model: str | nn.Module | None = None,
         weights: str | None = None,
         teacher: str | nn.Module | None = None,
-        teacher_shares_body: bool = False,
+        teacher_shares_backbone: bool = False,
         teacher_top_k: int | None = 128,
         temperature: float = 1.0,
         cross_entropy_weight: float = 1.0,
@@ -141,7 +141,7 @@ class CompressedLanguageModel(LanguageModel):
         statistics: Statistics | str | None = None,
         freeze: Freeze | None = None,
         factor_learning_rate: float | None = None,
-        body_learning_rate: float | None = None,
+        backbone_learning_rate: float | None = None,
         tables: str | list[str] = "auto",
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -155,11 +155,11 @@ class CompressedLanguageModel(LanguageModel):
         check_distillation(teacher_top_k, temperature)
         weighted = {"cross_entropy": cross_entropy_weight, "distillation": distillation_weight}
         weighted["reconstruction"] = reconstruction_weight
-        rates = {"factor_learning_rate": factor_learning_rate, "body_learning_rate": body_learning_rate}
-        check_arguments(weighted, rates, freeze, reconstruction_rows, teacher_shares_body)
+        rates = {"factor_learning_rate": factor_learning_rate, "backbone_learning_rate": backbone_learning_rate}
+        check_arguments(weighted, rates, freeze, reconstruction_rows, teacher_shares_backbone)
         if architecture is None:
             # Of a checkpoint, a teacher that was given as a module is missing, and weights may have been set to 0.
-            check_effect(weighted, teacher, teacher_shares_body, reconstruction_rows, statistics)
+            check_effect(weighted, teacher, teacher_shares_backbone, reconstruction_rows, statistics)
         opened = build(architecture) if model is None and architecture is not None else open_model(model, weights)
         if not opened.automatic_optimization:
             raise ValueError(
@@ -187,14 +187,14 @@ class CompressedLanguageModel(LanguageModel):
         self.teacher_top_k, self.temperature = teacher_top_k, temperature
         self.reconstruction_rows = reconstruction_rows
         self.freeze_part = freeze
-        self.learning_rates = (body_learning_rate, factor_learning_rate)
+        self.learning_rates = (backbone_learning_rate, factor_learning_rate)
         self.model = opened
         self._warned_of_targets = False
         self._is_ours = isinstance(opened, LanguageModel)
         if isinstance(opened, LanguageModel):
             # The optimizer is another one than that which the model was made for.
             opened.use_dense_gradients()
-        self._original = Original(opened, parts, teacher, teacher_shares_body, statistics)
+        self._original = Original(opened, parts, teacher, teacher_shares_backbone, statistics)
         forward_hooks(self, opened)
         unfreeze(opened)
         warn_of_frozen(opened, parts, freeze)
@@ -346,7 +346,7 @@ class CompressedLanguageModel(LanguageModel):
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The body, then the tables, each with its learning rate if it has one of its own."""
+        """The backbone, then the tables, each with its learning rate if it has one of its own."""
         return self.parts.groups(self.model, *self.learning_rates)
 
     @override

@@ -18,7 +18,7 @@ def check_arguments(
         rates: Learning rates by their names; None for those of the optimizer.
         freeze: The part that is not trained.
         rows: Rows that are drawn for the reconstruction.
-        shares: Whether the teacher's tables are read over the model's own body.
+        shares: Whether the teacher's tables are read over the model's own backbone.
 
     Raises:
         ValueError: Naming the argument, its value and the remedy.
@@ -31,8 +31,8 @@ def check_arguments(
     for name, rate in rates.items():
         if rate is not None and not 0 <= rate < math.inf:
             raise ValueError(f"{name}={rate} must be 0 or more; leave it out for that of the optimizer.")
-    if freeze not in (None, "body", "factors"):
-        raise ValueError(f"freeze={freeze!r} must be 'body', 'factors' or None.")
+    if freeze not in (None, "backbone", "factors"):
+        raise ValueError(f"freeze={freeze!r} must be 'backbone', 'factors' or None.")
     if weights["reconstruction"] and freeze == "factors":
         raise ValueError(
             "reconstruction_weight trains factors, but freeze='factors' leaves them as they are: set one of them to"
@@ -40,11 +40,11 @@ def check_arguments(
         )
     if rows is not None and rows < 1:
         raise ValueError(f"reconstruction_rows={rows} must be at least 1; None takes the tokens of the batch.")
-    if shares and freeze != "body":
+    if shares and freeze != "backbone":
         raise ValueError(
-            f"teacher_shares_body=True with freeze={freeze!r}: the teacher is the dense tables over the model's own"
-            " body, and if that is trained the teacher moves with its student, to where both agree and neither is"
-            " right. Set freeze='body', or teacher_shares_body=False to keep the whole teacher."
+            f"teacher_shares_backbone=True with freeze={freeze!r}: the teacher is the dense tables over the model's own"
+            " backbone, and if that is trained the teacher moves with its student, to where both agree and neither is"
+            " right. Set freeze='backbone', or teacher_shares_backbone=False to keep the whole teacher."
         )
 
 
@@ -54,7 +54,7 @@ def check_effect(weights: Mapping[str, float], teacher: Any, shares: bool, rows:
     Args:
         weights: Of the terms of the loss, by their names.
         teacher: The dense original; None for none.
-        shares: Whether its tables are read over the model's own body.
+        shares: Whether its tables are read over the model's own backbone.
         rows: Rows that are drawn for the reconstruction.
         statistics: By which it is measured; None for none.
 
@@ -68,7 +68,8 @@ def check_effect(weights: Mapping[str, float], teacher: Any, shares: bool, rows:
         )
     if shares and teacher is None:
         raise ValueError(
-            "teacher_shares_body=True has no effect with teacher=None: give the dense original as teacher, or leave it"
+            "teacher_shares_backbone=True has no effect with teacher=None: give the dense original as teacher, or "
+            "leave it"
             " out."
         )
     for name, value in (("reconstruction_rows", rows), ("statistics", statistics)):

@@ -172,8 +172,8 @@ class NestedCheckpoint:
             own["state_dict"] = {name.removeprefix(PREFIX): value for name, value in state.items()}
         if isinstance(record, Mapping) and isinstance(record.get("tables"), list):
             tables = [_without_prefix(table, "modules") for table in record["tables"]]
-            body = {"body": _without_prefix(record["body"], "weights")} if "body" in record else {}
-            own[RECORD_KEY] = {**record, "tables": tables, **body}
+            backbone = {"backbone": _without_prefix(record["backbone"], "weights")} if "backbone" in record else {}
+            own[RECORD_KEY] = {**record, "tables": tables, **backbone}
         load_checkpoint_into(model, own)
         if isinstance(state, Mapping) and not isinstance(model, LanguageModel):
             # Its hook may have changed what is loaded.

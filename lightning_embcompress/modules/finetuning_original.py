@@ -13,14 +13,14 @@ from typing_extensions import Self
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.quantization_aware import QuantizationAware
-from lightning_embcompress.compression.backbone import body_of
+from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.distillation import TeacherScores
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.finetuning_parts import Parts
 from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction, of_the_model
 from lightning_embcompress.modules.finetuning_sources import open_model
-from lightning_embcompress.modules.finetuning_teacher import Teacher, over_shared_body, shares_parameters
+from lightning_embcompress.modules.finetuning_teacher import Teacher, over_shared_backbone, shares_parameters
 
 _NOT_STARTED = (
     "The teacher is opened when a Trainer starts to fit, and training_step needs it: train with Trainer.fit(model)."
@@ -36,7 +36,7 @@ class Original:
         model: The model that is fine-tuned.
         parts: Where its tables are.
         teacher: The dense model, a module or a path; None for none.
-        shares_body: Whether only its tables are kept, over the body of the model.
+        shares_backbone: Whether only its tables are kept, over the backbone of the model.
         statistics: Of the model, or their file; None for none.
 
     Raises:
@@ -48,13 +48,13 @@ class Original:
         model: LightningModule,
         parts: Parts,
         teacher: nn.Module | str | None,
-        shares_body: bool,
+        shares_backbone: bool,
         statistics: Statistics | str | None,
     ) -> None:
         """Check a teacher that is there already; files are read when training starts."""
         self.parts = parts
         self.given = teacher
-        self.shares_body = shares_body
+        self.shares_backbone = shares_backbone
         self.statistics = statistics
         self.teacher: Teacher | None = None
         self._opened: LightningModule | None = None
@@ -90,8 +90,8 @@ class Original:
                 f" path or a module as teacher, or set {terms[0]}_weight=0. One that was given as a module is not kept"
                 " in checkpoints: pass it again, as in load_from_checkpoint(path, teacher=model)."
             )
-        if self.shares_body and self._distils:
-            _check_body(model, trainer)
+        if self.shares_backbone and self._distils:
+            _check_backbone(model, trainer)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 f"{terms[0]} works on one device and under DDP, not under {type(trainer.strategy).__name__}, which"
@@ -132,7 +132,7 @@ class Original:
         """Where the teacher's tables are: where the model's are, if its modules are called the same."""
         paths, layers = self.parts.paths, dict(opened.named_modules(remove_duplicate=False))
         same = all(isinstance(layers.get(path), nn.Embedding | nn.Linear | CompressedLayer) for path in paths)
-        if self.shares_body or (same and self.parts.head(opened) is not None):
+        if self.shares_backbone or (same and self.parts.head(opened) is not None):
             return Parts(opened, paths)
         return Parts(opened)
 
@@ -153,16 +153,16 @@ class Original:
             device: Where it is.
 
         Raises:
-            ValueError: If the teacher's body is not that of the model, where it is to be shared.
+            ValueError: If the teacher's backbone is not that of the model, where it is to be shared.
         """
-        if self.shares_body and self._distils:
+        if self.shares_backbone and self._distils:
             # Once more: a checkpoint may have brought it.
-            _check_body(model, model.trainer)
+            _check_backbone(model, model.trainer)
         opened, self._opened = self._opened, None
         if opened is not None and self._distils:
             parts = self._parts_of(opened)
-            if self.shares_body:
-                opened = over_shared_body(model, opened, parts)
+            if self.shares_backbone:
+                opened = over_shared_backbone(model, opened, parts)
             self.teacher = Teacher(opened, parts)
         for table in self._tables:
             table.to(device)
@@ -224,16 +224,18 @@ class Original:
         return [model] if isinstance(model, LanguageModel) else []
 
 
-def _check_body(model: LightningModule, trainer: Trainer) -> None:
-    """Refuse a body that is, or will be, another one than that which a teacher could share."""
+def _check_backbone(model: LightningModule, trainer: Trainer) -> None:
+    """Refuse a backbone that is, or will be, another one than that which a teacher could share."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    given = [one.body for one in callbacks if isinstance(one, QuantizationAware) and one.body is not None]
-    if given or body_of(model) is not None:
-        what = f"body={given[0]!r}) quantizes" if given else "body=...) has quantized"
+    given = [one.backbone for one in callbacks if isinstance(one, QuantizationAware) and one.backbone is not None]
+    if given or backbone_of(model) is not None:
+        what = f"backbone={given[0]!r}) quantizes" if given else "backbone=...) has quantized"
         raise ValueError(
-            f"teacher_shares_body=True, but QuantizationAware({what} the very body that the teacher is read over: its"
+            f"teacher_shares_backbone=True, but QuantizationAware({what} the very backbone that the teacher is read "
+            "over: its"
             " scores would no longer be those of the original, and the run could not be resumed. Set"
-            " teacher_shares_body=False, so that the teacher is a whole model, or leave body out of the quantization."
+            " teacher_shares_backbone=False, so that the teacher is a whole model, or leave backbone out of the "
+            "quantization."
         )
 
 

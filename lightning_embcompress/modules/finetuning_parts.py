@@ -1,4 +1,4 @@
-"""The parts of a model that is fine-tuned: its tables and its body, and what goes through the tables in a step."""
+"""The parts of a model that is fine-tuned: its tables and its backbone, and what goes through the tables in a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_embcompress.layers.parametrized_weights import FakeQuantizedWeigh
 from lightning_embcompress.methods.quantizers.factors import FakeQuantizedFactor
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 
-Freeze: TypeAlias = Literal["body", "factors"]
+Freeze: TypeAlias = Literal["backbone", "factors"]
 """The part of a model that is not trained: everything but its tables, or its tables."""
 
 
@@ -69,10 +69,10 @@ class Parts:
         return next((layer for layer in layers if isinstance(layer, nn.Linear | CompressedLinear)), None)
 
     def split(self, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters of the body, and those of the layers of the tables with their biases, as the model orders them."""
+        """Parameters of the backbone, and those of the tables' layers with their biases, as the model orders them."""
         inside = {id(p) for path in self.paths for p in model.get_submodule(path).parameters()}
-        body = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-        return body, [parameter for parameter in model.parameters() if id(parameter) in inside]
+        backbone = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+        return backbone, [parameter for parameter in model.parameters() if id(parameter) in inside]
 
     def freeze(self, model: nn.Module, part: Freeze | None) -> None:
         """Stop training a part of a model.
@@ -80,15 +80,15 @@ class Parts:
         Raises:
             ValueError: If nothing is left to train.
         """
-        body, factors = self.split(model)
-        chosen = {id(parameter) for parameter in {"body": body, "factors": factors}.get(str(part), [])}
+        backbone, factors = self.split(model)
+        chosen = {id(parameter) for parameter in {"backbone": backbone, "factors": factors}.get(str(part), [])}
         frozen = model.__dict__.setdefault(_FROZEN, [])
         for name, parameter in model.named_parameters():
             if id(parameter) in chosen and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 frozen.append(name)
         if part == "factors":
-            if not any(parameter.requires_grad for parameter in body):
+            if not any(parameter.requires_grad for parameter in backbone):
                 raise ValueError(
                     "freeze='factors' leaves nothing to train: no other parameter of the model is trainable."
                 )
@@ -99,20 +99,20 @@ class Parts:
             raise ValueError(
                 f"The tables {', '.join(map(repr, self.paths))} have no parameters that can be trained, as is so once"
                 " they are packed. Fine-tune the model as it was before it was converted, or set freeze='factors' to"
-                " train the body alone."
+                " train the backbone alone."
             )
 
     def groups(
-        self, model: nn.Module, body_learning_rate: float | None, factor_learning_rate: float | None
+        self, model: nn.Module, backbone_learning_rate: float | None, factor_learning_rate: float | None
     ) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: the body, then the tables.
+        """Parameter groups for an optimizer: the backbone, then the tables.
 
         Both are always there, with everything that is frozen too, which no optimizer steps: so a run can be resumed
         with another part frozen, and the state of every parameter is found.
         """
-        body, factors = self.split(model)
-        groups: list[dict[str, Any]] = [{"params": body}, {"params": factors}]
-        for group, rate in zip(groups, (body_learning_rate, factor_learning_rate), strict=True):
+        backbone, factors = self.split(model)
+        groups: list[dict[str, Any]] = [{"params": backbone}, {"params": factors}]
+        for group, rate in zip(groups, (backbone_learning_rate, factor_learning_rate), strict=True):
             if rate is not None:
                 group["lr"] = rate
         return groups
@@ -129,8 +129,8 @@ def unfreeze(model: nn.Module) -> None:
 
 def warn_of_frozen(model: nn.Module, parts: Parts, part: Freeze | None) -> None:
     """Say which parameters of a model are not trained, besides those that are to be frozen."""
-    body, factors = parts.split(model)
-    meant = {id(parameter) for parameter in {"body": body, "factors": factors}.get(str(part), [])}
+    backbone, factors = parts.split(model)
+    meant = {id(parameter) for parameter in {"backbone": backbone, "factors": factors}.get(str(part), [])}
     # Ranges that stay what they are.
     quantized = [one for one in model.modules() if isinstance(one, FakeQuantizedFactor | FakeQuantizedWeight)]
     meant |= {id(one.scales) for one in quantized}

@@ -147,7 +147,7 @@ def _read(source: Source, name: str) -> LightningModule:
             f" its hyper-parameters say: build the model, and give it as {name} and the checkpoint as weights."
         )
     # A part that was frozen there is trained again, unless it is to be frozen here too.
-    changed: dict[str, Any] = {} if kind in _CLASSES.values() else {"freeze": None, "teacher_shares_body": False}
+    changed: dict[str, Any] = {} if kind in _CLASSES.values() else {"freeze": None, "teacher_shares_backbone": False}
     opened = apart_from_recipe(lambda: load_from_checkpoint(kind, source.path, map_location="cpu", **changed))
     inner = getattr(opened, "model", None)
     # A fine-tuning of a model: what was fine-tuned is meant, and not its teacher or its losses.

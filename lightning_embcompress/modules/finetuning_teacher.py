@@ -20,7 +20,7 @@ from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.finetuning_parts import Parts, Watch
 from lightning_embcompress.tables.replacement import put_back
 
-# Of a model that was stored in float16, a parameter of the body differs by less from what it was.
+# Of a model that was stored in float16, a parameter of the backbone differs by less from what it was.
 _SAME_BODY = 1e-2
 # What modules keep in a checkpoint of where they are in a text.
 _CARRIED = ("lstm_state",)
@@ -99,11 +99,11 @@ class Teacher:
             self.model.on_load_checkpoint(checkpoint)
 
 
-def over_shared_body(student: LightningModule, original: LightningModule, parts: Parts) -> LightningModule:
-    """The student with the tables of its original, over the very same body: no parameter of that is copied.
+def over_shared_backbone(student: LightningModule, original: LightningModule, parts: Parts) -> LightningModule:
+    """The student with the tables of its original, over the very same backbone: no parameter of that is copied.
 
     Args:
-        student: Its body must stay as it is.
+        student: Its backbone must stay as it is.
         original: The dense model; afterwards only its tables are needed.
         parts: Where the tables are, in both.
 
@@ -111,7 +111,7 @@ def over_shared_body(student: LightningModule, original: LightningModule, parts:
         Modules of their own around the student's parameters and buffers, apart from the tables.
 
     Raises:
-        ValueError: If the original has another body, over which its tables mean something else.
+        ValueError: If the original has another backbone, over which its tables mean something else.
     """
     theirs = dict(original.named_parameters())
     inside = tuple(f"{path}." for path in parts.paths)
@@ -126,8 +126,9 @@ def over_shared_body(student: LightningModule, original: LightningModule, parts:
             same = bool((own - other.to(own)).norm() <= _SAME_BODY * own.norm())
         if not same:
             raise ValueError(
-                f"teacher_shares_body=True, but {name!r} of the teacher is not that of the model: its tables belong to"
-                " another body. Set teacher_shares_body=False, so that the teacher is a whole model."
+                f"teacher_shares_backbone=True, but {name!r} of the teacher is not that of the model: its tables "
+                "belong to"
+                " another backbone. Set teacher_shares_backbone=False, so that the teacher is a whole model."
             )
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*student.parameters(), *student.buffers())}
     for owner in (student._trainer, student.__dict__.get("log")):
@@ -136,7 +137,7 @@ def over_shared_body(student: LightningModule, original: LightningModule, parts:
     tables = {path: original.get_submodule(path) for path in parts.paths}
     dtypes = {one.dtype for one in parts.split(student)[0] if one.is_floating_point()}
     if len(dtypes) == 1 and any(one.dtype not in dtypes for table in tables.values() for one in table.parameters()):
-        # A body in another precision. Not in place: the original may be somebody's, or its tables be compared with.
+        # A backbone in another precision. Not in place: the original may be somebody's, or its tables be compared with.
         tables = {path: table.to(dtype=next(iter(dtypes))) for path, table in copy.deepcopy(tables).items()}
     put_back(view, tables)
     return view

@@ -12,12 +12,12 @@ from torch import nn
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.backbone import (
-    body_of,
-    body_weights,
-    check_body_preparation,
-    convert_body,
-    converted_body,
-    prepare_body,
+    backbone_of,
+    backbone_weights,
+    check_backbone_preparation,
+    convert_backbone,
+    converted_backbone,
+    prepare_backbone,
 )
 from lightning_embcompress.compression.plan import Plan, plan_of
 from lightning_embcompress.layers.parametrized_weights import Storage, parametrized_bytes, storage_of
@@ -30,26 +30,26 @@ from lightning_embcompress.tables.replacement import Table, check_finite, find_t
 from lightning_embcompress.utils.storage import check_whole
 
 
-def prepare(
+def prepare_qat(
     model: nn.Module,
     quantization: Quantization | None = None,
     tables: str | Sequence[str] = "auto",
-    body: str | None = None,
+    backbone: str | None = None,
 ) -> Plan:
     """Let tables train as they will be once they are stored in fewer bits (quantization-aware training), in place.
 
     The factors stay numbers, and are read as the integers they will become; of an embedding only the rows that a step
     reads. Parameters stay the same objects, but get other values where factors are balanced first
     (`Factorization.balance`). Codes of `transform_coding` keep their own widths, and are trained from now
-    on. Checkpoints are of the numbers; `convert`, `save_compressed` and `save_pretrained` store the integers.
+    on. Checkpoints are of the numbers; `convert_qat`, `save_compressed` and `save_pretrained` store the integers.
 
     Args:
         model: A model with compressed tables, or dense ones that are named in `tables`.
         quantization: How factors will be stored; None for 4 bits in groups of 64.
         tables: `"auto"` for all compressed tables, or paths of modules; dense tables among them are quantized as they
-            are. With `body` there may be none, `[]`.
-        body: Dtype in which linear and recurrent weights beside the tables will be stored, `int8`, `int4`, ... in the
-            same groups, or `float16`, `bfloat16`; None to leave them as they are.
+            are. With `backbone` there may be none, `[]`.
+        backbone: Dtype in which linear and recurrent weights beside the tables will be stored, `int8`, `int4`, ... in
+            the same groups, or `float16`, `bfloat16`; None to leave them as they are.
 
     Returns:
         The plan of the model.
@@ -62,44 +62,44 @@ def prepare(
         >>> from lightning_embcompress import compress
         >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
         >>> _ = compress(model, "low_rank", ratio=4)
-        >>> _ = prepare(model, Quantization(bits=4))
-        >>> plan = convert(model)
+        >>> _ = prepare_qat(model, Quantization(bits=4))
+        >>> plan = convert_qat(model)
         >>> plan.ratio > 25
         True
     """
     check_whole(model, "prepared for quantization")
     quantization = quantization or Quantization()
-    check_preparation(model, quantization, tables, body)
-    changes = prepared_tables(model, quantization, tables) if body is None or tables else []
-    if body is not None:
-        prepare_body(model, body_storage(body, quantization))
+    check_preparation(model, quantization, tables, backbone)
+    changes = prepared_tables(model, quantization, tables) if backbone is None or tables else []
+    if backbone is not None:
+        prepare_backbone(model, backbone_storage(backbone, quantization))
     return _carry_out(model, changes)
 
 
 def check_preparation(
-    model: nn.Module, quantization: Quantization, tables: str | Sequence[str] = "auto", body: str | None = None
+    model: nn.Module, quantization: Quantization, tables: str | Sequence[str] = "auto", backbone: str | None = None
 ) -> None:
-    """Check what `prepare` would be called with; the model is not changed.
+    """Check what `prepare_qat` would be called with; the model is not changed.
 
     Raises:
-        ValueError: As `prepare`.
+        ValueError: As `prepare_qat`.
     """
-    if body is not None:
-        check_body_preparation(model, body_storage(body, quantization))
-    if body is None or tables:
+    if backbone is not None:
+        check_backbone_preparation(model, backbone_storage(backbone, quantization))
+    if backbone is None or tables:
         _check_numbers(*tables_to_prepare(model, tables), quantization)
 
 
-def body_storage(body: str, quantization: Quantization) -> Storage:
+def backbone_storage(backbone: str, quantization: Quantization) -> Storage:
     """How weights beside the tables are stored: with groups, scales and ranges of the tables."""
-    return storage_of(body, quantization.group_size, quantization.scale_dtype, quantization.ranges)
+    return storage_of(backbone, quantization.group_size, quantization.scale_dtype, quantization.ranges)
 
 
 def tables_to_prepare(model: nn.Module, tables: str | Sequence[str]) -> tuple[list[Placed], list[Table]]:
     """Compressed and dense tables that can be prepared; none of them is changed.
 
     Raises:
-        ValueError: As `prepare`.
+        ValueError: As `prepare_qat`.
     """
     compressed = compressed_tables(model)
     names = [tables] if isinstance(tables, str) else list(tables)
@@ -144,10 +144,10 @@ def _check_numbers(compressed: Sequence[Placed], dense: Sequence[Table], quantiz
 
 
 def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Placed]:
-    """What `prepare` puts in the place of tables; all are checked before the first is prepared.
+    """What `prepare_qat` puts in the place of tables; all are checked before the first is prepared.
 
     Raises:
-        ValueError: As `prepare`.
+        ValueError: As `prepare_qat`.
     """
     chosen, found = tables_to_prepare(model, tables)
     changes = [(modules, factors.prepared(quantization)) for modules, factors in chosen]
@@ -166,7 +166,7 @@ def _check_trainable(name: str, factors: Factorization[Any]) -> None:
         )
 
 
-def convert(model: nn.Module) -> Plan:
+def convert_qat(model: nn.Module) -> Plan:
     """Pack what was prepared, in place: afterwards tables and weights beside them are integers, and do not train.
 
     Returns:
@@ -176,13 +176,13 @@ def convert(model: nn.Module) -> Plan:
         ValueError: If nothing is prepared: it was converted already, or never prepared.
     """
     check_whole(model, "converted")
-    changes, body = _conversions(model), body_of(model)
-    if body is not None and body.state != "packed":
-        convert_body(model)
+    changes, backbone = _conversions(model), backbone_of(model)
+    if backbone is not None and backbone.state != "packed":
+        convert_backbone(model)
     elif not changes:
         packed = [modules[0] for modules, factors in compressed_tables(model) if factors.is_packed]
         state = f"{', '.join(map(repr, packed))} packed already" if packed else "nothing is prepared"
-        raise ValueError(f"there is nothing to convert: {state}; call prepare(model) before training")
+        raise ValueError(f"there is nothing to convert: {state}; call prepare_qat(model) before training")
     return _carry_out(model, changes)
 
 
@@ -194,7 +194,7 @@ def converted(model: nn.Module) -> Iterator[None]:
     """
     changes = _conversions(model)
     before = {path: model.get_submodule(path) for modules, _ in changes for path in modules}
-    with converted_body(model):
+    with converted_backbone(model):
         try:
             for modules, factors in changes:
                 replace_table(model, modules, factors, for_a_while=True)
@@ -203,7 +203,7 @@ def converted(model: nn.Module) -> Iterator[None]:
             put_back(model, before)
 
 
-def quantize(
+def quantize_tables(
     model: nn.Module,
     quantization: Quantization | None = None,
     tables: str | Sequence[str] = "auto",
@@ -216,9 +216,9 @@ def quantize(
     nearest integers.
 
     Args:
-        model: As for `prepare`.
-        quantization: As for `prepare`.
-        tables: As for `prepare`; with `"auto"` tables that are integers or codes already stay what they are.
+        model: As for `prepare_qat`.
+        quantization: As for `prepare_qat`.
+        tables: As for `prepare_qat`; with `"auto"` tables that are integers or codes already stay what they are.
         statistics: What `collect_statistics` has found for the model, dense or compressed; None where all errors are
             to count the same.
 
@@ -226,13 +226,13 @@ def quantize(
         The plan of the model.
 
     Raises:
-        ValueError: As `prepare`, or if the statistics are of another model. The model is as it was.
+        ValueError: As `prepare_qat`, or if the statistics are of another model. The model is as it was.
 
     Example:
         >>> from lightning_embcompress import compress
         >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 2000))
         >>> _ = compress(model, "low_rank", ratio=4)
-        >>> quantize(model, Quantization(bits=8)).ratio > 14
+        >>> quantize_tables(model, Quantization(bits=8)).ratio > 14
         True
     """
     check_whole(model, "quantized")
@@ -256,8 +256,8 @@ def quantize(
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether any table of a model, or weight beside them, trains for fewer bits, and can be converted."""
-    body = body_of(model)
-    beside = body is not None and body.state != "packed"
+    backbone = backbone_of(model)
+    beside = backbone is not None and backbone.state != "packed"
     return beside or any(factors.is_prepared for _, factors in compressed_tables(model))
 
 
@@ -271,20 +271,20 @@ def conversion_report(model: nn.Module) -> dict[str, Any]:
     """What is quantized in a model, and the bytes that it takes once it is converted, as in `report.json`.
 
     Returns:
-        `tables`, an entry a table that is prepared or packed, `body` for weights beside them, or None, and `model`.
+        `tables`, an entry a table that is prepared or packed, `backbone` for weights beside them, or None, and `model`.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.LSTM(64, 64))
-        >>> _ = prepare(model, Quantization(bits=4), tables=["0"], body="int8")
+        >>> _ = prepare_qat(model, Quantization(bits=4), tables=["0"], backbone="int8")
         >>> report = conversion_report(model)
-        >>> [(table["name"], table["dtype"]) for table in report["tables"]], report["body"]["dtype"]
+        >>> [(table["name"], table["dtype"]) for table in report["tables"]], report["backbone"]["dtype"]
         ([('0', 'int4')], 'int8')
     """
     quantized = {
         modules[0] for modules, factors in compressed_tables(model) if factors.is_prepared or factors.is_packed
     }
     with converted(model):
-        plan, whole, body, sizes = plan_of(model), model_bytes(model), body_of(model), parametrized_bytes(model)
+        plan, whole, backbone, sizes = plan_of(model), model_bytes(model), backbone_of(model), parametrized_bytes(model)
     entries = []
     for table in plan.tables:
         if table.name in quantized:
@@ -299,26 +299,28 @@ def conversion_report(model: nn.Module) -> dict[str, Any]:
                 }
             )
     beside = None
-    if body is not None:
-        of_body = body.storage
+    if backbone is not None:
+        of_backbone = backbone.storage
         beside = {
-            "weights": len(body.weights),
-            "dtype": f"int{of_body.bits}" if isinstance(of_body, Quantization) else of_body,
-            "group_size": of_body.group_size if isinstance(of_body, Quantization) else None,
+            "weights": len(backbone.weights),
+            "dtype": f"int{of_backbone.bits}" if isinstance(of_backbone, Quantization) else of_backbone,
+            "group_size": of_backbone.group_size if isinstance(of_backbone, Quantization) else None,
             "stored_bytes": sizes[1],
             "ratio": sizes[0] / sizes[1],
         }
-    return {"tables": entries, "body": beside, "model": whole}
+    return {"tables": entries, "backbone": beside, "model": whole}
 
 
-def layers_to_prepare(model: nn.Module, tables: str | Sequence[str], body: str | None) -> tuple[list[str], list[str]]:
-    """Paths of the layers in which `prepare` will change parameters: of tables, and of weights beside them."""
+def layers_to_prepare(
+    model: nn.Module, tables: str | Sequence[str], backbone: str | None
+) -> tuple[list[str], list[str]]:
+    """Paths of the layers in which `prepare_qat` will change parameters: of tables, and of weights beside them."""
     chosen: list[str] = []
-    if body is None or tables:
+    if backbone is None or tables:
         compressed, dense = tables_to_prepare(model, tables)
         chosen = [path for modules, _ in compressed for path in modules]
         chosen += [path for table in dense for path in table.modules]
-    weights = [] if body is None else [name.rpartition(".")[0] for name in body_weights(model)]
+    weights = [] if backbone is None else [name.rpartition(".")[0] for name in backbone_weights(model)]
     return chosen, list(dict.fromkeys(weights))
 
 

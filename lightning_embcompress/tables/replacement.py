@@ -156,7 +156,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
         key = id(table) if key is None else key
         if key not in weights:
             _check_memory(path, table)
-            values = table.dense() if fill else torch.empty(table.vocab_size, table.dim, dtype=table.dtype)
+            values = table.materialize() if fill else torch.empty(table.vocab_size, table.dim, dtype=table.dtype)
             weights[key] = nn.Parameter(values.to(table.device), requires_grad=table.may_train)
         compressed.append((path, old, weights[key]))
     _say_compiled(model, [path for path, _, _ in compressed])

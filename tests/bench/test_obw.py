@@ -48,7 +48,7 @@ def test_loss_of_all_rows_is_that_of_the_metric() -> None:
     fill_table(table, 0)
     metric, counts = zipf_metric(3000, 32, 0)
     factors = LowRank.decompose(table, bench.max_bytes, counts, metric=metric)
-    wanted = metric.loss(table, factors.dense())
+    wanted = metric.loss(table, factors.materialize())
     (first, _) = run_obw_bench(bench)["tables"]
     assert first["measured_loss"] == pytest.approx(wanted, rel=1e-4)
     # Some rows stand for all.

@@ -27,7 +27,7 @@ from lightning_embcompress.calibration.statistics import Statistics, collect_sta
 from lightning_embcompress.compression.plan import compress, plan_of
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
-from lightning_embcompress.quantization.aware import convert, prepare
+from lightning_embcompress.quantization.aware import convert_qat, prepare_qat
 
 pytestmark = pytest.mark.timeout(7200)
 
@@ -192,12 +192,12 @@ def test_finetuning(
             compress(model, row.method, ratio=row.ratio, token_counts=wikitext.counts, statistics=known, **row.options)
         if row.bits is not None or row.method == "transform_coding":
             quantization = Quantization(row.bits or 8, row.group_size)
-            prepare(model, quantization, TABLES if row.method is None else "auto")
+            prepare_qat(model, quantization, TABLES if row.method is None else "auto")
         values["before"] = perplexity(model, text)
         model.train()
         values["seconds"] = train(model, copy.deepcopy(dense), batches, row)
         if any(factors.is_prepared for factors in factorizations(model)):
-            convert(model)
+            convert_qat(model)
         values["after"] = perplexity(model, text)
 
     benchmark.pedantic(run, rounds=1)

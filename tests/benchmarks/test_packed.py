@@ -64,7 +64,7 @@ def _in_turns(first: Callable[[], Any], second: Callable[[], Any], pairs: int, r
 @torch.no_grad()
 def test_logits_of_one_state(benchmark, bits: int, least: float) -> None:
     floats, packed, hidden = _factors(RANK), _packed(RANK, bits), torch.randn(1, DIM)
-    error = float((packed.logits(hidden).double() - hidden.double() @ packed.dense().double().T).abs().max())
+    error = float((packed.logits(hidden).double() - hidden.double() @ packed.materialize().double().T).abs().max())
     slow, fast = _in_turns(lambda: floats.logits(hidden), lambda: packed.logits(hidden), 9, 20)
     benchmark.pedantic(lambda: packed.logits(hidden), rounds=5)
     benchmark.extra_info.update(ratio=slow / fast, error=error)

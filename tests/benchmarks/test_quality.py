@@ -175,8 +175,10 @@ def test_within_a_loss(benchmark: Any, problem: Problem) -> None:
         return perplexity(model, problem.text)
 
     def run() -> None:
-        plan = compress(smaller, "transform_coding", max_loss="1%", statistics=problem.statistics, evaluate=evaluate)
-        excess = problem.say("max_loss 1%", plan.ratio, evaluate(smaller))
+        plan = compress(
+            smaller, "transform_coding", max_perplexity_increase="1%", statistics=problem.statistics, evaluate=evaluate
+        )
+        excess = problem.say("max_perplexity_increase 1%", plan.ratio, evaluate(smaller))
         assert 0.008 <= excess <= 0.01
 
     benchmark.pedantic(run, rounds=1)

@@ -24,13 +24,13 @@ class Bigram(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = nn.Embedding(_VOCAB_SIZE, _DIM)
-        self.body = nn.Linear(_DIM, _DIM)
+        self.backbone = nn.Linear(_DIM, _DIM)
         self.decoder = nn.Linear(_DIM, _VOCAB_SIZE, bias=bias)
         if tied:
             self.decoder.weight = self.encoder.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden: Tensor = torch.tanh(self.body(self.encoder(ids))) + 0.5
+        hidden: Tensor = torch.tanh(self.backbone(self.encoder(ids))) + 0.5
         return self.decoder(hidden)
 
 
@@ -105,7 +105,7 @@ def test_the_prediction_is_the_second_order_of_the_loss() -> None:
     statistics = collect_statistics(model, _batches(), _loss)
     decoder = find_tables(model)[1]
     metric = metric_of(model, decoder, statistics)
-    hidden = [torch.tanh(model.body(model.encoder(batch[:-1]))) + 0.5 for batch in _batches()]
+    hidden = [torch.tanh(model.backbone(model.encoder(batch[:-1]))) + 0.5 for batch in _batches()]
     logits = torch.cat([part @ model.decoder.weight.T for part in hidden]).detach()
     states = torch.cat(hidden).detach()
     row = int(statistics.token_counts.argmax())
@@ -131,7 +131,7 @@ def test_biases_make_up_for_the_mean_error(compressed_before: bool) -> None:
         compress(model, "low_rank", rank=6, tables=["decoder"])
     mean = statistics.hidden_mean["decoder"].float()
     before = model.decoder(mean).detach().clone()
-    weight = model.decoder.weight if not compressed_before else model.decoder.factorization.dense()
+    weight = model.decoder.weight if not compressed_before else model.decoder.factorization.materialize()
     factors = LowRank.decompose(weight.detach(), 900)
     corrections = bias_corrections(model, ["decoder"], factors, statistics)
     add_to_biases(model, corrections)

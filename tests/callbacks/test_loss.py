@@ -130,7 +130,7 @@ def test_refinement_is_in_the_metric_of_the_loss_too(foreign: SimpleNamespace, m
         assert table.stored_bytes <= sizes[path]
         dense = before.models[1].get_submodule(path).weight.detach()
         first, moved, solved = (
-            kept.get_submodule(path).factorization.dense()
+            kept.get_submodule(path).factorization.materialize()
             for kept in (after.models[1], before.models[2], after.models[2])
         )
         # The table as training has moved it, plus what was left out of it.
@@ -152,7 +152,11 @@ def test_resuming_equals_the_uninterrupted_run(
     def fit(folder: Path, **changes: Any) -> tuple[Any, ...]:
         model = foreign.model()
         callback = TransformCoding(
-            max_loss="10%", at_epoch=1, refine_at_epochs=[3], statistics_batches=5, refresh_statistics=refresh
+            max_perplexity_increase="10%",
+            at_epoch=1,
+            refine_at_epochs=[3],
+            statistics_batches=5,
+            refresh_statistics=refresh,
         )
         keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         trainer = make_trainer(callback, keep, max_epochs=5, enable_checkpointing=True, default_root_dir=folder)
@@ -178,7 +182,7 @@ def test_the_smallest_tables_within_a_limit(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = foreign.model()
-    callback = GroupReduce(max_loss="5%", at_epoch=2)
+    callback = GroupReduce(max_perplexity_increase="5%", at_epoch=2)
     with caplog.at_level("INFO"):
         make_trainer(callback).fit(model, **foreign.loaders())
     perplexity = json.loads((tmp_path / "report.json").read_text())["perplexity"]
@@ -186,16 +190,18 @@ def test_the_smallest_tables_within_a_limit(
     # What was tried is said, and what was found is one of them.
     assert f"perplexity {perplexity['compressed']:.2f} (+" in caplog.text
     assert plan_of(model).ratio > 1.5
-    assert callback.state_dict()["settings"]["max_loss"] == "5%"
+    assert callback.state_dict()["settings"]["max_perplexity_increase"] == "5%"
 
 
 def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(
     foreign: SimpleNamespace, make_trainer: MakeTrainer
 ) -> None:
     model, before = foreign.model(), Keep()
-    callback = TransformCoding(max_loss=1e-7, at_epoch=1, bits=1)
+    callback = TransformCoding(max_perplexity_increase=1e-7, at_epoch=1, bits=1)
     trainer = make_trainer(before, callback)
-    with pytest.raises(ValueError, match=r"max_loss: the perplexity grows by .*% at least .* allow more"):
+    with pytest.raises(
+        ValueError, match=r"max_perplexity_increase: the perplexity grows by .*% at least .* allow more"
+    ):
         trainer.fit(model, **foreign.loaders())
     torch.testing.assert_close(dict(model.state_dict()), dict(before.models[1].state_dict()), rtol=0, atol=0)
     assert [id(parameter) for parameter in model.parameters()] == [
@@ -208,13 +214,17 @@ def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: Make
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("val_loss", self(batch[0]).square().mean())
 
-    trainer = make_trainer(TransformCoding(max_loss="1%"))
-    with pytest.raises(ValueError, match=r"max_loss='1%' needs the perplexity .* is not known: name a logged loss"):
+    trainer = make_trainer(TransformCoding(max_perplexity_increase="1%"))
+    with pytest.raises(
+        ValueError, match=r"max_perplexity_increase='1%' needs the perplexity .* is not known: name a logged loss"
+    ):
         trainer.fit(Unknown(), **foreign.loaders())
     loaders = foreign.loaders()
     del loaders["val_dataloaders"]
-    with pytest.raises(ValueError, match=r"max_loss='1%' measures the perplexity on validation data, and there is no"):
-        make_trainer(TransformCoding(max_loss="1%")).fit(foreign.model(), **loaders)
+    with pytest.raises(
+        ValueError, match=r"max_perplexity_increase='1%' measures the perplexity on validation data, and there is no"
+    ):
+        make_trainer(TransformCoding(max_perplexity_increase="1%")).fit(foreign.model(), **loaders)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +268,10 @@ def test_optimized_by_hand_with_given_statistics(foreign: SimpleNamespace, make_
     [
         ({"variant": "loss"}, r"variant='loss' has to know what errors cost: ByHand optimizes by hand .* give statist"),
         ({"method": "auto"}, r"method='auto' has to know what errors cost: ByHand optimizes by hand"),
-        ({"ratio": None, "max_loss": 0.1}, r"max_loss=0.1 has to know what errors cost: ByHand optimizes by hand"),
+        (
+            {"ratio": None, "max_perplexity_increase": 0.1},
+            r"max_perplexity_increase=0.1 has to know what errors cost: ByHand optimizes by hand",
+        ),
         ({"refresh_statistics": True}, r"refresh_statistics=True cannot be done: ByHand optimizes by hand"),
     ],
 )
@@ -274,13 +287,25 @@ def test_optimized_by_hand_what_needs_statistics_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give exactly one of ratio, size and max_loss"),
-        ({"ratio": 2, "max_loss": "1%"}, "give exactly one of ratio, size and max_loss"),
-        ({"max_loss": "one"}, "max_loss must be an increase of the perplexity such as '1%' or 0.01, it is 'one'"),
-        ({"max_loss": "1%", "variant": "paper"}, "max_loss cannot be predicted for method 'group_reduce'"),
-        ({"max_loss": "1%", "method": "low_rank"}, "max_loss cannot be predicted for method 'low_rank'"),
+        ({}, "give exactly one of ratio, size and max_perplexity_increase"),
+        ({"ratio": 2, "max_perplexity_increase": "1%"}, "give exactly one of ratio, size and max_perplexity_increase"),
+        (
+            {"max_perplexity_increase": "one"},
+            "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is 'one'",
+        ),
+        (
+            {"max_perplexity_increase": "1%", "variant": "paper"},
+            "max_perplexity_increase cannot be predicted for method 'group_reduce'",
+        ),
+        (
+            {"max_perplexity_increase": "1%", "method": "low_rank"},
+            "max_perplexity_increase cannot be predicted for method 'low_rank'",
+        ),
         ({"ratio": 2, "statistics_batches": -1}, "statistics_batches must be 0 or more, it is -1"),
-        ({"max_loss": 0.1, "statistics_batches": 0}, "max_loss=0.1 has to know .* statistics_batches=0 leaves no way"),
+        (
+            {"max_perplexity_increase": 0.1, "statistics_batches": 0},
+            "max_perplexity_increase=0.1 has to know .* statistics_batches=0 leaves no way",
+        ),
         ({"ratio": 2, "variant": "loss", "statistics_batches": 0}, "variant='loss' has to know what errors cost"),
         ({"ratio": 2, "method": "auto", "statistics_batches": 0}, "method='auto' has to know what errors cost"),
         ({"ratio": 2, "refresh_statistics": True, "statistics_batches": 0}, "nothing to collect them from"),
@@ -315,7 +340,7 @@ def test_statistics_of_another_model_are_refused_before_the_first_step(
 
 def test_a_trial_run_searches_too(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     model = foreign.model()
-    callback = TransformCoding(max_loss="50%", at_epoch=3, refine_at_epochs=[4])
+    callback = TransformCoding(max_perplexity_increase="50%", at_epoch=3, refine_at_epochs=[4])
     make_trainer(callback, fast_dev_run=True).fit(model, **foreign.loaders())
     assert len(plan_of(model).tables) == 2
     assert math.isfinite(callback.state_dict()["perplexity"]["compressed"])

@@ -75,8 +75,12 @@ def test_tensor_train_by_its_rank(foreign: SimpleNamespace, make_trainer: MakeTr
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give exactly one of ratio, size, max_loss and max_rank: ratio is None, size is None, max_loss is None"),
-        ({"max_rank": 2, "ratio": 2}, "give exactly one of ratio, size, max_loss and max_rank"),
+        (
+            {},
+            "give exactly one of ratio, size, max_perplexity_increase and max_rank: ratio is None, size is None, "
+            "max_perplexity_increase is None",
+        ),
+        ({"max_rank": 2, "ratio": 2}, "give exactly one of ratio, size, max_perplexity_increase and max_rank"),
         ({"max_rank": 0}, "max_rank must be 1 or more, it is 0"),
         ({"max_rank": 1, "shape": []}, "shape must be sizes of 1 or more"),
     ],

@@ -159,7 +159,7 @@ def test_adagrad_does_not_throw_a_trained_model_away(method: str) -> None:
     # Nor when the same table is stored in another structure,
     old = {path: model.get_submodule(path) for path in ("0", "2")}
     for path in old:
-        table = model.get_submodule(path).factorization.dense()
+        table = model.get_submodule(path).factorization.materialize()
         replace_table(model, [path], LowRank.decompose(table.detach(), table.nbytes))
     assert splice([optimizer], model, old) == []
     others = [step() for _ in range(10)]
@@ -247,7 +247,7 @@ def test_the_momentum_of_every_method_is_a_gradient(method: str) -> None:
         for sign in (1, -1):
             with torch.no_grad():
                 parameter += sign * step * direction
-                ends.append((table.dense() * moment).sum())
+                ends.append((table.materialize() * moment).sum())
                 parameter -= sign * step * direction
         torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), (direction * value).sum(), rtol=1e-5, atol=1e-5)
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lightning_embcompress import EmbeddingCompression, load_compressed, load_from_checkpoint, save_compressed
 from lightning_embcompress.callbacks import QuantizationAware
-from lightning_embcompress.compression.backbone import body_of
+from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.methods.registry import LatentCodes, Quantization
-from lightning_embcompress.quantization.aware import convert, converted, prepare
+from lightning_embcompress.quantization.aware import convert_qat, converted, prepare_qat
 
 MakeTrainer = Callable[..., Trainer]
 WORKERS = Path(__file__).parent / "workers"
@@ -76,10 +76,10 @@ def _run(
 
 
 CASES: dict[str, Any] = {
-    "minmax": (_adam, "low_rank", {"body": "int8", "freeze_observers_at": 2}),
+    "minmax": (_adam, "low_rank", {"backbone": "int8", "freeze_observers_at": 2}),
     "learned": (_two_groups, "group_reduce", {"bits": "int3", "ranges": "learned", "freeze_observers_at": 2}),
-    "learned body": (_momentum, "low_rank", {"ranges": "learned", "body": "int4", "at_epoch": 2}),
-    "codes": (_adam, "transform_coding", {"body": "float16", "freeze_observers_at": 2}),
+    "learned backbone": (_momentum, "low_rank", {"ranges": "learned", "backbone": "int4", "at_epoch": 2}),
+    "codes": (_adam, "transform_coding", {"backbone": "float16", "freeze_observers_at": 2}),
 }
 
 
@@ -98,7 +98,7 @@ def test_resuming_equals_the_uninterrupted_run(
         ]
 
     whole = _run(make_trainer, foreign, recurrent, callbacks(), tmp_path / "whole", configure)
-    assert body_of(whole.model) is not None or "body" not in options
+    assert backbone_of(whole.model) is not None or "backbone" not in options
     assert all(module.is_prepared for module in _factorizations(whole.model))
     for epoch in (0, 1, 2) if case == "minmax" else (1, 2):
         ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
@@ -176,8 +176,8 @@ def _refused(make_trainer: MakeTrainer, model: Any, loaders: Any, *callbacks: Ca
         ({"group_size": 8}, "group_size must be an integer from 16 to 256, it is 8"),
         ({"scale_dtype": "float32"}, "scale_dtype must be 'float16' or 'bfloat16', it is 'float32'"),
         ({"ranges": "max"}, "ranges must be 'minmax' or 'learned'"),
-        ({"body": "int1"}, "'int1' is no way to store weights: known are int2"),
-        ({"tables": []}, "nothing to quantize: tables is empty, and body is None"),
+        ({"backbone": "int1"}, "'int1' is no way to store weights: known are int2"),
+        ({"tables": []}, "nothing to quantize: tables is empty, and backbone is None"),
         ({"at_epoch": -1}, "at_epoch must be 0 or more"),
         ({"at_epoch": 3, "freeze_observers_at": 2}, "freeze_observers_at=2 comes before at_epoch=3"),
     ],
@@ -212,17 +212,19 @@ def test_what_is_refused_before_the_first_step(foreign: SimpleNamespace, make_tr
         foreign.model(), QuantizationAware(), QuantizationAware("int8", tables=["encoder"])
     )
     assert "two callbacks quantize the weights beside the tables" in said(
-        foreign.model(), QuantizationAware(tables="encoder", body="int8"), QuantizationAware(tables=[], body="int8")
+        foreign.model(),
+        QuantizationAware(tables="encoder", backbone="int8"),
+        QuantizationAware(tables=[], backbone="int8"),
     )
     model = foreign.model()
-    prepare(model, Quantization(bits=8), ["encoder", "decoder"], body="int8")
+    prepare_qat(model, Quantization(bits=8), ["encoder", "decoder"], backbone="int8")
     assert "prepared for quantization already" in said(model, QuantizationAware())
     assert "'mix.weight', ...) are prepared for quantization already" in said(
-        model, QuantizationAware(tables=[], body="int8")
+        model, QuantizationAware(tables=[], backbone="int8")
     )
-    convert(model)
+    convert_qat(model)
     assert "'encoder' is packed in 8 bits, and has no numbers left to train" in said(model, QuantizationAware())
-    assert "'mix.weight', ...) are packed already" in said(model, QuantizationAware(tables=[], body="int8"))
+    assert "'mix.weight', ...) are packed already" in said(model, QuantizationAware(tables=[], backbone="int8"))
 
 
 def test_dense_tables_the_log_and_a_converted_checkpoint(
@@ -233,13 +235,13 @@ def test_dense_tables_the_log_and_a_converted_checkpoint(
 
     model = foreign.model("tied", bias=False)
     with caplog.at_level(logging.INFO):
-        trainer = make_trainer(callback(body="float16"), max_epochs=2)
+        trainer = make_trainer(callback(backbone="float16"), max_epochs=2)
         trainer.fit(model, **foreign.loaders())
     assert model.encoder.factorization is model.decoder.factorization
     said = json.loads((tmp_path / "report.json").read_text())
-    table, body, whole = (said["quantization"][key] for key in ("tables", "body", "model"))
+    table, backbone, whole = (said["quantization"][key] for key in ("tables", "backbone", "model"))
     assert [(one["name"], one["dtype"], one["group_size"]) for one in table] == [("encoder", "int8", 16)]
-    assert (body["dtype"], body["stored_bytes"]) == ("float16", 2 * 16 * 16)
+    assert (backbone["dtype"], backbone["stored_bytes"]) == ("float16", 2 * 16 * 16)
     assert "Table 'encoder' trains for int8: 0.00" in caplog.text
     assert "Weights beside the tables (1) train for float16: 0.001 MB once converted, 2.00x" in caplog.text
     assert f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once converted" in caplog.text
@@ -247,9 +249,9 @@ def test_dense_tables_the_log_and_a_converted_checkpoint(
     unconverted = tmp_path / "training.ckpt"
     trainer.save_checkpoint(unconverted)
 
-    convert(model)
+    convert_qat(model)
     trainer.save_checkpoint(tmp_path / "converted.ckpt")
-    for fresh in (callback(body="float16"), callback(), QuantizationAware("int4", at_epoch=1)):
+    for fresh in (callback(backbone="float16"), callback(), QuantizationAware("int4", at_epoch=1)):
         text = _refused(
             make_trainer,
             foreign.model("tied", bias=False),
@@ -259,7 +261,7 @@ def test_dense_tables_the_log_and_a_converted_checkpoint(
         )
         assert "has no numbers left to train" in text
     with pytest.warns(UserWarning, match=r"quantization began with {'bits': 8.*'bits': 3.*comes too late"):
-        make_trainer(callback(body="float16", bits=3), max_epochs=3).fit(
+        make_trainer(callback(backbone="float16", bits=3), max_epochs=3).fit(
             foreign.model("tied", bias=False), **foreign.loaders(), ckpt_path=unconverted
         )
 

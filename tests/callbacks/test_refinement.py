@@ -41,7 +41,7 @@ class Note(Callback):
         for name in ("encoder", "decoder"):
             layer = getattr(pl_module, name)
             compressed = isinstance(layer, CompressedLayer)
-            tables[name] = layer.factorization.dense() if compressed else layer.weight.detach().clone()
+            tables[name] = layer.factorization.materialize() if compressed else layer.weight.detach().clone()
         self.tables.append(tables)
         self.parameters.append({name: id(parameter) for name, parameter in pl_module.named_parameters()})
         state = trainer.optimizers[0].state
@@ -123,7 +123,7 @@ def test_changed_shapes_are_spliced(
     assert [id(parameter) for parameter in optimized] == [id(parameter) for parameter in model.parameters()]
     assert set(map(id, trainer.optimizers[0].state)) == set(map(id, optimized))
     assert model.encoder.factorization is model.decoder.factorization
-    assert not torch.equal(model.encoder.factorization.dense(), after.tables[1]["encoder"])
+    assert not torch.equal(model.encoder.factorization.materialize(), after.tables[1]["encoder"])
     assert not {name for name in after.states[1] if ".factorization." in name}
 
 
@@ -168,13 +168,13 @@ def test_factors_that_diverged_are_refused_before_any_table_is_changed(
         def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
             if trainer.current_epoch == 2:
                 pl_module.decoder.factorization.coefficients.data[4] = torch.nan
-                self.encoder = pl_module.encoder.factorization.dense()
+                self.encoder = pl_module.encoder.factorization.materialize()
 
     diverge, model = Diverge(), foreign.model()
     callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, refine_at_epochs=[2])
     with pytest.raises(ValueError, match=r"table 'decoder' has NaN or infinite values in 1 .*\(rows 4\)"):
         make_trainer(diverge, callback).fit(model, **foreign.loaders())
-    assert torch.equal(model.encoder.factorization.dense(), diverge.encoder)
+    assert torch.equal(model.encoder.factorization.materialize(), diverge.encoder)
 
 
 def test_a_layer_that_other_code_replaced(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
@@ -196,7 +196,7 @@ def test_residual_files(tmp_path: Path, dtype: torch.dtype) -> None:
     residual = open_table(path, factors, checksum)
     assert residual.dtype == dtype
     assert path.stat().st_size == table.nbytes
-    torch.testing.assert_close(residual, (table.double() - factors.dense().double()).to(dtype))
+    torch.testing.assert_close(residual, (table.double() - factors.materialize().double()).to(dtype))
     write_target(tmp_path / "target.bin", residual, factors)
     target = open_table(tmp_path / "target.bin", factors)
     rounding = 2 * torch.finfo(dtype).eps * table.abs().max().item()

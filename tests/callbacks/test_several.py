@@ -40,7 +40,7 @@ class Note(Callback):
         layers = {name: getattr(pl_module, name) for name in ("encoder", "decoder")}
         self.tables.append(
             {
-                name: layer.factorization.dense()
+                name: layer.factorization.materialize()
                 if isinstance(layer, CompressedLayer)
                 else layer.weight.detach().clone()
                 for name, layer in layers.items()

@@ -47,7 +47,7 @@ def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> Non
 
 
 def test_the_smallest_within_a_limit(shell: Any, gpt2: Path, text: Path) -> None:
-    words = ("--method", "group_reduce", "--max_loss", "1%", "--text", text)
+    words = ("--method", "group_reduce", "--max_perplexity_increase", "1%", "--text", text)
     assert shell("compress", gpt2, "out", *words) == 0
     assert "perplexity +1.00%" in shell.printed()
     report = _report("out")
@@ -79,11 +79,23 @@ def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--ratio 2 --max_loss 1%", "give exactly one of ratio, size and max_loss"),
-        ("--max_loss none", "max_loss must be an increase of the perplexity such as '1%' or 0.01, it is 'none'"),
-        ("--max_loss 1%", "--max_loss 1% measures the perplexity: give a text with --text, without --counts_only"),
-        ("--max_loss 1% --text text.txt --counts_only", "--max_loss 1% measures the perplexity: give a text with"),
-        ("--max_loss 1% --text text.txt --method low_rank", "--max_loss is for methods that weigh errors by what the"),
+        ("--ratio 2 --max_perplexity_increase 1%", "give exactly one of ratio, size and max_perplexity_increase"),
+        (
+            "--max_perplexity_increase none",
+            "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is 'none'",
+        ),
+        (
+            "--max_perplexity_increase 1%",
+            "--max_perplexity_increase 1% measures the perplexity: give a text with --text, without --counts_only",
+        ),
+        (
+            "--max_perplexity_increase 1% --text text.txt --counts_only",
+            "--max_perplexity_increase 1% measures the perplexity: give a text with",
+        ),
+        (
+            "--max_perplexity_increase 1% --text text.txt --method low_rank",
+            "--max_perplexity_increase is for methods that weigh errors by what the",
+        ),
         ("--ratio 2 --method auto", "--method auto has to know what errors cost: give a text with --text, without"),
         ("--ratio 2 --variant loss", "--variant loss has to know what errors cost: give a text with --text, without"),
         ("--ratio 2 --statistics absent", "--statistics absent: there is no such file; to write it give a text with"),

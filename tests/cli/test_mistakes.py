@@ -27,8 +27,12 @@ from lightning_embcompress.utils.files import staged
         ("SOURCE out --ratio four", "argument --ratio: invalid float value: 'four'"),
         ("SOURCE out --tie never", "argument --tie: invalid choice: 'never'"),
         ("SOURCE out more", "unrecognized arguments: more"),
-        ("SOURCE out", "give exactly one of ratio, size and max_loss: ratio is None, size is None, max_loss is None"),
-        ("SOURCE out --ratio 2 --size 1MB", "give exactly one of ratio, size and max_loss"),
+        (
+            "SOURCE out",
+            "give exactly one of ratio, size and max_perplexity_increase: ratio is None, size is None, "
+            "max_perplexity_increase is None",
+        ),
+        ("SOURCE out --ratio 2 --size 1MB", "give exactly one of ratio, size and max_perplexity_increase"),
         ("SOURCE out --ratio 0.5", "ratio must be above 1"),
         ("SOURCE out --size big", "size must be a number of bytes such as '80MB'"),
         ("SOURCE out --method group_reduse --ratio 2", "unknown method 'group_reduse' (did you mean 'group_reduce'?)"),

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2
 from lightning_embcompress import compress, densify, load_compressed, plan_of, save_compressed
 from lightning_embcompress.cli.skeleton import build_skeleton
 from lightning_embcompress.compression.backbone import (
-    Body,
-    apply_body,
-    body_of,
-    body_weights,
-    convert_body,
-    converted_body,
-    freeze_body_ranges,
-    prepare_body,
-    restore_body,
+    Backbone,
+    apply_backbone,
+    backbone_of,
+    backbone_weights,
+    convert_backbone,
+    converted_backbone,
+    freeze_backbone_ranges,
+    prepare_backbone,
+    restore_backbone,
 )
 from lightning_embcompress.compression.plan import Plan
 from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
@@ -33,7 +33,7 @@ from lightning_embcompress.layers.parametrized_weights import Storage, parametri
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.quantizers.integer_quantizer import from_codes, group_scales, to_codes
 from lightning_embcompress.methods.registry import Quantization
-from lightning_embcompress.quantization.aware import convert, prepare
+from lightning_embcompress.quantization.aware import convert_qat, prepare_qat
 
 
 class Tied(nn.Module):
@@ -86,14 +86,14 @@ def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
     model, x = _built(name)
     dense, names = copy.deepcopy(model), [own for own, _ in model.named_parameters()]
     parameters = {id(parameter) for parameter in model.parameters()}
-    weights = body_weights(model)
+    weights = backbone_weights(model)
     assert len(weights) == MODELS[name][2]
     shapes = {own: tuple(weight.shape) for own, weight in weights.items()}
     with torch.no_grad():
-        for weight in {id(weight): weight for weight in body_weights(dense).values()}.values():
+        for weight in {id(weight): weight for weight in backbone_weights(dense).values()}.values():
             weight.copy_(_rounded(weight, storage))
-    body = prepare_body(model, storage)
-    assert body_of(model) == body == Body(shapes, storage, "fake")
+    backbone = prepare_backbone(model, storage)
+    assert backbone_of(model) == backbone == Backbone(shapes, storage, "fake")
     assert {id(parameter) for parameter in model.parameters()} == parameters
     read = _read(model, x)
     torch.testing.assert_close(read, _read(dense, x))
@@ -105,17 +105,17 @@ def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
         if own in by_name:
             torch.testing.assert_close(weight.grad, by_name[own].grad)
     twin = copy.deepcopy(model)
-    with converted_body(model):
-        assert body_of(model) == Body(shapes, storage, "packed")
+    with converted_backbone(model):
+        assert backbone_of(model) == Backbone(shapes, storage, "packed")
         stored = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         torch.testing.assert_close(_read(model, x), read)
-    assert body_of(model) == body
+    assert backbone_of(model) == backbone
     assert {id(parameter) for parameter in model.parameters()} == parameters
-    convert_body(model)
+    convert_backbone(model)
     torch.testing.assert_close(_read(model, x), read)
     # Empty, and loaded into, over whatever it was.
     for other in (_built(name)[0], twin):
-        apply_body(other, body_of(model))
+        apply_backbone(other, backbone_of(model))
         other.load_state_dict(stored)
         torch.testing.assert_close(_read(other, x), read)
     of_weights = {key: tensor for key, tensor in stored.items() if "parametrizations" in key}
@@ -124,9 +124,9 @@ def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
     model.half().double().float()
     for key, tensor in of_weights.items():
         torch.testing.assert_close(model.state_dict()[key], tensor, rtol=0, atol=0)
-    restore_body(model)
+    restore_backbone(model)
     assert [own for own, _ in model.named_parameters()] == names
-    assert body_of(model) is None
+    assert backbone_of(model) is None
     assert type(model) is type(dense)
     # Biases went through 16 bits.
     torch.testing.assert_close(_read(model, x), read, rtol=1e-2, atol=2e-3)
@@ -142,8 +142,8 @@ def test_bytes_are_those_of_the_bits() -> None:
         ("float16", 65_536),
     ):
         packed = copy.deepcopy(model)
-        prepare_body(packed, storage_of(dtype, group_size=64))
-        convert_body(packed)
+        prepare_backbone(packed, storage_of(dtype, group_size=64))
+        convert_backbone(packed)
         assert parametrized_bytes(packed) == (4 * 32_768, of_weights)
         assert model_bytes(packed) == {
             "dense_bytes": dense,
@@ -154,7 +154,7 @@ def test_bytes_are_those_of_the_bits() -> None:
 
 def test_learned_and_frozen_ranges() -> None:
     model, x = _built("RNN")
-    prepare_body(model, storage_of("int4", group_size=16, ranges="learned"))
+    prepare_backbone(model, storage_of("int4", group_size=16, ranges="learned"))
     learned = {name for name, _ in model.named_parameters() if name.endswith("scales")}
     assert len(learned) == 2
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -163,15 +163,15 @@ def test_learned_and_frozen_ranges() -> None:
     optimizer.step()
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     read = _read(model, x)
-    with converted_body(model):
+    with converted_backbone(model):
         torch.testing.assert_close(_read(model, x), read)
-    freeze_body_ranges(model)
+    freeze_backbone_ranges(model)
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == learned
 
     model, x = _built("RNN")
-    prepare_body(model, storage_of("int4", group_size=16))
-    freeze_body_ranges(model)
-    assert body_of(model) == Body(
+    prepare_backbone(model, storage_of("int4", group_size=16))
+    freeze_backbone_ranges(model)
+    assert backbone_of(model) == Backbone(
         {"weight_ih_l0": (17, 24), "weight_hh_l0": (17, 17)}, storage_of("int4", 16), "frozen"
     )
     scales = model.state_dict()["parametrizations.weight_ih_l0.0.scales"].clone()
@@ -181,7 +181,7 @@ def test_learned_and_frozen_ranges() -> None:
     # Twice the range is beyond it: ends of the range are what is read.
     assert reads.abs().max() <= 8 * scales.max()
     fresh = _built("RNN")[0]
-    apply_body(fresh, body_of(model))
+    apply_backbone(fresh, backbone_of(model))
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(_read(fresh, x), _read(model, x), rtol=0, atol=0)
 
@@ -194,18 +194,18 @@ def test_tables_are_left_alone() -> None:
             self.lstm, self.mix = nn.LSTM(24, 24), nn.Linear(24, 24)
             self.decoder, self.scores = nn.Linear(24, 300), nn.Linear(24, 300)
 
-    body = ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "mix.weight"]
+    backbone = ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "mix.weight"]
     model = Language()
     model.decoder.weight = model.encoder.weight
     # Nothing says which of the projections is the softmax: none is touched but by what it shares.
-    assert list(body_weights(model)) == [*body, "scores.weight"]
+    assert list(backbone_weights(model)) == [*backbone, "scores.weight"]
     del model.scores
-    assert list(body_weights(model)) == body
+    assert list(backbone_weights(model)) == backbone
     compress(model, "low_rank", ratio=4, tables="encoder")
-    assert list(body_weights(model)) == body
+    assert list(backbone_weights(model)) == backbone
     # A class of its own may read its weight otherwise.
     model.mix = type("Own", (nn.Linear,), {})(24, 24)
-    assert list(body_weights(model)) == body[:2]
+    assert list(backbone_weights(model)) == backbone[:2]
 
 
 def test_what_cannot_be_quantized() -> None:
@@ -214,28 +214,28 @@ def test_what_cannot_be_quantized() -> None:
     with pytest.raises(ValueError, match="group_size must be an integer from 16 to 256, it is 8"):
         storage_of("int8", group_size=8)
     with pytest.raises(ValueError, match="no linear or recurrent weights beside its tables"):
-        prepare_body(nn.Embedding(10, 4), "float16")
+        prepare_backbone(nn.Embedding(10, 4), "float16")
     model = nn.Sequential(nn.Linear(4, 8), nn.LSTM(4, 4), nn.Linear(8, 5))
     for value, storage in ((torch.nan, storage_of("int8")), (1e6, "float16"), (1e9, storage_of("int8"))):
         broken = copy.deepcopy(model)
         with torch.no_grad():
             broken[1].weight_hh_l0[0, 0] = value  # type: ignore[union-attr,operator]
         with pytest.raises(ValueError, match=r"weight '1.weight_hh_l0' has values that are not finite, or too large"):
-            prepare_body(broken, storage)  # type: ignore[arg-type]
+            prepare_backbone(broken, storage)  # type: ignore[arg-type]
         assert type(broken[0]) is nn.Linear
     with pytest.raises(ValueError, match="no weights beside the tables to convert: they were not prepared"):
-        convert_body(model)
-    prepare_body(model, "bfloat16")
+        convert_backbone(model)
+    prepare_backbone(model, "bfloat16")
     with pytest.raises(ValueError, match="prepared for quantization already"):
-        prepare_body(model, "float16")
-    convert(model)
-    for again in (convert_body, convert):
+        prepare_backbone(model, "float16")
+    convert_qat(model)
+    for again in (convert_backbone, convert_qat):
         with pytest.raises(ValueError, match="packed already|nothing is prepared"):
             again(model)  # type: ignore[operator]
     with pytest.raises(ValueError, match="packed already"):
-        prepare(model, tables=[], body="int8")
+        prepare_qat(model, tables=[], backbone="int8")
     lstm = {"1.weight_ih_l0": (16, 4), "1.weight_hh_l0": (16, 4)}
-    assert body_of(model) == Body({"0.weight": (8, 4), **lstm, "2.weight": (5, 8)}, "bfloat16", "packed")
+    assert backbone_of(model) == Backbone({"0.weight": (8, 4), **lstm, "2.weight": (5, 8)}, "bfloat16", "packed")
 
 
 SHAPES = {"1.weight_ih_l0": (64, 24), "1.weight_hh_l0": (64, 16)}
@@ -251,7 +251,7 @@ def saved(tmp_path: Path) -> tuple[nn.Sequential, Path]:
     """A compressed model whose LSTM trains for int4, and what was saved of it."""
     model = _language()
     compress(model, "low_rank", ratio=3)
-    prepare(model, Quantization(bits=8, group_size=16), body="int4")
+    prepare_qat(model, Quantization(bits=8, group_size=16), backbone="int4")
     save_compressed(model, tmp_path / "saved")
     return model, tmp_path / "saved"
 
@@ -259,10 +259,10 @@ def saved(tmp_path: Path) -> tuple[nn.Sequential, Path]:
 def test_files_hold_the_integers(saved: tuple[nn.Sequential, Path]) -> None:
     model, folder = saved
     x = torch.randn(3, 2, 24)
-    assert body_of(model) == Body(SHAPES, storage_of("int4", 16), "fake")
+    assert backbone_of(model) == Backbone(SHAPES, storage_of("int4", 16), "fake")
     fresh = _language()
     plan = load_compressed(folder, fresh)
-    assert plan.body == Body(SHAPES, storage_of("int4", 16), "packed")
+    assert plan.backbone == Backbone(SHAPES, storage_of("int4", 16), "packed")
     torch.testing.assert_close(fresh[1](x), model[1](x))
     packed = sum(tensor.nbytes for key, tensor in load_file(folder / "model.safetensors").items() if "parametr" in key)
     assert packed == parametrized_bytes(fresh)[1] == (24 + 16) * 64 // 2 + 2 * (64 * 2 + 64)
@@ -284,28 +284,31 @@ def _change(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
 HH = "1.parametrizations.weight_hh_l0."
 
 
-def _body(**changes: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
-    return lambda config, tensors: config["plan"]["body"].update(changes)
+def _backbone(**changes: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    return lambda config, tensors: config["plan"]["backbone"].update(changes)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_body(weights={"1.weight_ih_l0": [64, 24], "1.other": [4, 4]}), "weight '1.other', but the model has no"),
-        (_body(weights={"1.bias_ih_l0": [64, 1]}), "'1.bias_ih_l0', but the model has no linear"),
+        (_backbone(weights={"1.weight_ih_l0": [64, 24], "1.other": [4, 4]}), "weight '1.other', but the model has no"),
+        (_backbone(weights={"1.bias_ih_l0": [64, 1]}), "'1.bias_ih_l0', but the model has no linear"),
         (
-            _body(weights={"1.weight_ih_l0": [64, 23]}),
+            _backbone(weights={"1.weight_ih_l0": [64, 23]}),
             r"'1.weight_ih_l0' has the shape \[64, 23\], the model's \[64, 24\]",
         ),
-        (_body(weights={}), "must have 'weights', shapes by names"),
-        (_body(weights={"1.weight_ih_l0": [64, -1]}), "'1.weight_ih_l0' has no shape"),
+        (_backbone(weights={}), "must have 'weights', shapes by names"),
+        (_backbone(weights={"1.weight_ih_l0": [64, -1]}), "'1.weight_ih_l0' has no shape"),
         (
-            _body(weights={"1.weight_ih_l0": [64, 24]}),
+            _backbone(weights={"1.weight_ih_l0": [64, 24]}),
             "not fit the model: '1.parametrizations.weight_hh_l0.original0' is",
         ),
-        (_body(dtype="int9", state="packed"), "must have a 'quantization', or a 'dtype' of float16"),
-        (_body(quantization={"bits": 4}), "'body' of the compression plan: the structure's 'quantization' must have"),
-        (lambda config, tensors: config["plan"].update(body=3), "must have 'weights', shapes by names"),
+        (_backbone(dtype="int9", state="packed"), "must have a 'quantization', or a 'dtype' of float16"),
+        (
+            _backbone(quantization={"bits": 4}),
+            "'backbone' of the compression plan: the structure's 'quantization' must have",
+        ),
+        (lambda config, tensors: config["plan"].update(backbone=3), "must have 'weights', shapes by names"),
         (lambda config, tensors: tensors.pop(HH + "original1"), "'1.parametrizations.weight_hh_l0.original1' is miss"),
         (lambda config, tensors: tensors[HH + "original1"].fill_(255), "NaN or infinite values in .*hh_l0.original1"),
         (
@@ -328,18 +331,18 @@ def test_damaged_files_change_nothing(
 def test_checkpoints_without_a_record(saved: tuple[nn.Sequential, Path]) -> None:
     model = nn.Sequential(nn.LSTM(24, 16))
     dense = {"pytorch-lightning_version": "2.6.0", "state_dict": copy.deepcopy(model.state_dict())}
-    prepare_body(model, storage_of("int8"))
+    prepare_backbone(model, storage_of("int8"))
     checkpoint: dict[str, Any] = {"pytorch-lightning_version": "2.6.0", "state_dict": model.state_dict()}
     with pytest.raises(ValueError, match=r"no weight '0.weight_ih_l0', and does not say how it is quantized"):
         restore_structure(model, checkpoint)
-    assert body_of(model) is not None
+    assert backbone_of(model) is not None
     write_record(model, checkpoint)
     fresh = nn.Sequential(nn.LSTM(24, 16))
     restore_structure(fresh, checkpoint)
-    assert body_of(fresh) == body_of(model)
+    assert backbone_of(fresh) == backbone_of(model)
     # One of the dense model makes it dense.
     restore_structure(model, dense)
-    assert body_of(model) is None
+    assert backbone_of(model) is None
     model.load_state_dict(dense["state_dict"])
 
 
@@ -347,7 +350,7 @@ def test_checkpoints_without_a_record(saved: tuple[nn.Sequential, Path]) -> None
 def test_a_state_dict_alone_is_made_dense(saved: tuple[nn.Sequential, Path], packed: bool) -> None:
     model, _ = saved
     if packed:
-        convert(model)
+        convert_qat(model)
     skeleton = build_skeleton(model.state_dict(), plan_of(model), "it")
     assert plan_of(skeleton) == plan_of(model)
     for one in (model, skeleton):
@@ -362,14 +365,14 @@ def test_models_of_transformers(tmp_path: Path, tables: Any) -> None:
     model, ids = GPT2LMHeadModel(config).eval(), torch.arange(10)[None]
     if tables:
         compress(model, "low_rank", ratio=3)
-    prepare(model, Quantization(bits=4, group_size=32), tables, body="int8")
-    assert len(plan_of(model).body.weights) == 4  # type: ignore[union-attr]
+    prepare_qat(model, Quantization(bits=4, group_size=32), tables, backbone="int8")
+    assert len(plan_of(model).backbone.weights) == 4  # type: ignore[union-attr]
     logits = model(ids).logits
     model.save_pretrained(tmp_path)
-    assert body_of(model).state == "fake"  # type: ignore[union-attr]
+    assert backbone_of(model).state == "fake"  # type: ignore[union-attr]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
     torch.testing.assert_close(loaded(ids).logits, logits)
-    assert plan_of(loaded).body.state == "packed"  # type: ignore[union-attr]
+    assert plan_of(loaded).backbone.state == "packed"  # type: ignore[union-attr]
     assert loaded.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 12)
     base = GPT2Model.from_pretrained(tmp_path, dtype="float32").eval()
     torch.testing.assert_close(base(ids).last_hidden_state, model.transformer(ids).last_hidden_state)

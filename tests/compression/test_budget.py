@@ -139,7 +139,9 @@ def test_an_option_that_fixes_the_size_takes_the_place_of_a_ratio(method: str, t
 def test_an_option_that_fixes_the_size_excludes_a_ratio(method: str) -> None:
     (name,) = METHODS[method].options().size_options
     for budget in ({"ratio": 2}, {"size": "10kB"}):
-        with pytest.raises(ValueError, match=rf"give exactly one of ratio, size, max_loss and {name}: ratio is "):
+        with pytest.raises(
+            ValueError, match=rf"give exactly one of ratio, size, max_perplexity_increase and {name}: ratio is "
+        ):
             compress(_Model(), method, token_counts=_counts(), **_SIZES[method], **budget)
     with pytest.raises(ValueError, match=rf"{name} is None"):
         compress(_Model(), method, token_counts=_counts())
@@ -203,7 +205,7 @@ def test_untying_gives_each_role_factors_of_half_the_bytes(method: str) -> None:
     one, other = model.encoder.factorization, model.decoder.factorization
     assert one is not other
     assert not {id(parameter) for parameter in one.parameters()} & {id(parameter) for parameter in other.parameters()}
-    assert torch.equal(one.dense(), other.dense())
+    assert torch.equal(one.materialize(), other.materialize())
     # The same from the record and a state, and from files.
     read = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert read == plan
@@ -232,7 +234,7 @@ def test_untied_models_survive_their_files(tmp_path: Path) -> None:
     save_compressed(model, tmp_path)
     assert load_compressed(tmp_path, fresh) == plan
     assert torch.equal(fresh(_IDS), model(_IDS))
-    assert not torch.equal(fresh.encoder.factorization.dense(), fresh.decoder.factorization.dense())
+    assert not torch.equal(fresh.encoder.factorization.materialize(), fresh.decoder.factorization.materialize())
     densify(fresh)
     assert fresh.encoder.weight is not fresh.decoder.weight
     torch.testing.assert_close(fresh(_IDS), model(_IDS), rtol=1e-4, atol=1e-4)

@@ -24,13 +24,13 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = nn.Embedding(_VOCAB_SIZE, _DIM)
-        self.body = nn.Sequential(nn.Linear(_DIM, _DIM), nn.Tanh())
+        self.backbone = nn.Sequential(nn.Linear(_DIM, _DIM), nn.Tanh())
         self.decoder = nn.Linear(_DIM, _VOCAB_SIZE, bias=bias)
         if tied:
             self.decoder.weight = self.encoder.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.decoder(self.body(self.encoder(ids)))
+        logits: Tensor = self.decoder(self.backbone(self.encoder(ids)))
         return logits
 
 
@@ -197,7 +197,7 @@ def test_tied_tables_are_untied_only_if_that_loses_less(trained: dict[str, Any])
 def test_smallest_model_within_a_loss(trained: dict[str, Any], method: str) -> None:
     model, statistics = _model(trained)
     dense = _perplexity(model)
-    plan = compress(model, method, max_loss="2%", statistics=statistics, evaluate=_perplexity)
+    plan = compress(model, method, max_perplexity_increase="2%", statistics=statistics, evaluate=_perplexity)
     assert 0.016 <= _perplexity(model) / dense - 1 <= 0.02
     assert plan.ratio > 1.5
 
@@ -210,7 +210,7 @@ def test_a_limit_that_cannot_be_met_reports_the_best_and_changes_nothing(trained
         return 10.0 if isinstance(model.encoder, nn.Embedding) else 11.0
 
     with pytest.raises(ValueError, match=r"the perplexity grows by 10.00% at least .* above the limit of 1.00%"):
-        compress(model, "transform_coding", max_loss=0.01, statistics=statistics, evaluate=evaluate)
+        compress(model, "transform_coding", max_perplexity_increase=0.01, statistics=statistics, evaluate=evaluate)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -235,12 +235,12 @@ def test_the_search_is_quick(trained: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_loss": "1%"}, "max_loss needs statistics"),
+        ({"max_perplexity_increase": "1%"}, "max_perplexity_increase needs statistics"),
         ({"method": "auto", "ratio": 4}, "method='auto' minimises what the loss grows by"),
         ({"variant": "loss", "ratio": 4}, "variant='loss' minimises what the loss grows by"),
-        ({"max_loss": "1%", "ratio": 3}, "give exactly one of"),
-        ({"max_loss": "much"}, "max_loss must be an increase of the perplexity"),
-        ({"max_loss": -1}, "max_loss must be an increase of the perplexity"),
+        ({"max_perplexity_increase": "1%", "ratio": 3}, "give exactly one of"),
+        ({"max_perplexity_increase": "much"}, "max_perplexity_increase must be an increase of the perplexity"),
+        ({"max_perplexity_increase": -1}, "max_perplexity_increase must be an increase of the perplexity"),
     ],
 )
 def test_requests_that_cannot_be_met(arguments: dict[str, Any], message: str) -> None:
@@ -252,8 +252,8 @@ def test_requests_that_cannot_be_met(arguments: dict[str, Any], message: str) ->
 
 def test_methods_without_a_prediction_cannot_be_searched(trained: dict[str, Any]) -> None:
     model, statistics = _model(trained)
-    with pytest.raises(ValueError, match="max_loss cannot be predicted for method 'low_rank'"):
-        compress(model, "low_rank", max_loss="1%", statistics=statistics, evaluate=_perplexity)
+    with pytest.raises(ValueError, match="max_perplexity_increase cannot be predicted for method 'low_rank'"):
+        compress(model, "low_rank", max_perplexity_increase="1%", statistics=statistics, evaluate=_perplexity)
 
 
 def test_floats_and_codes_are_what_their_names_say(trained: dict[str, Any]) -> None:

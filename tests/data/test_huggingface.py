@@ -376,8 +376,8 @@ def test_datasets_are_cached_by_their_fingerprint(
     [
         ({"dataset": "org/none"}, "dataset='org/none' with dataset_config='raw' cannot be loaded.*there, says the hub"),
         (
-            {"text_column": "body"},
-            "text_column='body' is not in org/text/raw/train, which has the columns 'text', 'url'",
+            {"text_column": "backbone"},
+            "text_column='backbone' is not in org/text/raw/train, which has the columns 'text', 'url'",
         ),
         ({"text_column": "url"}, "row 0 of org/text/raw/train: 'url' is 1, which is no text"),
         ({"test_split": "exam"}, "test_split='exam' is not in the dataset 'org/text', which has the splits 'train'"),

@@ -13,7 +13,7 @@ WORKER = Path(__file__).parent / "workers" / "ddp.py"
 GROUP_REDUCE = {"method": "group_reduce", "ratio": 2, "at_epoch": 1, "refine_at_epochs": [2, 3], "groups": 3}
 CASES = {
     "refined": {"callbacks": [GROUP_REDUCE], "optimizer": "sgd", "resume_from": [0, 2]},
-    "searched": {"callbacks": [{"method": "group_reduce", "max_loss": "2%", "at_epoch": 2}]},
+    "searched": {"callbacks": [{"method": "group_reduce", "max_perplexity_increase": "2%", "at_epoch": 2}]},
     "tied, twice": {
         "tied": True,
         "callbacks": [

@@ -285,14 +285,14 @@ def test_in_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("method", [None, "group_reduce"])
-@pytest.mark.parametrize("frozen_body", [False, True])
-def test_statistics_are_the_same(method: str | None, frozen_body: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frozen_backbone", [False, True])
+def test_statistics_are_the_same(method: str | None, frozen_backbone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCAB_SIZE, DIM), _linear(dtype=torch.float32))
     if method is not None:
         model[1] = _compressed(method, torch.float32)
-    model[0].requires_grad_(not frozen_body)
-    tables = ["1"] if frozen_body else ["0", "1"]
+    model[0].requires_grad_(not frozen_backbone)
+    tables = ["1"] if frozen_backbone else ["0", "1"]
     ids = torch.randint(VOCAB_SIZE, (3, 4, 6))
     targets = ids.roll(-1, -1)
     targets[..., -1] = -100
@@ -376,7 +376,7 @@ def test_logits_stay_in_the_order_of_the_blocks(
         full_softmax_loss(head(hidden), targets)[0],
         distilled_loss(head(hidden), targets, teacher).loss,
     ]
-    assert head.factorization.kept_at is not None
+    assert head.factorization.storage_order is not None
     if top_k is not None:
         monkeypatch.setattr(RowBlocks, "logits", None)
     chunked = [
@@ -396,7 +396,7 @@ def test_negative_targets_are_no_tokens(distilled: bool) -> None:
     hidden, targets = _data()
     targets[0] = -1
     teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), 7)
-    assert head.factorization.kept_at is not None
+    assert head.factorization.storage_order is not None
     loss: Any = distilled_head_loss if distilled else head_softmax_loss
     with pytest.raises(IndexError, match="out of range"):
         loss(head, hidden, targets, *([teacher] if distilled else []))

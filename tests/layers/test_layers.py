@@ -24,7 +24,7 @@ def _factors(method: str = "low_rank", vocab_size: int = 200, dim: int = 8) -> F
 
 
 def _reference(factors: Factorization[torch.nn.Module], **given: object) -> nn.Embedding:
-    return nn.Embedding.from_pretrained(factors.dense(), freeze=False, **given)
+    return nn.Embedding.from_pretrained(factors.materialize(), freeze=False, **given)
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -33,7 +33,7 @@ def test_embedding_and_linear_equal_those_of_torch(method: str) -> None:
     bias = nn.Parameter(torch.randn(200))
     ids, hidden = torch.tensor([[0, 7], [7, 199]]), torch.randn(2, 3, 8)
     torch.testing.assert_close(CompressedEmbedding(factors)(ids), _reference(factors)(ids))
-    expected = nn.functional.linear(hidden, factors.dense(), bias)
+    expected = nn.functional.linear(hidden, factors.materialize(), bias)
     torch.testing.assert_close(CompressedLinear(factors, bias)(hidden), expected, rtol=1e-4, atol=1e-4)
     # By name, as code that was written for the layers of torch may.
     assert torch.equal(CompressedEmbedding(factors)(input=ids), CompressedEmbedding(factors)(ids))
@@ -69,9 +69,9 @@ def test_max_norm_scales_rows_down(norm_type: float) -> None:
     with torch.no_grad():
         expected = _reference(factors, max_norm=1.5, norm_type=norm_type)(ids)
     torch.testing.assert_close(layer(ids), expected, rtol=1e-5, atol=1e-6)
-    norms = factors.dense().norm(p=norm_type, dim=1)
+    norms = factors.materialize().norm(p=norm_type, dim=1)
     assert int((norms > 1.5).sum()) > 0
-    torch.testing.assert_close(layer(ids)[norms <= 1.5], factors.dense()[norms <= 1.5])
+    torch.testing.assert_close(layer(ids)[norms <= 1.5], factors.materialize()[norms <= 1.5])
     assert all(gradient.isfinite().all() for gradient in _gradients(layer, ids))
 
 

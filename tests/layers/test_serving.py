@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_embcompress import compress, densify, load_compressed, optimize_for_inference, prepare, save_compressed
+from lightning_embcompress import (
+    compress,
+    densify,
+    load_compressed,
+    optimize_for_inference,
+    prepare_qat,
+    save_compressed,
+)
 from lightning_embcompress.methods.registry import METHODS, Quantization
 
 
@@ -76,7 +83,7 @@ def test_models_without_such_heads_stay_as_they_are() -> None:
     assert optimize_for_inference(_Model()) == 0
     model = _Model()
     compress(model, "low_rank", ratio=2)
-    prepare(model, Quantization(bits=4))
+    prepare_qat(model, Quantization(bits=4))
     assert optimize_for_inference(model) == 0
 
 

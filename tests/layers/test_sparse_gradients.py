@@ -21,7 +21,7 @@ from lightning_embcompress.layers.compressed import CompressedEmbedding, Compres
 from lightning_embcompress.methods.full_table import FullTable
 from lightning_embcompress.methods.group_reduce.factorization import BlockLowRank
 from lightning_embcompress.methods.registry import METHODS, Factorization, Quantization
-from lightning_embcompress.quantization.aware import prepare
+from lightning_embcompress.quantization.aware import prepare_qat
 
 VOCAB_SIZE, DIM = 120, 12
 IDS = torch.tensor([[3, 5, 3, 117], [7, 5, 3, 64]])
@@ -349,7 +349,7 @@ def test_models_keep_the_flag_and_files_have_none(tmp_path: Path) -> None:
         load_compressed(tmp_path / "model", fresh)
         assert fresh["encoder"].sparse == is_sparse
         assert torch.equal(fresh["encoder"](IDS), model["encoder"](IDS))
-    prepare(model, Quantization(group_size=16))
+    prepare_qat(model, Quantization(group_size=16))
     assert model["encoder"].sparse
     model.zero_grad()
     _backward(model["encoder"], IDS)

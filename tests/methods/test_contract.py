@@ -69,7 +69,7 @@ def _check_reads(factors: Factorization[Any], seed: int = 0) -> None:
     """`rows` and `logits` against products with the dense table."""
     generator = torch.Generator().manual_seed(seed)
     dtype, rounding = factors.dtype, _ROUNDING[factors.dtype]
-    dense = factors.dense()
+    dense = factors.materialize()
     assert dense.shape == (factors.vocab_size, factors.dim)
     assert dense.dtype == dtype
     ids = torch.randint(factors.vocab_size, (3, 7), generator=generator)
@@ -137,7 +137,7 @@ def test_any_block_structure(problem: tuple[BlockLowRank, int]) -> None:
     factors, seed = problem
     _check_reads(factors, seed)
     expected = _reconstructed(factors)
-    assert (factors.dense() - expected).abs().max() <= _ROUNDING[factors.dtype] * (expected.norm() + 1)
+    assert (factors.materialize() - expected).abs().max() <= _ROUNDING[factors.dtype] * (expected.norm() + 1)
 
 
 @given(_block_structures())
@@ -166,7 +166,7 @@ def test_low_rank_of_any_rank(vocab_size: int, dim: int, data: st.DataObject) ->
     factors = LowRank(vocab_size, dim, data.draw(st.integers(0, min(vocab_size, dim))))
     _shake(factors)
     _check_reads(factors)
-    torch.testing.assert_close(factors.dense(), factors.coefficients @ factors.basis, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(factors.materialize(), factors.coefficients @ factors.basis, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -209,7 +209,7 @@ def test_structure_survives_json_and_loading(method: str) -> None:
     empty = factorization_from_spec(spec, torch.float64)
     assert type(empty) is type(factors)
     assert empty.stored_bytes() == factors.stored_bytes()
-    assert not torch.equal(empty.dense(), factors.dense())
+    assert not torch.equal(empty.materialize(), factors.materialize())
     empty.load_state_dict(factors.state_dict())
     assert empty.spec() == factors.spec()
     _check_same(empty, factors)
@@ -217,7 +217,7 @@ def test_structure_survives_json_and_loading(method: str) -> None:
 
 def _check_same(one: Factorization[Any], other: Factorization[Any]) -> None:
     hidden = torch.randn(3, other.dim, dtype=other.dtype)
-    assert torch.equal(one.dense(), other.dense())
+    assert torch.equal(one.materialize(), other.materialize())
     assert torch.equal(one.logits(hidden), other.logits(hidden))
 
 
@@ -249,7 +249,7 @@ def test_copies_and_conversions(method: str, tmp_path: Path) -> None:
     _check_reads(half)
     assert copy.deepcopy(factors).to("meta").device.type == "meta"
     double = copy.deepcopy(factors).double()
-    torch.testing.assert_close(double.dense().float(), factors.dense())
+    torch.testing.assert_close(double.materialize().float(), factors.materialize())
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -357,7 +357,7 @@ def test_more_bytes_lower_the_error(method: str) -> None:
         factors = chosen.factorization.decompose(table, int(table.nbytes / ratio), counts, chosen.options())
         assert factors.stored_bytes() <= table.nbytes / ratio
         errors.append(factors.weighted_error(table, weights))
-        dense = factors.dense()
+        dense = factors.materialize()
         lost = (table - dense).double().square().sum(1) @ weights / (table.double().square().sum(1) @ weights)
         assert errors[-1] == pytest.approx(float(lost), rel=1e-4)
     # With all components at the largest width, more bytes are of no use.
@@ -380,7 +380,7 @@ def test_weighting_by_counts_helps_the_frequent_rows(method: str) -> None:
 def test_is_usable_under_autocast(method: str) -> None:
     factors = _decomposed(method, 60, 8)
     embedding, linear = CompressedEmbedding(factors), CompressedLinear(factors, nn.Parameter(torch.randn(60)))
-    dense, hidden = factors.dense(), torch.randn(5, 8)
+    dense, hidden = factors.materialize(), torch.randn(5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         rows, logits = embedding(torch.arange(60)), linear(hidden)
         reference = nn.functional.linear(hidden, dense, linear.bias)

@@ -74,17 +74,17 @@ def test_reaches_the_error_of_a_fresh_decomposition(method: str) -> None:
 def test_factors_that_training_has_moved_come_back(method: str) -> None:
     table = _table()
     factors = _fresh(method, table, refine_rounds=0)
-    solved = factors.dense()
+    solved = factors.materialize()
     for seed, parameter in enumerate(factors.parameters()):
         parameter.data += 0.1 * _random(*parameter.shape, seed=seed)
-    assert (factors.dense() - solved).norm() > 0.05 * solved.norm()
+    assert (factors.materialize() - solved).norm() > 0.05 * solved.norm()
     moved = _error(method, factors, table)
     refined = _refined(method, factors, table, refine_rounds=0)
     if method in _ITERATIVE:
         fresh = _error(method, _fresh(method, table), table)
         assert _error(method, refined, table) <= 1.1 * fresh < moved
     else:
-        torch.testing.assert_close(refined.dense(), solved, rtol=0, atol=1e-4)
+        torch.testing.assert_close(refined.materialize(), solved, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -119,12 +119,12 @@ def test_a_small_change_of_the_table_changes_the_factors_a_little(method: str) -
 @torch.no_grad()
 def _flip_signs(factors: Factorization[Any]) -> list[str]:
     """Negate as many parameters as can be without a change of the table, and return their names."""
-    dense, parameters = factors.dense(), dict(factors.named_parameters())
+    dense, parameters = factors.materialize(), dict(factors.named_parameters())
     for count in range(len(parameters), 0, -1):
         for names in itertools.combinations(parameters, count):
             for name in names:
                 parameters[name].neg_()
-            if torch.equal(factors.dense(), dense):
+            if torch.equal(factors.materialize(), dense):
                 return list(names)
             for name in names:
                 parameters[name].neg_()
@@ -178,4 +178,4 @@ def test_alignment_undoes_any_rotation() -> None:
 def test_low_rank_of_rank_zero() -> None:
     factors = LowRank(_VOCAB_SIZE, _DIM, rank=0)
     assert factors.refined(_table(), _budget()) is factors
-    assert factors.dense().abs().max() == 0
+    assert factors.materialize().abs().max() == 0

@@ -24,7 +24,7 @@ from lightning_embcompress.layers.distillation import distilled_loss, teacher_sc
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
 from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction
-from lightning_embcompress.quantization.aware import prepare
+from lightning_embcompress.quantization.aware import prepare_qat
 from lightning_embcompress.tables.replacement import find_tables
 
 WORDS, DIM = 58, 12
@@ -185,10 +185,12 @@ def test_the_teacher_stays_what_it_is_and_out_of_everything(start: SimpleNamespa
         CompressedLanguageModel(dense, teacher=dense, distillation_weight=1.0)
 
 
-def test_tables_over_the_same_body_are_the_teacher(start: SimpleNamespace) -> None:
+def test_tables_over_the_same_backbone_are_the_teacher(start: SimpleNamespace) -> None:
     runs = []
     for shares in (False, True):
-        model = _tuned(start, teacher="dense.ckpt", teacher_shares_body=shares, freeze="body", distillation_weight=1.0)
+        model = _tuned(
+            start, teacher="dense.ckpt", teacher_shares_backbone=shares, freeze="backbone", distillation_weight=1.0
+        )
         runs.append((model, _fit(start, model, max_epochs=2)))
     (whole, expected), (shared, values) = runs
     assert values == expected
@@ -198,10 +200,10 @@ def test_tables_over_the_same_body_are_the_teacher(start: SimpleNamespace) -> No
     assert teacher.encoder.weight.shape == (WORDS, DIM)
     assert not teacher.training
     assert shared.model.training
-    # A body that is another one: its tables say nothing over this one.
+    # A backbone that is another one: its tables say nothing over this one.
     other = _lstm(WORDS)
     torch.nn.init.normal_(other.lstm.weight_hh_l0)
-    model = _tuned(start, teacher=other, teacher_shares_body=True, freeze="body", distillation_weight=1.0)
+    model = _tuned(start, teacher=other, teacher_shares_backbone=True, freeze="backbone", distillation_weight=1.0)
     for _ in range(2):
         with pytest.raises(ValueError, match="'lstm.weight_ih_l0' of the teacher is not that of the model"):
             _fit(start, model)
@@ -259,13 +261,13 @@ def test_reconstruction_is_what_the_metric_says() -> None:
     assert tuned._original.reconstruction(tuned.model, [torch.arange(30)], None, 0) > 0
 
 
-@pytest.mark.parametrize("freeze", ["body", "factors"])
+@pytest.mark.parametrize("freeze", ["backbone", "factors"])
 def test_freezing_and_learning_rates_with_a_schedule(start: SimpleNamespace, freeze: str) -> None:
     model = _tuned(
         start,
         freeze=freeze,
         factor_learning_rate=0.3,
-        body_learning_rate=0.2,
+        backbone_learning_rate=0.2,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
     )
     before = _state(model.model)
@@ -273,14 +275,14 @@ def test_freezing_and_learning_rates_with_a_schedule(start: SimpleNamespace, fre
     trainer.fit(model, datamodule=start.data())
     changed = {name for name, value in _state(model.model).items() if not torch.equal(value, before[name])}
     tables = {name for name in before if not name.startswith("lstm.")}
-    assert changed == (tables if freeze == "body" else before.keys() - tables)
+    assert changed == (tables if freeze == "backbone" else before.keys() - tables)
     (optimizer,) = trainer.optimizers
     assert [group["lr"] for group in optimizer.param_groups] == [0.2 * 0.25, 0.3 * 0.25]
     assert [len(group["params"]) for group in optimizer.param_groups] == [4, 5]
 
 
 def test_what_was_frozen_before_is_trained_again(start: SimpleNamespace, tmp_path: Path) -> None:
-    first = _tuned(start, freeze="body")
+    first = _tuned(start, freeze="backbone")
     trainer = _trainer(tmp_path)
     trainer.strategy.connect(first)
     trainer.save_checkpoint(tmp_path / "first.ckpt", weights_only=True)
@@ -292,9 +294,9 @@ def test_what_was_frozen_before_is_trained_again(start: SimpleNamespace, tmp_pat
     assert factors.model.lstm.weight_ih_l0.requires_grad
     assert not factors.model.decoder.bias.requires_grad
     # Quantization gives what was frozen other names.
-    for freeze in ("body", "factors"):
+    for freeze in ("backbone", "factors"):
         quantized = _tuned(start, freeze=freeze).model
-        prepare(quantized, Quantization(4, ranges="learned"), body="int8")
+        prepare_qat(quantized, Quantization(4, ranges="learned"), backbone="int8")
         again = _tuned(start, quantized)
         assert all(parameter.requires_grad for parameter in again.parameters())
     # What somebody else has frozen stays so.
@@ -303,7 +305,7 @@ def test_what_was_frozen_before_is_trained_again(start: SimpleNamespace, tmp_pat
     with pytest.warns(UserWarning, match=r"1 parameters of LSTMLanguageModel are frozen .*'lstm.weight_hh_l0'"):
         _tuned(start, own)
     for _ in range(2):
-        tuned = _tuned(start, own, freeze="body")
+        tuned = _tuned(start, own, freeze="backbone")
     with pytest.warns(UserWarning, match="'lstm.weight_hh_l0'"):
         tuned = _tuned(start, tuned.model)
     frozen = [name for name, parameter in tuned.named_parameters() if not parameter.requires_grad]
@@ -365,12 +367,15 @@ def test_tables_that_a_callback_compresses_while_it_is_tuned(start: SimpleNamesp
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"teacher_top_k": 0}, "teacher_top_k=0 must be at least 1"),
         ({"factor_learning_rate": -0.1}, "factor_learning_rate=-0.1"),
-        ({"freeze": "tables"}, "freeze='tables' must be 'body', 'factors' or None"),
+        ({"freeze": "tables"}, "freeze='tables' must be 'backbone', 'factors' or None"),
         ({"freeze": "factors", "reconstruction_weight": 1.0}, "freeze='factors' leaves them as they are"),
         ({"reconstruction_rows": 0}, "reconstruction_rows=0"),
-        ({"teacher_shares_body": True}, "the teacher moves with its student"),
+        ({"teacher_shares_backbone": True}, "the teacher moves with its student"),
         ({"teacher": "dense.ckpt"}, r"teacher='.*dense.ckpt' has no effect with distillation_weight=0"),
-        ({"teacher_shares_body": True, "freeze": "body"}, "teacher_shares_body=True has no effect with teacher=None"),
+        (
+            {"teacher_shares_backbone": True, "freeze": "backbone"},
+            "teacher_shares_backbone=True has no effect with teacher=None",
+        ),
         ({"reconstruction_rows": 8}, "reconstruction_rows=8 has no effect with reconstruction_weight=0"),
         ({"statistics": "x.pt"}, "statistics='x.pt' has no effect with reconstruction_weight=0"),
         ({"weights": "x.ckpt"}, "leave one of them out"),
@@ -414,25 +419,25 @@ def test_models_and_teachers_that_cannot_work(start: SimpleNamespace, tmp_path: 
         torch.testing.assert_close(_state(model), before, rtol=0, atol=0)
 
 
-def test_a_body_that_is_quantized_cannot_be_shared(start: SimpleNamespace) -> None:
-    arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "freeze": "body"}
-    model = _tuned(start, teacher_shares_body=True, **arguments)
+def test_a_backbone_that_is_quantized_cannot_be_shared(start: SimpleNamespace) -> None:
+    arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "freeze": "backbone"}
+    model = _tuned(start, teacher_shares_backbone=True, **arguments)
     before = _state(model)
-    with pytest.raises(ValueError, match=r"teacher_shares_body=True, but QuantizationAware\(body='int8'\)"):
-        _fit(start, model, QuantizationAware(at_epoch=2, body="int8"), max_epochs=3)
+    with pytest.raises(ValueError, match=r"teacher_shares_backbone=True, but QuantizationAware\(backbone='int8'\)"):
+        _fit(start, model, QuantizationAware(at_epoch=2, backbone="int8"), max_epochs=3)
     torch.testing.assert_close(_state(model), before, rtol=0, atol=0)
-    prepare(model.model, Quantization(8), [], body="int8")
-    with pytest.raises(ValueError, match=r"but QuantizationAware\(body=...\) has quantized"):
+    prepare_qat(model.model, Quantization(8), [], backbone="int8")
+    with pytest.raises(ValueError, match=r"but QuantizationAware\(backbone=...\) has quantized"):
         _fit(start, model)
-    _fit(start, _tuned(start, **arguments), QuantizationAware(body="int8"), limit_train_batches=1)
+    _fit(start, _tuned(start, **arguments), QuantizationAware(backbone="int8"), limit_train_batches=1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_a_body_that_is_shared_in_another_precision(start: SimpleNamespace, precision: Any) -> None:
+def test_a_backbone_that_is_shared_in_another_precision(start: SimpleNamespace, precision: Any) -> None:
     dense = LSTMLanguageModel.load_from_checkpoint(start.folder / "dense.ckpt")
     runs = []
     for shares in (True, False):
-        arguments: dict[str, Any] = {"teacher": dense, "teacher_shares_body": shares, "freeze": "body"}
+        arguments: dict[str, Any] = {"teacher": dense, "teacher_shares_backbone": shares, "freeze": "backbone"}
         model = _tuned(start, **arguments, distillation_weight=1.0, reconstruction_weight=0.1)
         runs.append(_fit(start, model, precision=precision, limit_train_batches=3))
         assert dense.encoder.weight.dtype == torch.float32
@@ -450,7 +455,7 @@ def test_paths_are_kept_as_strings(start: SimpleNamespace, tmp_path: Path) -> No
 
 def test_a_checkpoint_of_a_run_with_a_module_as_teacher(start: SimpleNamespace, tmp_path: Path) -> None:
     dense = LSTMLanguageModel.load_from_checkpoint(start.folder / "dense.ckpt")
-    model = _tuned(start, teacher=dense, teacher_shares_body=True, freeze="body", distillation_weight=1.0)
+    model = _tuned(start, teacher=dense, teacher_shares_backbone=True, freeze="backbone", distillation_weight=1.0)
     trainer = _trainer(tmp_path)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "tuned.ckpt", weights_only=True)

@@ -52,7 +52,11 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     compress(small, "low_rank", ratio=2)
     small.save_pretrained(tmp_path / "small")
     loader = DataLoader(_blocks(), batch_size=4)  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {"teacher": str(tmp_path / "dense"), "teacher_shares_body": True, "freeze": "body"}
+    arguments: dict[str, Any] = {
+        "teacher": str(tmp_path / "dense"),
+        "teacher_shares_backbone": True,
+        "freeze": "backbone",
+    }
     arguments |= {"distillation_weight": 1.0, "reconstruction_weight": 0.5, "optimizer": _sgd}
     arguments |= {"frequency_bands": False}
     tuned = []

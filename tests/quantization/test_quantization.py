@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lightning_embcompress import collect_statistics, compress, densify, load_compressed, save_compressed
 from lightning_embcompress.calibration.loss_metric import metric_of
-from lightning_embcompress.compression.backbone import Body
+from lightning_embcompress.compression.backbone import Backbone
 from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.compression.report import table_report
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import LatentCodes, LowRank, Quantization, SharedBasisBlocks
-from lightning_embcompress.quantization.aware import convert, converted_plan, prepare, quantize
+from lightning_embcompress.quantization.aware import convert_qat, converted_plan, prepare_qat, quantize_tables
 from lightning_embcompress.tables.replacement import find_tables
 
 VOCAB_SIZE, DIM = 400, 24
@@ -48,7 +48,7 @@ def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Model(tied)
     compress(model, method, ratio=4, token_counts=COUNTS)
-    prepare(model, Quantization(bits=6, group_size=32))
+    prepare_qat(model, Quantization(bits=6, group_size=32))
     assert len(plan_of(model).tables) == (1 if tied else 2)
     if tied:
         assert model.encoder.factorization is model.decoder.factorization
@@ -90,9 +90,9 @@ def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
     assert loaded.encoder.weight.requires_grad
     torch.testing.assert_close(loaded(IDS), expected, rtol=1e-4, atol=1e-4)
 
-    assert convert(model).stored_bytes == plan.stored_bytes
+    assert convert_qat(model).stored_bytes == plan.stored_bytes
     with pytest.raises(ValueError, match="are packed already|packed already"):
-        convert(model)
+        convert_qat(model)
 
 
 def test_dense_tables_can_be_quantized_as_they_are(tmp_path: Path) -> None:
@@ -100,17 +100,17 @@ def test_dense_tables_can_be_quantized_as_they_are(tmp_path: Path) -> None:
     dense = copy.deepcopy(model)
     weight = model.decoder.weight
     with pytest.raises(ValueError, match=r"no compressed tables.*tables=\['encoder', 'decoder'\]"):
-        prepare(model, Quantization(4))
-    prepare(model, Quantization(8, 32), tables=["encoder", "decoder"])
+        prepare_qat(model, Quantization(4))
+    prepare_qat(model, Quantization(8, 32), tables=["encoder", "decoder"])
     assert any(parameter is weight for parameter in model.parameters())
     torch.testing.assert_close(model(IDS), dense(IDS), rtol=0.05, atol=0.05)
-    convert(model)
+    convert_qat(model)
     assert 3 < plan_of(model).ratio < 4
     save_compressed(model, tmp_path)
     loaded = Model()
     load_compressed(tmp_path, loaded)
     assert torch.equal(loaded(IDS), model(IDS))
-    assert 6 < quantize(dense, Quantization(4, 32), ["encoder", "decoder"]).ratio < 7.2
+    assert 6 < quantize_tables(dense, Quantization(4, 32), ["encoder", "decoder"]).ratio < 7.2
 
 
 def test_without_training() -> None:
@@ -119,17 +119,17 @@ def test_without_training() -> None:
     compress(model, "low_rank", ratio=2, tables=["encoder"])
     compress(model, "transform_coding", ratio=8, token_counts=COUNTS, tables=["decoder"])
     before, codes = model(IDS), model.decoder.factorization
-    plan = quantize(model, Quantization(8))
+    plan = quantize_tables(model, Quantization(8))
     assert model.decoder.factorization is codes
     assert plan.tables[0].ratio > 7
     torch.testing.assert_close(model(IDS), before, rtol=0.05, atol=0.05)
     with pytest.raises(ValueError, match=r"'encoder' is packed in 8 bits, and has no numbers left"):
-        prepare(model, Quantization(4), tables=["encoder"])
-    prepare(model, tables=["decoder"])
+        prepare_qat(model, Quantization(4), tables=["encoder"])
+    prepare_qat(model, tables=["decoder"])
     assert isinstance(model.decoder.factorization, LatentCodes)
     with pytest.raises(ValueError, match=r"'decoder' is prepared for quantization already"):
-        prepare(model, tables=["decoder"])
-    convert(model)
+        prepare_qat(model, tables=["decoder"])
+    convert_qat(model)
     assert isinstance(model.decoder.factorization, SharedBasisBlocks)
 
 
@@ -147,35 +147,35 @@ def test_statistics_say_what_errors_cost() -> None:
     (decoder,) = find_tables(model, ["decoder"])
     metric = metric_of(model, decoder, statistics)
     compress(model, "low_rank", ratio=1.3, tables=["decoder"])
-    dense = model.decoder.factorization.dense()
+    dense = model.decoder.factorization.materialize()
     lost = []
     for known in (None, statistics):
         smaller = copy.deepcopy(model)
-        quantize(smaller, Quantization(3), tables=["decoder"], statistics=known)
-        lost.append(metric.loss(dense, smaller.decoder.factorization.dense()))
+        quantize_tables(smaller, Quantization(3), tables=["decoder"], statistics=known)
+        lost.append(metric.loss(dense, smaller.decoder.factorization.materialize()))
     assert lost[1] < 0.7 * lost[0]
     before = model.decoder.factorization
     other = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 30))
     of_another = collect_statistics(other, [batches[0] % 30], loss)
     with pytest.raises(ValueError, match="statistics"):
-        quantize(model, statistics=of_another)
+        quantize_tables(model, statistics=of_another)
     assert model.decoder.factorization is before
 
 
 def test_nothing_changes_where_one_of_several_tables_is_refused() -> None:
     model = Model()
     compress(model, "low_rank", ratio=2)
-    prepare(model, Quantization(4), tables=["decoder"])
+    prepare_qat(model, Quantization(4), tables=["decoder"])
     before = model.encoder.factorization
     with pytest.raises(ValueError, match="'decoder' is prepared"):
-        prepare(model, Quantization(4))
+        prepare_qat(model, Quantization(4))
     assert model.encoder.factorization is before
     assert before.quantization is None
     with torch.no_grad():
         model = Model()
         model.decoder.weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match="decoder"):
-        prepare(model, Quantization(4), tables=["encoder", "decoder"])
+        prepare_qat(model, Quantization(4), tables=["encoder", "decoder"])
     assert isinstance(model.encoder, nn.Embedding)
 
 
@@ -183,7 +183,7 @@ def test_frozen_factors_stay_frozen() -> None:
     model = Model()
     compress(model, "low_rank", ratio=2)
     model.encoder.requires_grad_(False)
-    prepare(model, Quantization(4, ranges="learned"))
+    prepare_qat(model, Quantization(4, ranges="learned"))
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
     assert all(parameter.requires_grad for parameter in model.decoder.parameters())
 
@@ -197,7 +197,7 @@ def test_transformers(method: str, tmp_path: Path) -> None:
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     compress(model, method, ratio=3, token_counts=COUNTS)
-    prepare(model, Quantization(bits=6))
+    prepare_qat(model, Quantization(bits=6))
     expected = model(IDS).logits
     with pytest.raises(ValueError, match="prepared for quantization, and a state_dict of numbers"):
         model.save_pretrained(tmp_path / "no", state_dict=model.state_dict())
@@ -219,7 +219,7 @@ def test_transformers(method: str, tmp_path: Path) -> None:
 def test_export() -> None:
     layer = Model()
     compress(layer, "low_rank", ratio=2)
-    quantize(layer, Quantization(4, 16))
+    quantize_tables(layer, Quantization(4, 16))
     with torch.no_grad():
         program = torch.export.export(layer.eval(), (IDS,))
         torch.testing.assert_close(program.module()(IDS), layer(IDS), rtol=1e-4, atol=1e-4)
@@ -233,34 +233,34 @@ def test_numbers_that_cannot_be_quantized_are_named_before_anything_changes() ->
         model.decoder.factorization.coefficients[3, 0] = torch.nan
     before = model.encoder.factorization.coefficients.clone()
     with pytest.raises(ValueError, match="table 'decoder' has NaN or infinite values"):
-        prepare(model, Quantization(4))
+        prepare_qat(model, Quantization(4))
     assert torch.equal(model.encoder.factorization.coefficients, before)
     assert not model.encoder.factorization.is_prepared
     model = Model()
     with torch.no_grad():
         model.encoder.weight[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"table 'encoder' has values that are too large .* scale_dtype='bfloat16'"):
-        prepare(model, Quantization(4), tables=["encoder"])
-    prepare(model, Quantization(4, scale_dtype="bfloat16"), tables=["encoder"])
+        prepare_qat(model, Quantization(4), tables=["encoder"])
+    prepare_qat(model, Quantization(4, scale_dtype="bfloat16"), tables=["encoder"])
     compress(model, "transform_coding", ratio=8, token_counts=COUNTS, tables=["decoder"])
     with pytest.raises(ValueError, match="table 'decoder' is stored in codes already"):
-        quantize(model, tables=["decoder"])
+        quantize_tables(model, tables=["decoder"])
 
 
 def test_frozen_codes_stay_frozen() -> None:
     model = Model()
     compress(model, "transform_coding", ratio=8, token_counts=COUNTS)
     model.requires_grad_(False)
-    prepare(model)
+    prepare_qat(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    convert(model)
+    convert_qat(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_damaged_files_are_refused_before_the_model_is_changed(tmp_path: Path) -> None:
     model = Model()
     compress(model, "low_rank", ratio=2)
-    quantize(model, Quantization(4))
+    quantize_tables(model, Quantization(4))
     plan = plan_of(model)
     state = model.state_dict()
     state["encoder.factorization.coefficients.scales"] = torch.full_like(
@@ -268,8 +268,8 @@ def test_damaged_files_are_refused_before_the_model_is_changed(tmp_path: Path) -
     )
     with pytest.raises(ValueError, match=r"NaN or infinite scales in 'encoder.factorization.coefficients.scales'"):
         check_factors(plan.tables, state, "the file")
-    body = Body({"encoder.weight": (VOCAB_SIZE, DIM)}, Quantization(4), "packed")
+    backbone = Backbone({"encoder.weight": (VOCAB_SIZE, DIM)}, Quantization(4), "packed")
     fresh = Model()
     with pytest.raises(ValueError, match="'encoder.weight' among the weights beside the tables"):
-        apply_plan(fresh, replace(plan, body=body))
+        apply_plan(fresh, replace(plan, backbone=backbone))
     assert isinstance(fresh.encoder, nn.Embedding)

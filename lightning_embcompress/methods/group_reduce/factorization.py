@@ -26,9 +26,9 @@ from lightning_embcompress.methods.products import balance_product, store_produc
 from lightning_embcompress.methods.quantizers.factors import (
     PackedFactor,
     Quantization,
+    materialize,
     multiply,
     read_rows,
-    whole,
 )
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
 from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes
@@ -166,8 +166,8 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
                 rows.append(block if dense else block @ basis)
         return rows
 
-    def logits_as_kept(self, hidden: Tensor) -> Tensor:
-        """See `Factorization.logits_as_kept`: one product with all bases side by side, then one a block."""
+    def logits_in_storage_order(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_in_storage_order`: one product with all bases side by side, then one a block."""
         return self._products(hidden).logits()
 
     def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
@@ -190,7 +190,7 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
 
     def bases(self, sparse: bool = False) -> tuple[Tensor, ...]:
         """`[rank, dim]` basis of every block; of no rows for a block that is kept as its rows."""
-        return torch.split(whole(self.basis, sparse), self.basis_ranks)
+        return torch.split(materialize(self.basis, sparse), self.basis_ranks)
 
     def balance(self) -> None:
         """See `Factorization.balance`."""

@@ -18,9 +18,9 @@ from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.products import balance_product, store_product
 from lightning_embcompress.methods.quantizers.factors import (
     Quantization,
+    materialize,
     multiply,
     read_rows,
-    whole,
 )
 from lightning_embcompress.methods.specs import integer, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
@@ -101,9 +101,9 @@ class LowRank(Factorization[LowRankOptions]):
     def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
-            return read_rows(self.coefficients, ids) @ whole(self.basis)
+            return read_rows(self.coefficients, ids) @ materialize(self.basis)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, read_rows(self.coefficients, distinct, sparse) @ whole(self.basis, sparse))
+        return F.embedding(inverse, read_rows(self.coefficients, distinct, sparse) @ materialize(self.basis, sparse))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ = (h Bᵀ) Uᵀ`, see `Factorization.logits`."""

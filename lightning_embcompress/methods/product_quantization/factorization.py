@@ -16,7 +16,7 @@ from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.descent import descend
 from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
-from lightning_embcompress.methods.quantizers.factors import whole
+from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.specs import positive_integers, stored_bytes
 
@@ -243,15 +243,15 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
     def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if is_exporting():
-            rows = self._rows_of(self.codes.index_select(0, ids.flatten()), whole(self.codebook))
+            rows = self._rows_of(self.codes.index_select(0, ids.flatten()), materialize(self.codebook))
             return rows.reshape(*ids.shape, self.dim)
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        codes, codebook = self.codes.index_select(0, distinct), whole(self.codebook, sparse)
+        codes, codebook = self.codes.index_select(0, distinct), materialize(self.codebook, sparse)
         return F.embedding(inverse, self._rows_of(codes, codebook))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ`, see `Factorization.logits`."""
-        states, codebook = hidden.reshape(-1, self.dim), whole(self.codebook)
+        states, codebook = hidden.reshape(-1, self.dim), materialize(self.codebook)
         if not is_exporting() and states.shape[0] * self.subspaces > _FEW_STATES * self.dim:
             return self.logits_of_rows(hidden, self._rows_between, codebook)
         # Products with all centroids, `[subspaces, centroids, states]`.

@@ -229,18 +229,20 @@ class FakeQuantizedFactor(QuantizedFactor):
             *place.shape, columns
         )
 
-    def whole(self, sparse: bool = False) -> Tensor:
+    def materialize(self, sparse: bool = False) -> Tensor:
         """All of it, as it will be stored."""
         of = self.quantization
-        weight = whole(self.weight, sparse).view(self.matrix)
+        weight = materialize(self.weight, sparse).view(self.matrix)
         if not weight.numel():
             return weight.view(self.shape)
-        scales = self._scales_of(weight) if self.scales is None else rounded_to(whole(self.scales, sparse), of.scales)
+        scales = (
+            self._scales_of(weight) if self.scales is None else rounded_to(materialize(self.scales, sparse), of.scales)
+        )
         return fake_quantize(weight, scales, of.bits, of.group_size, clips=self.scales is not None).view(self.shape)
 
     def multiply(self, hidden: Tensor) -> Tensor:
         """`[*, rows]`, the product of `[*, columns]` with all rows."""
-        return F.linear(hidden, self.whole().view(self.matrix))
+        return F.linear(hidden, self.materialize().view(self.matrix))
 
     @torch.no_grad()
     def packed(self) -> PackedFactor:
@@ -327,7 +329,7 @@ class PackedFactor(QuantizedFactor):
             self.codes, self.group_scales(), place, of.bits, self.matrix[1], of.group_size, self.dtype
         )
 
-    def whole(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """All of it."""
         return self.rows(torch.arange(self.matrix[0], device=self.codes.device)).view(self.shape)
 
@@ -358,13 +360,13 @@ def multiply(hidden: Tensor, factor: Factor) -> Tensor:
     return cast(_Readable, factor).multiply(hidden)
 
 
-def whole(factor: Factor, sparse: bool = False) -> Tensor:
+def materialize(factor: Factor, sparse: bool = False) -> Tensor:
     """All of a factor: for those that are small, or about to leave; with a sparse gradient of all rows, if asked."""
     if isinstance(factor, Tensor):
         return cast(Tensor, _SparseGradient.apply(factor)) if sparse else factor  # type: ignore[no-untyped-call]
     if isinstance(factor, FakeQuantizedFactor):
-        return factor.whole(sparse)
-    return cast(PackedFactor, factor).whole()
+        return factor.materialize(sparse)
+    return cast(PackedFactor, factor).materialize()
 
 
 def pieces(factor: Factor, step: int) -> Iterator[Tensor]:
@@ -372,7 +374,7 @@ def pieces(factor: Factor, step: int) -> Iterator[Tensor]:
     if isinstance(factor, PackedFactor):
         places = torch.arange(factor.matrix[0], device=factor.codes.device)
         return (factor.rows(piece) for piece in torch.split(places, step))
-    return iter(torch.split(whole(factor), step))
+    return iter(torch.split(materialize(factor), step))
 
 
 def in_place_of(parameter: nn.Parameter, quantization: Quantization, state: State) -> QuantizedFactor:

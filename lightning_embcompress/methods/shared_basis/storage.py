@@ -17,7 +17,7 @@ from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.products import balance_product, store_product
-from lightning_embcompress.methods.quantizers.factors import Quantization, State, read_rows, whole
+from lightning_embcompress.methods.quantizers.factors import Quantization, State, materialize, read_rows
 from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.shared_basis.layout import (
     SCALE_STEPS,
@@ -151,7 +151,11 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
     def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Basis, means, and scales of every block, of codes."""
         if not self.is_coded:
-            return whole(self.basis, sparse), whole(self.means, sparse), [self.position.new_empty(0)] * len(self.sizes)
+            return (
+                materialize(self.basis, sparse),
+                materialize(self.means, sparse),
+                [self.position.new_empty(0)] * len(self.sizes),
+            )
         basis = (self.basis_codes.to(self.dtype) - 128) * self.basis_scales.unsqueeze(1)
         means = (self.mean_codes.to(self.dtype) - 128) * self.mean_scales.unsqueeze(1)
         scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
@@ -171,7 +175,7 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
         basis, means, scales = self._read(sparse)
         codes = self._block_codes() if self.is_coded else []
         offsets = self._offsets() if self.is_coded else []
-        levels = whole(self.levels, sparse) if self.is_coded else None
+        levels = materialize(self.levels, sparse) if self.is_coded else None
         rows = []
         for block, place in enumerate(places):
             if place is None:
@@ -184,8 +188,8 @@ class SharedBasisStorage(RowBlocks[OptionsT]):
             rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows
 
-    def logits_as_kept(self, hidden: Tensor) -> Tensor:
-        """See `Factorization.logits_as_kept`: one product with the basis, then one a block."""
+    def logits_in_storage_order(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_in_storage_order`: one product with the basis, then one a block."""
         if not self.is_coded:
             return self._products(hidden).logits()
         pieces: list[Tensor] = []

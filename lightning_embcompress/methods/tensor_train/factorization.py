@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from lightning_embcompress.methods.base import Factorization, Options, is_exporting
-from lightning_embcompress.methods.quantizers.factors import pieces, read_rows, whole
+from lightning_embcompress.methods.quantizers.factors import materialize, pieces, read_rows
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.methods.tensor_train.solver import (
     core_sizes,
@@ -138,7 +138,7 @@ class TensorTrain(Factorization[TensorTrainOptions]):
         """`h Wᵀ`, see `Factorization.logits`."""
         states = hidden.reshape(-1, self.dim)
         if is_exporting():
-            logits = train_logits(whole(self.cores), states, self.shape, self.ranks)
+            logits = train_logits(materialize(self.cores), states, self.shape, self.ranks)
         elif states.shape[0] > _FEW_STATES:
             return self.logits_of_rows(hidden, self._read, by_row=self.cores)
         else:

@@ -14,7 +14,7 @@ from lightning_embcompress.methods.base import Factorization
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.quantizers.factors import Quantization, read_rows, straight_through, whole
+from lightning_embcompress.methods.quantizers.factors import Quantization, materialize, read_rows, straight_through
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
 from lightning_embcompress.methods.shared_basis.factorization import (
     SharedBasisBlocks,
@@ -175,10 +175,10 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
     def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Basis, means and scales as they will be stored."""
         basis, means = (
-            straight_through(whole(own, sparse) * unit, as_stored)
+            straight_through(materialize(own, sparse) * unit, as_stored)
             for unit, own in zip(self.units, (self.basis, self.means), strict=True)
         )
-        return basis, means, torch.exp2(straight_through(whole(self.log_scales, sparse), _stored_logarithms))
+        return basis, means, torch.exp2(straight_through(materialize(self.log_scales, sparse), _stored_logarithms))
 
     def _values(self, numbers: Tensor, block: int) -> Tensor:
         """Levels that are nearest to numbers of a block."""
@@ -219,8 +219,8 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
                 rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows
 
-    def logits_as_kept(self, hidden: Tensor) -> Tensor:
-        """See `Factorization.logits_as_kept`: one product with the basis, then one a block."""
+    def logits_in_storage_order(self, hidden: Tensor) -> Tensor:
+        """See `Factorization.logits_in_storage_order`: one product with the basis, then one a block."""
         basis, means, scales = self._read()
         reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
         blocks = [

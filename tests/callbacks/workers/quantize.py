@@ -45,7 +45,7 @@ def fit(folder: Path, method: str, **fit: Any) -> LightningModule:
     ranges: Any = "minmax" if method == "transform_coding" else "learned"
     callbacks = [
         EmbeddingCompression(method, ratio=2, statistics_batches=1),
-        QuantizationAware(at_epoch=1, group_size=16, ranges=ranges, body="int4", freeze_observers_at=2),
+        QuantizationAware(at_epoch=1, group_size=16, ranges=ranges, backbone="int4", freeze_observers_at=2),
         ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
     ]
     trainer = Trainer(
@@ -61,7 +61,7 @@ def fit(folder: Path, method: str, **fit: Any) -> LightningModule:
     )
     module = Language()
     trainer.fit(module, DataLoader(data, 4, shuffle=True), DataLoader(data, 4), **fit)
-    assert plan_of(module).body is not None
+    assert plan_of(module).backbone is not None
     return module
 
 

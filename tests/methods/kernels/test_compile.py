@@ -50,11 +50,11 @@ class Model(nn.Module):
 
     def __init__(self, factors: Factorization[Any]) -> None:
         super().__init__()
-        self.encoder, self.body = CompressedEmbedding(factors), nn.Linear(DIM, DIM)
+        self.encoder, self.backbone = CompressedEmbedding(factors), nn.Linear(DIM, DIM)
         self.head = CompressedLinear(factors, nn.Parameter(torch.randn(VOCAB_SIZE)))
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.body(self.encoder(ids[:, :-1])).tanh()
+        hidden = self.backbone(self.encoder(ids[:, :-1])).tanh()
         loss: Tensor = fused_cross_entropy(self.head, hidden, ids[:, 1:], tile_rows=64)
         return loss
 

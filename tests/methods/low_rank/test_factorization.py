@@ -47,7 +47,7 @@ def test_the_metric_lowers_the_loss(dtype: torch.dtype) -> None:
         factors = LowRank.decompose(table, size, counts, metric=given_metric)
         assert factors.dtype == dtype
         assert factors.stored_bytes() <= size
-        losses.append(metric.loss(table, factors.dense()))
+        losses.append(metric.loss(table, factors.materialize()))
     assert losses[1] < 0.8 * losses[0]
 
 
@@ -65,9 +65,9 @@ def test_the_plain_svd_knows_no_metric() -> None:
     options = LowRankOptions(rank=3, weighted=False)
     plain = LowRank.decompose(table, 10**6, counts, options)
     found = LowRank.decompose(table, 10**6, counts, options, metric=metric)
-    assert torch.equal(found.dense(), plain.dense())
+    assert torch.equal(found.materialize(), plain.materialize())
     refined = found.refined(2 * table, 10**6, counts, options, metric=metric)
-    assert torch.equal(refined.dense(), plain.refined(2 * table, 10**6, counts, options).dense())
+    assert torch.equal(refined.materialize(), plain.refined(2 * table, 10**6, counts, options).materialize())
 
 
 def test_refining_in_the_metric() -> None:
@@ -79,6 +79,6 @@ def test_refining_in_the_metric() -> None:
     assert refined is factors
     assert refined.basis is basis
     fresh = LowRank.decompose(target, 10**6, counts, LowRankOptions(rank=5), metric=metric)
-    torch.testing.assert_close(refined.dense(), fresh.dense(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(refined.materialize(), fresh.materialize(), rtol=0, atol=1e-4)
     # Turned towards what was there: coefficients keep their meaning.
     assert (refined.basis - before).norm() < 0.1 * before.norm()

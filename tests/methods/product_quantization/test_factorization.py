@@ -62,7 +62,7 @@ def _structures(draw: st.DrawFn) -> tuple[ProductQuantization, int]:
 def test_any_structure(problem: tuple[ProductQuantization, int]) -> None:
     factors, count = problem
     table = _reconstructed(factors)
-    assert torch.equal(factors.dense(), table)
+    assert torch.equal(factors.materialize(), table)
     hidden = torch.randn(count, factors.dim, dtype=torch.float64, requires_grad=True)
     scores = torch.randn(count, factors.vocab_size, dtype=torch.float64)
     logits = factors.logits(hidden)
@@ -104,7 +104,7 @@ def test_both_ways_to_logits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product_quantization, "_CODES", 200)
     for count in (32, 33):
         hidden = torch.randn(count, 8)
-        torch.testing.assert_close(factors.logits(hidden), hidden @ factors.dense().T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(factors.logits(hidden), hidden @ factors.materialize().T, rtol=1e-5, atol=1e-5)
     assert made == [0, 75, 150, 225]
 
 
@@ -147,7 +147,7 @@ def test_no_more_centroids_than_tokens() -> None:
     table = _table(5, 6)
     factors = _decomposed(table, subspaces=2)
     assert factors.centroids == 5
-    torch.testing.assert_close(factors.dense(), table)
+    torch.testing.assert_close(factors.materialize(), table)
     assert _decomposed(_table(1, 3), subspaces=3).packed_codes.numel() == 0
 
 
@@ -191,7 +191,7 @@ def test_refining_keeps_who_is_rare() -> None:
     assert factors.weighted_error(target, torch.ones(400)) < before
     loaded = ProductQuantization.from_spec(factors.spec(), torch.float32)
     loaded.load_state_dict(factors.state_dict())
-    assert torch.equal(loaded.dense(), factors.dense())
+    assert torch.equal(loaded.materialize(), factors.materialize())
 
 
 def test_tokens_without_counts_are_rare_from_the_end() -> None:
@@ -282,7 +282,7 @@ def test_the_metric_lowers_the_loss(dtype: torch.dtype, rare_bits: int | None) -
         )
         assert sum(shares) == pytest.approx(1)
         assert factors.dtype == dtype
-        losses.append(metric.loss(table, factors.dense()))
+        losses.append(metric.loss(table, factors.materialize()))
     assert losses[1] < 0.95 * losses[0]
     assert losses[2] < 0.8 * losses[1]
     assert losses[3] < losses[2]
@@ -302,15 +302,15 @@ def test_refining_in_the_metric() -> None:
     options = ProductQuantizationOptions(subspaces=4, bits=4)
     factors = ProductQuantization.decompose(table, 10**6, _counts(400), options, metric=metric)
     target = table + 0.3 * _table(400, 8).flip(0)
-    before = metric.loss(target, factors.dense())
+    before = metric.loss(target, factors.materialize())
     parameter = factors.codebook
     refined = factors.refined(target, 10**6, _counts(400), options, metric=metric)
     assert refined is factors
     assert refined.codebook is parameter
-    after = metric.loss(target, refined.dense())
+    after = metric.loss(target, refined.materialize())
     fresh = ProductQuantization.decompose(target, 10**6, _counts(400), options, metric=metric)
     assert after < 0.7 * before
-    assert after < 1.1 * metric.loss(target, fresh.dense())
+    assert after < 1.1 * metric.loss(target, fresh.materialize())
     # Nothing has changed: nothing is lost.
     again = refined.refined(target, 10**6, _counts(400), options, metric=metric)
-    assert metric.loss(target, again.dense()) <= 1.01 * after
+    assert metric.loss(target, again.materialize()) <= 1.01 * after

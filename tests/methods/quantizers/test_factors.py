@@ -49,7 +49,7 @@ def _solved(method: str, dtype: torch.dtype = torch.float32) -> Factorization[An
 
 
 def _check_reads(factors: Factorization[Any], tolerance: float = 1e-5) -> None:
-    dense = factors.dense()
+    dense = factors.materialize()
     ids = torch.tensor([[3, 0, 89], [3, 40, 41]])
     torch.testing.assert_close(factors.rows(ids), dense[ids], rtol=tolerance, atol=tolerance)
     for states in (1, 30):
@@ -78,13 +78,13 @@ def test_what_trains_is_what_will_be_packed(method: str, ranges: Any, tmp_path: 
     assert not packed.is_prepared
     assert not prepared.is_packed
     _check_reads(packed)
-    torch.testing.assert_close(packed.dense(), prepared.dense(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.materialize(), prepared.materialize(), rtol=1e-5, atol=1e-5)
     for some in (prepared, packed):
         check_spec(some.spec())
         empty = factorization_from_spec(json.loads(json.dumps(some.spec())), torch.float32, torch.device("meta"))
         assert empty.stored_bytes() == some.stored_bytes()
         empty.load_state_dict(some.state_dict(), assign=True)
-        assert torch.equal(empty.dense(), some.dense())
+        assert torch.equal(empty.materialize(), some.materialize())
         assert empty.spec() == some.spec()
         save_file({name: tensor.contiguous() for name, tensor in some.state_dict().items()}, tmp_path / "factors")
         on_disk = (tmp_path / "factors").stat().st_size + len(json.dumps(some.spec(), separators=(",", ":")))
@@ -95,12 +95,12 @@ def test_what_trains_is_what_will_be_packed(method: str, ranges: Any, tmp_path: 
 @pytest.mark.parametrize("method", _METHODS)
 def test_ranges_can_be_frozen(method: str) -> None:
     prepared = _solved(method).prepared(Quantization(bits=4, group_size=16))
-    dense = prepared.dense()
+    dense = prepared.materialize()
     prepared.freeze_ranges()
-    torch.testing.assert_close(prepared.dense(), dense, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(prepared.materialize(), dense, rtol=1e-5, atol=1e-6)
     restored = factorization_from_spec(prepared.spec(), torch.float32)
     restored.load_state_dict(prepared.state_dict())
-    assert torch.equal(restored.dense(), prepared.dense())
+    assert torch.equal(restored.materialize(), prepared.materialize())
     if isinstance(prepared, LatentCodes):
         assert not prepared.log_scales.requires_grad
         return
@@ -109,7 +109,7 @@ def test_ranges_can_be_frozen(method: str) -> None:
     with torch.no_grad():
         factor.weight.mul_(3)
     assert torch.equal(factor.scales, scales)
-    torch.testing.assert_close(prepared.converted().dense(), prepared.dense(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prepared.converted().materialize(), prepared.materialize(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["low_rank", "group_reduce", "transform_coding"])
@@ -120,12 +120,14 @@ def test_balance_changes_factors_and_not_the_table(method: str) -> None:
         factors: Factorization[Any] = SharedBasisBlocks.solve(table, 9000, plain_metric(table, counts), None, 2, ())
     else:
         factors = METHODS[method].factorization.decompose(table, 9000, counts)
-    dense = factors.dense()
+    dense = factors.materialize()
     plain = copy.deepcopy(factors)
     plain.balance = lambda: None  # type: ignore[method-assign]
     factors.balance()
-    torch.testing.assert_close(factors.dense(), dense, rtol=1e-4, atol=1e-5)
-    errors = [float((some.prepared(Quantization(3, 16)).dense() - dense).square().sum()) for some in (factors, plain)]
+    torch.testing.assert_close(factors.materialize(), dense, rtol=1e-4, atol=1e-5)
+    errors = [
+        float((some.prepared(Quantization(3, 16)).materialize() - dense).square().sum()) for some in (factors, plain)
+    ]
     # Blocks of rank 1 have only their scales to move.
     assert errors[0] < (1.0 if method == "group_reduce" else 0.8) * errors[1]
 
@@ -138,7 +140,7 @@ def test_without_training(method: str, with_metric: bool) -> None:
     if method == "transform_coding":
         factors = SharedBasisBlocks.solve(_table(), 3000, _metric(), None, 2, ())
     parameters = {name: parameter.detach().clone() for name, parameter in factors.named_parameters()}
-    dense, metric = factors.dense(), _metric()
+    dense, metric = factors.materialize(), _metric()
     nearest = copy.deepcopy(factors).prepared(Quantization(4, 16)).converted()
     packed = factors.quantized(Quantization(4, 16), metric if with_metric else None)
     assert packed.is_packed
@@ -148,7 +150,7 @@ def test_without_training(method: str, with_metric: bool) -> None:
     assert packed.stored_bytes() == nearest.stored_bytes()
     _check_reads(packed)
     lost, before = (
-        metric.loss(dense, some.dense()) if with_metric else float((dense - some.dense()).square().sum())
+        metric.loss(dense, some.materialize()) if with_metric else float((dense - some.materialize()).square().sum())
         for some in (packed, nearest)
     )
     assert lost <= 1.05 * before
@@ -181,11 +183,11 @@ def test_only_rows_that_are_asked_for_are_read(
     scales = group_scales(weight, bits, group_size, of.scales)
     expected = from_codes(to_codes(weight, scales, bits, group_size), scales, bits, group_size, dtype)
     place = torch.tensor([[rows - 1, 0], [rows // 2, rows - 1]])
-    assert torch.equal(factor.whole(), expected)
+    assert torch.equal(factor.materialize(), expected)
     assert torch.equal(factor.rows(place), expected[place])
     assert factor.rows(place[:0]).shape == (0, 2, columns)
     packed = factor.packed()
-    assert torch.equal(packed.whole(), expected)
+    assert torch.equal(packed.materialize(), expected)
     assert torch.equal(packed.rows(place), expected[place])
     assert packed.codes.nbytes + packed.scales.nbytes == of.bytes_of((rows, columns))
     # Rows that are neither asked for nor share a scale with one that is may be anything.
@@ -205,7 +207,7 @@ def test_casts_leave_the_stored_bytes_as_they_are() -> None:
     assert narrow.logits(_table(2, 12, torch.bfloat16)).dtype == torch.bfloat16
     for name, tensor in narrow.state_dict().items():
         assert torch.equal(tensor, state[name])
-    assert torch.equal(narrow.float().dense(), packed.dense())
+    assert torch.equal(narrow.float().materialize(), packed.materialize())
 
 
 def test_codes_change_as_their_numbers_are_trained() -> None:
@@ -213,21 +215,21 @@ def test_codes_change_as_their_numbers_are_trained() -> None:
     table = _table(600, 24)
     coded = SharedBasisBlocks.decompose(table, table.nbytes // 12, (1000 / torch.arange(1, 601)).long())
     latent = LatentCodes.of(coded)
-    torch.testing.assert_close(latent.dense(), coded.dense(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latent.materialize(), coded.materialize(), rtol=1e-4, atol=1e-5)
     back = latent.converted()
     assert torch.equal(back.packed_codes, coded.packed_codes)
     target = table + 0.5 * _table(600, 24, seed=9)
     optimizer = torch.optim.Adam(latent.parameters(), 0.02)
-    before = (latent.dense() - target).square().mean()
+    before = (latent.materialize() - target).square().mean()
     for _ in range(60):
         loss = (latent.rows(torch.arange(600)) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = (latent.converted().dense() - target).square().mean()
+    after = (latent.converted().materialize() - target).square().mean()
     assert after < 0.95 * before
     assert latent.converted().stored_bytes() == coded.stored_bytes()
-    torch.testing.assert_close(latent.converted().dense(), latent.dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latent.converted().materialize(), latent.materialize(), rtol=1e-4, atol=1e-4)
 
 
 def test_mistakes_are_refused() -> None:
@@ -286,12 +288,12 @@ def test_a_full_table_is_quantized_as_it_is() -> None:
         packed = full.quantized(Quantization(bits, 32))
         scales = group_scales(table, bits, 32, torch.float16)
         codes = to_codes(table, scales, bits, 32)
-        assert torch.equal(packed.dense(), from_codes(codes, scales, bits, 32, torch.float32))
+        assert torch.equal(packed.materialize(), from_codes(codes, scales, bits, 32, torch.float32))
         assert packed.stored_bytes() < table.nbytes / (32 / (bits + 0.55))
     copied = FullTable.decompose(table, 0)
     assert torch.equal(copied.rows(torch.tensor([5])), table[5:6])
     copied.refined(2 * table, 0)
-    assert torch.equal(copied.dense(), 2 * table)
+    assert torch.equal(copied.materialize(), 2 * table)
 
 
 def test_blocks_without_components() -> None:
@@ -302,7 +304,7 @@ def test_blocks_without_components() -> None:
     )
     assert 0 in factors.ranks
     for packed in (factors.quantized(Quantization(4)), copy.deepcopy(factors).prepared(Quantization(4)).converted()):
-        dense = packed.dense()
+        dense = packed.materialize()
         assert torch.equal(packed.rows(torch.arange(400)), dense)
         torch.testing.assert_close(packed.logits(torch.eye(16)), dense.T, rtol=1e-4, atol=1e-4)
 
@@ -314,11 +316,11 @@ def test_rows_of_a_basis_that_share_a_scale(dim: int, group_size: int, ranks: li
     with torch.no_grad():
         for parameter in factors.parameters():
             parameter.copy_(torch.randn(parameter.shape))
-    dense = factors.dense()
+    dense = factors.materialize()
     packed = factors.quantized(Quantization(8, group_size))
-    assert torch.equal(factors.dense(), dense)
+    assert torch.equal(factors.materialize(), dense)
     for block in (slice(0, 40), slice(40, 80)):
-        assert (packed.dense()[block] - dense[block]).norm() < 0.03 * dense[block].norm()
+        assert (packed.materialize()[block] - dense[block]).norm() < 0.03 * dense[block].norm()
 
 
 def test_copies_share_nothing_that_loading_writes() -> None:
@@ -326,10 +328,10 @@ def test_copies_share_nothing_that_loading_writes() -> None:
     moved = other.state_dict()
     moved["packed_block_index"] = moved["packed_block_index"].flip(0)
     packed = factors.quantized(Quantization(8))
-    dense, index = packed.dense(), packed.packed_block_index.clone()
+    dense, index = packed.materialize(), packed.packed_block_index.clone()
     factors.packed_block_index.zero_()
     assert torch.equal(packed.packed_block_index, index)
-    assert torch.equal(packed.dense(), dense)
+    assert torch.equal(packed.materialize(), dense)
 
 
 @pytest.mark.parametrize("ranges", ["minmax", "learned"])
@@ -338,7 +340,7 @@ def test_values_outside_of_frozen_ranges_stay(ranges: Any) -> None:
     factor.freeze()
     with torch.no_grad():
         factor.weight[2, 3] = 100.0
-    factor.whole().sum().backward()
+    factor.materialize().sum().backward()
     gradient = factor.weight.grad
     assert gradient is not None
     assert gradient[2, 3] == 0
@@ -351,7 +353,7 @@ def test_learned_scales_get_the_same_gradient_by_rows_and_as_a_whole() -> None:
     factor = FakeQuantizedFactor(nn.Parameter(_table(64, 8)), Quantization(4, 64, ranges="learned"))
     assert isinstance(factor.scales, nn.Parameter)
     found = []
-    for read in (factor.whole(), factor.rows(torch.arange(64))):
+    for read in (factor.materialize(), factor.rows(torch.arange(64))):
         (gradient,) = torch.autograd.grad(read.square().sum(), factor.scales)
         found.append(gradient)
     torch.testing.assert_close(*found)

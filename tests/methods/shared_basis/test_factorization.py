@@ -90,12 +90,12 @@ def test_budget_is_never_exceeded(
     budget = least + int(table.nbytes / ratio)
     factors = SharedBasisBlocks.solve(table, budget, metric, groups, rounds, widths)
     assert factors.stored_bytes() <= budget
-    found = factors.dense()
+    found = factors.materialize()
     assert found.isfinite().all()
     # It is as a file has it: structure and state are enough.
     read = SharedBasisBlocks.from_spec(factors.spec(), dtype)
     read.load_state_dict(factors.state_dict())
-    assert torch.equal(read.dense(), found)
+    assert torch.equal(read.materialize(), found)
     smallest = SharedBasisBlocks.solve(table, least, metric, groups, 0, widths)
     assert smallest.stored_bytes() <= least
     with pytest.raises(ValueError, match=rf"^{least - 1} bytes do not hold a table of {vocab_size} x {dim} in"):
@@ -114,7 +114,7 @@ def test_without_components_blocks_are_their_means() -> None:
         found = factors.rows(torch.tensor([1000])).squeeze(0)
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
         hidden = _random(2, _DIM, seed=5)
-        torch.testing.assert_close(factors.logits(hidden), hidden @ factors.dense().T)
+        torch.testing.assert_close(factors.logits(hidden), hidden @ factors.materialize().T)
 
 
 def test_one_heavy_row_has_a_say_in_its_own_codes_only() -> None:
@@ -123,7 +123,7 @@ def test_one_heavy_row_has_a_say_in_its_own_codes_only() -> None:
     counts[7] = 10**7
     metric = Metric(_metric().matrix, smoothed_frequencies(counts))
     factors = SharedBasisBlocks.decompose(table, table.nbytes // 6, metric=metric)
-    lost = (factors.dense() - table).square().sum(dim=1) / table.square().sum(dim=1)
+    lost = (factors.materialize() - table).square().sum(dim=1) / table.square().sum(dim=1)
     assert float(lost[7]) < 1e-3
     assert float(lost.median()) < 0.1
 
@@ -141,7 +141,7 @@ def test_without_a_metric_rows_count_by_their_frequency() -> None:
     table, counts = _table(), _counts()
     plain = Metric(torch.eye(_DIM), smoothed_frequencies(counts))
     given, assumed = (SharedBasisBlocks.decompose(table, 30_000, counts, metric=metric) for metric in (plain, None))
-    assert torch.equal(given.dense(), assumed.dense())
+    assert torch.equal(given.materialize(), assumed.materialize())
 
 
 def test_variant_of_group_reduce() -> None:
@@ -158,10 +158,10 @@ def test_variant_of_group_reduce() -> None:
     assert len(loss.sizes) <= 6
     # Every way to ask for the best number of groups is the same.
     automatic = [solve(metric, **options) for options in ({}, {"groups": "auto"}, {"variant": "loss"})]
-    assert all(torch.equal(one.dense(), automatic[0].dense()) for one in automatic)
+    assert all(torch.equal(one.materialize(), automatic[0].materialize()) for one in automatic)
     # Asked for without a metric, directions count the same.
     plain = solve(Metric(torch.eye(_DIM), smoothed_frequencies(counts)))
-    assert torch.equal(solve(None, variant="loss").dense(), plain.dense())
+    assert torch.equal(solve(None, variant="loss").materialize(), plain.materialize())
     # At equal bytes it loses far less than the published algorithm.
     losses = [solve(None, groups=g, refine_rounds=r).loss_in(metric, table) for g in (5, 10, 20) for r in (0, 5)]
     assert automatic[0].loss_in(metric, table) < 0.6 * min(losses)

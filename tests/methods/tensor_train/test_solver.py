@@ -243,9 +243,9 @@ def test_refining_keeps_the_signs_of_every_core() -> None:
         core = piece.reshape(30, left, factors.shape[mode], right)
         flipped.append((before[:, :, None, None] * core * after[:, None, None, :]).flatten(1))
         before, start = after, start + right
-    dense = factors.dense()
+    dense = factors.materialize()
     factors.cores.data.copy_(torch.cat(flipped, dim=1))
-    torch.testing.assert_close(factors.dense(), dense, rtol=0, atol=1e-5)
+    torch.testing.assert_close(factors.materialize(), dense, rtol=0, atol=1e-5)
     expected = factors.cores.detach().clone()
     assert (expected - solved).norm() > 0.5 * solved.norm()
     assert factors.refined(table, budget, options=options) is factors

@@ -65,7 +65,7 @@ def test_rows_and_logits_are_those_of_the_reconstruction(problem: tuple[Tucker |
     expected, rounding = _reconstructed(factors), _ROUNDING[factors.dtype]
     # A row may be far smaller than the products that it is a sum of.
     scale = math.prod(float(parameter.detach().double().norm()) for parameter in factors.parameters())
-    assert (factors.dense().double() - expected).norm() <= rounding * scale
+    assert (factors.materialize().double() - expected).norm() <= rounding * scale
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(factors.vocab_size, (9,), generator=generator)
     assert (factors.rows(ids).double() - expected[ids]).norm() <= 4 * rounding * scale
@@ -215,7 +215,7 @@ def test_shapes_of_any_order_are_used(method: type[Tucker | CP]) -> None:
 
 def test_cp_of_a_table_of_zeros_can_be_trained() -> None:
     factors = CP.decompose(torch.zeros(100, 16), 100 * 16)
-    assert factors.dense().abs().max() == 0
+    assert factors.materialize().abs().max() == 0
     assert factors.refined(torch.zeros(100, 16), 100 * 16) is factors
     factors.logits(torch.ones(1, 16)).sum().backward()
     assert any(parameter.grad.abs().sum() > 0 for parameter in factors.parameters())
@@ -225,5 +225,5 @@ def test_cp_of_a_table_of_zeros_can_be_trained() -> None:
 
 def test_tucker_of_a_table_of_zeros() -> None:
     factors = Tucker.decompose(torch.zeros(100, 16), 100 * 16)
-    assert factors.dense().abs().max() == 0
+    assert factors.materialize().abs().max() == 0
     assert all(parameter.isfinite().all() for parameter in factors.refined(torch.zeros(100, 16), 1600).parameters())

@@ -36,8 +36,8 @@ def fit(
     model = CompressedLanguageModel(
         small,
         teacher=dense,
-        teacher_shares_body=shares,
-        freeze="body" if shares else None,
+        teacher_shares_backbone=shares,
+        freeze="backbone" if shares else None,
         distillation_weight=1.0,
         reconstruction_weight=0.1,
         reconstruction_rows=8,
