@@ -318,7 +318,7 @@ def test_plan_of_a_module_that_is_registered_twice() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 5}, r"version 5, this package reads versions up to 4: upgrade lightning-embcompress"),
+        ({"version": 6}, r"version 6, this package reads versions up to 5: upgrade lightning-embcompress"),
         ({"version": None}, r"version None"),
         ({"version": "1"}, r"version '1'"),
         ({"tables": None}, r"not a compression plan"),
