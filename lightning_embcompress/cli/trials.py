@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import check_counts, plan_requests
 from lightning_embcompress.compression.loss_budget import uses_loss
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.methods.quantizers.round_to_nearest import round_to_nearest, rounded_bytes
-from lightning_embcompress.methods.registry import get_method
+from lightning_embcompress.methods.registry import FullTable, Quantization, get_method
+from lightning_embcompress.quantization.aware import quantize_tables
 from lightning_embcompress.tables.replacement import check_finite, find_tables
 
 DEFAULT_METHODS = (
@@ -214,12 +214,10 @@ def plan_trials(
     found = find_tables(model, tables)
     for table in found:
         check_finite(table)
-    for width in bits:
-        rounded_bytes(1, 1, width)
     if bad := [ratio for ratio in ratios if not 1 < ratio < float("inf")]:
         raise ValueError(f"ratios must be above 1 (dense bytes over stored bytes), one is {bad[0]!r}")
     dense = sum(table.weight.nbytes for table in found)
-    rounded = {width: dense / sum(rounded_bytes(*table.shape, width) for table in found) for width in bits}
+    rounded = {width: dense / sum(_packed_bytes(*table.shape, width) for table in found) for width in bits}
     trials = [Trial("dense"), *(Trial(f"int{width}", ratio, bits=width) for width, ratio in rounded.items())]
     every = sorted({*ratios, *(rounded.values() if at_sizes_of_bits else ())})
     for candidate in candidates:
@@ -263,25 +261,26 @@ def carry_out(
         return Solved(model, 1.0, dense, 1.0, 0.0)
     copy = deepcopy(model)
     start = time.perf_counter()
-    if trial.bits is not None:
-        found = find_tables(copy, tables)
-        for table in found:
-            _quantize(table.weight, trial.bits)
-        seconds = time.perf_counter() - start
-        size = sum(rounded_bytes(*table.shape, trial.bits) for table in found)
-        whole = model_bytes(model)
-        model_ratio = whole["dense_bytes"] / (whole["stored_bytes"] - dense + size)
-        return Solved(copy, dense / size, size, model_ratio, None, seconds)
-    assert trial.candidate is not None
-    options = {"tables": tables, "token_counts": token_counts, **trial.candidate.options}
     try:
-        plan = compress(copy, trial.candidate.method, ratio=trial.ratio, statistics=statistics, **options)
+        if trial.candidate is None:
+            assert trial.bits is not None
+            paths = [table.name for table in find_tables(copy, tables)]
+            plan = quantize_tables(copy, _plain_integers(trial.bits), paths)
+        else:
+            options = {"tables": tables, "token_counts": token_counts, **trial.candidate.options}
+            plan = compress(copy, trial.candidate.method, ratio=trial.ratio, statistics=statistics, **options)
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         return Solved(note=str(error))
     seconds = time.perf_counter() - start
     return Solved(copy, plan.ratio, plan.stored_bytes, model_bytes(copy)["ratio"], plan.predicted_loss, seconds)
 
 
-@torch.no_grad()
-def _quantize(weight: Tensor, bits: int) -> None:
-    weight.copy_(round_to_nearest(weight, bits))
+def _plain_integers(bits: int) -> Quantization:
+    return Quantization(bits, group_size=32)
+
+
+def _packed_bytes(vocab_size: int, dim: int, bits: int) -> int:
+    """Bytes of a table in plain integers."""
+    table = FullTable(vocab_size, dim, device=torch.device("meta"))
+    table.hold(_plain_integers(bits), "packed")
+    return table.stored_bytes()

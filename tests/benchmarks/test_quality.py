@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.compression.plan import compress
-from lightning_embcompress.methods.quantizers.round_to_nearest import round_to_nearest, rounded_bytes
+from lightning_embcompress.methods.registry import Quantization
+from lightning_embcompress.quantization.aware import quantize_tables
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -153,11 +154,7 @@ def test_quantized_factors(benchmark: Any, problem: Problem) -> None:
     def run() -> None:
         for bits in (4, 3, 2):
             smaller = copy.deepcopy(problem.model)
-            tables = [smaller.encoder.weight, smaller.decoder.weight]
-            ratio = sum(table.nbytes for table in tables) / sum(rounded_bytes(*table.shape, bits) for table in tables)
-            with torch.no_grad():
-                for table in tables:
-                    table.copy_(round_to_nearest(table, bits))
+            ratio = quantize_tables(smaller, Quantization(bits, group_size=32), ["encoder", "decoder"]).ratio
             rounded[ratio] = problem.say(f"int{bits} of the dense tables", ratio, perplexity(smaller, problem.text))
             found[ratio] = problem.excess("transform_coding", "transform_coding", ratio, problem.statistics)
         for ratio in wanted:
