@@ -6,14 +6,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+
+from toys import quiet_trainer
 
 # Two busy threads make tiny tensors many times slower: tests use one, benchmarks choose for themselves.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Scripts that tests start import the toy models too, as pytest's `pythonpath` lets the tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A quiet Trainer on one CPU, called with callbacks and arguments of the Trainer."""
+    return partial(quiet_trainer, tmp_path)
 
 
 @pytest.fixture

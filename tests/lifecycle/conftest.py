@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import Logger
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from lightning.pytorch import seed_everything
 
 from lightning_embcompress.data import HuggingFaceText, TextFiles
 from lightning_embcompress.modules import HuggingFaceCausalLM, LSTMLanguageModel
-
-MakeTrainer = Callable[..., Trainer]
-
-
-class InMemory(Logger):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    @property
-    def name(self) -> str:
-        return "memory"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def named(self, name: str) -> list[tuple[int | None, float]]:
-        """Step and value of one metric."""
-        return [(step, row[name]) for step, row in self.rows if name in row]
+from toys import save_word_tokenizer
 
 
 def _write(folder: Path) -> None:
@@ -87,10 +56,7 @@ def transformer(corpus: Path) -> SimpleNamespace:
     """`data()` and `model()`: ten batches of shuffled blocks an epoch, the last one smaller, with dropout."""
     tokenizer = corpus / "tokenizer"
     if not tokenizer.is_dir():
-        known = {"<|end|>": 0, "<unk>": 1, **{f"w{number}": number + 2 for number in range(40)}}
-        words = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>").save_pretrained(tokenizer)
+        save_word_tokenizer(tokenizer, [f"w{number}" for number in range(40)])
 
     def data(**changes: Any) -> HuggingFaceText:
         sizes: dict[str, Any] = {"block_size": 9, "batch_size": 2, "documents": "lines"}
@@ -103,22 +69,3 @@ def transformer(corpus: Path) -> SimpleNamespace:
         return HuggingFaceCausalLM(**{"config": config, "vocab_size": 42, **changes})
 
     return SimpleNamespace(data=data, model=model)
-
-
-@pytest.fixture
-def in_memory() -> type[InMemory]:
-    """A logger that keeps what is logged."""
-    return InMemory
-
-
-@pytest.fixture
-def make_trainer(tmp_path: Path) -> MakeTrainer:
-    """A quiet Trainer on one CPU."""
-
-    def make(*callbacks: Any, **changes: Any) -> Trainer:
-        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "enable_checkpointing": False}
-        quiet |= {"default_root_dir": tmp_path, "log_every_n_steps": 1}
-        return Trainer(callbacks=list(callbacks), **{**quiet, **changes})
-
-    return make

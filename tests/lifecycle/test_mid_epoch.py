@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 from lightning_embcompress import GroupReduce
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.utils.random_state import random_state
+from toys import InMemory
 
 CPU = torch.device("cpu")
 Run = Callable[..., SimpleNamespace]
@@ -54,7 +55,7 @@ def _plateau(optimizer: torch.optim.Optimizer) -> Any:
 
 @pytest.fixture
 def run(
-    request: pytest.FixtureRequest, make_trainer: Callable[..., Trainer], in_memory: Any, tmp_path: Path
+    request: pytest.FixtureRequest, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> Callable[..., SimpleNamespace]:
     """Fit for five epochs, compressed at the start of the second, refined at those of the third and the fifth."""
 
@@ -68,7 +69,7 @@ def run(
         keep: dict[str, Any] | None = None,
         ckpt_path: Path | None = None,
     ) -> SimpleNamespace:
-        where, logger, factory = tmp_path / folder, in_memory(), request.getfixturevalue(kind)
+        where, logger, factory = tmp_path / folder, InMemory(), request.getfixturevalue(kind)
         module = factory.model(**{"optimizer": _adam, **(model or {})})
         compression = GroupReduce(ratio=1.3, groups=2, at_epoch=1, refine_at_epochs=[2, 4])
         callbacks: list[Callback] = [compression, CountRows(logger)]
@@ -184,6 +185,8 @@ def test_resuming_with_a_plateau_scheduler(run: Run, tmp_path: Path) -> None:
     _check(run, tmp_path / "whole", whole, [whole.step // 5 + 2], options)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_go_on_where_they_were(
     torchrun: Callable[..., str], make_trainer: Callable[..., Trainer], recurrent: SimpleNamespace, tmp_path: Path
 ) -> None:

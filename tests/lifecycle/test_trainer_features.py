@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
@@ -25,13 +25,14 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress import GroupReduce, compress
 from lightning_embcompress.cli import main as cli
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
+from toys import LanguageModel, sgd
 
 MakeTrainer = Callable[..., Trainer]
 VOCAB_SIZE, DIM, BATCHES = 60, 8, 6
@@ -44,37 +45,11 @@ def _data(seed: int) -> TensorDataset:
     return TensorDataset(ids, (ids * 7 + 3) % VOCAB_SIZE)
 
 
-class Plain(LightningModule):
-    """A language model without randomness, and SGD, which has no state: a plain loop can do the same."""
+class Plain(LanguageModel):
+    """Without randomness, and with its own data."""
 
     def __init__(self) -> None:
-        super().__init__()
-        seed_everything(0, verbose=False)
-        self.encoder: nn.Module = nn.Embedding(VOCAB_SIZE, DIM)
-        self.mix = nn.Linear(DIM, DIM)
-        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.decoder(torch.tanh(self.mix(self.encoder(inputs))))  # type: ignore[no-any-return]
-
-    def loss(self, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten())
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
-
-    test_step = validation_step
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch[0]).argmax(dim=-1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
+        super().__init__(VOCAB_SIZE, DIM, optimizer=sgd)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(_data(1), batch_size=8)

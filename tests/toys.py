@@ -1,0 +1,263 @@
+"""Toy models, data and Trainers of all tests: `from toys import LanguageModel, loaders, ...`.
+
+They know nothing of compression, as the models of users do not. Every model is small enough for a test of a tenth of a
+second, is the same for the same `seed`, and takes the sizes it should have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+VOCAB_SIZE, DIM = 150, 16
+
+
+def falling_table(vocab_size: int = VOCAB_SIZE, dim: int = DIM, last: float = 0.1, seed: int = 0) -> Tensor:
+    """A random table `[vocab_size, dim]` whose columns fall in scale from 1 to `last`, so that low rank helps."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(vocab_size, dim, generator=generator) * torch.logspace(0, 1, dim, base=last)
+
+
+def falling_counts(vocab_size: int = VOCAB_SIZE, seed: int | None = None) -> Tensor:
+    """Token counts `[vocab_size]` after Zipf's law, from the first id to the last, or shuffled by `seed`."""
+    counts = (10_000 / torch.arange(1, vocab_size + 1)).long()
+    return counts if seed is None else counts[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))]
+
+
+def token_ids(lines: int = 96, length: int = 7, vocab_size: int = VOCAB_SIZE, seed: int = 3) -> Tensor:
+    """Ids `[lines, length]` of falling frequency, of which four in five follow from the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = (vocab_size ** torch.rand(lines, length, generator=generator)).long() - 1
+    follows = torch.rand(lines, length, generator=generator) < 0.8
+    for column in range(1, length):
+        ids[:, column] = torch.where(
+            follows[:, column], (ids[:, column - 1] * 7 + 3) % (vocab_size // 3), ids[:, column]
+        )
+    return ids.clamp_(0, vocab_size - 1)
+
+
+def dataset(lines: int = 96, length: int = 7, vocab_size: int = VOCAB_SIZE, seed: int = 3) -> TensorDataset:
+    """Pairs of inputs and targets, each `[length - 1]`, from `token_ids`."""
+    ids = token_ids(lines, length, vocab_size, seed)
+    return TensorDataset(ids[:, :-1], ids[:, 1:])
+
+
+def loaders(data: TensorDataset | None = None, batch_size: int = 8, **changes: Any) -> dict[str, Any]:
+    """Arguments of `Trainer.fit`: shuffled training data, and half of it in order for validation."""
+    data = dataset() if data is None else data
+    half = TensorDataset(*(tensor[: len(data) // 2] for tensor in data.tensors))
+    return {
+        "train_dataloaders": DataLoader(data, **{"batch_size": batch_size, "shuffle": True, **changes}),
+        "val_dataloaders": DataLoader(half, batch_size=batch_size),
+    }
+
+
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    """Adam over all parameters."""
+    return torch.optim.Adam(module.parameters(), lr=0.01)
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    """Plain gradient descent, which has no state, so that a plain loop can do the same."""
+    return torch.optim.SGD(module.parameters(), lr=0.5)
+
+
+class LanguageModel(LightningModule):
+    """Embedding, a tanh or recurrent layer, dropout and softmax, with plain layers and a plain loss.
+
+    Batches are pairs of inputs and targets, as `dataset` gives them. It logs `train_loss` and `val_loss`.
+
+    Args:
+        vocab_size: Rows of both tables.
+        dim: Columns of both tables.
+        tied: Whether the softmax reads the embedding's weight.
+        bias: Whether the softmax has a bias.
+        dropout: Probability of dropout before the softmax.
+        cell: Name of a recurrent layer of `torch.nn` (LSTM, GRU, RNN) in the place of the tanh layer; its state starts
+            at zero in every batch.
+        layers: How many recurrent layers there are.
+        last: Scale of the last column of the tables, with that of the first being 1.
+        seed: By which weights are drawn; the global random state is left alone.
+        optimizer: What `configure_optimizers` returns, made from the module.
+        **embedding: Further arguments of `nn.Embedding`, such as `padding_idx` or `sparse`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = VOCAB_SIZE,
+        dim: int = DIM,
+        *,
+        tied: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        cell: str | None = None,
+        layers: int = 1,
+        last: float = 0.1,
+        seed: int = 0,
+        optimizer: Callable[[Any], Any] = adam,
+        **embedding: Any,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = nn.Embedding(vocab_size, dim, **embedding)
+            self.mix = nn.Linear(dim, dim) if cell is None else getattr(nn, cell)(dim, dim, layers, batch_first=True)
+            self.dropout = nn.Dropout(dropout)
+            self.decoder = nn.Linear(dim, vocab_size, bias=bias)
+        for layer, own_seed in ((self.encoder, seed), (self.decoder, seed + 1)):
+            layer.weight.data.copy_(falling_table(vocab_size, dim, last, own_seed))
+        if tied:
+            self.decoder.weight = self.encoder.weight
+        self.optimizer = optimizer
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """What the softmax reads."""
+        mixed = self.mix(self.encoder(inputs))
+        return self.dropout(mixed[0] if isinstance(mixed, tuple) else torch.tanh(mixed))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.decoder(self.hidden(inputs))
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return nn.functional.cross_entropy(self(inputs).flatten(0, -2), targets.flatten())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        loss = self.loss(batch)
+        self.log("val_loss", loss, sync_dist=True)
+        return loss
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(dim=-1)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self)
+
+
+class Recorder(LightningModule):
+    """Keeps the batches it sees in `trained` and `evaluated`, and has one weight to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.trained: list[Any] = []
+        self.evaluated: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.trained.append(batch)
+        return self.weight.sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluated.append(batch)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return sgd(self)
+
+
+class InMemory(Logger):
+    """Keeps the metrics that are logged, in `rows`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def named(self, name: str) -> list[tuple[int | None, float]]:
+        """Step and value of one metric."""
+        return [(step, row[name]) for step, row in self.rows if name in row]
+
+
+def quiet_trainer(folder: Path, *callbacks: Any, **changes: Any) -> Trainer:
+    """A Trainer for three epochs on one CPU that prints, logs and saves nothing."""
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "enable_checkpointing": False}
+    quiet |= {"default_root_dir": folder, "log_every_n_steps": 1}
+    return Trainer(callbacks=list(callbacks), **{**quiet, **changes})
+
+
+def gpt2_config(**changes: Any) -> Any:
+    """The configuration of a GPT-2 with one layer of 32 and 300 tokens, tied unless `tie_word_embeddings=False`."""
+    from transformers import GPT2Config
+
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 300}
+    return GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changes})
+
+
+def gpt2(seed: int = 0, **changes: Any) -> Any:
+    """A random `GPT2LMHeadModel` of `gpt2_config`, without dropout."""
+    from transformers import GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(gpt2_config(**changes)).eval()
+
+
+def save_word_tokenizer(folder: Path, words: Iterable[str]) -> None:
+    """Save a tokenizer of transformers that splits at spaces, with `<|end|>` as 0 and `<unk>` as 1."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: number for number, word in enumerate(["<|end|>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+
+
+def save_byte_tokenizer(folder: Path, text: str, vocab_size: int = 300, eos: bool = True) -> None:
+    """Train a byte-level BPE tokenizer on a text, with `<|end|>` as 0, and save it; `eos` says it ends texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([text], trainer)
+    named = {"eos_token": "<|end|>"} if eos else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+
+
+def compress_toy(model: nn.Module, method: str, ratio: float = 3.0, **given: Any) -> Any:
+    """Compress by falling counts to `ratio`, or as far as the method goes if it does not reach it; gives the plan."""
+    from lightning_embcompress.compression.plan import compress
+    from lightning_embcompress.methods.registry import METHODS
+    from lightning_embcompress.tables.replacement import find_tables
+
+    tables = find_tables(model)
+    chosen = METHODS[method]
+    for table in tables:
+        vocab_size, dim = table.weight.shape
+        smallest = chosen.factorization.smallest_bytes(vocab_size, dim, table.weight.element_size(), chosen.options())
+        ratio = min(ratio, table.weight.nbytes / smallest)
+    return compress(model, method, **{"ratio": ratio, "token_counts": falling_counts(vocab_size), **given})
