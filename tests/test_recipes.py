@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made import make_corpus
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from lightning_embcompress.bench.made_corpus import make_corpus
 from lightning_embcompress.cli.main import main
 from lightning_embcompress.cli.recipes_index import available_recipes
 from lightning_embcompress.modules import HuggingFaceCausalLM

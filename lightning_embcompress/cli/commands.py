@@ -1,4 +1,4 @@
-"""The commands `compress`, `inspect`, `densify`, `compare`, `sweep` and `bench`: without writing Python."""
+"""The commands `compress`, `inspect`, `densify`, `compare` and `sweep`: without writing Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the commands.
 
     Args:
-        command: `"compress"`, `"inspect"`, `"densify"`, `"compare"`, `"sweep"` or `"bench"`.
+        command: `"compress"`, `"inspect"`, `"densify"`, `"compare"` or `"sweep"`.
         arguments: What follows it on the command line.
 
     Returns:
@@ -24,10 +24,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
         ValueError: If a file, a model or a request cannot be used. Nothing has been written then.
         SystemExit: After `--help`.
     """
-    if command == "bench":
-        from lightning_embcompress.cli.benching import run_bench
-
-        return run_bench(arguments)
     parsed = parse(command, arguments)
     # Only now: they import torch, for which help and mistakes need not wait.
     if command == "compress":

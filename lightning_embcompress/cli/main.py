@@ -39,8 +39,6 @@ Commands:
   densify PATH TARGET    make a compressed model in files an ordinary one again
   compare SOURCE FOLDER  measure every method, and plain int8 and int4, at equal bytes
   sweep SOURCE FOLDER    measure perplexity against stored bytes over many ratios and bit widths; resumable
-  bench NAME             obw, speed, scaling: how small tables of any size become and how fast they are, without data;
-                         corpus: text to try the recipe of the One Billion Word benchmark out
   list                   show the shipped recipes and the compression methods
 
 `embcompress COMMAND --help` lists the options. From run to predict they are those of LightningCLI and override the
@@ -61,7 +59,7 @@ one line; EMBCOMPRESS_TRACEBACK=1 shows where it was found.
 """
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "run")
-_FILE_COMMANDS = ("compress", "inspect", "densify", "compare", "sweep", "bench")
+_FILE_COMMANDS = ("compress", "inspect", "densify", "compare", "sweep")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.timeout(1800)
 
 VOCAB_SIZE, DIM, ROUNDS = 200_000, 1024, 2
-WORKER = Path(__file__).parent / "workers" / "division.py"
+WORKER = Path(__file__).with_name("division.py")
 
 
 def test_two_processes_are_half_as_fast_again_as_one(benchmark, torchrun: Callable[..., str], tmp_path: Path) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from measure import THREADS, PeakMemory, seconds, threads
 from torch import Tensor, nn
 
 from lightning_embcompress.compression.budget import plan_requests
 from lightning_embcompress.compression.plan import compress
-
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import PeakMemory, seconds  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -24,10 +20,8 @@ VOCAB_SIZE, DIM = 100_000, 1024
 
 @pytest.fixture(scope="module", autouse=True)
 def all_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(threads)
+    with threads():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +61,21 @@ def test_compression_costs_at_most_20_gram_products(benchmark, head: nn.Linear, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("threads", [1, 2])
-def test_logits_of_one_state_are_4_times_faster(benchmark, head: nn.Linear, counts: Tensor, threads: int) -> None:
-    if threads > (os.cpu_count() or 1):
-        pytest.skip("fewer cores than threads")
+@pytest.mark.parametrize("count", THREADS)
+def test_logits_of_one_state_are_4_times_faster(benchmark, head: nn.Linear, counts: Tensor, count: int) -> None:
     model = nn.Sequential(nn.Linear(DIM, VOCAB_SIZE, bias=False))
     model[0].weight.copy_(head.weight)
     # Shuffled counts: blocks are scattered over the vocabulary, and logits have to be brought back to its order.
     shuffled = counts[torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(1))]
     compress(model, "group_reduce", ratio=6.6, token_counts=shuffled, groups=20, refine_rounds=0)
     hidden = torch.randn(1, DIM)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         pairs = [(seconds(lambda: head(hidden), 10), seconds(lambda: model(hidden), 10)) for _ in range(5)]
-    finally:
-        torch.set_num_threads(before)
     benchmark.pedantic(lambda: model(hidden), rounds=10)
     dense, compressed = sorted(pairs, key=lambda pair: pair[0] / pair[1])[len(pairs) // 2]
     benchmark.extra_info.update(dense_seconds=dense, compressed_seconds=compressed, speedup=dense / compressed)
     sys.stdout.write(
-        f"\nlogits of one state, {VOCAB_SIZE} x {DIM} at 6.6x, {threads} threads: dense {dense * 1e3:.2f} ms, "
+        f"\nlogits of one state, {VOCAB_SIZE} x {DIM} at 6.6x, {count} threads: dense {dense * 1e3:.2f} ms, "
         f"compressed {compressed * 1e3:.2f} ms, {dense / compressed:.1f} times faster\n"
     )
     assert dense / compressed >= 4

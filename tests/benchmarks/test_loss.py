@@ -5,54 +5,81 @@ All sides run in turn in one process; ratios are medians over the rounds. The fa
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import pytest
+import torch
+from made import drawn_ids, made_factors
+from measure import THREADS, Side, in_turns
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_embcompress.bench.speed import SpeedBench
-
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import speed_rows  # noqa: E402
+from lightning_embcompress.layers.compressed import CompressedLinear
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
+from lightning_embcompress.layers.head_loss import head_softmax_loss
 
 pytestmark = pytest.mark.timeout(3600)
 
-THREADS = [count for count in (1, 2) if count <= (os.cpu_count() or 1)]
-FUSED = "fused_cross_entropy"
+TOKENS = 1024
+
+
+def side(head: nn.Module, loss: Callable[[Tensor], Tensor]) -> Side:
+    hidden = torch.randn(TOKENS, head.in_features, requires_grad=True)
+    leaves = [hidden, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
+
+    def run() -> None:
+        loss(hidden).backward()
+
+    read = 2 * sum(parameter.nbytes for parameter in head.parameters()) + hidden.nbytes
+    # Of every logit, forward and backward.
+    return Side(run, leaves, bytes=read, exponentials=2 * TOKENS * head.out_features)
+
+
+def heads_and_targets(vocab_size: int, dim: int, ratio: float) -> tuple[nn.Linear, CompressedLinear, Tensor]:
+    targets = drawn_ids(TOKENS, vocab_size, torch.Generator().manual_seed(0))
+    factors = made_factors(vocab_size, dim, ratio)
+    return nn.Linear(dim, vocab_size, bias=False), CompressedLinear(factors), targets
 
 
 @pytest.mark.parametrize("threads", THREADS)
 def test_one_billion_word(benchmark, threads: int) -> None:
-    bench = SpeedBench(793_471, 1024, what=("loss",), threads=(threads,), rounds=3, peers=False)
-    rows = benchmark.pedantic(lambda: speed_rows(bench, 6.6, lambda name: name.endswith(FUSED)), rounds=1)
-    compressed, dense = (rows["loss", f"{name}, {FUSED}", threads] for name in ("compressed", "dense"))
-    benchmark.extra_info.update(compressed=compressed, dense=dense)
-    sys.stdout.write(
-        f"\nloss of 1,024 tokens, {threads} threads: {compressed['ratio']:.2f} times faster than dense with the same "
-        f"tiles, {compressed['peak_bytes'] / 1e6:.0f} MB beyond parameters and gradients; at least "
-        f"{compressed['bound_seconds']:.1f} s of {compressed['seconds']:.1f} s, of that "
-        f"{compressed['bound']['exponentials']:.1f} s for {compressed['exponentials'] / 1e9:.2f} G exponentials\n"
+    dense, compressed, targets = heads_and_targets(793_471, 1024, 6.6)
+    sides = {
+        name: side(head, lambda hidden, head=head: fused_cross_entropy(head, hidden, targets))
+        for name, head in {"dense, the same tiles": dense, "compressed": compressed}.items()
+    }
+    found = benchmark.pedantic(partial(in_turns, sides, 3, threads), rounds=1)["compressed"]
+    print(
+        f"at least {found.bound_seconds:.1f} s of {found.seconds:.1f} s, of that {found.exponential_seconds:.1f} s for "
+        f"{sides['compressed'].exponentials / 1e9:.2f} G exponentials"
     )
-    assert compressed["ratio"] >= 3.5
-    assert compressed["peak_bytes"] < 200e6
+    assert found.ratio >= 3.5
+    assert found.peak_bytes < 200e6
 
 
 @pytest.mark.parametrize("threads", THREADS)
 def test_dense_heads_against_torch(benchmark, threads: int) -> None:
-    bench = SpeedBench(50_257, 768, what=("loss",), threads=(threads,), rounds=5)
-    rows = benchmark.pedantic(lambda: speed_rows(bench, 4), rounds=1)
-    found = {name: row for (_, name, _), row in rows.items()}
-    benchmark.extra_info.update(found)
-    others = [name for name in found if "linear_cross_entropy" in name]
-    if not others:
+    if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
-    for name in others:
+    dense, compressed, targets = heads_and_targets(50_257, 768, 4)
+    options = nn.LinearCrossEntropyOptions() if hasattr(nn, "LinearCrossEntropyOptions") else None
+    ours = {
+        "fused_cross_entropy": lambda hidden: fused_cross_entropy(dense, hidden, targets),
+        "head_softmax_loss": lambda hidden: head_softmax_loss(dense, hidden, targets)[0],
+    }
+    torchs = {"F.linear_cross_entropy": lambda hidden: F.linear_cross_entropy(hidden, dense.weight, targets)}
+    if options is not None:
+        torchs["F.linear_cross_entropy in chunks"] = lambda hidden: F.linear_cross_entropy(
+            hidden, dense.weight, targets, options=options
+        )
+    sides = {name: side(dense, loss) for name, loss in (ours | torchs).items()}
+    sides["compressed"] = side(compressed, lambda hidden: fused_cross_entropy(compressed, hidden, targets))
+    found = benchmark.pedantic(partial(in_turns, sides, 5, threads), rounds=1)
+    for name in torchs:
         other = found[name]
         better = [
-            ours
-            for ours in ("dense, fused_cross_entropy", "dense, head_softmax_loss")
-            if found[ours]["seconds"] < other["seconds"] and found[ours]["peak_bytes"] <= other["peak_bytes"]
+            own for own in ours if found[own].seconds < other.seconds and found[own].peak_bytes <= other.peak_bytes
         ]
-        sys.stdout.write(f"\n{name}, {threads} threads: faster with no more memory: {', '.join(better) or 'none'}\n")
+        print(f"{name}, {threads} threads: faster with no more memory: {', '.join(better) or 'none'}")
         assert better

@@ -22,14 +22,6 @@ pytestmark = pytest.mark.timeout(1800)
 VOCAB_SIZE, DIM, RANK = 50_304, 768, 192
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _factors(rank: int) -> LowRank:
     torch.manual_seed(0)
     factors = LowRank(VOCAB_SIZE, DIM, rank)

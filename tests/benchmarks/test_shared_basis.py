@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from made import fill_table, zipf_metric
+from measure import PeakMemory, seconds
 
-from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.registry import SharedBasisBlocks
-
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import PeakMemory, seconds  # noqa: E402
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -27,32 +24,6 @@ _SIZES = [
     pytest.param(100_000, 10, 0.40, id="100k"),
     pytest.param(793_471, 6, 0.30, id="793k", marks=pytest.mark.full),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # Of both sides: a second core is not always free, and many small products suffer more from that than a large one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def _fill(table: Tensor) -> Tensor:
-    """A falling spectrum that differs between frequent and rare words, as trained tables have."""
-    vocab_size, dim = table.shape
-    generator = torch.Generator().manual_seed(0)
-    for rows in table.split(-(-vocab_size // 20)):
-        # Components trade places with their neighbours.
-        order = (torch.arange(dim) + 48 * torch.rand(dim, generator=generator)).argsort()
-        rows.normal_(generator=generator).mul_(torch.logspace(0, -1.5, dim)[order])
-    return table
-
-
-def _metric(vocab_size: int, dim: int) -> Metric:
-    states = torch.randn(4 * dim, dim, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -1, dim)
-    counts = (1e9 / torch.arange(1, vocab_size + 1)).long()
-    return Metric((states.T @ states / len(states)).double(), smoothed_frequencies(counts))
 
 
 def _report(text: str) -> None:
@@ -67,11 +38,11 @@ def test_20_groups_and_5_refinements_cost_a_few_gram_products(
     dim = 1024
     if mapped:
         # Written through a mapping of its own, which is given back.
-        _fill(torch.from_file(str(tmp_path / "table"), True, vocab_size * dim).view(vocab_size, dim))
+        fill_table(torch.from_file(str(tmp_path / "table"), True, vocab_size * dim).view(vocab_size, dim))
         table = torch.from_file(str(tmp_path / "table"), False, vocab_size * dim).view(vocab_size, dim)
     else:
-        table = _fill(torch.empty(vocab_size, dim))
-    metric = _metric(vocab_size, dim)
+        table = fill_table(torch.empty(vocab_size, dim))
+    metric, _ = zipf_metric(vocab_size, dim)
     gram = seconds(lambda: table.T @ table, rounds=1)
 
     def solve() -> SharedBasisBlocks:
@@ -94,7 +65,7 @@ def test_20_groups_and_5_refinements_cost_a_few_gram_products(
 
 
 def test_codes_of_the_best_groups_take_seconds(benchmark) -> None:
-    table, metric = _fill(torch.empty(33_278, 256)), _metric(33_278, 256)
+    table, metric = fill_table(torch.empty(33_278, 256)), zipf_metric(33_278, 256)[0]
 
     def solve() -> SharedBasisBlocks:
         return SharedBasisBlocks.solve(table, table.nbytes // 20, metric, None, 5, _WIDTHS)
@@ -109,8 +80,8 @@ def test_codes_of_the_best_groups_take_seconds(benchmark) -> None:
 @torch.no_grad()
 def test_logits_of_one_state_from_codes(benchmark) -> None:
     vocab_size, dim = 50_257, 768
-    table = _fill(torch.empty(vocab_size, dim))
-    found = SharedBasisBlocks.solve(table, table.nbytes // 16, _metric(vocab_size, dim), None, 1, _WIDTHS)
+    table = fill_table(torch.empty(vocab_size, dim))
+    found = SharedBasisBlocks.solve(table, table.nbytes // 16, zipf_metric(vocab_size, dim)[0], None, 1, _WIDTHS)
     hidden = torch.randn(1, dim)
     pairs = [
         (seconds(lambda: torch.nn.functional.linear(hidden, table), 10), seconds(lambda: found.logits(hidden), 10))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,14 +24,6 @@ pytestmark = pytest.mark.timeout(600)
 
 VOCAB_SIZE, DIM, IDS, ROUNDS = 793_471, 64, 2_048, 7
 RANKS = (64, 40, 28, 20, 16, 12, 10, 8, 7, 6, 5, 4, 4, 3, 3, 2, 2, 2, 1, 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _compressed(sparse: bool, vocab_size: int = VOCAB_SIZE) -> CompressedEmbedding:

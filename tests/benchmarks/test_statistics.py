@@ -8,16 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from measure import PeakMemory
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import collect_statistics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import PeakMemory  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tensorly
 import torch
+from measure import PeakMemory, seconds
 from tensorly.decomposition import tensor_train
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,9 +19,6 @@ from lightning_embcompress.methods.registry import (
     TensorTrainMatrixOptions,
     TensorTrainOptions,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import PeakMemory, seconds  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1800)
 

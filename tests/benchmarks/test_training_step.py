@@ -14,24 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_step import VOCAB_SIZE, Training, language_model
 
 from lightning_embcompress import compress
 from lightning_embcompress.modules import LSTMLanguageModel
 
-sys.path.insert(0, str(Path(__file__).parent / "workers"))
-from training_step import VOCAB_SIZE, Training, language_model  # noqa: E402
-
 pytestmark = pytest.mark.timeout(1800)
 
 ROUNDS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _compressed(method: str, ratio: float) -> LSTMLanguageModel:
@@ -47,7 +37,7 @@ def _compressed(method: str, ratio: float) -> LSTMLanguageModel:
 def _peak(model: LSTMLanguageModel, folder: Path, side: str) -> int:
     path = folder / "model.pt"
     torch.save(model, path)
-    script = Path(__file__).parent / "workers" / "training_step.py"
+    script = Path(__file__).with_name("training_step.py")
     command = [sys.executable, str(script), str(path), side]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import PeakMemory
 from torch import Tensor
 
 from lightning_embcompress.modules import LSTMLanguageModel
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from measure import PeakMemory  # noqa: E402
 
 VOCAB_SIZE, DIM, BATCH_SIZE, SEQ_LEN = 33_278, 256, 40, 35
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from measure import status
 from torch import Tensor, nn
 
 from lightning_embcompress.compression.budget import plan_requests
@@ -30,12 +31,6 @@ def table(vocab_size: int, dim: int) -> Tensor:
             torch.mm(torch.randn(len(some), dim // 4, generator=generator), basis, out=some)
             some += torch.randn(some.shape, generator=generator)
     return weight
-
-
-def resident(field: str) -> int:
-    """Resident bytes of this process, now (VmRSS) or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main(vocab_size: int, dim: int, rounds: int, file: Path) -> None:
@@ -60,7 +55,7 @@ def main(vocab_size: int, dim: int, rounds: int, file: Path) -> None:
         for side, group in (("one", alone), ("all", None)):
             # The peak starts again here; a thread that watches would take time from one side only.
             Path("/proc/self/clear_refs").write_text("5")
-            before = resident("VmRSS")
+            before = status("VmRSS")
             dist.barrier()
             start, busy = time.perf_counter(), time.process_time()
             if side == "all" or rank == 0:
@@ -69,7 +64,7 @@ def main(vocab_size: int, dim: int, rounds: int, file: Path) -> None:
                 measured[f"{side}_busy"].append(time.process_time() - busy)
                 errors.append(factors.provenance["weighted_error"])
                 # The factors that are the result are part of it.
-                measured["memory"].append((resident("VmHWM") - before) / weight.nbytes)
+                measured["memory"].append((status("VmHWM") - before) / weight.nbytes)
                 del factors
             dist.barrier()
     assert len(set(errors)) == 1

@@ -1,1 +1,0 @@
-"""What `embcompress bench` measures: tables of any size, beside dense ones, other packages and the machine."""
