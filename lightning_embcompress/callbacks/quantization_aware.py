@@ -21,15 +21,10 @@ from lightning_embcompress.compression.distribution import failing_together
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
-from lightning_embcompress.layers.parametrized_weights import storage_of
 from lightning_embcompress.layers.sizes import compressed_tables
+from lightning_embcompress.methods.quantizers.quantization import storage_of
 from lightning_embcompress.methods.registry import Quantization
-from lightning_embcompress.quantization.aware import (
-    check_preparation,
-    conversion_report,
-    layers_to_prepare,
-    prepare_qat,
-)
+from lightning_embcompress.quantization.aware import conversion_report, plan_qat
 from lightning_embcompress.tables.replacement import find_tables
 
 
@@ -91,7 +86,7 @@ class QuantizationAware(ScheduledCallback):
         super().__init__()
         self.quantization = Quantization(_width(bits), group_size, scale_dtype, ranges)
         if backbone is not None:
-            storage_of(backbone, group_size, scale_dtype, ranges)
+            storage_of(backbone, self.quantization)
         elif not tables:
             raise ValueError("there is nothing to quantize: tables is empty, and backbone is None")
         if at_epoch < 0:
@@ -142,6 +137,18 @@ class QuantizationAware(ScheduledCallback):
         state = deepcopy(state_dict)
         self._prepared, self._frozen, self._measured = state["prepared"], state["frozen"], state["measured"]
         self._settings, self._perplexity = state["settings"], state["perplexity"]
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find the state that was kept when `backbone` was called `body`."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        states = checkpoint.get("callbacks", {})
+        before = self._generate_state_key(at_epoch=self.at_epoch, tables=self.tables, body=self.backbone)
+        if before in states:
+            state = states.pop(before)
+            if state["settings"] is not None:
+                state["settings"]["backbone"] = state["settings"].pop("body")
+            states[self.state_key] = state
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -198,20 +205,22 @@ class QuantizationAware(ScheduledCallback):
         return len(own) == len(self._prepared) and (self.backbone is None or backbone is not None)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
-        before = [callback for callback in _compressing(trainer) if not callback._compressed]
-        if not before:
-            check_preparation(module, self.quantization, self.tables, self.backbone)
+        if all(callback._compressed for callback in _compressing(trainer)):
+            plan_qat(module, self.quantization, self.tables, self.backbone)
             return
         # Tables that are compressed first are dense now; what is there already can be checked.
-        if self.backbone is not None:
-            check_preparation(module, self.quantization, [], self.backbone)
+        there, dense = self._named_tables(module)
+        if there or self.backbone is not None:
+            plan_qat(module, self.quantization, there, self.backbone)
+        if dense:
+            find_tables(module, dense)
+
+    def _named_tables(self, module: LightningModule) -> tuple[list[str], list[str]]:
+        """Those of the tables that were asked for by name which are compressed, and the others."""
         names = [self.tables] if isinstance(self.tables, str) else self.tables
-        if names != ["auto"]:
-            compressed = {path for paths, _ in compressed_tables(module) for path in paths}
-            if dense := [name for name in names if name not in compressed]:
-                find_tables(module, dense)
-        if there := [name for name in names if name in compressed] if names != ["auto"] else []:
-            check_preparation(module, self.quantization, there)
+        compressed = {path for paths, _ in compressed_tables(module) for path in paths}
+        named = [name for name in names if names != ["auto"]]
+        return [name for name in named if name in compressed], [name for name in named if name not in compressed]
 
     @override
     def _is_due(self, trainer: Trainer) -> bool:
@@ -240,15 +249,14 @@ class QuantizationAware(ScheduledCallback):
                 rank_zero_info(f"Ranges are frozen from epoch {trainer.current_epoch} on.")
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        check_preparation(module, self.quantization, self.tables, self.backbone)
+        plan = plan_qat(module, self.quantization, self.tables, self.backbone)
         before = self._measure(trainer, module, "before quantization")
-        tables, weights = layers_to_prepare(module, self.tables, self.backbone)
-        chosen = set(tables) | set(weights)
-        paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path in chosen]
+        layers = plan.layers
+        paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path in layers]
         with uninterrupted():
             with changing_in_training(trainer, module, paths):
-                prepare_qat(module, self.quantization, self.tables, self.backbone)
-            self._prepared, self._measured, self._settings = tables, False, self.settings
+                plan.carry_out(module)
+            self._prepared, self._measured, self._settings = plan.tables, False, self.settings
             self._perplexity = {"epoch": trainer.current_epoch, "before": before, "after": None}
 
     def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
@@ -294,11 +302,8 @@ class QuantizationAware(ScheduledCallback):
 
     def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:
         sizes = {table.spec["vocab_size"] for table in plan_of(module).tables}
-        if self.tables != "auto":
-            named = [self.tables] if isinstance(self.tables, str) else self.tables
-            compressed = {path for paths, _ in compressed_tables(module) for path in paths}
-            dense = [name for name in named if name not in compressed]
-            sizes |= {table.shape[0] for table in (find_tables(module, dense) if dense else [])}
+        if dense := self._named_tables(module)[1]:
+            sizes |= {table.shape[0] for table in find_tables(module, dense)}
         value = validation_perplexity(trainer, module, sorted(sizes), self.monitor, f"Perplexity, {name}")
         if value is not None:
             log(trainer, {f"perplexity_{name.replace(' ', '_')}": value})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,18 +21,17 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.parametrized_weights import (
-    FakeQuantizedWeight,
-    PackedWeight,
-    Storage,
     dtype_of,
     install,
     pack,
     parametrized,
+    reading_of,
     readings,
     restore,
-    shape_of,
+    unfilled,
 )
-from lightning_embcompress.methods.quantizers.factors import HALVES, Quantization, State
+from lightning_embcompress.methods.quantizers.factors import FakeQuantizer, check_storable
+from lightning_embcompress.methods.quantizers.quantization import HALVES, Quantization, State, Storage
 from lightning_embcompress.tables.listeners import layers_replaced
 from lightning_embcompress.tables.replacement import all_modules, find_tables
 from lightning_embcompress.tables.transformers_models import vocabulary_layers
@@ -89,10 +88,15 @@ class Backbone:
         if not known or dtype not in HALVES or state not in ("fake", "packed"):
             raise ValueError(
                 "'backbone' of the compression plan must have a 'quantization', or a 'dtype' of float16 or bfloat16 "
-                "and a "
-                "'state' of fake or packed"
+                "and a 'state' of fake or packed"
             )
         return cls(shapes, dtype, state)
+
+    def reading(self, weight: nn.Parameter) -> ParametrizationList:
+        """What reads a weight, ready to be loaded into."""
+        if self.state == "packed":
+            return unfilled(weight, self.storage)
+        return parametrized(FakeQuantizer(weight, self.storage, self.state == "frozen"), weight)
 
 
 def backbone_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,44 +140,24 @@ def _vocabulary_sizes(model: nn.Module) -> set[int]:
         return set()
 
 
-def prepare_backbone(model: nn.Module, storage: Storage) -> Backbone:
-    """Let the weights beside the tables train as they will be once they are stored in fewer bits, in place.
+def plan_backbone(model: nn.Module, storage: Storage) -> Backbone:
+    """Which weights beside the tables will train as they will be in fewer bits, for `apply_backbone` to carry out.
 
-    The parameters stay the same objects; their names become those of `torch.nn.utils.parametrize`, and in
+    The parameters then stay the same objects; their names become those of `torch.nn.utils.parametrize`, and in
     `parameters()` they come after the others of their layer.
 
     Args:
-        model: The model.
+        model: The model; it is not changed.
         storage: How they will be stored.
 
-    Returns:
-        What is quantized.
-
     Raises:
-        ValueError: If there are no such weights, they are quantized already, or a value cannot be stored so. The model
-            is as it was.
+        ValueError: If there are no such weights, they are quantized already, or a value cannot be stored so.
 
     Example:
         >>> model = nn.LSTM(8, 16)
-        >>> _ = prepare_backbone(model, Quantization(bits=8))
+        >>> apply_backbone(model, plan_backbone(model, Quantization(bits=8)))
         >>> convert_backbone(model).state
         'packed'
-    """
-    weights = check_backbone_preparation(model, storage)
-    lists: dict[int, ParametrizationList] = {}
-    for name, weight in weights.items():
-        if id(weight) not in lists:
-            lists[id(weight)] = parametrized(FakeQuantizedWeight(weight, storage), weight)
-        _install(model, name, lists[id(weight)])
-    layers_replaced(model)
-    return Backbone({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
-
-
-def check_backbone_preparation(model: nn.Module, storage: Storage) -> dict[str, nn.Parameter]:
-    """Weights that `prepare_backbone` would prepare; the model is not changed.
-
-    Raises:
-        ValueError: As `prepare_backbone`.
     """
     if (there := backbone_of(model)) is not None:
         done = "packed" if there.state == "packed" else "prepared for quantization"
@@ -182,17 +166,8 @@ def check_backbone_preparation(model: nn.Module, storage: Storage) -> dict[str, 
     if not weights:
         raise ValueError("the model has no linear or recurrent weights beside its tables")
     for name, weight in weights.items():
-        with torch.no_grad():
-            if not weight.is_meta and not bool(FakeQuantizedWeight(weight, storage)(weight).isfinite().all()):
-                raise ValueError(
-                    f"weight {name!r} has values that are not finite, or too large for {_said(storage)}: look for what "
-                    "made it diverge, or use bfloat16"
-                )
-    return weights
-
-
-def _said(storage: Storage) -> str:
-    return f"scales of {storage.scale_dtype}" if isinstance(storage, Quantization) else storage
+        check_storable(f"weight {name!r}", weight, storage)
+    return Backbone({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
 
 
 def convert_backbone(model: nn.Module) -> Backbone:
@@ -205,32 +180,29 @@ def convert_backbone(model: nn.Module) -> Backbone:
     if backbone is None or backbone.state == "packed":
         state = "they are packed already" if backbone is not None else "they were not prepared"
         raise ValueError(f"there are no weights beside the tables to convert: {state}")
-    _replace(model, pack)
-    return Backbone(backbone.weights, backbone.storage, "packed")
+    _install_all(model, readings(model), pack)
+    return replace(backbone, state="packed")
 
 
 @contextmanager
 def converted_backbone(model: nn.Module) -> Iterator[None]:
     """Pack the weights that are prepared for a while: afterwards the model is as it was, and goes on training."""
-    before = readings(model)
-    backbone = backbone_of(model)
+    before, backbone = readings(model), backbone_of(model)
     if backbone is None or backbone.state == "packed":
         yield
         return
     try:
-        _replace(model, pack)
+        convert_backbone(model)
         yield
     finally:
-        for name, kept in before.items():
-            _install(model, name, kept)
+        _install_all(model, before)
 
 
 def freeze_backbone_ranges(model: nn.Module) -> None:
     """Keep the ranges of the weights that are prepared as they are from now on."""
     for kept in readings(model).values():
-        reading = kept[0]
-        if isinstance(reading, FakeQuantizedWeight):
-            reading.freeze(kept.original)
+        if isinstance(kept[0], FakeQuantizer):
+            kept[0].freeze(kept.original)
 
 
 def backbone_of(model: nn.Module) -> Backbone | None:
@@ -238,12 +210,11 @@ def backbone_of(model: nn.Module) -> Backbone | None:
     lists = readings(model)
     if not lists:
         return None
-    reading = next(iter(lists.values()))[0]
-    assert isinstance(reading, FakeQuantizedWeight | PackedWeight)
+    reading = reading_of(next(iter(lists.values())))
     state: State = "packed"
-    if isinstance(reading, FakeQuantizedWeight):
+    if isinstance(reading, FakeQuantizer):
         state = "frozen" if reading.frozen else "fake"
-    return Backbone({name: tuple(shape_of(kept)) for name, kept in lists.items()}, reading.storage, state)
+    return Backbone({name: tuple(reading_of(kept).shape) for name, kept in lists.items()}, reading.storage, state)
 
 
 def check_backbone(model: nn.Module, backbone: Backbone | None) -> None:
@@ -252,15 +223,17 @@ def check_backbone(model: nn.Module, backbone: Backbone | None) -> None:
     Raises:
         ValueError: Naming the first that it has not.
     """
+    modules, lists = all_modules(model), readings(model)
     for name, shape in {} if backbone is None else backbone.weights.items():
-        own = _weight_shape(model, name)
-        if own is None:
+        path, _, own = name.rpartition(".")
+        found: Any = lists[name][0] if name in lists else modules.get(path, model)._parameters.get(own)
+        if found is None or path not in modules or len(found.shape) != 2:
             raise ValueError(
                 f"the plan quantizes the weight {name!r}, but the model has no linear or recurrent weight of that name"
             )
-        if tuple(own) != shape:
+        if tuple(found.shape) != shape:
             raise ValueError(
-                f"the plan's weight {name!r} has the shape {list(shape)}, the model's {list(own)}: build the "
+                f"the plan's weight {name!r} has the shape {list(shape)}, the model's {list(found.shape)}: build the "
                 "model with the sizes that the checkpoint was trained with"
             )
 
@@ -275,16 +248,10 @@ def apply_backbone(model: nn.Module, backbone: Backbone | None) -> None:
     if backbone_of(model) == backbone:
         return
     _restore(model, fill=False)
-    if backbone is None:
-        return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    lists: dict[int, ParametrizationList] = {}
-    for name in backbone.weights:
-        weight = parameters[name]
-        if id(weight) not in lists:
-            lists[id(weight)] = empty_weight(weight, backbone)
-        _install(model, name, lists[id(weight)])
-    layers_replaced(model)
+    if backbone is not None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        _install_all(model, {name: parameters[name] for name in backbone.weights}, backbone.reading)
+        layers_replaced(model)
 
 
 def restore_backbone(model: nn.Module) -> None:
@@ -292,43 +259,17 @@ def restore_backbone(model: nn.Module) -> None:
     _restore(model, fill=True)
 
 
-def prefix_of(name: str) -> str:
-    """With what the tensors of a quantized weight begin in a state dict."""
-    path, _, own = name.rpartition(".")
-    return f"{path}.parametrizations.{own}." if path else f"parametrizations.{own}."
-
-
-def _weight_shape(model: nn.Module, name: str) -> torch.Size | None:
-    """Shape of a weight, quantized or not; None if there is none."""
-    path, _, own = name.rpartition(".")
-    module = all_modules(model).get(path)
-    if module is None:
-        return None
-    if is_parametrized(module, own):
-        kept = cast(Mapping[str, ParametrizationList], module.parametrizations)[own]
-        return shape_of(kept) if isinstance(kept[0], FakeQuantizedWeight | PackedWeight) else None
-    weight = module._parameters.get(own)
-    return weight.shape if weight is not None and weight.dim() == 2 else None
-
-
-def empty_weight(weight: nn.Parameter, backbone: Backbone) -> ParametrizationList:
-    """What reads a weight of a backbone, ready to be loaded into."""
-    if backbone.state != "packed":
-        return parametrized(FakeQuantizedWeight(weight, backbone.storage, backbone.state == "frozen"), weight)
-    reading = PackedWeight(weight.shape, backbone.storage, weight.dtype, weight.device)
-    return parametrized(reading, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
-
-
-def _replace(model: nn.Module, make: Callable[[ParametrizationList], ParametrizationList]) -> None:
-    before = readings(model)
-    after = {id(kept): make(kept) for kept in before.values()}
-    for name, kept in before.items():
-        _install(model, name, after[id(kept)])
-
-
-def _install(model: nn.Module, name: str, kept: ParametrizationList) -> None:
-    path, _, own = name.rpartition(".")
-    install(model.get_submodule(path), own, kept)
+def _install_all(
+    model: nn.Module, sources: Mapping[str, Any], make: Callable[[Any], ParametrizationList] = lambda kept: kept
+) -> None:
+    """Let weights be read by what is made of their sources, of a shared one once; all is made before any is read."""
+    made: dict[int, ParametrizationList] = {}
+    for source in sources.values():
+        if id(source) not in made:
+            made[id(source)] = make(source)
+    for name, source in sources.items():
+        path, _, own = name.rpartition(".")
+        install(model.get_submodule(path), own, made[id(source)])
 
 
 @torch.no_grad()
@@ -338,16 +279,15 @@ def _restore(model: nn.Module, fill: bool) -> None:
         path, _, own = name.rpartition(".")
         module = model.get_submodule(path)
         if id(kept) not in parameters:
-            if isinstance(kept[0], FakeQuantizedWeight):
+            if isinstance(kept[0], FakeQuantizer):
                 parameters[id(kept)] = cast(nn.Parameter, kept.original)
                 if fill:
                     kept.original.copy_(kept())
             else:
-                device = next(kept.buffers()).device
-                values = kept() if fill else torch.empty(shape_of(kept), dtype=dtype_of(kept), device=device)
+                place: Any = {"dtype": dtype_of(kept), "device": next(kept.buffers()).device}
+                values = kept() if fill else torch.empty(reading_of(kept).shape, **place)
                 parameters[id(kept)] = nn.Parameter(values)
-        if not is_parametrized(module, own):
-            # A module of two paths.
-            continue
-        restore(module, own, parameters[id(kept)])
+        # A module of two paths is restored at the first.
+        if is_parametrized(module, own):
+            restore(module, own, parameters[id(kept)])
     layers_replaced(model)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.backbone import Backbone, empty_weight, prefix_of
-from lightning_embcompress.layers.parametrized_weights import PackedWeight, readings, shape_of
-from lightning_embcompress.methods.quantizers.factors import HALVES
-from lightning_embcompress.methods.registry import Quantization
+from lightning_embcompress.compression.backbone import Backbone
+from lightning_embcompress.layers.parametrized_weights import reading_of, readings
+from lightning_embcompress.methods.quantizers.factors import Unpacker
+from lightning_embcompress.methods.quantizers.quantization import HALVES
 
 
 def backbone_shapes(
@@ -20,13 +20,11 @@ def backbone_shapes(
     """Shapes of a model's tensors once it has the structure of a backbone, from those that it has now."""
     expected = dict(shapes)
     for name, kept in readings(model).items():
-        prefix = prefix_of(name)
-        expected = {key: shape for key, shape in expected.items() if not key.startswith(prefix)}
-        expected[name] = tuple(shape_of(kept))
+        expected = {key: shape for key, shape in expected.items() if not key.startswith(_prefix(name))}
+        expected[name] = tuple(reading_of(kept).shape)
     for name in () if backbone is None else backbone.weights:
-        assert backbone is not None
         expected.pop(name, None)
-        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(backbone, name).items()}
+        expected |= {key: tuple(tensor.shape) for key, tensor in _expected(cast(Backbone, backbone), name).items()}
     return expected
 
 
@@ -45,10 +43,13 @@ def check_backbone_tensors(
         ValueError: If a tensor is missing or one too many, of another shape or dtype, or has values that are not
             finite.
     """
-    for name in () if backbone is None else backbone.weights:
-        assert backbone is not None
+    if backbone is None:
+        return
+    # The last of the bytes of a weight are 16-bit numbers: its scales, or all there is.
+    halves = HALVES[backbone.storage if isinstance(backbone.storage, str) else backbone.storage.scale_dtype]
+    for name in backbone.weights:
         expected = _expected(backbone, name)
-        found = {key: value for key, value in state.items() if key.startswith(prefix_of(name)) or key == name}
+        found = {key: value for key, value in state.items() if key.startswith(_prefix(name)) or key == name}
         if not found and not complete:
             continue
         if unlike := sorted(expected.keys() ^ found.keys()):
@@ -57,25 +58,14 @@ def check_backbone_tensors(
             value = found[key]
             if not isinstance(value, Tensor) or value.layout is not torch.strided or value.shape != tensor.shape:
                 raise ValueError(f"{where} does not fit its plan: {key!r} is not a tensor of {list(tensor.shape)}")
-            if tensor.dtype == torch.uint8 and value.dtype != torch.uint8:
-                raise ValueError(f"{where} is damaged: {key!r} holds {value.dtype} instead of packed bytes (uint8)")
-            if not _is_finite(value, tensor, backbone, key):
+            if tensor.dtype == torch.uint8:
+                if value.dtype != torch.uint8:
+                    raise ValueError(f"{where} is damaged: {key!r} holds {value.dtype} instead of packed bytes (uint8)")
+                if key != list(expected)[-1]:
+                    continue
+                value = value.contiguous().view(halves)
+            if not value.is_meta and not bool(value.isfinite().all()):
                 raise ValueError(f"{where} has NaN or infinite values in {key!r}: take an earlier one")
-
-
-def _is_finite(value: Tensor, expected: Tensor, backbone: Backbone | None, key: str) -> bool:
-    assert backbone is not None
-    if expected.dtype == torch.uint8:
-        numbers = backbone.storage if isinstance(backbone.storage, str) else backbone.storage.scale_dtype
-        if isinstance(backbone.storage, Quantization) and key.endswith("original0"):
-            return True
-        value = value.contiguous().view(HALVES[numbers])
-    return value.is_meta or bool(value.isfinite().all())
-
-
-def _expected(backbone: Backbone, name: str) -> dict[str, Tensor]:
-    empty = empty_weight(nn.Parameter(torch.empty(backbone.weights[name], device="meta")), backbone)
-    return {prefix_of(name) + key: tensor for key, tensor in empty.state_dict().items()}
 
 
 def load_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -86,9 +76,8 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         state: Tensors that `check_backbone_tensors` has seen.
     """
     for name, kept in readings(model).items():
-        prefix = prefix_of(name)
-        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        kept.load_state_dict(own)
+        prefix = _prefix(name)
+        kept.load_state_dict({key.removeprefix(prefix): own for key, own in state.items() if key.startswith(prefix)})
 
 
 def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> None:
@@ -102,13 +91,26 @@ def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> No
         ValueError: If one was not.
     """
     for name, kept in readings(model).items():
-        for key, tensor in kept.state_dict(keep_vars=True).items():
+        tensors = kept.state_dict(keep_vars=True)
+        for key, tensor in tensors.items():
             if is_missing(tensor):
                 raise ValueError(
-                    f"{prefix_of(name) + key!r} was not loaded: it is missing from the model's files, or was to stay "
+                    f"{_prefix(name) + key!r} was not loaded: it is missing from the model's files, or was to stay "
                     "on disk. Take all files of one save_pretrained, and load them to memory"
                 )
         reading = kept[0]
-        if isinstance(reading, PackedWeight):
+        if isinstance(reading, Unpacker):
             # Not stored: it follows from the model.
-            reading.unit = torch.empty_like(reading.unit, device=next(iter(kept.state_dict().values())).device)
+            reading.unit = torch.empty_like(reading.unit, device=next(iter(tensors.values())).device)
+
+
+def _prefix(name: str) -> str:
+    """With what the tensors of a quantized weight begin in a state dict."""
+    path, _, own = name.rpartition(".")
+    return f"{path}.parametrizations.{own}." if path else f"parametrizations.{own}."
+
+
+def _expected(backbone: Backbone, name: str) -> dict[str, Tensor]:
+    """Tensors of a weight, on the meta device, by their names in a state dict."""
+    empty = backbone.reading(nn.Parameter(torch.empty(backbone.weights[name], device="meta")))
+    return {_prefix(name) + key: tensor for key, tensor in empty.state_dict().items()}

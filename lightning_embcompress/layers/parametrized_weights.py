@@ -1,9 +1,9 @@
-"""Weights that are read as they are stored in few bits, by `torch.nn.utils.parametrize`: in training, and packed."""
+"""Weights of foreign layers in few bits, read by `torch.nn.utils.parametrize`: in training, and packed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,157 +14,8 @@ from torch.nn.utils.parametrize import (
     remove_parametrizations,
 )
 
-from lightning_embcompress.methods.quantizers.factors import (
-    HALVES,
-    PackedFactor,
-    Quantization,
-    matrix_shape,
-    rounded_to,
-)
-from lightning_embcompress.methods.quantizers.integer_quantizer import fake_quantize, group_scales, scales_shape
-from lightning_embcompress.methods.quantizers.packed_rows import read_packed_rows
-
-Storage: TypeAlias = Quantization | Literal["float16", "bfloat16"]
-"""How a weight is stored: integers in groups, or numbers of 16 bits."""
-
-
-def storage_of(
-    name: str,
-    group_size: int = 64,
-    scale_dtype: Literal["float16", "bfloat16"] = "float16",
-    ranges: Literal["minmax", "learned"] = "minmax",
-) -> Storage:
-    """How weights are stored, by the name of a dtype: `int8`, `int6`, `int4`, ..., `float16` or `bfloat16`.
-
-    Raises:
-        ValueError: If there is no such one, or groups are not possible.
-
-    Example:
-        >>> storage_of("int8", group_size=128).bytes_of((10, 128)), storage_of("float16")
-        (1300, 'float16')
-    """
-    if name in ("float16", "bfloat16"):
-        return "float16" if name == "float16" else "bfloat16"
-    widths = {f"int{bits}": bits for bits in range(2, 9)}
-    if name not in widths:
-        raise ValueError(f"{name!r} is no way to store weights: known are {', '.join(widths)}, float16 and bfloat16")
-    return Quantization(widths[name], group_size, scale_dtype, ranges)
-
-
-class FakeQuantizedWeight(nn.Module):
-    """Reads a weight as it will be stored; gradients go straight through, see `FakeQuantizedFactor`.
-
-    Args:
-        weight: The weight, for its shape and its ranges.
-        storage: How it will be stored.
-        frozen: Whether ranges are kept as they are.
-    """
-
-    scales: Tensor | None
-
-    def __init__(self, weight: Tensor, storage: Storage, frozen: bool = False) -> None:
-        """Begin with the ranges of the weight."""
-        super().__init__()
-        self.storage, self.frozen = storage, False
-        self.matrix = matrix_shape(weight.shape)
-        self.register_buffer("scales", None)
-        if isinstance(storage, Quantization) and storage.ranges == "learned":
-            del self._buffers["scales"]
-            self.scales = nn.Parameter(self._ranges(weight).to(weight.dtype), requires_grad=weight.requires_grad)
-        if frozen:
-            self.freeze(weight)
-
-    def _ranges(self, weight: Tensor) -> Tensor:
-        assert isinstance(self.storage, Quantization)
-        of = self.storage
-        if weight.is_meta:
-            return weight.new_zeros(scales_shape(*self.matrix, of.group_size), dtype=of.scales)
-        return group_scales(weight.detach().reshape(self.matrix), of.bits, of.group_size, of.scales)
-
-    def freeze(self, weight: Tensor) -> None:
-        """Keep the ranges as they are for a weight."""
-        if not isinstance(self.storage, Quantization):
-            return
-        self.frozen = True
-        if isinstance(self.scales, nn.Parameter):
-            self.scales.requires_grad_(False)
-        elif self.scales is None:
-            self.scales = self._ranges(weight).to(weight.dtype)
-
-    def forward(self, original: Tensor) -> Tensor:
-        """The weight as it will be stored."""
-        if not isinstance(self.storage, Quantization):
-            return rounded_to(original, HALVES[self.storage])
-        weight, of = original.reshape(self.matrix), self.storage
-        scales = self._ranges(original) if self.scales is None else rounded_to(self.scales, of.scales)
-        kept = self.scales is not None
-        return fake_quantize(weight, scales, of.bits, of.group_size, clips=kept).view(original.shape)
-
-
-class PackedWeight(nn.Module):
-    """Reads a weight from its bytes: packed integers and their scales, or numbers of 16 bits.
-
-    Args:
-        shape: Of the weight.
-        storage: How it is stored.
-        dtype: Of what is read; it follows the model's casts.
-        device: Where it is.
-    """
-
-    unit: Tensor
-
-    def __init__(self, shape: Sequence[int], storage: Storage, dtype: torch.dtype, device: torch.device) -> None:
-        """Keep the shape."""
-        super().__init__()
-        self.shape, self.storage = torch.Size(shape), storage
-        self.register_buffer("unit", torch.empty(0, dtype=dtype, device=device), persistent=False)
-
-    def empty(self) -> tuple[Tensor, ...]:
-        """Bytes without values, ready to be loaded into."""
-        if isinstance(self.storage, Quantization):
-            packed = PackedFactor(self.shape, self.storage, self.unit.dtype, self.unit.device)
-            return packed.codes, packed.scales
-        rows, columns = matrix_shape(self.shape)
-        return (torch.zeros(rows, 2 * columns, dtype=torch.uint8, device=self.unit.device),)
-
-    def bytes_of(self, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, ...]:
-        """A weight as it is stored, with scales that were kept in training, or those of its values."""
-        matrix = weight.detach().reshape(matrix_shape(self.shape))
-        if not isinstance(self.storage, Quantization):
-            return (matrix.to(HALVES[self.storage]).view(torch.uint8),)
-        of = self.storage
-        if scales is None:
-            scales = group_scales(matrix, of.bits, of.group_size, of.scales)
-        packed = PackedFactor(self.shape, of, self.unit.dtype, weight.device)
-        packed.fill(matrix, scales.detach().to(of.scales))
-        return packed.codes, packed.scales
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Bytes of a weight, with the ranges of its values."""
-        return self.empty() if weight.is_meta else self.bytes_of(weight, None)
-
-    def forward(self, *parts: Tensor) -> Tensor:
-        """The weight."""
-        dtype = self.unit.dtype
-        if not isinstance(self.storage, Quantization):
-            return parts[0].view(HALVES[self.storage]).to(dtype).view(self.shape)
-        codes, scales = parts
-        of, (rows, columns) = self.storage, matrix_shape(self.shape)
-        places = torch.arange(rows, device=codes.device)
-        found = read_packed_rows(codes, scales.view(of.scales), places, of.bits, columns, of.group_size, dtype)
-        return found.view(self.shape)
-
-
-def shape_of(kept: ParametrizationList) -> torch.Size:
-    """Shape of the weight."""
-    reading = kept[0]
-    return reading.shape if isinstance(reading, PackedWeight) else kept.original.shape
-
-
-def dtype_of(kept: ParametrizationList) -> torch.dtype:
-    """Dtype of the weight as it is read."""
-    reading = kept[0]
-    return reading.unit.dtype if isinstance(reading, PackedWeight) else kept.original.dtype
+from lightning_embcompress.methods.quantizers.factors import FakeQuantizer, Unpacker
+from lightning_embcompress.methods.quantizers.quantization import Storage
 
 
 def parametrized(reading: nn.Module, weight: Tensor) -> ParametrizationList:
@@ -179,14 +30,29 @@ def parametrized(reading: nn.Module, weight: Tensor) -> ParametrizationList:
     return kept
 
 
+def reading_of(kept: ParametrizationList) -> FakeQuantizer | Unpacker:
+    """The one parametrization of a quantized weight."""
+    return cast(FakeQuantizer | Unpacker, kept[0])
+
+
+def dtype_of(kept: ParametrizationList) -> torch.dtype:
+    """Dtype of a weight as it is read."""
+    reading = reading_of(kept)
+    return reading.dtype if isinstance(reading, Unpacker) else kept.original.dtype
+
+
+def unfilled(weight: Tensor, storage: Storage) -> ParametrizationList:
+    """What reads a weight of this shape, dtype and device from bytes, which are to be loaded or filled in."""
+    reading = Unpacker(weight.shape, storage, weight.dtype, weight.device)
+    return parametrized(reading, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+
+
 @torch.no_grad()
 def pack(kept: ParametrizationList) -> ParametrizationList:
     """What reads a weight once it is not trained any more, from what reads it in training."""
-    trained, weight = kept[0], kept.original
-    assert isinstance(trained, FakeQuantizedWeight)
-    reading = PackedWeight(weight.shape, trained.storage, weight.dtype, weight.device)
-    packed = parametrized(reading, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
-    for index, part in enumerate(reading.bytes_of(weight, trained.scales)):
+    trained = cast(FakeQuantizer, kept[0])
+    packed = unfilled(kept.original, trained.storage)
+    for index, part in enumerate(cast(Unpacker, packed[0]).encode(kept.original, trained.scales)):
         getattr(packed, f"original{index}").copy_(part)
     return packed
 
@@ -260,7 +126,7 @@ def readings(model: nn.Module) -> dict[str, ParametrizationList]:
         if not is_parametrized(module):
             continue
         for name, kept in cast(Mapping[str, ParametrizationList], module.parametrizations).items():
-            if isinstance(kept[0], FakeQuantizedWeight | PackedWeight):
+            if isinstance(kept[0], FakeQuantizer | Unpacker):
                 found[f"{path}.{name}" if path else name] = kept
     return found
 
@@ -270,11 +136,12 @@ def parametrized_bytes(model: nn.Module) -> tuple[int, int]:
 
     Example:
         >>> model = nn.Linear(64, 512, bias=False)
-        >>> storage = Quantization(bits=8, group_size=64)
-        >>> install(model, "weight", pack(parametrized(FakeQuantizedWeight(model.weight, storage), model.weight)))
+        >>> from lightning_embcompress.methods.quantizers.quantization import storage_of
+        >>> storage = storage_of("int8")
+        >>> install(model, "weight", pack(parametrized(FakeQuantizer(model.weight, storage), model.weight)))
         >>> parametrized_bytes(model)
         (131072, 33792)
     """
     lists = {id(kept): kept for kept in readings(model).values()}.values()
-    dense = sum(shape_of(kept).numel() * dtype_of(kept).itemsize for kept in lists)
+    dense = sum(reading_of(kept).shape.numel() * dtype_of(kept).itemsize for kept in lists)
     return dense, sum(tensor.nbytes for kept in lists for tensor in kept.state_dict().values())

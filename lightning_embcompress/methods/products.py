@@ -42,7 +42,7 @@ def store_product(
         metric: What an error costs; None where all directions and rows count the same.
         rows: For every block, which rows of the table it has.
     """
-    of, shared = packed[0].quantization, basis.quantization
+    of, shared = packed[0].storage, basis.storage
     found = quantize_factors(
         [own.detach() for own in coefficients],
         numbers.detach(),
@@ -54,7 +54,5 @@ def store_product(
         scale_dtype=of.scales,
     )
     for factor, codes, scales in zip(packed, found.codes, found.scales, strict=True):
-        factor.set_scales(scales)
-        factor.set_codes(codes)
-    basis.set_scales(found.basis_scales)
-    basis.set_codes(found.basis_codes)
+        factor.keep_codes(codes, scales)
+    basis.keep_codes(found.basis_codes, found.basis_scales)

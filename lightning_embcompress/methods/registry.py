@@ -18,7 +18,7 @@ from lightning_embcompress.methods.product_quantization.factorization import (
     ProductQuantization,
     ProductQuantizationOptions,
 )
-from lightning_embcompress.methods.quantizers.factors import Quantization
+from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks, TransformCodingOptions
 from lightning_embcompress.methods.specs import dense_bytes, plain
 from lightning_embcompress.methods.tensor_train.factorization import TensorTrain, TensorTrainOptions

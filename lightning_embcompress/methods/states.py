@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.quantizers.factors import (
-    FakeQuantizedFactor,
-    PackedFactor,
-    Quantization,
-    State,
-    in_place_of,
-    materialize,
-)
+from lightning_embcompress.methods.quantizers.factors import FakeQuantizedFactor, PackedFactor, materialize
+from lightning_embcompress.methods.quantizers.quantization import Quantization, State
 
 if TYPE_CHECKING:
     from lightning_embcompress.methods.base import Factorization
@@ -113,7 +107,9 @@ class QuantizationStates(nn.Module):
 
         def make(name: str, parameter: nn.Parameter) -> nn.Module:
             of = quantization.shared if name in self.shared_factors else quantization
-            return in_place_of(parameter, of, state)
+            if state == "packed":
+                return PackedFactor(parameter.shape, of, parameter.dtype, parameter.device)
+            return FakeQuantizedFactor(parameter, of, frozen=state == "frozen")
 
         self._replace_factors(make)
         self.quantization, self.state = quantization, state
@@ -198,7 +194,7 @@ class QuantizationStates(nn.Module):
             raise ValueError("there are no ranges to freeze: it is not prepared for quantization")
         for module in self.modules():
             if isinstance(module, FakeQuantizedFactor):
-                module.freeze()
+                module.freeze(module.weight)
         self.state = "frozen"
 
 

@@ -15,8 +15,7 @@ from typing_extensions import Self
 
 from lightning_embcompress.calibration.collector import find_layers
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
-from lightning_embcompress.layers.parametrized_weights import FakeQuantizedWeight
-from lightning_embcompress.methods.quantizers.factors import FakeQuantizedFactor
+from lightning_embcompress.methods.quantizers.factors import FakeQuantizer
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 
 Freeze: TypeAlias = Literal["backbone", "factors"]
@@ -132,7 +131,7 @@ def warn_of_frozen(model: nn.Module, parts: Parts, part: Freeze | None) -> None:
     backbone, factors = parts.split(model)
     meant = {id(parameter) for parameter in {"backbone": backbone, "factors": factors}.get(str(part), [])}
     # Ranges that stay what they are.
-    quantized = [one for one in model.modules() if isinstance(one, FakeQuantizedFactor | FakeQuantizedWeight)]
+    quantized = [one for one in model.modules() if isinstance(one, FakeQuantizer)]
     meant |= {id(one.scales) for one in quantized}
     names = [
         name

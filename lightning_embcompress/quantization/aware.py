@@ -1,9 +1,10 @@
-"""Factors of a whole model in few bits: while it trains, once it is trained, or without training."""
+"""Quantization of a whole model: while it trains, once it is trained, or without training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,21 +13,21 @@ from torch import nn
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.backbone import (
+    Backbone,
+    apply_backbone,
     backbone_of,
-    backbone_weights,
-    check_backbone_preparation,
     convert_backbone,
     converted_backbone,
-    prepare_backbone,
+    plan_backbone,
 )
 from lightning_embcompress.compression.plan import Plan, plan_of
-from lightning_embcompress.layers.parametrized_weights import Storage, parametrized_bytes, storage_of
+from lightning_embcompress.layers.parametrized_weights import parametrized_bytes
 from lightning_embcompress.layers.sizes import Placed, compressed_tables, model_bytes
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.quantizers.factors import matrix_shape
-from lightning_embcompress.methods.quantizers.integer_quantizer import group_scales
+from lightning_embcompress.methods.quantizers.factors import check_storable
+from lightning_embcompress.methods.quantizers.quantization import name_of, storage_of
 from lightning_embcompress.methods.registry import Factorization, FullTable, Quantization
-from lightning_embcompress.tables.replacement import Table, check_finite, find_tables, put_back, replace_table
+from lightning_embcompress.tables.replacement import Table, find_tables, put_back, replace_table
 from lightning_embcompress.utils.storage import check_whole
 
 
@@ -67,93 +68,81 @@ def prepare_qat(
         >>> plan.ratio > 25
         True
     """
-    check_whole(model, "prepared for quantization")
-    quantization = quantization or Quantization()
-    check_preparation(model, quantization, tables, backbone)
-    changes = prepared_tables(model, quantization, tables) if backbone is None or tables else []
-    if backbone is not None:
-        prepare_backbone(model, backbone_storage(backbone, quantization))
-    return _carry_out(model, changes)
+    plan_qat(model, quantization or Quantization(), tables, backbone).carry_out(model)
+    return plan_of(model)
 
 
-def check_preparation(
+@dataclass(frozen=True)
+class Preparation:
+    """What `prepare_qat` will do to a model: all of it is checked, and nothing is done yet.
+
+    Attributes:
+        quantization: How factors will be stored.
+        compressed: Compressed tables.
+        dense: Dense tables, to be quantized as they are.
+        backbone: Weights beside the tables; None to leave them as they are.
+    """
+
+    quantization: Quantization
+    compressed: list[Placed]
+    dense: list[Table]
+    backbone: Backbone | None
+
+    @property
+    def tables(self) -> list[str]:
+        """Paths of the layers that read tables."""
+        placed = [modules for modules, _ in self.compressed] + [table.modules for table in self.dense]
+        return [path for paths in placed for path in paths]
+
+    @property
+    def layers(self) -> set[str]:
+        """Paths of all layers in which parameters change."""
+        weights = () if self.backbone is None else self.backbone.weights
+        return {*self.tables, *(name.rpartition(".")[0] for name in weights)}
+
+    def factorizations(self) -> list[Placed]:
+        """The factors of all tables, as they are."""
+        return self.compressed + [
+            (table.modules, FullTable.of(cast(nn.Parameter, table.weight))) for table in self.dense
+        ]
+
+    def carry_out(self, model: nn.Module) -> None:
+        """Let what was chosen train as it will be stored."""
+        if self.backbone is not None:
+            apply_backbone(model, self.backbone)
+        _replace(model, [(paths, factors.prepared(self.quantization)) for paths, factors in self.factorizations()])
+
+
+def plan_qat(
     model: nn.Module, quantization: Quantization, tables: str | Sequence[str] = "auto", backbone: str | None = None
-) -> None:
-    """Check what `prepare_qat` would be called with; the model is not changed.
+) -> Preparation:
+    """Decide what `prepare_qat` changes when it is called with these arguments; the model is not changed.
 
     Raises:
         ValueError: As `prepare_qat`.
     """
-    if backbone is not None:
-        check_backbone_preparation(model, backbone_storage(backbone, quantization))
-    if backbone is None or tables:
-        _check_numbers(*tables_to_prepare(model, tables), quantization)
-
-
-def backbone_storage(backbone: str, quantization: Quantization) -> Storage:
-    """How weights beside the tables are stored: with groups, scales and ranges of the tables."""
-    return storage_of(backbone, quantization.group_size, quantization.scale_dtype, quantization.ranges)
-
-
-def tables_to_prepare(model: nn.Module, tables: str | Sequence[str]) -> tuple[list[Placed], list[Table]]:
-    """Compressed and dense tables that can be prepared; none of them is changed.
-
-    Raises:
-        ValueError: As `prepare_qat`.
-    """
+    check_whole(model, "quantized")
+    beside = None if backbone is None else plan_backbone(model, storage_of(backbone, quantization))
+    if beside is not None and not tables:
+        return Preparation(quantization, [], [], beside)
     compressed = compressed_tables(model)
     names = [tables] if isinstance(tables, str) else list(tables)
     chosen = compressed if names == ["auto"] else [one for one in compressed if set(one[0]) & set(names)]
     known = {path for modules, _ in compressed for path in modules}
-    dense = [] if names == ["auto"] else [name for name in names if name not in known]
-    if not chosen and not dense:
+    missing = [] if names == ["auto"] else [name for name in names if name not in known]
+    if not chosen and not missing:
         raise ValueError(
             "the model has no compressed tables to quantize: compress them first, or name dense ones, as in "
             f"tables={[table.name for table in find_tables(model)]}"
         )
     for modules, factors in chosen:
         _check_trainable(modules[0], factors)
-    found = find_tables(model, dense) if dense else []
-    for table in found:
-        check_finite(table)
-    return chosen, found
-
-
-def _check_numbers(compressed: Sequence[Placed], dense: Sequence[Table], quantization: Quantization) -> None:
-    """Look whether all numbers of tables can be quantized.
-
-    Raises:
-        ValueError: If one is not finite, or too large for the scales.
-    """
-    numbers = [(paths[0], list(factors.parameters())) for paths, factors in compressed if not factors.is_packed]
-    numbers += [(table.name, [cast(nn.Parameter, table.weight)]) for table in dense]
-    for name, parameters in numbers:
-        for parameter in parameters:
-            matrix = parameter.detach().reshape(matrix_shape(parameter.shape))
-            scales = group_scales(matrix, quantization.bits, quantization.group_size, quantization.scales)
-            if not bool(matrix.isfinite().all()):
-                raise ValueError(
-                    f"table {name!r} has NaN or infinite values, and cannot be quantized: look for what made training "
-                    "diverge"
-                )
-            if not bool(scales.isfinite().all()):
-                raise ValueError(
-                    f"table {name!r} has values that are too large for scales in {quantization.scale_dtype}: use "
-                    "scale_dtype='bfloat16'"
-                )
-
-
-def prepared_tables(model: nn.Module, quantization: Quantization, tables: str | Sequence[str]) -> list[Placed]:
-    """What `prepare_qat` puts in the place of tables; all are checked before the first is prepared.
-
-    Raises:
-        ValueError: As `prepare_qat`.
-    """
-    chosen, found = tables_to_prepare(model, tables)
-    changes = [(modules, factors.prepared(quantization)) for modules, factors in chosen]
-    for table in found:
-        changes.append((table.modules, FullTable.of(cast(nn.Parameter, table.weight)).prepared(quantization)))
-    return changes
+    dense = find_tables(model, missing) if missing else []
+    preparation = Preparation(quantization, chosen, dense, beside)
+    for modules, factors in preparation.factorizations():
+        for parameter in () if factors.is_packed else factors.parameters():
+            check_storable(f"table {modules[0]!r}", parameter, quantization)
+    return preparation
 
 
 def _check_trainable(name: str, factors: Factorization[Any]) -> None:
@@ -183,7 +172,8 @@ def convert_qat(model: nn.Module) -> Plan:
         packed = [modules[0] for modules, factors in compressed_tables(model) if factors.is_packed]
         state = f"{', '.join(map(repr, packed))} packed already" if packed else "nothing is prepared"
         raise ValueError(f"there is nothing to convert: {state}; call prepare_qat(model) before training")
-    return _carry_out(model, changes)
+    _replace(model, changes)
+    return plan_of(model)
 
 
 @contextmanager
@@ -235,23 +225,21 @@ def quantize_tables(
         >>> quantize_tables(model, Quantization(bits=8)).ratio > 14
         True
     """
-    check_whole(model, "quantized")
     quantization = quantization or Quantization()
     if tables == "auto":
         tables = [modules[0] for modules, factors in compressed_tables(model) if not factors.is_packed] or tables
-    chosen, dense = tables_to_prepare(model, tables)
+    chosen = plan_qat(model, quantization, tables).factorizations()
     for paths, factors in chosen:
         if factors.is_packed:
             raise ValueError(f"table {paths[0]!r} is stored in codes already: leave it out of tables")
-    _check_numbers(chosen, dense, quantization)
-    chosen += [(table.modules, FullTable.of(cast(nn.Parameter, table.weight))) for table in dense]
     metrics: list[Metric | None] = [None] * len(chosen)
     if statistics is not None:
         # Of a compressed table only its shape is asked for.
         shapes = [Table(paths, torch.empty(one.vocab_size, one.dim, device="meta")) for paths, one in chosen]
         metrics = [metric_of(model, table, statistics) for table in shapes]
     pairs = zip(chosen, metrics, strict=True)
-    return _carry_out(model, [(paths, factors.quantized(quantization, metric)) for (paths, factors), metric in pairs])
+    _replace(model, [(paths, factors.quantized(quantization, metric)) for (paths, factors), metric in pairs])
+    return plan_of(model)
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -300,35 +288,20 @@ def conversion_report(model: nn.Module) -> dict[str, Any]:
             )
     beside = None
     if backbone is not None:
-        of_backbone = backbone.storage
         beside = {
             "weights": len(backbone.weights),
-            "dtype": f"int{of_backbone.bits}" if isinstance(of_backbone, Quantization) else of_backbone,
-            "group_size": of_backbone.group_size if isinstance(of_backbone, Quantization) else None,
+            "dtype": name_of(backbone.storage),
+            "group_size": backbone.storage.group_size if isinstance(backbone.storage, Quantization) else None,
             "stored_bytes": sizes[1],
             "ratio": sizes[0] / sizes[1],
         }
     return {"tables": entries, "backbone": beside, "model": whole}
 
 
-def layers_to_prepare(
-    model: nn.Module, tables: str | Sequence[str], backbone: str | None
-) -> tuple[list[str], list[str]]:
-    """Paths of the layers in which `prepare_qat` will change parameters: of tables, and of weights beside them."""
-    chosen: list[str] = []
-    if backbone is None or tables:
-        compressed, dense = tables_to_prepare(model, tables)
-        chosen = [path for modules, _ in compressed for path in modules]
-        chosen += [path for table in dense for path in table.modules]
-    weights = [] if backbone is None else [name.rpartition(".")[0] for name in backbone_weights(model)]
-    return chosen, list(dict.fromkeys(weights))
-
-
 def _conversions(model: nn.Module) -> list[Placed]:
     return [(modules, factors.converted()) for modules, factors in compressed_tables(model) if factors.is_prepared]
 
 
-def _carry_out(model: nn.Module, changes: Sequence[Placed]) -> Plan:
+def _replace(model: nn.Module, changes: Sequence[Placed]) -> None:
     for modules, factors in changes:
         replace_table(model, modules, factors)
-    return plan_of(model)

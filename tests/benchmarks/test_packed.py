@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_embcompress.methods.quantizers.factors import Quantization
+from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.registry import LowRank
 
 pytestmark = pytest.mark.timeout(1800)

@@ -24,14 +24,15 @@ from lightning_embcompress.compression.backbone import (
     convert_backbone,
     converted_backbone,
     freeze_backbone_ranges,
-    prepare_backbone,
+    plan_backbone,
     restore_backbone,
 )
 from lightning_embcompress.compression.plan import Plan
 from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
-from lightning_embcompress.layers.parametrized_weights import Storage, parametrized_bytes, storage_of
+from lightning_embcompress.layers.parametrized_weights import parametrized_bytes
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.quantizers.integer_quantizer import from_codes, group_scales, to_codes
+from lightning_embcompress.methods.quantizers.quantization import Storage, storage_of
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import convert_qat, prepare_qat
 
@@ -60,6 +61,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[int], int]] = {
 }
 
 
+def _prepare(model: nn.Module, storage: Storage) -> Backbone:
+    backbone = plan_backbone(model, storage)
+    apply_backbone(model, backbone)
+    return backbone
+
+
+def _groups_of(size: int, **other: Any) -> Quantization:
+    return Quantization(group_size=size, **other)
+
+
 def _built(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, shape, _ = MODELS[name]
@@ -82,7 +93,7 @@ def _rounded(weight: Tensor, storage: Storage) -> Tensor:
 @pytest.mark.parametrize("dtype", ["int8", "int3", "float16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
-    storage = storage_of(dtype, group_size=16)
+    storage = storage_of(dtype, _groups_of(16))
     model, x = _built(name)
     dense, names = copy.deepcopy(model), [own for own, _ in model.named_parameters()]
     parameters = {id(parameter) for parameter in model.parameters()}
@@ -92,7 +103,7 @@ def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
     with torch.no_grad():
         for weight in {id(weight): weight for weight in backbone_weights(dense).values()}.values():
             weight.copy_(_rounded(weight, storage))
-    backbone = prepare_backbone(model, storage)
+    backbone = _prepare(model, storage)
     assert backbone_of(model) == backbone == Backbone(shapes, storage, "fake")
     assert {id(parameter) for parameter in model.parameters()} == parameters
     read = _read(model, x)
@@ -142,7 +153,7 @@ def test_bytes_are_those_of_the_bits() -> None:
         ("float16", 65_536),
     ):
         packed = copy.deepcopy(model)
-        prepare_backbone(packed, storage_of(dtype, group_size=64))
+        _prepare(packed, storage_of(dtype, _groups_of(64)))
         convert_backbone(packed)
         assert parametrized_bytes(packed) == (4 * 32_768, of_weights)
         assert model_bytes(packed) == {
@@ -154,7 +165,7 @@ def test_bytes_are_those_of_the_bits() -> None:
 
 def test_learned_and_frozen_ranges() -> None:
     model, x = _built("RNN")
-    prepare_backbone(model, storage_of("int4", group_size=16, ranges="learned"))
+    _prepare(model, storage_of("int4", _groups_of(16, ranges="learned")))
     learned = {name for name, _ in model.named_parameters() if name.endswith("scales")}
     assert len(learned) == 2
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -169,10 +180,10 @@ def test_learned_and_frozen_ranges() -> None:
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == learned
 
     model, x = _built("RNN")
-    prepare_backbone(model, storage_of("int4", group_size=16))
+    _prepare(model, storage_of("int4", _groups_of(16)))
     freeze_backbone_ranges(model)
     assert backbone_of(model) == Backbone(
-        {"weight_ih_l0": (17, 24), "weight_hh_l0": (17, 17)}, storage_of("int4", 16), "frozen"
+        {"weight_ih_l0": (17, 24), "weight_hh_l0": (17, 17)}, storage_of("int4", _groups_of(16)), "frozen"
     )
     scales = model.state_dict()["parametrizations.weight_ih_l0.0.scales"].clone()
     with torch.no_grad():
@@ -211,23 +222,21 @@ def test_tables_are_left_alone() -> None:
 def test_what_cannot_be_quantized() -> None:
     with pytest.raises(ValueError, match="'int9' is no way to store weights: known are int2, int3.*float16"):
         storage_of("int9")
-    with pytest.raises(ValueError, match="group_size must be an integer from 16 to 256, it is 8"):
-        storage_of("int8", group_size=8)
     with pytest.raises(ValueError, match="no linear or recurrent weights beside its tables"):
-        prepare_backbone(nn.Embedding(10, 4), "float16")
+        _prepare(nn.Embedding(10, 4), "float16")
     model = nn.Sequential(nn.Linear(4, 8), nn.LSTM(4, 4), nn.Linear(8, 5))
     for value, storage in ((torch.nan, storage_of("int8")), (1e6, "float16"), (1e9, storage_of("int8"))):
         broken = copy.deepcopy(model)
         with torch.no_grad():
             broken[1].weight_hh_l0[0, 0] = value  # type: ignore[union-attr,operator]
-        with pytest.raises(ValueError, match=r"weight '1.weight_hh_l0' has values that are not finite, or too large"):
-            prepare_backbone(broken, storage)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="weight '1.weight_hh_l0'"):
+            _prepare(broken, storage)  # type: ignore[arg-type]
         assert type(broken[0]) is nn.Linear
     with pytest.raises(ValueError, match="no weights beside the tables to convert: they were not prepared"):
         convert_backbone(model)
-    prepare_backbone(model, "bfloat16")
+    _prepare(model, "bfloat16")
     with pytest.raises(ValueError, match="prepared for quantization already"):
-        prepare_backbone(model, "float16")
+        _prepare(model, "float16")
     convert_qat(model)
     for again in (convert_backbone, convert_qat):
         with pytest.raises(ValueError, match="packed already|nothing is prepared"):
@@ -259,10 +268,10 @@ def saved(tmp_path: Path) -> tuple[nn.Sequential, Path]:
 def test_files_hold_the_integers(saved: tuple[nn.Sequential, Path]) -> None:
     model, folder = saved
     x = torch.randn(3, 2, 24)
-    assert backbone_of(model) == Backbone(SHAPES, storage_of("int4", 16), "fake")
+    assert backbone_of(model) == Backbone(SHAPES, storage_of("int4", _groups_of(16)), "fake")
     fresh = _language()
     plan = load_compressed(folder, fresh)
-    assert plan.backbone == Backbone(SHAPES, storage_of("int4", 16), "packed")
+    assert plan.backbone == Backbone(SHAPES, storage_of("int4", _groups_of(16)), "packed")
     torch.testing.assert_close(fresh[1](x), model[1](x))
     packed = sum(tensor.nbytes for key, tensor in load_file(folder / "model.safetensors").items() if "parametr" in key)
     assert packed == parametrized_bytes(fresh)[1] == (24 + 16) * 64 // 2 + 2 * (64 * 2 + 64)
@@ -331,7 +340,7 @@ def test_damaged_files_change_nothing(
 def test_checkpoints_without_a_record(saved: tuple[nn.Sequential, Path]) -> None:
     model = nn.Sequential(nn.LSTM(24, 16))
     dense = {"pytorch-lightning_version": "2.6.0", "state_dict": copy.deepcopy(model.state_dict())}
-    prepare_backbone(model, storage_of("int8"))
+    _prepare(model, storage_of("int8"))
     checkpoint: dict[str, Any] = {"pytorch-lightning_version": "2.6.0", "state_dict": model.state_dict()}
     with pytest.raises(ValueError, match=r"no weight '0.weight_ih_l0', and does not say how it is quantized"):
         restore_structure(model, checkpoint)

@@ -23,15 +23,10 @@ from lightning_embcompress.methods.numerics.gram import row_units, row_weights, 
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rank_allocation import is_dense, smallest_elements
 from lightning_embcompress.methods.products import balance_product, store_product
-from lightning_embcompress.methods.quantizers.factors import (
-    PackedFactor,
-    Quantization,
-    materialize,
-    multiply,
-    read_rows,
-)
+from lightning_embcompress.methods.quantizers.factors import PackedFactor, materialize, multiply, read_rows
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
 from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes
+from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks, check_blocks, plain_metric
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import Tiles
@@ -219,7 +214,7 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
             if not len(numbers):
                 part.fill(own)
                 continue
-            alone = PackedFactor(numbers.shape, shared.quantization, numbers.dtype, numbers.device)
+            alone = PackedFactor(numbers.shape, shared.storage, numbers.dtype, numbers.device)
             store_product([part], alone, [own], numbers, metric, [rows])
             stored.append(alone)
         if stored:

@@ -16,12 +16,8 @@ from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, we
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.products import balance_product, store_product
-from lightning_embcompress.methods.quantizers.factors import (
-    Quantization,
-    materialize,
-    multiply,
-    read_rows,
-)
+from lightning_embcompress.methods.quantizers.factors import materialize, multiply, read_rows
+from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.specs import integer, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
 from lightning_embcompress.utils.division import agree, deal

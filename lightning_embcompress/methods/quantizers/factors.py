@@ -1,8 +1,9 @@
-"""Factors in few bits: how a factorization reads a matrix that is quantized while training, or packed.
+"""A parameter in few bits: fake-quantized while it trains, packed once it is trained.
 
-A factorization reads its factors by `read_rows`, `multiply`, `pieces` and `whole`. They take a parameter as it is, or
-what stands in its place: a `FakeQuantizedFactor`, which trains numbers and reads them as they will be stored, or a
-`PackedFactor`, which has the integers alone. Only what is asked for is quantized, or unpacked.
+`FakeQuantizer` and `Unpacker` say how its numbers are read in these two states. For weights whose layers are foreign
+they are parametrizations (`torch.nn.utils.parametrize`); the factors of a table are replaced by `FakeQuantizedFactor`
+and `PackedFactor`, which hold the numbers, or the bytes, themselves. A factorization reads its factors by `read_rows`,
+`multiply`, `pieces` and `materialize`, whatever they are; only rows that are asked for are rounded, or unpacked.
 
 Where a lookup asks for sparse gradients, that of a factor read by rows has those rows alone, and that of a factor that
 is read as a whole has all of its rows: small as these are, all factors of a table then suit one optimizer.
@@ -10,10 +11,8 @@ is read as a whole has all of its rows: small as these are, all factors of a tab
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,129 +29,103 @@ from lightning_embcompress.methods.quantizers.integer_quantizer import (
 )
 from lightning_embcompress.methods.quantizers.packed_rows import multiply_packed, pack_rows, read_packed_rows
 from lightning_embcompress.methods.quantizers.packing import packed_bytes
-
-State: TypeAlias = Literal["fake", "frozen", "packed"]
-"""Of a factorization that is quantized: trained with ranges that follow it, with ranges that stay, or packed."""
-
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Dtypes of 16 bits by their names."""
+from lightning_embcompress.methods.quantizers.quantization import HALVES, Quantization, Storage, matrix_shape
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How factors are quantized: signed integers, and a scale of 16 bits for every group of neighbouring values.
-
-    Attributes:
-        bits: Bits of a value, 2 to 8.
-        group_size: Neighbouring values of a row that share a scale, 16 to 256; rows that are shorter share one.
-        scale_dtype: `float16` or `bfloat16`.
-        ranges: While training a group's range is that of its values (`minmax`), or its scale is a parameter that is
-            trained too (`learned`; LSQ, Esser et al. 2020).
-        shared_bits: Least bits of factors that all tokens share beside their own, such as a basis: those are few, and
-            what they lose all rows lose.
-
-    Raises:
-        ValueError: If one is out of its range.
-
-    Example:
-        >>> Quantization(bits=3, group_size=32).bytes_of((1000, 64))
-        28000
-    """
-
-    bits: int = 4
-    group_size: int = 64
-    scale_dtype: Literal["float16", "bfloat16"] = "float16"
-    ranges: Literal["minmax", "learned"] = "minmax"
-    shared_bits: int = 8
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name, bits in (("bits", self.bits), ("shared_bits", self.shared_bits)):
-            if type(bits) is not int or not 2 <= bits <= 8:
-                raise ValueError(f"{name} must be an integer from 2 to 8, it is {bits!r}")
-        if type(self.group_size) is not int or not 16 <= self.group_size <= 256:
-            raise ValueError(f"group_size must be an integer from 16 to 256, it is {self.group_size!r}")
-        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in HALVES:
-            raise ValueError(f"scale_dtype must be 'float16' or 'bfloat16', it is {self.scale_dtype!r}")
-        if self.ranges not in ("minmax", "learned"):
-            raise ValueError(f"ranges must be 'minmax' or 'learned', it is {self.ranges!r}")
-
-    @property
-    def scales(self) -> torch.dtype:
-        """Dtype of the scales."""
-        return HALVES[self.scale_dtype]
-
-    @property
-    def shared(self) -> Quantization:
-        """That of factors that all tokens share beside their own."""
-        return replace(self, bits=max(self.bits, self.shared_bits))
-
-    def bytes_of(self, shape: Sequence[int]) -> int:
-        """Bytes of a packed factor of a shape."""
-        rows, columns = matrix_shape(shape)
-        return rows * packed_bytes(columns, self.bits) + 2 * math.prod(scales_shape(rows, columns, self.group_size))
-
-    def record(self, state: State) -> dict[str, Any]:
-        """As JSON, with the state of the factors."""
-        return {**asdict(self), "state": state}
-
-    @classmethod
-    def from_record(cls, record: Any) -> tuple[Quantization, State]:
-        """Read what `record` wrote.
-
-        Raises:
-            ValueError: If it is something else.
-        """
-        names = [*cls.__dataclass_fields__, "state"]
-        if not isinstance(record, Mapping) or set(record) != set(names):
-            raise ValueError(f"the structure's 'quantization' must have the entries {', '.join(names)}")
-        values = dict(record)
-        state = values.pop("state")
-        if state not in ("fake", "frozen", "packed"):
-            raise ValueError("the structure's 'quantization' must have a 'state' that is 'fake', 'frozen' or 'packed'")
-        return cls(**values), state
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a factor as it is quantized: of more than two modes the last two are the columns.
-
-    Example:
-        >>> matrix_shape([1000, 64]), matrix_shape([4, 10, 8, 4])
-        ((1000, 64), (40, 32))
-    """
-    kept = max(1, len(shape) - 2)
-    return math.prod(shape[:kept]), math.prod(shape[kept:])
-
-
-class QuantizedFactor(nn.Module):
-    """What stands in the place of a parameter of a factorization.
+@torch.no_grad()
+def check_storable(what: str, weight: Tensor, storage: Storage) -> None:
+    """Check that a parameter can be stored in fewer bits.
 
     Args:
-        shape: Of the parameter.
-        quantization: How it is quantized.
+        what: How messages call it.
+        weight: The parameter.
+        storage: How it will be stored.
+
+    Raises:
+        ValueError: If a number is not finite, or too large for 16 bits.
+    """
+    if weight.is_meta:
+        return
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"{what} has NaN or infinite values, and cannot be quantized: look for what made training diverge"
+        )
+    matrix = weight.reshape(matrix_shape(weight.shape))
+    if isinstance(storage, Quantization):
+        found, remedy = _ranges(matrix, storage), f"scales in {storage.scale_dtype}: use scale_dtype='bfloat16'"
+    else:
+        found, remedy = matrix.to(HALVES[storage]), f"{storage}: use bfloat16"
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{what} has values that are too large for {remedy}")
+
+
+class FakeQuantizer(nn.Module):
+    """Reads the numbers of a parameter as they will be stored, while they train.
+
+    The gradient goes straight through the rounding (Bengio et al. 2013). With `ranges="minmax"` a group's scale is that
+    of its values whenever it is read, until `freeze`; with `"learned"` it is a parameter. As a parametrization of
+    `torch.nn.utils.parametrize` it is given the numbers; `FakeQuantizedFactor` holds them.
+
+    Args:
+        weight: The parameter.
+        storage: How it will be stored.
+        frozen: Whether scales are kept as they are.
     """
 
-    def __init__(self, shape: Sequence[int], quantization: Quantization) -> None:
-        """Keep the shape."""
-        super().__init__()
-        self.shape = torch.Size(shape)
-        self.quantization = quantization
+    scales: Tensor | None
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns as they are quantized."""
-        return matrix_shape(self.shape)
+    def __init__(self, weight: Tensor, storage: Storage, frozen: bool = False) -> None:
+        """Begin with the ranges of the values."""
+        super().__init__()
+        self.shape, self.matrix = weight.shape, matrix_shape(weight.shape)
+        self.storage, self.frozen = storage, False
+        self._hold(weight)
+        self.register_buffer("scales", None)
+        if isinstance(storage, Quantization) and storage.ranges == "learned":
+            del self._buffers["scales"]
+            values = _ranges(weight.detach().reshape(self.matrix), storage).to(weight.dtype)
+            self.scales = nn.Parameter(values, requires_grad=weight.requires_grad)
+        if frozen:
+            self.freeze(weight)
+
+    def _hold(self, weight: Tensor) -> None:
+        """Keep the parameter, where nobody else does."""
+
+    def freeze(self, weight: Tensor) -> None:
+        """Keep the scales of a weight as they are from now on; learned ones stop training."""
+        if not isinstance(self.storage, Quantization):
+            return
+        self.frozen = True
+        if isinstance(self.scales, nn.Parameter):
+            self.scales.requires_grad_(False)
+        elif self.scales is None:
+            self.scales = _ranges(weight.detach().reshape(self.matrix), self.storage).to(weight.dtype)
+
+    def forward(self, weight: Tensor, sparse: bool = False) -> Tensor:
+        """All of the numbers as they will be stored."""
+        if not isinstance(self.storage, Quantization):
+            return rounded_to(weight, HALVES[self.storage])
+        if not weight.numel():
+            return weight
+        numbers, kept = weight.reshape(self.matrix), self.scales is not None
+        scales = self._scales_of(numbers) if self.scales is None else self._rounded(materialize(self.scales, sparse))
+        of = self.storage
+        return fake_quantize(numbers, scales, of.bits, of.group_size, clips=kept).view(self.shape)
+
+    def _scales_of(self, numbers: Tensor) -> Tensor:
+        of = cast(Quantization, self.storage)
+        return group_scales(numbers.detach(), of.bits, of.group_size, of.scales)
+
+    def _rounded(self, scales: Tensor) -> Tensor:
+        return rounded_to(scales, cast(Quantization, self.storage).scales)
 
     def extra_repr(self) -> str:
         """Arguments for `print(module)`."""
-        return f"shape={tuple(self.shape)}, bits={self.quantization.bits}, group_size={self.quantization.group_size}"
+        return f"shape={tuple(self.shape)}, {self.storage}"
 
 
-class FakeQuantizedFactor(QuantizedFactor):
-    """A parameter that is trained, and read as it will be once it is packed.
-
-    The gradient goes straight through the rounding (Bengio et al. 2013). With `ranges="minmax"` a group's scale is that
-    of its values whenever it is read, until `freeze`; with `"learned"` it is a parameter.
+class FakeQuantizedFactor(FakeQuantizer):
+    """A parameter of a factorization that is trained, and read as it will be once it is packed.
 
     Args:
         weight: The parameter; it stays the same object, so that optimizers go on with it.
@@ -160,57 +133,23 @@ class FakeQuantizedFactor(QuantizedFactor):
         frozen: Whether scales are kept as they are.
     """
 
-    scales: Tensor | None
+    weight: nn.Parameter
+    storage: Quantization
 
-    def __init__(self, weight: nn.Parameter, quantization: Quantization, frozen: bool = False) -> None:
-        """Keep the parameter."""
-        super().__init__(weight.shape, quantization)
-        self.weight = weight
-        self.register_buffer("scales", None)
-        if quantization.ranges == "learned":
-            del self._buffers["scales"]
-            trains = weight.requires_grad and not frozen
-            self.scales = nn.Parameter(self._ranges().to(weight.dtype), requires_grad=trains)
-        elif frozen:
-            self.freeze()
+    def _hold(self, weight: Tensor) -> None:
+        self.weight = cast(nn.Parameter, weight)
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of what is read."""
         return self.weight.dtype
 
-    @torch.no_grad()
-    def _ranges(self) -> Tensor:
-        """Scales of all groups as they are stored."""
-        weight = self.weight.detach().reshape(self.matrix)
-        shape = scales_shape(*self.matrix, self.quantization.group_size)
-        if weight.is_meta or not weight.numel():
-            return weight.new_zeros(shape, dtype=self.quantization.scales)
-        found = weight.new_empty(shape, dtype=self.quantization.scales)
-        group_rows, _ = group_shape(self.matrix[1], self.quantization.group_size)
-        # Whole groups at a time.
-        for chunk in row_chunks(shape[0], group_rows * self.matrix[1]):
-            found[chunk] = self._scales_of(weight[chunk.start * group_rows : chunk.stop * group_rows])
-        return found
-
-    def _scales_of(self, weight: Tensor) -> Tensor:
-        of = self.quantization
-        return group_scales(weight.detach(), of.bits, of.group_size, of.scales)
-
-    def freeze(self) -> None:
-        """Keep the scales as they are from now on; learned ones stop training."""
-        if self.quantization.ranges == "learned":
-            assert isinstance(self.scales, nn.Parameter)
-            self.scales.requires_grad_(False)
-        elif self.scales is None:
-            self.scales = self._ranges().to(self.weight.dtype)
-
     def rows(self, place: Tensor, sparse: bool = False) -> Tensor:
         """`[*, columns]` rows as they will be stored; no others are looked at, but those they share a scale with."""
         rows, columns = self.matrix
         # Not a view where there need be none: sparse gradients have no views.
         weight = self.weight if self.weight.ndim == 2 else self.weight.view(rows, columns)
-        of = self.quantization
+        of = self.storage
         flat = place.reshape(-1)
         found = F.embedding(flat, weight, sparse=sparse)
         if not found.numel():
@@ -218,27 +157,19 @@ class FakeQuantizedFactor(QuantizedFactor):
         group_rows, _ = group_shape(columns, of.group_size)
         group = torch.div(flat, group_rows, rounding_mode="floor")
         if self.scales is not None:
-            scales = rounded_to(F.embedding(group, self.scales, sparse=sparse), of.scales)
+            scales = self._rounded(F.embedding(group, self.scales, sparse=sparse))
         elif group_rows == 1:
             scales = self._scales_of(found)
         else:
             # The last group may be short: its last row once more changes no range.
             mates = group.unsqueeze(1) * group_rows + torch.arange(group_rows, device=flat.device)
             scales = self._scales_of(F.embedding(mates.clamp(max=rows - 1), weight.detach()).view(-1, columns))
-        return fake_quantize(found, scales, of.bits, of.group_size, clips=self.scales is not None).view(
-            *place.shape, columns
-        )
+        found = fake_quantize(found, scales, of.bits, of.group_size, clips=self.scales is not None)
+        return found.view(*place.shape, columns)
 
     def materialize(self, sparse: bool = False) -> Tensor:
         """All of it, as it will be stored."""
-        of = self.quantization
-        weight = materialize(self.weight, sparse).view(self.matrix)
-        if not weight.numel():
-            return weight.view(self.shape)
-        scales = (
-            self._scales_of(weight) if self.scales is None else rounded_to(materialize(self.scales, sparse), of.scales)
-        )
-        return fake_quantize(weight, scales, of.bits, of.group_size, clips=self.scales is not None).view(self.shape)
+        return self.forward(materialize(self.weight, sparse), sparse)
 
     def multiply(self, hidden: Tensor) -> Tensor:
         """`[*, rows]`, the product of `[*, columns]` with all rows."""
@@ -247,13 +178,85 @@ class FakeQuantizedFactor(QuantizedFactor):
     @torch.no_grad()
     def packed(self) -> PackedFactor:
         """What it is once it is not trained any more."""
-        packed = PackedFactor(self.shape, self.quantization, self.weight.dtype, self.weight.device)
-        scales = self._ranges() if self.scales is None else self.scales.detach().to(self.quantization.scales)
-        packed.fill(self.weight, scales)
+        packed = PackedFactor(self.shape, self.storage, self.weight.dtype, self.weight.device)
+        packed.keep(*packed.encode(self.weight, self.scales))
         return packed
 
 
-class PackedFactor(QuantizedFactor):
+class Unpacker(nn.Module):
+    """Reads the numbers of a parameter from its bytes: packed integers and their scales, or numbers of 16 bits.
+
+    As a parametrization of `torch.nn.utils.parametrize` it is given the bytes; `PackedFactor` holds them.
+
+    Args:
+        shape: Of the parameter.
+        storage: How it is stored.
+        dtype: Dtype of what is read; it follows the model's casts.
+        device: Where it is.
+    """
+
+    unit: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        storage: Storage,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Keep the shape."""
+        super().__init__()
+        self.shape, self.matrix, self.storage = torch.Size(shape), matrix_shape(shape), storage
+        # Follows the model's casts, for there is nothing else that does.
+        self.register_buffer("unit", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of what is read."""
+        return self.unit.dtype
+
+    def empty(self) -> tuple[Tensor, ...]:
+        """Bytes without values, ready to be loaded into."""
+        rows, columns = self.matrix
+        if isinstance(self.storage, Quantization):
+            groups = scales_shape(rows, columns, self.storage.group_size)
+            # Scales as bytes: casting the model casts no scales, and the file stays what it is.
+            scales = torch.zeros(groups[0], 2 * groups[1], dtype=torch.uint8, device=self.unit.device)
+            codes = torch.zeros(rows, packed_bytes(columns, self.storage.bits), dtype=torch.uint8, device=scales.device)
+            return codes, scales
+        return (torch.zeros(rows, 2 * columns, dtype=torch.uint8, device=self.unit.device),)
+
+    def encode(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
+        """A weight as it is stored, with scales that were kept in training, or those of its values."""
+        matrix = weight.detach().reshape(self.matrix)
+        if not isinstance(self.storage, Quantization):
+            return (matrix.to(HALVES[self.storage]).view(torch.uint8),)
+        of = self.storage
+        scales = _ranges(matrix, of) if scales is None else scales.detach().to(of.scales)
+        return pack_rows(to_codes(matrix, scales, of.bits, of.group_size), of.bits), _as_bytes(scales)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Bytes of a weight, with the ranges of its values."""
+        return self.empty() if weight.is_meta else self.encode(weight)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """All of the numbers."""
+        if not isinstance(self.storage, Quantization):
+            return parts[0].view(HALVES[self.storage]).to(self.dtype).view(self.shape)
+        places = torch.arange(self.matrix[0], device=parts[0].device)
+        return self._rows(places, *parts).view(self.shape)
+
+    def _rows(self, places: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        of = cast(Quantization, self.storage)
+        numbers = _as_numbers(scales, of.scales)
+        return read_packed_rows(codes, numbers, places, of.bits, self.matrix[1], of.group_size, self.dtype)
+
+    def extra_repr(self) -> str:
+        """Arguments for `print(module)`."""
+        return f"shape={tuple(self.shape)}, {self.storage}"
+
+
+class PackedFactor(Unpacker):
     """A factor as it is stored: packed integers, and the bytes of scales of 16 bits.
 
     Args:
@@ -263,9 +266,9 @@ class PackedFactor(QuantizedFactor):
         device: Where it is.
     """
 
+    storage: Quantization
     codes: Tensor
     scales: Tensor
-    unit: Tensor
 
     def __init__(
         self,
@@ -275,20 +278,9 @@ class PackedFactor(QuantizedFactor):
         device: torch.device | None = None,
     ) -> None:
         """Build it empty."""
-        super().__init__(shape, quantization)
-        rows, columns = self.matrix
-        groups = scales_shape(rows, columns, quantization.group_size)
-        codes = torch.zeros(rows, packed_bytes(columns, quantization.bits), dtype=torch.uint8, device=device)
-        self.register_buffer("codes", codes)
-        # As bytes: casting the model casts no scales, and the file stays what it is.
-        self.register_buffer("scales", torch.zeros(groups[0], 2 * groups[1], dtype=torch.uint8, device=device))
-        # Follows the model's casts, for there is nothing else that does.
-        self.register_buffer("unit", torch.empty(0, dtype=dtype, device=device), persistent=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of what is read."""
-        return self.unit.dtype
+        super().__init__(shape, quantization, dtype, device)
+        for name, part in zip(("codes", "scales"), self.empty(), strict=True):
+            self.register_buffer(name, part)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -296,77 +288,57 @@ class PackedFactor(QuantizedFactor):
         if self.unit.is_meta and not self.codes.is_meta:
             self.unit = torch.empty_like(self.unit, device=self.codes.device)
 
-    def set_scales(self, scales: Tensor) -> None:
-        """Keep scales of all groups, in their dtype of 16 bits."""
-        self.scales.copy_(scales.contiguous().view(torch.uint8).reshape(self.scales.shape))
+    def keep(self, packed: Tensor, scales: Tensor) -> None:
+        """Take over bytes, as `encode` gives them."""
+        self.codes.copy_(packed)
+        self.scales.copy_(scales)
 
-    def set_codes(self, codes: Tensor) -> None:
-        """Keep `[rows, columns]` codes."""
-        self.codes.copy_(pack_rows(codes, self.quantization.bits))
+    def keep_codes(self, codes: Tensor, scales: Tensor) -> None:
+        """Take over `[rows, columns]` codes, and scales of all groups in their dtype of 16 bits."""
+        self.keep(pack_rows(codes, self.storage.bits), _as_bytes(scales))
 
-    def fill(self, numbers: Tensor, scales: Tensor | None = None) -> None:
-        """Keep the nearest integers of numbers; None for the scales that lose least."""
-        of = self.quantization
-        matrix = numbers.detach().reshape(self.matrix)
-        if scales is None:
-            scales = group_scales(matrix, of.bits, of.group_size, of.scales, search=True)
-        self.set_scales(scales)
-        self.set_codes(to_codes(matrix, scales, of.bits, of.group_size))
+    def fill(self, numbers: Tensor) -> None:
+        """Keep the nearest integers of numbers, with the scales that lose least."""
+        of, matrix = self.storage, numbers.detach().reshape(self.matrix)
+        self.keep(*self.encode(matrix, group_scales(matrix, of.bits, of.group_size, of.scales, search=True)))
 
     def group_scales(self) -> Tensor:
         """Scales of all groups, in their dtype of 16 bits."""
-        if not self.scales.numel():
-            # Of no columns: bytes of no strides cannot be seen as others.
-            return self.scales.new_empty(
-                self.scales.shape[0], self.scales.shape[1] // 2, dtype=self.quantization.scales
-            )
-        return self.scales.view(self.quantization.scales)
+        return _as_numbers(self.scales, self.storage.scales)
 
-    def rows(self, place: Tensor) -> Tensor:
+    def rows(self, place: Tensor, sparse: bool = False) -> Tensor:
         """`[*, columns]` rows; no others are unpacked."""
-        of = self.quantization
-        return read_packed_rows(
-            self.codes, self.group_scales(), place, of.bits, self.matrix[1], of.group_size, self.dtype
-        )
+        return self._rows(place, self.codes, self.scales)
 
-    def materialize(self) -> Tensor:
+    def materialize(self, sparse: bool = False) -> Tensor:
         """All of it."""
-        return self.rows(torch.arange(self.matrix[0], device=self.codes.device)).view(self.shape)
+        return self.forward(self.codes, self.scales)
 
     def multiply(self, hidden: Tensor) -> Tensor:
         """`[*, rows]`, the product of `[*, columns]` with all rows, of which a few at a time are unpacked."""
-        of = self.quantization
+        of = self.storage
         return multiply_packed(hidden, self.codes, self.group_scales(), of.bits, self.matrix[1], of.group_size)
 
 
-Factor: TypeAlias = Tensor | QuantizedFactor
+Factor: TypeAlias = Tensor | FakeQuantizedFactor | PackedFactor
 """A parameter, or what stands in its place."""
-_Readable: TypeAlias = FakeQuantizedFactor | PackedFactor
 
 
 def read_rows(factor: Factor, place: Tensor, sparse: bool = False) -> Tensor:
     """Rows of a factor, `[*, columns]` for places `[*]`; with a sparse gradient that has no other rows, if asked."""
-    if isinstance(factor, Tensor):
-        return F.embedding(place, factor, sparse=sparse)
-    if isinstance(factor, FakeQuantizedFactor):
-        return factor.rows(place, sparse)
-    return cast(PackedFactor, factor).rows(place)
+    return F.embedding(place, factor, sparse=sparse) if isinstance(factor, Tensor) else factor.rows(place, sparse)
 
 
 def multiply(hidden: Tensor, factor: Factor) -> Tensor:
     """Product of `[*, columns]` with all rows of a factor, `[*, rows]`."""
-    if isinstance(factor, Tensor):
-        return F.linear(hidden, factor)
-    return cast(_Readable, factor).multiply(hidden)
+    return F.linear(hidden, factor) if isinstance(factor, Tensor) else factor.multiply(hidden)
 
 
 def materialize(factor: Factor, sparse: bool = False) -> Tensor:
     """All of a factor: for those that are small, or about to leave; with a sparse gradient of all rows, if asked."""
     if isinstance(factor, Tensor):
         return cast(Tensor, _SparseGradient.apply(factor)) if sparse else factor  # type: ignore[no-untyped-call]
-    if isinstance(factor, FakeQuantizedFactor):
-        return factor.materialize(sparse)
-    return cast(PackedFactor, factor).materialize()
+    return factor.materialize(sparse)
 
 
 def pieces(factor: Factor, step: int) -> Iterator[Tensor]:
@@ -377,11 +349,28 @@ def pieces(factor: Factor, step: int) -> Iterator[Tensor]:
     return iter(torch.split(materialize(factor), step))
 
 
-def in_place_of(parameter: nn.Parameter, quantization: Quantization, state: State) -> QuantizedFactor:
-    """What stands in the place of a parameter: with `"packed"` empty, ready to be loaded into."""
-    if state == "packed":
-        return PackedFactor(parameter.shape, quantization, parameter.dtype, parameter.device)
-    return FakeQuantizedFactor(parameter, quantization, frozen=state == "frozen")
+def _ranges(matrix: Tensor, of: Quantization) -> Tensor:
+    """Scales that cover the values of all groups, as they are stored."""
+    shape = scales_shape(matrix.shape[0], matrix.shape[1], of.group_size)
+    found = matrix.new_zeros(shape, dtype=of.scales)
+    if not matrix.is_meta and matrix.numel():
+        group_rows, _ = group_shape(matrix.shape[1], of.group_size)
+        # Whole groups at a time.
+        for chunk in row_chunks(shape[0], group_rows * matrix.shape[1]):
+            part = matrix[chunk.start * group_rows : chunk.stop * group_rows]
+            found[chunk] = group_scales(part, of.bits, of.group_size, of.scales)
+    return found
+
+
+def _as_bytes(scales: Tensor) -> Tensor:
+    return scales.contiguous().view(torch.uint8).reshape(scales.shape[0], 2 * scales.shape[1])
+
+
+def _as_numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
+    if not data.numel():
+        # Of no columns: bytes of no strides cannot be seen as others.
+        return data.new_empty(data.shape[0], data.shape[1] // 2, dtype=dtype)
+    return data.view(dtype)
 
 
 class _SparseGradient(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from lightning_embcompress.methods.base import Factorization, Options
 from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units, run_of
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
-from lightning_embcompress.methods.quantizers.factors import Quantization
+from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.shared_basis.layout import (
     KIND,
     bit_budget,

@@ -17,8 +17,9 @@ from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.products import balance_product, store_product
-from lightning_embcompress.methods.quantizers.factors import Quantization, State, materialize, read_rows
+from lightning_embcompress.methods.quantizers.factors import materialize, read_rows
 from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.methods.quantizers.quantization import Quantization, State
 from lightning_embcompress.methods.shared_basis.layout import (
     SCALE_STEPS,
     byte_codes,

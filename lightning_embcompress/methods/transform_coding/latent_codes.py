@@ -14,7 +14,8 @@ from lightning_embcompress.methods.base import Factorization
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.quantizers.factors import Quantization, materialize, read_rows, straight_through
+from lightning_embcompress.methods.quantizers.factors import materialize, read_rows, straight_through
+from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
 from lightning_embcompress.methods.shared_basis.factorization import (
     SharedBasisBlocks,
