@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -24,7 +24,116 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 Stage: TypeAlias = Literal["train", "val", "test", "predict"]
 
 
-class LanguageModel(LightningModule):
+class VocabularyModule(LightningModule):
+    """A module whose tables have one row per token of a vocabulary, with an optimizer that is given by its factory.
+
+    Its checkpoints say how tables are compressed, and which vocabulary the model was trained with.
+
+    Args:
+        vocab_size: Number of tokens.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
+        lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
+        lr_scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` scheduler watches.
+    """
+
+    restores_structure: ClassVar[bool] = True
+    """Whether checkpoints keep which tables are compressed without a callback's help."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler_interval: Literal["epoch", "step"],
+        lr_scheduler_monitor: str,
+    ) -> None:
+        """Keep the arguments."""
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.lr_scheduler_monitor = lr_scheduler_monitor
+        self.vocabulary_fingerprint: str | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Compare the data module's vocabulary with the tables, and with the one that the model was trained with.
+
+        Raises:
+            ValueError: If it has more tokens than the tables have rows, or another fingerprint.
+        """
+        vocabulary = getattr(self._datamodule(), "vocabulary", None)
+        if vocabulary is not None and len(vocabulary) > self.vocab_size:
+            raise ValueError(
+                f"The vocabulary of the data has {len(vocabulary)} tokens, but the model's tables only"
+                f" vocab_size={self.vocab_size} rows. Use the vocabulary or tokenizer that the model was made for, or a"
+                f" model with vocab_size={len(vocabulary)}."
+            )
+        known, found = self.vocabulary_fingerprint, getattr(vocabulary, "fingerprint", None)
+        if None not in (found, known) and found != known:
+            raise ValueError(
+                f"The model was trained with a vocabulary of the fingerprint {known}, that of the data has {found}: its"
+                " ids stand for other tokens. Use the data, or the vocabulary file, that it was trained with."
+            )
+
+    def _datamodule(self) -> Any:
+        # `self.trainer` raises where there is none, as in `load_from_checkpoint`.
+        return getattr(self._trainer, "datamodule", None)
+
+    def parameter_groups(self) -> Any:
+        """What the optimizer is made from: all parameters, or groups of them."""
+        return self.parameters()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer over all parameters, and the scheduler."""
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = {
+            "scheduler": self.lr_scheduler(optimizer),
+            "interval": self.lr_scheduler_interval,
+            "monitor": self.lr_scheduler_monitor,
+        }
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the structure of compressed tables, and what identifies the vocabulary, if the data module does."""
+        write_record(self, checkpoint)
+        vocabulary = getattr(self._datamodule(), "vocabulary", None)
+        fingerprint = getattr(vocabulary, "fingerprint", self.vocabulary_fingerprint)
+        if fingerprint is not None:
+            checkpoint["vocabulary"] = {"size": self.vocab_size, "fingerprint": fingerprint}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the vocabulary with the one that the checkpoint was trained with, then take its tables' structure.
+
+        Raises:
+            ValueError: If the size or the fingerprint differs, or the tables do not fit; nothing is changed then.
+        """
+        self._check_vocabulary(checkpoint)
+        restore_structure(self, checkpoint)
+
+    def _check_vocabulary(self, checkpoint: Mapping[str, Any]) -> None:
+        saved = checkpoint.get("vocabulary")
+        if saved is None:
+            return
+        vocabulary = getattr(self._datamodule(), "vocabulary", None)
+        fingerprint = getattr(vocabulary, "fingerprint", saved["fingerprint"])
+        if saved["size"] != self.vocab_size or saved["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"The checkpoint was trained with a vocabulary of {saved['size']} tokens (fingerprint"
+                f" {saved['fingerprint']}), but the model has vocab_size={self.vocab_size} and the data the"
+                f" fingerprint {fingerprint}. Use the vocabulary file the checkpoint was trained with."
+            )
+        self.vocabulary_fingerprint = saved["fingerprint"]
+
+
+class LanguageModel(VocabularyModule):
     """Base of the language models: a subclass says how it trains and how it scores, the rest is here.
 
     Validation and test always use the full softmax. They log ``val_loss`` and ``test_loss`` in nats per token,
@@ -41,9 +150,6 @@ class LanguageModel(LightningModule):
             ``token_counts``; costs a second pass over the logits.
     """
 
-    restores_structure: ClassVar[bool] = True
-    """Whether checkpoints keep which tables are compressed without a callback's help."""
-
     def __init__(
         self,
         vocab_size: int,
@@ -54,18 +160,12 @@ class LanguageModel(LightningModule):
         frequency_bands: bool,
     ) -> None:
         """Keep the arguments and make the metrics."""
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
-        self.lr_scheduler_monitor = lr_scheduler_monitor
+        super().__init__(vocab_size, optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_monitor)
         self.frequency_bands = frequency_bands
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self.val_bands: PerplexityByFrequency | None = None
         self.test_bands: PerplexityByFrequency | None = None
-        self._vocabulary_fingerprint: str | None = None
 
     @abstractmethod
     def logits(self, inputs: Tensor, stage: Stage) -> Tensor:
@@ -73,6 +173,13 @@ class LanguageModel(LightningModule):
 
     def start_text(self, stage: Stage) -> None:
         """Forget the stage's text: the next batch is a beginning. Nothing to do for a model without memory."""
+
+    def text_state(self) -> dict[str, Any]:
+        """Entries of a checkpoint by which the training text is continued, of all processes, which all call this."""
+        return {}
+
+    def continue_text(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continue the training text, when training starts, from the `text_state` that a checkpoint holds."""
 
     def use_dense_gradients(self) -> None:
         """Train with gradients that every optimizer takes. Nothing to do for a model that has no others."""
@@ -82,19 +189,13 @@ class LanguageModel(LightningModule):
         """Check the data module's vocabulary and read its token counts.
 
         Raises:
-            ValueError: If the vocabulary is larger than the tables.
+            ValueError: If the vocabulary does not fit the model.
         """
-        datamodule = self._datamodule()
-        vocabulary = getattr(datamodule, "vocabulary", None)
-        if vocabulary is not None and len(vocabulary) > self.vocab_size:
-            raise ValueError(
-                f"The vocabulary of the data has {len(vocabulary)} tokens, but the model's tables only"
-                f" vocab_size={self.vocab_size} rows. Set the model's vocab_size to {len(vocabulary)}."
-            )
+        super().setup(stage)
         if not self.frequency_bands:
             # Not even looked at: counting a corpus may take long.
             return
-        counts = getattr(datamodule, "token_counts", None)
+        counts = getattr(self._datamodule(), "token_counts", None)
         if counts is None:
             rank_zero_warn("frequency_bands=True has no effect: there is no data module with `token_counts`.")
             return
@@ -224,52 +325,10 @@ class LanguageModel(LightningModule):
         """Log ``test_loss`` and ``test_perplexity``, over all tokens of all processes."""
         self._log_evaluation("test", self.test_perplexity, self.test_bands)
 
-    def _datamodule(self) -> Any:
-        # `self.trainer` raises where there is none, as in `load_from_checkpoint`.
-        return getattr(self._trainer, "datamodule", None)
-
-    def parameter_groups(self) -> Any:
-        """What the optimizer is made from: all parameters, or groups of them."""
-        return self.parameters()
-
-    @override
-    def configure_optimizers(self) -> Any:
-        """Make the optimizer over all parameters, and the scheduler."""
-        optimizer = self.optimizer(self.parameter_groups())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = {
-            "scheduler": self.lr_scheduler(optimizer),
-            "interval": self.lr_scheduler_interval,
-            "monitor": self.lr_scheduler_monitor,
-        }
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the structure of compressed tables, and what identifies the vocabulary, if the data module does."""
-        write_record(self, checkpoint)
-        vocabulary = getattr(self._datamodule(), "vocabulary", None)
-        fingerprint = getattr(vocabulary, "fingerprint", self._vocabulary_fingerprint)
-        if fingerprint is not None:
-            checkpoint["vocabulary"] = {"size": self.vocab_size, "fingerprint": fingerprint}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the vocabulary with the one that the checkpoint was trained with, then take its tables' structure.
-
-        Raises:
-            ValueError: If the size or the fingerprint differs, or the tables do not fit; nothing is changed then.
-        """
-        saved = checkpoint.get("vocabulary")
-        if saved is not None:
-            vocabulary = getattr(self._datamodule(), "vocabulary", None)
-            fingerprint = getattr(vocabulary, "fingerprint", saved["fingerprint"])
-            if saved["size"] != self.vocab_size or saved["fingerprint"] != fingerprint:
-                raise ValueError(
-                    f"The checkpoint was trained with a vocabulary of {saved['size']} tokens (fingerprint"
-                    f" {saved['fingerprint']}), but the model has vocab_size={self.vocab_size} and the data the"
-                    f" fingerprint {fingerprint}. Use the vocabulary file the checkpoint was trained with."
-                )
-            self._vocabulary_fingerprint = saved["fingerprint"]
-        restore_structure(self, checkpoint)
+        """Store the structure of the tables, the vocabulary's identity, and within an epoch the state of the text."""
+        super().on_save_checkpoint(checkpoint)
+        # Training cannot go on from a checkpoint of the weights alone, which has no optimizer.
+        if "optimizer_states" in checkpoint:
+            checkpoint.update(self.text_state())

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.hooks import DataHooks, ModelHooks
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.integrations.checkpoint import (
+    RECORD_KEY,
+    restore_structure,
+    restores_structure,
+    write_record,
+)
 from lightning_embcompress.integrations.saved import save_compressed
 from lightning_embcompress.layers.distillation import (
     TeacherScores,
@@ -20,30 +28,23 @@ from lightning_embcompress.layers.distillation import (
     distilled_head_loss,
     distilled_loss,
 )
-from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
-from lightning_embcompress.metrics.perplexity import Perplexity
-from lightning_embcompress.modules.base import LanguageModel, Stage
-from lightning_embcompress.modules.finetuning_arguments import check_arguments, check_effect, plain_path
-from lightning_embcompress.modules.finetuning_foreign import (
-    NestedCheckpoint,
-    evaluate_foreign,
-    forward_hooks,
-    loss_of,
-    step_output,
-    warn_of_unknown_targets,
-)
-from lightning_embcompress.modules.finetuning_original import Original
-from lightning_embcompress.modules.finetuning_parts import Freeze, Parts, Watch, unfreeze, warn_of_frozen
-from lightning_embcompress.modules.finetuning_sources import (
-    architecture_of,
-    build,
-    open_model,
-    register_checkpoint_class,
-)
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.modules.base import LanguageModel, VocabularyModule
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
+from lightning_embcompress.modules.parts import Freeze, Parts, Seen, own_step, unfreeze, warn_of_frozen, watch
+from lightning_embcompress.modules.sources import architecture_of, build, open_model, register_checkpoint_class
+from lightning_embcompress.modules.teacher import Teacher
+
+# Hooks of Lightning's besides those of its two classes of hooks. Layers that are built late are there already.
+_HOOKS = {
+    *("validation_step", "test_step", "predict_step", "backward", "configure_callbacks", "configure_gradient_clipping"),
+    *("lr_scheduler_step", "optimizer_step", "optimizer_zero_grad"),
+    *(name for name in (*vars(ModelHooks), *vars(DataHooks)) if not name.startswith(("_", "configure_"))),
+}
+_PREFIX = "model."
 
 
-class CompressedLanguageModel(LanguageModel):
+class CompressedLanguageModel(VocabularyModule):
     """Fine-tunes a language model, compressed or about to be: any class, given as a module or by its path.
 
     The loss is a weighted sum of three terms, in nats per token:
@@ -53,7 +54,7 @@ class CompressedLanguageModel(LanguageModel):
       and all others together (:mod:`lightning_embcompress.layers.distillation`). The full softmax is computed for it,
       also where the model trains by a sampled one;
     * reconstruction: how far the factors are from the teacher's tables, in the metric of the loss where there are
-      ``statistics`` (:mod:`lightning_embcompress.modules.finetuning_reconstruction`). Without weights it keeps factors
+      ``statistics`` (:mod:`lightning_embcompress.modules.reconstruction`). Without weights it keeps factors
       from drifting; alone it is a decomposition by gradient descent.
 
     Nothing of the teacher is trained, or kept in checkpoints but its path: a run that is resumed finds it there again,
@@ -61,14 +62,15 @@ class CompressedLanguageModel(LanguageModel):
     the model's own backbone, of which there is no copy; that backbone must not be trained, for then it would no longer
     be that of the original and the teacher would move with its student.
 
-    The model keeps its own ways: an LSTM's state is carried over from batch to batch (also the teacher's, and over a
-    resumed epoch), batches are what the model takes, the hooks of a module of another class are called. Its optimizer
-    is replaced by the one given here. In evaluation mode, in which callbacks collect statistics, ``training_step`` is
-    that of the model alone. Logged are ``train_loss``, and where that is not the cross-entropy as it is
-    ``train_cross_entropy``, ``train_distillation`` and ``train_reconstruction``, each without its weight; ``val_loss``,
-    ``val_perplexity``, with ``frequency_bands`` also ``val_perplexity/rank_1-100`` and so on, and the same for test. Of
-    a module of another class these are measured from the cross-entropy over the vocabulary that its
-    ``validation_step`` computes; what it logs under these names itself is then ``val_loss/model`` and so on.
+    Everything else is the model's own: every hook of Lightning's that it overrides is called, also those of
+    evaluation; an LSTM's state is carried over from batch to batch (also the teacher's, and over a resumed epoch);
+    batches are what the model takes. Only its optimizer is replaced by the one given here. In evaluation mode, in which
+    callbacks collect statistics, ``training_step`` is that of the model alone. A module of another class is distilled
+    at those positions of its head that its own loss reads.
+
+    Logged is what the model logs. Where the loss is not its own, what it calls ``train_loss`` is
+    ``train_cross_entropy``, and there are also ``train_loss``, ``train_distillation`` and ``train_reconstruction``, the
+    terms without their weights.
 
     Checkpoints have the model's structure and arguments: ``CompressedLanguageModel.load_from_checkpoint(path)`` needs
     none of the files that it came from; one of another class than this package's is given as ``model`` once more.
@@ -101,8 +103,8 @@ class CompressedLanguageModel(LanguageModel):
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
         lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.
         lr_scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` scheduler watches.
-        frequency_bands: Whether validation and test also measure the perplexity by frequency band of the target, from
-            the data module's ``token_counts``; costs a second pass over the logits.
+        frequency_bands: Whether a language model of this package also measures the perplexity by frequency band of the
+            target, from the data module's ``token_counts``; costs a second pass over the logits.
         architecture: What checkpoints have in the place of ``model``; nothing to give by hand.
 
     Attributes:
@@ -151,25 +153,25 @@ class CompressedLanguageModel(LanguageModel):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         """Open the model, and check what can be checked without the teacher's files."""
-        model, weights, teacher, statistics = (plain_path(one) for one in (model, weights, teacher, statistics))
+        model, weights, teacher, statistics = map(_plain_path, (model, weights, teacher, statistics))
+        # As checkpoints of older versions call it.
+        freeze = "backbone" if str(freeze) == "body" else freeze
         check_distillation(teacher_top_k, temperature)
-        weighted = {"cross_entropy": cross_entropy_weight, "distillation": distillation_weight}
-        weighted["reconstruction"] = reconstruction_weight
-        rates = {"factor_learning_rate": factor_learning_rate, "backbone_learning_rate": backbone_learning_rate}
-        check_arguments(weighted, rates, freeze, reconstruction_rows, teacher_shares_backbone)
+        terms = {"cross_entropy": cross_entropy_weight, "distillation": distillation_weight}
+        terms["reconstruction"] = reconstruction_weight
+        rates = {"backbone_learning_rate": backbone_learning_rate, "factor_learning_rate": factor_learning_rate}
+        _check_values(terms, rates, freeze, reconstruction_rows, teacher_shares_backbone)
         if architecture is None:
             # Of a checkpoint, a teacher that was given as a module is missing, and weights may have been set to 0.
-            check_effect(weighted, teacher, teacher_shares_backbone, reconstruction_rows, statistics)
+            _check_effect(terms, teacher, teacher_shares_backbone, reconstruction_rows, statistics)
         opened = build(architecture) if model is None and architecture is not None else open_model(model, weights)
         if not opened.automatic_optimization:
             raise ValueError(
-                f"{type(opened).__name__} optimizes by hand (automatic_optimization=False), so that no term can be"
-                " added to its loss: give a model whose training_step returns its loss."
+                f"{type(opened).__name__} uses manual optimization (automatic_optimization=False), so that no term can"
+                " be added to its loss: give a model whose training_step returns its loss."
             )
         parts = Parts(opened, tables)
-        super().__init__(
-            parts.vocab_size, optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_monitor, frequency_bands
-        )
+        super().__init__(parts.vocab_size, optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_monitor)
         ignored = ["model", "weights", "teacher", "statistics", "optimizer", "lr_scheduler", "architecture"]
         self.save_hyperparameters(ignore=ignored)
         # Plain values, so that checkpoints load with `weights_only=True`; of modules nothing.
@@ -178,86 +180,51 @@ class CompressedLanguageModel(LanguageModel):
             weights=None,
             teacher=teacher if isinstance(teacher, str) else None,
             statistics=statistics if isinstance(statistics, str) else None,
+            freeze=freeze,
             architecture=architecture_of(opened),
         )
         self.parts = parts
-        self.weights_of_terms = weighted
+        self.weights_of_terms = terms
         # Whether the loss is what the model's own step gives.
-        self._alone = weighted == {"cross_entropy": 1, "distillation": 0, "reconstruction": 0}
+        self._is_plain = terms == {"cross_entropy": 1, "distillation": 0, "reconstruction": 0}
         self.teacher_top_k, self.temperature = teacher_top_k, temperature
         self.reconstruction_rows = reconstruction_rows
         self.freeze_part = freeze
         self.learning_rates = (backbone_learning_rate, factor_learning_rate)
         self.model = opened
-        self._warned_of_targets = False
-        self._is_ours = isinstance(opened, LanguageModel)
+        self.teacher = Teacher(opened, parts, teacher, teacher_shares_backbone, statistics)
         if isinstance(opened, LanguageModel):
             # The optimizer is another one than that which the model was made for.
             opened.use_dense_gradients()
-        self._original = Original(opened, parts, teacher, teacher_shares_backbone, statistics)
-        forward_hooks(self, opened)
+            opened.frequency_bands = frequency_bands
+        own = {name for kind in type(self).__mro__ if issubclass(kind, VocabularyModule) for name in vars(kind)}
+        for name in _HOOKS - own:
+            if is_overridden(name, opened):
+                # On the instance, for Lightning asks which hooks a module has.
+                setattr(self, name, getattr(opened, name))
         unfreeze(opened)
         warn_of_frozen(opened, parts, freeze)
         parts.freeze(opened, freeze)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives when it is called."""
+        """Call the model."""
         return self.model(*args, **kwargs)
 
     @override
-    def logits(self, inputs: Tensor, stage: Stage) -> Tensor:
-        """Scores of every next token, where the model is a language model of this package."""
-        return self._ours().logits(inputs, stage)
-
-    @override
-    def scores(self, batch: Any, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Logits and targets of a batch, where the model is a language model of this package."""
-        return self._ours().scores(batch, stage)
-
-    @override
-    def head_inputs(self, batch: Any, stage: Stage) -> tuple[nn.Module, Tensor, Tensor] | None:
-        """What the model computes its logits from, where it is a language model of this package."""
-        return self._ours().known_head(batch, stage)
-
-    @override
-    def start_text(self, stage: Stage) -> None:
-        """Forget the stage's text, where the model has a memory."""
-        if self._is_ours:
-            self._ours().start_text(stage)
-
-    def _ours(self) -> LanguageModel:
-        if not isinstance(self.model, LanguageModel):
-            raise TypeError(
-                f"{type(self.model).__name__} is no LanguageModel of this package, so its logits are known within its"
-                " own steps only: call the model itself."
-            )
-        return self.model
-
-    @override
     def setup(self, stage: str) -> None:
-        """Set the model up, read the data module's token counts and, for training, the teacher.
+        """Set the model up and, for training, open the teacher.
 
         Raises:
             ValueError: If the data, the teacher or the statistics do not fit the model.
         """
-        # By itself it does not know what Lightning is doing. Found at every call: callbacks divert what is logged.
+        # By itself it does not know which hook is running. `self.log` is looked up at every call: callbacks divert it.
         self.model.log = self._log_of_model  # type: ignore[method-assign]
-        self._check_fingerprint()
         self.model.setup(stage)
         super().setup(stage)
         if stage == "fit":
             self.parts.freeze(self.model, self.freeze_part)
-            self._original.open(self.model, self.weights_of_terms, self.trainer)
-
-    def _check_fingerprint(self) -> None:
-        vocabulary = getattr(self._datamodule(), "vocabulary", None)
-        found, known = getattr(vocabulary, "fingerprint", None), getattr(self.model, "_vocabulary_fingerprint", None)
-        if None not in (found, known) and found != known:
-            raise ValueError(
-                f"The model was trained with a vocabulary of the fingerprint {known}, that of the data has {found}: its"
-                " ids stand for other tokens. Use the data, or the vocabulary file, that it was trained with."
-            )
+            self.teacher.open(self.model, self.weights_of_terms, self.trainer)
 
     @override
     def teardown(self, stage: str) -> None:
@@ -266,81 +233,71 @@ class CompressedLanguageModel(LanguageModel):
         self.model.teardown(stage)
 
     def _log_of_model(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if self.training and name == "train_loss" and not self._alone:
+        if name == "train_loss" and not self._is_plain:
             name = "train_cross_entropy"
-        elif not self._is_ours and self._is_measured(name):
-            name += "/model"
         self.log(name, value, *args, **kwargs)
-
-    def _is_measured(self, name: str) -> bool:
-        """Whether a value of evaluation is logged here."""
-        stage, _, what = name.partition("_")
-        perplexity = {"val": self.val_perplexity, "test": self.test_perplexity}.get(stage)
-        own = what in ("loss", "perplexity") or what.startswith("perplexity/")
-        return own and not self.training and perplexity is not None and perplexity.update_called
 
     @override
     def on_fit_start(self) -> None:
         """Bring the teacher to the device, once the model has the weights that it starts from."""
         self.model.on_fit_start()
-        self._original.start(self.model, self.device)
+        self.teacher.start(self.model, self.device)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the weighted sum of the terms, logged as ``train_loss``."""
         weights = self.weights_of_terms
-        if self._alone or not self.training:
-            return step_output(self.model.training_step, batch, batch_idx)
-        output: Any = None
-        said = None
+        if self._is_plain or not self.model.training:
+            return own_step(self.model, batch, batch_idx)
+        output = own = None
+        scores: TeacherScores | None = None
         if weights["distillation"]:
             # First: what it takes is gone again before the model's own graph is there.
-            said = self._original.scores(batch, batch_idx, self.teacher_top_k, self.temperature)
-        with Watch(self.model, self.parts, head=said is not None and not self._is_ours) as watch:
-            loss = self._from_logits(batch, said) if said is not None and self._is_ours else None
-            if loss is None:
-                output = step_output(self.model.training_step, batch, batch_idx)
-                own = loss_of(output)
-                if own is None:
+            scores = self.teacher.scores(batch, batch_idx, self.teacher_top_k, self.temperature)
+        apart = scores is not None and not isinstance(self.model, LanguageModel)
+        with watch(self.model, self.parts, head=apart) as seen:
+            if scores is not None and isinstance(self.model, LanguageModel):
+                loss = self._distilled(self.model, batch, scores)
+            else:
+                output = own_step(self.model, batch, batch_idx)
+                own = output.get("loss") if isinstance(output, Mapping) else output
+                if not isinstance(own, Tensor):
+                    # The module skips this step.
                     return output
                 loss = weights["cross_entropy"] * own
-        if said is not None and not self._is_ours:
-            loss = loss + self._from_hidden_states(watch, said)
+        if scores is not None and own is not None:
+            loss = loss + self._distillation_alone(own, seen, scores)
         if weights["reconstruction"]:
             # The same rows when a run is resumed, and others in every process.
             seed = (self.global_step * 2**20 + batch_idx) * 2**12 + self.global_rank
-            term = self._original.reconstruction(self.model, watch.ids, self.reconstruction_rows, seed % 2**63)
+            term = self.teacher.reconstruction(self.model, seen.ids, self.reconstruction_rows, seed % 2**63)
             self.log("train_reconstruction", term.detach(), batch_size=1)
             loss = loss + weights["reconstruction"] * term
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=1)
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
-    def _from_logits(self, batch: Any, said: TeacherScores) -> Tensor:
-        """Cross-entropy and distillation, where the model is a language model of this package."""
+    def _distilled(self, model: LanguageModel, batch: Any, scores: TeacherScores) -> Tensor:
+        """Cross-entropy and distillation of a language model of this package, from the same logits."""
         weights = (self.weights_of_terms["cross_entropy"], self.weights_of_terms["distillation"])
-        known = self._ours().known_head(batch, "train")
+        known = model.known_head(batch, "train")
         if known is None:
-            logits, targets = self._ours().scores(batch, "train")
-            found = distilled_loss(logits, targets, said, self.temperature, *weights, overwrite=True)
+            logits, targets = model.scores(batch, "train")
+            found = distilled_loss(logits, targets, scores, self.temperature, *weights, overwrite=True)
         else:
             head, hidden, targets = known
-            found = distilled_head_loss(head, hidden, targets, said, self.temperature, *weights)
+            found = distilled_head_loss(head, hidden, targets, scores, self.temperature, *weights)
         self.log("train_cross_entropy", found.cross_entropy, batch_size=1)
         self.log("train_distillation", found.distillation, batch_size=1)
         return found.loss
 
-    def _from_hidden_states(self, watch: Watch, said: TeacherScores) -> Tensor:
-        """Distillation alone, of the logits that the head gives once more: a module may have changed its own."""
-        hidden, head = watch.hidden_states(), self.parts.head(self.model)
+    def _distillation_alone(self, own_loss: Tensor, seen: Seen, scores: TeacherScores) -> Tensor:
+        """Distillation of the logits that the head gives once more: a module may have changed its own."""
+        hidden, head = seen.hidden_states(self.model), self.parts.head(self.model)
         assert head is not None
-        targets = watch.targets
-        if targets is None:
-            if not self._warned_of_targets:
-                warn_of_unknown_targets(self.model)
-                self._warned_of_targets = True
-            targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        # Which token it is makes no difference without the cross-entropy.
+        targets = torch.where(seen.is_scored(own_loss), 0, IGNORE_INDEX)
         weight = self.weights_of_terms["distillation"]
-        found = distilled_head_loss(head, hidden, targets, said, self.temperature, 0.0, weight)
+        found = distilled_head_loss(head, hidden, targets, scores, self.temperature, 0.0, weight)
         self.log("train_distillation", found.distillation, batch_size=1)
         return found.loss
 
@@ -350,68 +307,18 @@ class CompressedLanguageModel(LanguageModel):
         return self.parts.groups(self.model, *self.learning_rates)
 
     @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip gradients as the model does."""
-        self.model.configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Let the model and its teacher go on with the text, or start it anew."""
-        for teacher in self._original.texts():
-            teacher.on_train_batch_start(batch, batch_idx)
+        for text in self.teacher.texts():
+            text.on_train_batch_start(batch, batch_idx)
         return self.model.on_train_batch_start(batch, batch_idx)
 
     @override
     def on_train_epoch_end(self) -> None:
         """Let the model and its teacher end the text."""
-        for teacher in self._original.texts():
-            teacher.on_train_epoch_end()
+        for text in self.teacher.texts():
+            text.on_train_epoch_end()
         self.model.on_train_epoch_end()
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """Score a batch by the full softmax, or as a module of another class does."""
-        if self._is_ours:
-            return super().validation_step(batch, batch_idx)
-        measured = (self.val_perplexity, self.val_bands)
-        return evaluate_foreign(self.model, self.parts, self.model.validation_step, batch, batch_idx, *measured)
-
-    @override
-    def test_step(self, batch: Any, batch_idx: int) -> Any:
-        """Score a batch by the full softmax, or as a module of another class does."""
-        if self._is_ours:
-            return super().test_step(batch, batch_idx)
-        measured = (self.test_perplexity, self.test_bands)
-        return evaluate_foreign(self.model, self.parts, self.model.test_step, batch, batch_idx, *measured)
-
-    @override
-    def on_predict_epoch_start(self) -> None:
-        """Let the model begin."""
-        self.model.on_predict_epoch_start()
-
-    @override
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """What the model predicts."""
-        return step_output(self.model.predict_step, batch, batch_idx)
-
-    @override
-    def _start_evaluation(self, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None) -> None:
-        super()._start_evaluation(stage, perplexity, bands)
-        if not self._is_ours:
-            getattr(self.model, "on_validation_epoch_start" if stage == "val" else "on_test_epoch_start")()
-
-    @override
-    def _log_evaluation(self, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None) -> None:
-        if not self._is_ours:
-            getattr(self.model, "on_validation_epoch_end" if stage == "val" else "on_test_epoch_end")()
-            if not perplexity.update_called:
-                return
-        super()._log_evaluation(stage, perplexity, bands)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -419,9 +326,9 @@ class CompressedLanguageModel(LanguageModel):
         self.model.on_save_checkpoint(checkpoint)
         super().on_save_checkpoint(checkpoint)
         # Training cannot go on from a checkpoint of the weights alone, which has no optimizer.
-        carried = self._original.carried() if "optimizer_states" in checkpoint else {}
-        if carried:
-            checkpoint["embcompress_teacher"] = carried
+        state = self.teacher.text_state() if "optimizer_states" in checkpoint else {}
+        if state:
+            checkpoint["embcompress_teacher"] = state
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -430,9 +337,30 @@ class CompressedLanguageModel(LanguageModel):
         Raises:
             ValueError: If the checkpoint does not fit the model or the vocabulary of the data.
         """
-        NestedCheckpoint(checkpoint).load_into(self.model)
-        super().on_load_checkpoint(checkpoint)
-        self._original.carry(checkpoint.get("embcompress_teacher", {}))
+        self._read_old_names(checkpoint.get("hyper_parameters", {}))
+        self._check_vocabulary(checkpoint)
+        own_hook = is_overridden("on_load_checkpoint", self.model) and not restores_structure(self.model)
+        restore_structure(self, checkpoint, complete=not own_hook)
+        # As a checkpoint of the model alone, whose own hook may change what is loaded.
+        inner = {key: value for key, value in checkpoint.items() if key != RECORD_KEY}
+        write_record(self.model, inner)
+        state = checkpoint.get("state_dict")
+        if isinstance(state, Mapping):
+            inner["state_dict"] = {name.removeprefix(_PREFIX): value for name, value in state.items()}
+        self.model.on_load_checkpoint(inner)
+        if isinstance(state, Mapping):
+            checkpoint["state_dict"] = {_PREFIX + name: value for name, value in inner["state_dict"].items()}
+        self.teacher.continue_text(checkpoint.get("embcompress_teacher", {}))
+
+    def _read_old_names(self, hyper_parameters: Mapping[str, Any]) -> None:
+        """Take arguments of checkpoints from when the backbone was called body, unless others are given."""
+        rate = hyper_parameters.get("body_learning_rate")
+        if rate is not None and self.learning_rates[0] is None:
+            self.learning_rates = (rate, self.learning_rates[1])
+            self.hparams.update(backbone_learning_rate=rate)
+        if hyper_parameters.get("teacher_shares_body") and self.freeze_part == "backbone":
+            self.teacher.shares_backbone = True
+            self.hparams.update(teacher_shares_backbone=True)
 
     def save_compressed(self, path: str | os.PathLike[str]) -> None:
         """Save the model without what fine-tuned it, for `load_compressed` into a module of its class.
@@ -460,3 +388,67 @@ class CompressedLanguageModel(LanguageModel):
 
 
 register_checkpoint_class(CompressedLanguageModel, {"architecture", "teacher_top_k"})
+
+
+def _plain_path(given: Any) -> Any:
+    """A path as a string, which checkpoints can keep; anything else as it is."""
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+def _check_values(
+    weights: Mapping[str, float], rates: Mapping[str, float | None], freeze: str | None, rows: int | None, shares: bool
+) -> None:
+    """Refuse arguments that are out of range, or do not fit each other.
+
+    Args:
+        weights: Of the terms of the loss, by their names.
+        rates: Learning rates by their names; None for those of the optimizer.
+        freeze: The part that is not trained.
+        rows: Rows that are drawn for the reconstruction.
+        shares: Whether the teacher's tables are read over the model's own backbone.
+
+    Raises:
+        ValueError: Naming the argument, its value and the remedy.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}_weight={weight} must be 0 or more, and finite.")
+    if not any(weights.values()):
+        raise ValueError("All weights are 0, so that there is no loss: set cross_entropy_weight=1.")
+    for name, rate in rates.items():
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"{name}={rate} must be 0 or more; leave it out for that of the optimizer.")
+    if freeze not in (None, "backbone", "factors"):
+        raise ValueError(f"freeze={freeze!r} must be 'backbone', 'factors' or None.")
+    if weights["reconstruction"] and freeze == "factors":
+        raise ValueError(
+            "reconstruction_weight trains factors, but freeze='factors' leaves them as they are: set one of them to"
+            " 0 or None."
+        )
+    if rows is not None and rows < 1:
+        raise ValueError(f"reconstruction_rows={rows} must be at least 1; None takes the tokens of the batch.")
+    if shares and freeze != "backbone":
+        raise ValueError(
+            f"teacher_shares_backbone=True with freeze={freeze!r}: the teacher is the dense tables over the model's own"
+            " backbone, and if that is trained the teacher moves with its student, to where both agree and neither is"
+            " right. Set freeze='backbone', or teacher_shares_backbone=False to keep the whole teacher."
+        )
+
+
+def _check_effect(weights: Mapping[str, float], teacher: Any, shares: bool, rows: int | None, statistics: Any) -> None:
+    """Refuse arguments that change nothing, see `_check_values` for them.
+
+    Raises:
+        ValueError: Naming the argument, its value and the remedy.
+    """
+    taught = bool(weights["distillation"] or weights["reconstruction"])
+    compared = bool(weights["reconstruction"])
+    for name, given, works, remedy in (
+        ("teacher", teacher, taught, "distillation_weight=0 and reconstruction_weight=0: set one of them"),
+        ("teacher_shares_backbone", shares or None, teacher is not None, "teacher=None: give the dense original"),
+        ("reconstruction_rows", rows, compared, "reconstruction_weight=0: set reconstruction_weight=1"),
+        ("statistics", statistics, compared, "reconstruction_weight=0: set reconstruction_weight=1"),
+    ):
+        if given is not None and not works:
+            value = repr(given) if isinstance(given, str | int) else type(given).__name__
+            raise ValueError(f"{name}={value} has no effect with {remedy}, or leave {name} out.")

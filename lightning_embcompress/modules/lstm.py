@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -321,25 +322,36 @@ class LSTMLanguageModel(LanguageModel):
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what identifies the vocabulary, and within an epoch the carried state of all processes."""
-        super().on_save_checkpoint(checkpoint)
-        # Training cannot go on from a checkpoint of the weights alone, which has no optimizer.
-        if not self.carry_state or "optimizer_states" not in checkpoint:
-            return
+    def text_state(self) -> dict[str, Any]:
+        """Within an epoch, the carried state of the rows of all processes, those of process 0 first."""
+        if not self.carry_state:
+            return {}
         if self.trainer.state.status == TrainerStatus.INTERRUPTED and self.trainer.world_size > 1:
             # Others may not have been hit by the exception, and whoever waited for their state would wait forever.
             rank_zero_warn(
                 "The checkpoint on the exception has no LSTM state, which the other processes hold in part: training "
                 "that is resumed from it starts from a zero state."
             )
-            return
+            return {}
         state = self._states.get("train")
         # One process writes the file, and the others read other texts. All call this hook.
         states = gather_over_processes(None if state is None else [part.cpu() for part in state])
         known = [part for part in states if part is not None]
-        if len(known) == len(states):
-            checkpoint["lstm_state"] = [torch.cat(parts, dim=1) for parts in zip(*known, strict=True)]
+        if len(known) < len(states):
+            return {}
+        return {"lstm_state": [torch.cat(parts, dim=1) for parts in zip(*known, strict=True)]}
+
+    @override
+    def continue_text(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keep the carried state of a checkpoint until training starts.
+
+        Raises:
+            ValueError: If it does not fit the layers.
+        """
+        state = checkpoint.get("lstm_state")
+        if state is not None:
+            self._check_state(state)
+        self._restored = None if state is None else (state[0], state[1])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -348,11 +360,8 @@ class LSTMLanguageModel(LanguageModel):
         Raises:
             ValueError: If the size or the fingerprint of the vocabulary differs, or the state does not fit the layers.
         """
-        state = checkpoint.get("lstm_state")
-        if state is not None:
-            self._check_state(state)
+        self.continue_text(checkpoint)
         super().on_load_checkpoint(checkpoint)
-        self._restored = None if state is None else (state[0], state[1])
 
     def _check_state(self, state: Any) -> None:
         layers = self.lstm.num_layers

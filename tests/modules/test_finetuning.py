@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_embcompress import GroupReduce, QuantizationAware, compress
 from lightning_embcompress.calibration.loss_metric import metric_of
@@ -23,7 +24,7 @@ from lightning_embcompress.data import TextFiles
 from lightning_embcompress.layers.distillation import distilled_loss, teacher_scores
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
-from lightning_embcompress.modules.finetuning_reconstruction import Reconstruction
+from lightning_embcompress.modules.reconstruction import Reconstruction
 from lightning_embcompress.quantization.aware import prepare_qat
 from lightning_embcompress.tables.replacement import find_tables
 
@@ -154,7 +155,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(start: SimpleNamespace) -> No
         plain += ((rows - table).square().sum() / table.square().sum()).item()
     assert losses.values[0] == pytest.approx(found.loss.item() + 0.3 * plain, rel=1e-5)
     # The teacher goes on with the text, too.
-    teacher = model._original.teacher
+    teacher = model.teacher
     _, state = dense(inputs)
     teacher.scores(start.batches[0], 0, 9, 2.0)
     found_scores, expected_scores = (
@@ -180,7 +181,7 @@ def test_the_teacher_stays_what_it_is_and_out_of_everything(start: SimpleNamespa
     own = {id(parameter) for parameter in model.parameters()}
     assert own.isdisjoint(id(parameter) for parameter in dense.parameters())
     assert all(name.startswith("model.") for name in model.state_dict())
-    assert copy.deepcopy(model)._original.teacher is model._original.teacher
+    assert copy.deepcopy(model).teacher is model.teacher
     with pytest.raises(ValueError, match="has parameters that are the model's own"):
         CompressedLanguageModel(dense, teacher=dense, distillation_weight=1.0)
 
@@ -194,9 +195,9 @@ def test_tables_over_the_same_backbone_are_the_teacher(start: SimpleNamespace) -
         runs.append((model, _fit(start, model, max_epochs=2)))
     (whole, expected), (shared, values) = runs
     assert values == expected
-    teacher = shared._original.teacher.model
+    teacher = shared.teacher.model
     assert teacher.lstm.weight_ih_l0 is shared.model.lstm.weight_ih_l0
-    assert whole._original.teacher.model.lstm.weight_ih_l0 is not whole.model.lstm.weight_ih_l0
+    assert whole.teacher.model.lstm.weight_ih_l0 is not whole.model.lstm.weight_ih_l0
     assert teacher.encoder.weight.shape == (WORDS, DIM)
     assert not teacher.training
     assert shared.model.training
@@ -214,11 +215,11 @@ def test_tables_over_the_same_backbone_are_the_teacher(start: SimpleNamespace) -
 def test_a_second_fit_in_lower_precision_and_with_several_batches_a_step(start: SimpleNamespace) -> None:
     model = _tuned(start, teacher="dense.ckpt", distillation_weight=1.0, reconstruction_weight=0.1)
     first = _fit(start, model)
-    teacher = model._original.teacher
+    teacher = model.teacher.model
     second = _fit(start, model, precision="bf16-mixed", accumulate_grad_batches=2, gradient_clip_val=1.0)
-    assert model._original.teacher is teacher
-    assert teacher.model.encoder.weight.dtype == torch.float32
-    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert model.teacher.model is teacher
+    assert teacher.encoder.weight.dtype == torch.float32
+    assert all(parameter.grad is None for parameter in teacher.parameters())
     assert sum(second) < sum(first)
 
 
@@ -257,8 +258,8 @@ def test_reconstruction_is_what_the_metric_says() -> None:
     renamed = Statistics(counts, gradients={"model.encoder": moments["encoder"]}, num_targets=9)
     arguments: dict[str, Any] = {"teacher": dense, "reconstruction_weight": 1.0, "statistics": renamed}
     tuned = CompressedLanguageModel(model, **arguments, tables=["encoder"])
-    tuned._original.open(tuned.model, tuned.weights_of_terms, SimpleNamespace(strategy=None))
-    assert tuned._original.reconstruction(tuned.model, [torch.arange(30)], None, 0) > 0
+    tuned.teacher.open(tuned.model, tuned.weights_of_terms, SimpleNamespace(strategy=None))
+    assert tuned.teacher.reconstruction(tuned.model, [torch.arange(30)], None, 0) > 0
 
 
 @pytest.mark.parametrize("freeze", ["backbone", "factors"])
@@ -462,3 +463,32 @@ def test_a_checkpoint_of_a_run_with_a_module_as_teacher(start: SimpleNamespace, 
     for weight in (0.0, 1.0):
         loaded = CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt", distillation_weight=weight)
         torch.testing.assert_close(_state(loaded), _state(model), rtol=0, atol=0)
+
+
+def test_a_checkpoint_from_when_the_backbone_was_called_body(start: SimpleNamespace, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "freeze": "backbone"}
+    arguments |= {"teacher_shares_backbone": True, "backbone_learning_rate": 0.2}
+    model = _tuned(start, **arguments)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="now")
+    losses = _fit(start, model, keep, limit_train_batches=5)
+    saved = torch.load(tmp_path / "now.ckpt", weights_only=True)
+    old = saved["hyper_parameters"]
+    old |= {"freeze": "body", "teacher_shares_body": old.pop("teacher_shares_backbone")}
+    old["body_learning_rate"] = old.pop("backbone_learning_rate")
+    torch.save(saved, tmp_path / "old.ckpt")
+    loaded = CompressedLanguageModel.load_from_checkpoint(tmp_path / "old.ckpt", optimizer=_sgd)
+    assert [group.get("lr") for group in loaded.parameter_groups()] == [0.2, None]
+    assert (loaded.freeze_part, loaded.teacher.shares_backbone) == ("backbone", True)
+    assert loaded.hparams == model.hparams
+    assert _fit(start, loaded, limit_train_batches=5, ckpt_path=tmp_path / "old.ckpt") == losses[3:]
+    assert _tuned(start, tmp_path / "old.ckpt").learning_rates == (None, None)
+
+
+def test_the_head_of_a_teacher_is_called_with_as_many_positions_as_that_of_the_model(tmp_path: Path) -> None:
+    """At a vocabulary of which 2²² logits are a few rows only."""
+    dense, model = (LSTMLanguageModel(2**20, 2, 2, dropout=0.0) for _ in range(2))
+    tuned, calls = CompressedLanguageModel(model, teacher=dense, distillation_weight=1.0), []
+    dense.decoder.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    batch = (torch.zeros(2, 48, dtype=torch.long), torch.zeros(2, 48, dtype=torch.long))
+    _trainer(tmp_path, fast_dev_run=True, limit_val_batches=0).fit(tuned, DataLoader([batch], batch_size=None))
+    assert calls == [48, 48]

@@ -369,7 +369,7 @@ def test_weights_alone_have_no_state(tmp_path: Path) -> None:
 
 
 def test_vocabulary_larger_than_the_tables(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"60 tokens.*vocab_size=50.*Set the model's vocab_size to 60"):
+    with pytest.raises(ValueError, match=r"60 tokens.*vocab_size=50.*model with vocab_size=60"):
         _trainer(tmp_path).fit(_model(), datamodule=Windows(vocab_size=60))
 
 

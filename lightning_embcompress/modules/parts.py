@@ -1,22 +1,23 @@
-"""The parts of a model that is fine-tuned: its tables and its backbone, and what goes through the tables in a step."""
+"""The parts of a model that is fine-tuned: its tables, its backbone, and calls of the tables' layers in a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from typing_extensions import Self
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_embcompress.calibration.collector import find_layers
+from lightning_embcompress.callbacks.passes import step_arguments
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.methods.quantizers.factors import FakeQuantizer
-from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 
 Freeze: TypeAlias = Literal["backbone", "factors"]
 """The part of a model that is not trained: everything but its tables, or its tables."""
@@ -43,7 +44,7 @@ class Parts:
     def __init__(self, model: nn.Module, tables: str | Sequence[str] = "auto") -> None:
         """Find them."""
         self.tables = find_layers(model, tables)
-        sizes = {path: rows_of(model.get_submodule(path)) for paths in self.tables for path in paths}
+        sizes = {path: table_shape(model.get_submodule(path))[0] for paths in self.tables for path in paths}
         if len(set(sizes.values())) != 1:
             listed = ", ".join(f"{path!r} {size}" for path, size in sizes.items())
             raise ValueError(
@@ -73,21 +74,25 @@ class Parts:
         backbone = [parameter for parameter in model.parameters() if id(parameter) not in inside]
         return backbone, [parameter for parameter in model.parameters() if id(parameter) in inside]
 
+    def members(self, model: nn.Module, part: Freeze | None) -> set[int]:
+        """Identities of the parameters of a part; none of no part."""
+        backbone, factors = self.split(model)
+        return {id(parameter) for parameter in {"backbone": backbone, "factors": factors}.get(str(part), [])}
+
     def freeze(self, model: nn.Module, part: Freeze | None) -> None:
         """Stop training a part of a model.
 
         Raises:
             ValueError: If nothing is left to train.
         """
-        backbone, factors = self.split(model)
-        chosen = {id(parameter) for parameter in {"backbone": backbone, "factors": factors}.get(str(part), [])}
+        chosen = self.members(model, part)
         frozen = model.__dict__.setdefault(_FROZEN, [])
         for name, parameter in model.named_parameters():
             if id(parameter) in chosen and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 frozen.append(name)
         if part == "factors":
-            if not any(parameter.requires_grad for parameter in backbone):
+            if not any(parameter.requires_grad for parameter in self.split(model)[0]):
                 raise ValueError(
                     "freeze='factors' leaves nothing to train: no other parameter of the model is trainable."
                 )
@@ -128,11 +133,9 @@ def unfreeze(model: nn.Module) -> None:
 
 def warn_of_frozen(model: nn.Module, parts: Parts, part: Freeze | None) -> None:
     """Say which parameters of a model are not trained, besides those that are to be frozen."""
-    backbone, factors = parts.split(model)
-    meant = {id(parameter) for parameter in {"backbone": backbone, "factors": factors}.get(str(part), [])}
     # Ranges that stay what they are.
     quantized = [one for one in model.modules() if isinstance(one, FakeQuantizer)]
-    meant |= {id(one.scales) for one in quantized}
+    meant = parts.members(model, part) | {id(one.scales) for one in quantized}
     names = [
         name
         for name, parameter in model.named_parameters()
@@ -146,19 +149,19 @@ def warn_of_frozen(model: nn.Module, parts: Parts, part: Freeze | None) -> None:
         )
 
 
-def rows_of(layer: nn.Module) -> int:
-    """Number of rows of the table that a layer reads."""
+def table_shape(layer: nn.Module) -> tuple[int, int]:
+    """`(vocab_size, dim)` of the table that an embedding or a head reads."""
     if isinstance(layer, CompressedLayer):
-        return layer.factorization.vocab_size
+        return layer.factorization.vocab_size, layer.factorization.dim
     assert isinstance(layer, nn.Embedding | nn.Linear)
-    return layer.weight.shape[0]
+    return layer.weight.shape[0], layer.weight.shape[1]
 
 
 def table_rows(layer: nn.Module, ids: Tensor) -> Tensor:
-    """Rows of the table that a layer reads, dense or compressed, as they are stored.
+    """Rows of the table that an embedding or a head reads, without the scale that an embedding may have.
 
     Args:
-        layer: An embedding or a head.
+        layer: Dense or compressed.
         ids: `[n]`.
 
     Returns:
@@ -171,101 +174,79 @@ def table_rows(layer: nn.Module, ids: Tensor) -> Tensor:
     return F.embedding(ids, layer.weight)
 
 
-class Watch(TorchFunctionMode):
-    """Notes what goes through the tables of a model while one of its steps runs, whatever the model is.
+def own_step(model: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """Call the `training_step` of a module, which may leave the index of the batch out."""
+    return model.training_step(*step_arguments(model.training_step, batch, batch_idx))
 
-    Args:
-        model: The model.
-        parts: Where its tables are.
-        head: Whether hidden states and targets are noted besides ids.
-        on_loss: Called with logits `[n, vocab_size]` and targets `[n]` of every cross-entropy over the vocabulary, at
-            once: later they may have been written over.
+
+@dataclass
+class Seen:
+    """Calls of the tables' layers in a step, in their order.
 
     Attributes:
-        ids: `[*]` of every call of an embedding.
-        hidden: `[*, d]` of every call of the head, with their gradients.
-        scored: Targets `[n]` of every cross-entropy over the vocabulary; -100 where there are none.
+        ids: `[*]` tokens of every call of an embedding.
+        hidden: `[*, dim]` hidden states of every call of the head, with their gradients.
+        logits: Where the gradients of the head's logits are found, also once these are overwritten.
     """
 
-    def __init__(
-        self, model: nn.Module, parts: Parts, head: bool, on_loss: Callable[[Tensor, Tensor], None] | None = None
-    ) -> None:
-        """Note nothing yet."""
-        super().__init__()
-        self.model, self.parts, self.with_head = model, parts, head
-        self.ids: list[Tensor] = []
-        self.hidden: list[Tensor] = []
-        self.scored: list[Tensor] = []
-        self.on_loss = on_loss
-        self._stack = ExitStack()
+    ids: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    logits: list[GradientEdge] = field(default_factory=list)
 
-    def __enter__(self) -> Self:
-        """Begin to note."""
-        for embedding in self.parts.embeddings(self.model):
-            handle = embedding.register_forward_pre_hook(self._see_ids, with_kwargs=True)
-            self._stack.callback(handle.remove)
-        if self.with_head:
-            head = self.parts.head(self.model)
-            if head is not None:
-                self._stack.callback(head.register_forward_pre_hook(self._see_hidden, with_kwargs=True).remove)
-            # Every function of torch passes through it: only where it is needed.
-            super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Stop it."""
-        if self.with_head:
-            super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._stack.close()
-
-    def _see_ids(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.ids.append((arguments[0] if arguments else next(iter(keywords.values()))).detach())
-
-    def _see_hidden(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.hidden.append(arguments[0] if arguments else next(iter(keywords.values())))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See the cross-entropies that the step computes."""
-        if func in (F.cross_entropy, F.nll_loss):
-            self._see_loss(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _see_loss(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Any = None,
-        size_average: Any = None,
-        ignore_index: int = IGNORE_INDEX,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        if input.dim() < 2 or input.shape[1] != self.parts.vocab_size or target.is_floating_point():
-            return
-        targets = target.masked_fill(target == ignore_index, IGNORE_INDEX).flatten()
-        self.scored.append(targets)
-        if self.on_loss is not None:
-            self.on_loss(input.detach().movedim(1, -1).flatten(0, -2), targets)
-
-    @property
-    def targets(self) -> Tensor | None:
-        """`[N]` target ids of all hidden states in their order; None where that is not known."""
-        number = sum(hidden.shape[:-1].numel() for hidden in self.hidden)
-        return _joined(self.scored) if self.scored and sum(map(len, self.scored)) == number else None
-
-    def hidden_states(self) -> Tensor:
-        """`[N, d]`, what the head has read.
+    def hidden_states(self, model: nn.Module) -> Tensor:
+        """`[N, dim]`, all inputs of the head.
 
         Raises:
             ValueError: If it was not called.
         """
         if not self.hidden:
             raise ValueError(
-                f"The step of {type(self.model).__name__} does not call a head among {self.parts.paths}, so that"
-                " nothing can be distilled: compute the logits by calling the layer, and name it in tables."
+                f"The training_step of {type(model).__name__} does not call a head among its tables, so that nothing"
+                " can be distilled: compute the logits by calling the layer, and name it in tables."
             )
-        return _joined([hidden.flatten(0, -2) for hidden in self.hidden])
+        return torch.cat([hidden.flatten(0, -2) for hidden in self.hidden])
+
+    def is_scored(self, loss: Tensor) -> Tensor:
+        """`[N]`, the positions of the hidden states whose logits a loss reads: elsewhere its gradient is zero.
+
+        The loss is differentiated by the logits once, and its graph is kept for the backward pass.
+
+        Raises:
+            ValueError: If the loss does not come from the logits.
+        """
+        gradients = torch.autograd.grad(loss, self.logits, torch.ones_like(loss), retain_graph=True, allow_unused=True)
+        found = [gradient.flatten(0, -2).ne(0).any(-1) for gradient in gradients if gradient is not None]
+        if len(found) < len(self.hidden):
+            raise ValueError(
+                "the loss of the training_step does not come from the logits that its head gives, so that the positions"
+                " to distil at are not known: compute the logits by calling the head, and the loss from them."
+            )
+        return torch.cat(found)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+@contextmanager
+def watch(model: nn.Module, parts: Parts, head: bool) -> Iterator[Seen]:
+    """Note what passes the tables of a model while one of its steps runs.
+
+    Args:
+        model: The model.
+        parts: Where its tables are.
+        head: Whether calls of the head are noted besides those of embeddings.
+    """
+    seen = Seen()
+
+    def see_ids(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen.ids.append((arguments[0] if arguments else next(iter(keywords.values()))).detach())
+
+    def see_head(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], logits: Tensor) -> None:
+        seen.hidden.append(arguments[0] if arguments else next(iter(keywords.values())))
+        if logits.requires_grad:
+            seen.logits.append(get_gradient_edge(logits))
+
+    layer = parts.head(model) if head else None
+    with ExitStack() as stack:
+        for embedding in parts.embeddings(model):
+            stack.callback(embedding.register_forward_pre_hook(see_ids, with_kwargs=True).remove)
+        if layer is not None:
+            stack.callback(layer.register_forward_hook(see_head, with_kwargs=True).remove)
+        yield seen

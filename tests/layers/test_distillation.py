@@ -14,9 +14,6 @@ from lightning_embcompress.layers.distillation import (
     joined_scores,
     teacher_scores,
 )
-from lightning_embcompress.modules import LSTMLanguageModel
-from lightning_embcompress.modules.finetuning_parts import Parts
-from lightning_embcompress.modules.finetuning_teacher import Teacher
 
 POSITIONS, VOCAB_SIZE = 11, 40
 
@@ -138,13 +135,3 @@ def test_what_does_not_fit_is_refused() -> None:
         distilled_loss(_logits(0), _targets(), teacher_scores(_logits(1)[:10], 5))
     with pytest.raises(ValueError, match="over 39 tokens"):
         distilled_loss(_logits(0), _targets(), teacher_scores(_logits(1)[:, :39]))
-
-
-def test_the_head_of_a_teacher_is_called_with_as_many_positions_as_that_of_the_model() -> None:
-    """At a vocabulary of which 2²² logits are a few rows only."""
-    model = LSTMLanguageModel(vocab_size=2**20, embedding_dim=2, hidden_size=2, dropout=0.0)
-    teacher, calls = Teacher(model, Parts(model)), []
-    model.decoder.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
-    batch = (torch.zeros(2, 48, dtype=torch.long), torch.zeros(2, 48, dtype=torch.long))
-    assert len(teacher.scores(batch, 0, 3, 1.0).scores) == 96
-    assert calls == [48, 48]

@@ -20,7 +20,7 @@ from lightning_embcompress.integrations.saved import load_compressed
 from lightning_embcompress.integrations.sources import Source, find_source
 from lightning_embcompress.methods.specs import plain
 from lightning_embcompress.metrics.perplexity import Perplexity
-from lightning_embcompress.modules.base import LanguageModel
+from lightning_embcompress.modules.base import VocabularyModule
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
 from lightning_embcompress.tables.transformers_models import only_model, pretrained_models
@@ -28,9 +28,9 @@ from lightning_embcompress.tables.transformers_models import only_model, pretrai
 _Result = TypeVar("_Result")
 
 # Built again from what a checkpoint says. No other class: a file must not choose what code is run.
-_CLASSES: dict[str, type[LanguageModel]] = {cls.__name__: cls for cls in (LSTMLanguageModel, HuggingFaceCausalLM)}
+_CLASSES: dict[str, type[VocabularyModule]] = {cls.__name__: cls for cls in (LSTMLanguageModel, HuggingFaceCausalLM)}
 # Classes that checkpoints are made with, and the hyper-parameters by which theirs are told: further ones register here.
-_CHECKPOINTS: dict[type[LanguageModel], set[str]] = {
+_CHECKPOINTS: dict[type[VocabularyModule], set[str]] = {
     LSTMLanguageModel: {"embedding_dim", "hidden_size", "tie_weights"},
     HuggingFaceCausalLM: {"pretrained", "config", "gradient_checkpointing"},
 }
@@ -76,7 +76,7 @@ def open_model(model: nn.Module | str | None, weights: str | None, name: str = "
     return opened
 
 
-def register_checkpoint_class(kind: type[LanguageModel], marks: set[str]) -> None:
+def register_checkpoint_class(kind: type[VocabularyModule], marks: set[str]) -> None:
     """Let checkpoints of a class be opened by their path.
 
     Args:
@@ -154,7 +154,7 @@ def _read(source: Source, name: str) -> LightningModule:
     return inner if isinstance(inner, LightningModule) else opened
 
 
-def _class_of(hyper_parameters: Mapping[str, Any]) -> type[LanguageModel] | None:
+def _class_of(hyper_parameters: Mapping[str, Any]) -> type[VocabularyModule] | None:
     """The class that a checkpoint was made with: Lightning notes its name for runs of the command line only."""
     if "_class_path" in hyper_parameters:
         name = str(hyper_parameters["_class_path"]).rpartition(".")[2]

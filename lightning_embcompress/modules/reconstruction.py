@@ -14,17 +14,14 @@ Without statistics it is the relative squared error of the rows, :math:`\sum \|\
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.numerics.metric import smoothed_frequencies
-from lightning_embcompress.modules.finetuning_parts import rows_of, table_rows
+from lightning_embcompress.modules.parts import table_rows, table_shape
 from lightning_embcompress.tables.replacement import Table
 
 
@@ -49,10 +46,7 @@ class Reconstruction:
         """Keep the table, and the metric if there is one."""
         self.path = paths[0]
         self.original = original
-        shape, own = (
-            (rows_of(original), _dim(original)),
-            (rows_of(layer := model.get_submodule(self.path)), _dim(layer)),
-        )
+        shape, own = table_shape(original), table_shape(model.get_submodule(self.path))
         if shape != own:
             raise ValueError(
                 f"Table {self.path!r} of the teacher is {shape[0]} x {shape[1]}, that of the model {own[0]} x {own[1]}:"
@@ -68,10 +62,6 @@ class Reconstruction:
             self.chances = metric.weights.float()
             self.total = float(metric.weights.sum())
             self.relative = (metric.weights / smoothed_frequencies(statistics.token_counts)).float()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Not copied."""
-        return self
 
     def to(self, device: torch.device) -> None:
         """Move what is read."""
@@ -108,7 +98,7 @@ class Reconstruction:
             A scalar, in nats where there are statistics.
         """
         if self.root is None:
-            ids = torch.randint(rows_of(self.original), (number,), generator=generator)
+            ids = torch.randint(table_shape(self.original)[0], (number,), generator=generator)
         else:
             # By the sum of chances, for `torch.multinomial` takes no more than 2²⁴ of them.
             bounds = self.chances.double().cumsum(0)
@@ -146,10 +136,3 @@ def of_the_model(statistics: Statistics, prefix: str, paths: Sequence[str]) -> S
         kind: {path.removeprefix(prefix): value for path, value in getattr(statistics, kind).items()} for kind in kinds
     }
     return Statistics(**{**vars(statistics), **renamed})
-
-
-def _dim(layer: nn.Module) -> int:
-    if isinstance(layer, CompressedLayer):
-        return layer.factorization.dim
-    assert isinstance(layer, nn.Embedding | nn.Linear)
-    return layer.weight.shape[1]
