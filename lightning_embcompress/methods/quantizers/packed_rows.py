@@ -2,8 +2,7 @@
 
 Every row is packed by itself, lowest bit first, and ends with a whole byte. The integers begin at 0: a value is
 `(code - 2^(bits-1)) · scale`, with a scale for each group of neighbouring values, see `solvers.integer_quantizer`.
-The highest bit of every byte is stored inverted: as a signed number it is 128 less than the byte, and 8 bits are those
-of a signed integer, so that products need no copy (`packed_product`).
+The highest bit of every byte is stored inverted, so that 8 bits are those of a signed integer.
 """
 
 from __future__ import annotations
@@ -19,22 +18,15 @@ from torch.nn import functional as F
 
 from lightning_embcompress.methods.numerics.gram import compute_dtype
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape, repeated, scales_shape
-from lightning_embcompress.methods.quantizers.packed_product import integer_product, products_are_exact
 from lightning_embcompress.methods.quantizers.packing import packed_bytes
-from lightning_embcompress.methods.quantizers.repacked_product import (
-    LEAST_BITS,
-    can_repack,
-    repack,
-    repacked,
-    repacked_product,
-)
+from lightning_embcompress.methods.quantizers.repacked_product import can_repack, repack, repacked, repacked_product
 
 # Values that are unpacked at a time: what is on the way to them stays in the cache.
 _TILE = 2**17
 # In a graph every tile is nodes of its own, so that there are fewer of them.
 _EXPORTED_TILE = 2**24
-# States up to which integers are multiplied, from a copy that is kept and as they are; more are worth unpacking for.
-_FEW_REPACKED, _FEW_STATES = 32, 8
+# States up to which integers are multiplied, from a copy that is kept; more are worth unpacking for.
+_FEW_STATES = 32
 # Values of a matrix up to which it is unpacked even for one of them.
 _SMALL = 2**18
 
@@ -146,10 +138,9 @@ def read_packed_rows(
 def multiply_packed(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns: int, group_size: int) -> Tensor:
     """`h Wᵀ` from a packed matrix, some rows of it at a time.
 
-    On the CPU up to 32 states are multiplied in integers: of 4 to 8 bits with a copy that is laid out for that, is made
-    for the first of them and takes a byte an integer (`repacked_product`); of 2 and 3 bits, and up to 8 of them, with
-    the bytes as they are (`packed_product`). For more, or for a small matrix, tiles of rows are unpacked in the dtype
-    of the states. Errors of float32 logits of 20 against float64 are 1e-5, of 2 and 3 bits below 1e-3.
+    On the CPU up to 32 states are multiplied in integers, with a copy that is laid out for that, is made for the first
+    of them and takes a byte an integer (`repacked_product`). For more, or for a small matrix, tiles of rows are
+    unpacked in the dtype of the states. Errors of float32 logits of 20 against float64 are 1e-5.
 
     Args:
         hidden: `[*, columns]` floats. Under autocast they are cast as for `F.linear`.
@@ -209,10 +200,12 @@ class _Product(torch.autograd.Function):
 
 
 def _product(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns: int, group_size: int) -> Tensor:
-    if not _plain(packed) and _is_for_integers(hidden, packed):
-        found = _in_integers(hidden.detach().reshape(-1, columns), packed, scales, bits, group_size)
-        if found is not None:
-            return found.to(hidden.dtype).view(*hidden.shape[:-1], len(packed))
+    if _is_for_integers(hidden, packed, scales):
+        matrix = repacked(packed, scales)
+        if matrix is None:
+            matrix = repack(packed, scales, unpack_rows(packed, bits, columns), bits, group_size)
+        found = repacked_product(hidden.detach().reshape(-1, columns), matrix)
+        return found.to(hidden.dtype).view(*hidden.shape[:-1], len(packed))
     tiles = _unpacked_tiles(packed, scales, bits, columns, group_size, hidden.dtype)
     if _plain(packed):
         return torch.cat([F.linear(hidden, tile) for _, tile in tiles], dim=-1)
@@ -222,27 +215,13 @@ def _product(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns:
     return out
 
 
-def _is_for_integers(hidden: Tensor, packed: Tensor) -> bool:
-    """Whether there are states, of not more than the 24 bits that are multiplied in integers, for a large matrix."""
-    # A small matrix is unpacked before its states are cut into digits. Of rows of one byte `torch._int_mm` takes the
-    # strides for others.
-    is_large = len(packed) * hidden.shape[-1] > _SMALL and packed.shape[1] > 1
-    return is_large and hidden.numel() > 0 and hidden.dtype != torch.float64
-
-
-def _in_integers(states: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor | None:
-    """`[m, n]` float32 of not too many states; None if they are."""
-    count, columns = states.shape
-    # A change of tensors that were made for inference cannot be seen.
-    can_change = packed.is_inference() or scales.is_inference()
-    if count <= _FEW_REPACKED and bits >= LEAST_BITS and not can_change and can_repack():
-        matrix = repacked(packed, scales)
-        if matrix is None:
-            matrix = repack(packed, scales, unpack_rows(packed, bits, columns), bits, group_size)
-        return repacked_product(states, matrix)
-    if count <= _FEW_STATES and products_are_exact():
-        return integer_product(states, packed, scales, bits, columns, group_size)
-    return None
+def _is_for_integers(hidden: Tensor, packed: Tensor, scales: Tensor) -> bool:
+    """Whether there are few states, and not of more than the 24 bits that they are rounded to, for a large matrix."""
+    # A change of tensors that were made for inference cannot be seen, and would leave a copy of what they were.
+    if _plain(packed) or packed.is_inference() or scales.is_inference() or hidden.dtype == torch.float64:
+        return False
+    columns = hidden.shape[-1]
+    return 0 < hidden.numel() <= _FEW_STATES * columns and len(packed) * columns > _SMALL and can_repack()
 
 
 def _unpacked_tiles(

@@ -1,8 +1,9 @@
 """Products of some states with packed integers, from a copy of them that is laid out for oneDNN.
 
-The copy has a byte an integer, so that it is not for widths below 4 bits, and is made for the first product. It is kept
-for as long as the packed tensor itself is, is no part of a module, of a state dict or of a copy of either, and is made
-again when the packed integers or their scales have changed.
+The product of bytes in int32 is exact, and reads a byte an element where one of floats reads four. What is rounded are
+the states, to three digits to the base 256, 24 bits of the largest of them. The copy has a byte an integer, and is made
+for the first product. It is kept for as long as the packed tensor itself is, is no part of a module, of a state dict or
+of a copy of either, and is made again when the packed integers or their scales have changed.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
-from lightning_embcompress.methods.quantizers.packed_product import DIGITS, digit_units, to_digits
 
-# Bits from which the copy takes at most about twice what is packed.
-LEAST_BITS = 4
+_DIGITS = 3
+# As bytes from 0 to 255 that stand for digits from -128 to 127, all digits 0.
+_MIDDLE = 0x808080
+# The largest number that is three such bytes.
+_LARGEST = 2**24 - 1 - _MIDDLE
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,6 @@ class Repacked:
     version: tuple[int, ...]
     integers: list[Tensor]
     scales: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.integers, *self.scales))
 
 
 _kept: MutableMapping[Tensor, Repacked] = WeakTensorKeyDictionary()
@@ -88,12 +86,6 @@ def repack(packed: Tensor, scales: Tensor, codes: Tensor, bits: int, group_size:
     return found
 
 
-def repacked_bytes(packed: Tensor) -> int:
-    """Bytes of the copy that is kept of a packed matrix, 0 if there is none."""
-    found = _kept.get(packed)
-    return 0 if found is None else found.nbytes
-
-
 def repacked_product(states: Tensor, matrix: Repacked) -> Tensor:
     """`h Wᵀ` for some states, as accurate as in float32.
 
@@ -104,9 +96,11 @@ def repacked_product(states: Tensor, matrix: Repacked) -> Tensor:
     Returns:
         `[m, n]` float32.
     """
-    digits, unit = to_digits(states.double(), dims=(1,))
-    # [m · digits, columns]
-    digits = digits.permute(0, 2, 1).reshape(-1, states.shape[1])
+    states = states.double()
+    units = states.abs().amax(dim=1, keepdim=True) / _LARGEST
+    numbers = (states / units.clamp(min=1e-300)).round().to(torch.int32) + _MIDDLE
+    # [m · digits, columns], the lowest digit first.
+    digits = numbers.unsqueeze(-1).view(torch.uint8)[..., :_DIGITS].permute(0, 2, 1).reshape(-1, states.shape[1])
     sums: Tensor | None = None
     start = 0
     for integers, scales in zip(matrix.integers, matrix.scales, strict=True):
@@ -114,7 +108,8 @@ def repacked_product(states: Tensor, matrix: Repacked) -> Tensor:
         sums = _linear(digits[:, start:stop].contiguous(), integers, scales, sums)
         start = stop
     assert sums is not None
-    return torch.bmm(digit_units(unit).unsqueeze(1), sums.view(len(states), DIGITS, -1)).squeeze(1)
+    counts = (units * 256.0 ** torch.arange(_DIGITS, dtype=torch.float64)).float()
+    return torch.bmm(counts.unsqueeze(1), sums.view(len(states), _DIGITS, -1)).squeeze(1)
 
 
 def _linear(states: Tensor, integers: Tensor, scales: Tensor, into: Tensor | None) -> Tensor:

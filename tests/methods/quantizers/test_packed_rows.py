@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.methods.quantizers import packed_product, packed_rows, repacked_product
+from lightning_embcompress.methods.quantizers import packed_rows, repacked_product
 from lightning_embcompress.methods.quantizers.integer_quantizer import from_codes, scales_shape
 from lightning_embcompress.methods.quantizers.packed_rows import (
     multiply_packed,
@@ -85,19 +85,11 @@ def test_rows_are_those_of_the_matrix(n: int, columns: int, group_size: int, bit
     assert torch.equal(reference[place], values[place].float())
 
 
-@pytest.fixture(params=["repacked", "as they are"])
-def integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which way integers are multiplied, whatever their width."""
-    monkeypatch.setattr(packed_rows, "LEAST_BITS", 2 if request.param == "repacked" else 9)
-    return request.param
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("n", "columns", "group_size"), SHAPES)
 def test_products_against_float64(
-    n: int, columns: int, group_size: int, bits: int, integers: str, monkeypatch: pytest.MonkeyPatch
+    n: int, columns: int, group_size: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_product, "_TILE_BYTES", 1000)
     monkeypatch.setattr(packed_rows, "_TILE", 700)
     packed, scales, values = _matrix(n, columns, bits, group_size, torch.bfloat16)
     for shape in ((columns,), (1, columns), (2, 4, columns), (33, columns), (0, columns)):
@@ -105,7 +97,7 @@ def test_products_against_float64(
         bound = hidden.norm(dim=-1, keepdim=True) * values.norm(dim=-1)
         for dtype, part in (
             (torch.float64, 1e-12),
-            (torch.float32, 1e-6 if integers == "repacked" else 4e-5),
+            (torch.float32, 1e-6),
             (torch.float16, 2e-3),
             (torch.bfloat16, 1e-2),
         ):
@@ -125,15 +117,15 @@ def _logits(bits: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("outlier", [1, 30])
-def test_logits_of_one_state_are_those_of_float32(bits: int, outlier: int, integers: str) -> None:
+def test_logits_of_one_state_are_those_of_float32(bits: int, outlier: int) -> None:
     hidden = torch.randn(1, 192, generator=torch.Generator().manual_seed(2))
     hidden[0, 70] *= outlier
     logits, reference = _logits(bits, hidden)
     assert reference.abs().max() > 19
-    assert float((logits - reference).abs().max()) < (2e-5 if integers == "repacked" else 1e-3)
+    assert float((logits - reference).abs().max()) < 2e-5
 
 
-def test_states_that_are_not_finite_give_logits_that_are_not(integers: str) -> None:
+def test_states_that_are_not_finite_give_logits_that_are_not() -> None:
     packed, scales, _ = _matrix(20, 24, 4, 16)
     for value in (float("nan"), float("inf")):
         hidden = torch.randn(2, 24)
@@ -147,20 +139,13 @@ def test_states_that_are_not_finite_give_logits_that_are_not(integers: str) -> N
 def test_without_exact_integers_tiles_are_unpacked(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, scales, values = _matrix(50, 70, bits, 32)
     hidden = torch.randn(1, 70)
-    monkeypatch.setattr(packed_rows, "products_are_exact", lambda: False)
     monkeypatch.setattr(packed_rows, "can_repack", lambda: False)
-    monkeypatch.setattr(packed_rows, "integer_product", None)
     monkeypatch.setattr(packed_rows, "repacked_product", None)
     product = multiply_packed(hidden, packed, scales, bits, 70, 32)
     torch.testing.assert_close(product, (hidden.double() @ values.T).float(), rtol=1e-5, atol=1e-4 * 2**bits)
 
 
 def test_a_probe_tells_products_that_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = packed_product.products_are_exact.__wrapped__
-    assert exact() == (torch.backends.mkldnn.is_available() and packed_product.products_are_exact())
-    product = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda *matrices: product(*matrices).clamp(-(2**15), 2**15 - 1))
-    assert not exact()
     repackable = repacked_product.can_repack.__wrapped__
     assert repackable() == repacked_product.can_repack()
     linear = repacked_product._linear
@@ -186,7 +171,7 @@ def test_the_copy_is_kept_for_as_long_as_what_it_is_of(monkeypatch: pytest.Monke
     with torch.inference_mode():
         assert matches(packed, 1)
     assert len(made) == 1
-    assert 1.9 * packed.nbytes < repacked_product.repacked_bytes(packed) < 2.2 * packed.nbytes
+    assert sum(part.numel() for part in repacked_product._kept[packed].integers) == 200 * 192
     scales.mul_(2)
     assert matches(packed, 2)
     assert len(made) == 2
@@ -194,22 +179,19 @@ def test_the_copy_is_kept_for_as_long_as_what_it_is_of(monkeypatch: pytest.Monke
     packed.copy_(pack_rows(torch.full((200, 192), 8), 4))
     assert matches(packed, 1)
     assert len(made) == 3
-    assert repacked_product.repacked_bytes(copy.deepcopy(packed)) == 0
+    assert copy.deepcopy(packed) not in repacked_product._kept
     assert len(repacked_product._kept) == kept + 1
     del packed
     gc.collect()
     assert len(repacked_product._kept) == kept
 
 
-def test_no_copy_is_kept_of_narrow_integers_nor_of_what_may_change_unseen() -> None:
+def test_no_copy_is_kept_of_what_may_change_unseen() -> None:
     hidden = torch.randn(1, 192)
-    packed, scales, values = _matrix(200, 192, 3, 64)
-    multiply_packed(hidden, packed, scales, 3, 192, 64)
-    assert repacked_product.repacked_bytes(packed) == 0
     with torch.inference_mode():
         packed, scales, values = _matrix(200, 192, 4, 64)
         product = multiply_packed(hidden, packed, scales, 4, 192, 64)
-        assert repacked_product.repacked_bytes(packed) == 0
+        assert packed not in repacked_product._kept
         torch.testing.assert_close(product, (hidden.double() @ values.T).float(), rtol=1e-4, atol=1e-2)
 
 
@@ -221,7 +203,7 @@ def test_gradients_reach_the_states(bits: int, states: int, monkeypatch: pytest.
     hidden = torch.randn(states, 20, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: multiply_packed(h, packed, scales, bits, 20, 64), hidden, fast_mode=True)
     weights = torch.randn(states, 60)
-    for dtype, tolerance in ((torch.float32, 1e-6 if integers == "repacked" else 4e-5), (torch.bfloat16, 2e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
         narrow = hidden.detach().to(dtype).requires_grad_()
         (multiply_packed(narrow, packed, scales, bits, 20, 64) * weights).sum().backward()
         assert narrow.grad is not None
