@@ -1,4 +1,4 @@
-"""The command lines of `compress`, `inspect`, `densify`, `compare` and `sweep`. Imports nothing heavy."""
+"""The command lines of `compress`, `inspect`, `densify` and `sweep`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -50,19 +50,6 @@ _DENSIFY = """\
 Make a compressed model in files an ordinary one again, of the same kind: a Hugging Face directory or a Lightning
 checkpoint that need this package no longer, or, of what save_compressed has written, the same with ordinary tables:
 model.safetensors with the state dict, and config.json with the second names of tensors that have several ("aliases").
-"""
-_COMPARE = """\
-Compress copies of a trained model by every method, to the same stored bytes, and measure the perplexity of each,
-without training. Plain quantization of the tables to int8 and int4 is part of it, and every method is also seen at
-their bytes.
-
-SOURCE is a causal language model of transformers. FOLDER gets comparison.csv, comparison.json and, where matplotlib is
-installed, comparison.png.
-"""
-_COMPARE_EXAMPLES = """\
-A method may be given with options, and several times with others:
-  embcompress compare my_model comparison --text valid.txt --counts_text train.txt --ratios 8 16
-  embcompress compare my_model comparison --text all.txt --methods low_rank group_reduce:groups=5 cp:rank=64
 """
 _SWEEP = """\
 Compress copies of a trained model by many methods to many sizes, and measure each, without training: perplexity against
@@ -272,27 +259,9 @@ def _densify_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compare_parser() -> argparse.ArgumentParser:
-    parser = new_parser("compare", _COMPARE, _COMPARE_EXAMPLES)
-    _add_measuring(
-        parser,
-        target="where the comparison is written; must not exist, or be empty",
-        ratios=[16.0],
-        ratios_help="dense bytes over stored bytes of the tables, besides those of plain quantization (default: 16)",
-        bits=[8, 4],
-    )
-    return parser
-
-
 def _sweep_parser() -> argparse.ArgumentParser:
     parser = new_parser("sweep", _SWEEP, _SWEEP_EXAMPLES)
-    _add_measuring(
-        parser,
-        target="where the points are written; must not exist, be empty, or have a sweep of the same model and text",
-        ratios=[4.0, 8.0, 16.0, 32.0],
-        ratios_help="dense bytes over stored bytes of the tables (default: 4 8 16 32)",
-        bits=[8, 4, 3, 2],
-    )
+    _add_measuring(parser)
     parser.add_argument(
         "--bands",
         nargs="+",
@@ -304,13 +273,14 @@ def _sweep_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_measuring(
-    parser: argparse.ArgumentParser, target: str, ratios: list[float], ratios_help: str, bits: list[int]
-) -> None:
-    """Add what `compare` and `sweep` have in common."""
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a directory that save_pretrained has written, or a name on the hub")
-    add("target", metavar="FOLDER", help=target)
+    add(
+        "target",
+        metavar="FOLDER",
+        help="where the points are written; must not exist, be empty, or have a sweep of the same model and text",
+    )
     add(
         "--text",
         nargs="+",
@@ -320,16 +290,24 @@ def _add_measuring(
         "last tenth, and the rest is counted",
     )
     add("--counts_text", nargs="+", metavar="FILE", help="text that the model was trained on, for the token counts")
-    add("--methods", nargs="+", metavar="METHOD[:NAME=VALUE,...]", help="what to compare; by default every method")
-    add("--ratios", nargs="+", type=float, default=ratios, metavar="RATIO", help=ratios_help)
+    add("--methods", nargs="+", metavar="METHOD[:NAME=VALUE,...]", help="what to try; by default every method")
+    add(
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[4.0, 8.0, 16.0, 32.0],
+        metavar="RATIO",
+        help="dense bytes over stored bytes of the tables (default: 4 8 16 32)",
+    )
     add(
         "--bits",
         nargs="*",
         type=int,
-        default=bits,
+        default=[8, 4, 3, 2],
         metavar="BITS",
-        help=f"widths of plain quantization, 2 to 8 (default: {' '.join(map(str, bits))})",
+        help="widths of plain quantization, 2 to 8 (default: 8 4 3 2)",
     )
+    add("--match_bits", action="store_true", help="also try every method at the very bytes of plain quantization")
     add("--max_tokens", type=int, metavar="N", help="measure no more than so many tokens")
     add("--tables", nargs="+", metavar="PATH", help="modules to compress; by default the embedding and the softmax")
     add("--tokenizer", metavar="DIR", help="directory or hub name; by default the files in SOURCE")
@@ -340,6 +318,5 @@ _PARSERS = {
     "compress": _compress_parser,
     "inspect": _inspect_parser,
     "densify": _densify_parser,
-    "compare": _compare_parser,
     "sweep": _sweep_parser,
 }

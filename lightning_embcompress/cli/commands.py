@@ -1,4 +1,4 @@
-"""The commands `compress`, `inspect`, `densify`, `compare` and `sweep`: without writing Python."""
+"""The commands `compress`, `inspect`, `densify` and `sweep`: without writing Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the commands.
 
     Args:
-        command: `"compress"`, `"inspect"`, `"densify"`, `"compare"` or `"sweep"`.
+        command: `"compress"`, `"inspect"`, `"densify"` or `"sweep"`.
         arguments: What follows it on the command line.
 
     Returns:
@@ -34,10 +34,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
         from lightning_embcompress.cli.inspecting import run_inspect
 
         return run_inspect(parsed)
-    if command == "compare":
-        from lightning_embcompress.cli.comparing import run_compare
-
-        return run_compare(parsed)
     if command == "sweep":
         from lightning_embcompress.cli.sweeping import run_sweep
 

@@ -37,7 +37,6 @@ Commands:
   compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model
   inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
   densify PATH TARGET    make a compressed model in files an ordinary one again
-  compare SOURCE FOLDER  measure every method, and plain int8 and int4, at equal bytes
   sweep SOURCE FOLDER    measure perplexity against stored bytes over many ratios and bit widths; resumable
   list                   show the shipped recipes and the compression methods
 
@@ -59,7 +58,7 @@ one line; EMBCOMPRESS_TRACEBACK=1 shows where it was found.
 """
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "run")
-_FILE_COMMANDS = ("compress", "inspect", "densify", "compare", "sweep")
+_FILE_COMMANDS = ("compress", "inspect", "densify", "sweep")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -4,67 +4,123 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
+import yaml
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.cli.sweep_record import SweepRecord, locked_folder
-from lightning_embcompress.cli.trials import DEFAULT_METHODS, Result, Solved, Trial, carry_out, plan_trials
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.cli.sweep_record import Point, SweepRecord, locked_folder
+from lightning_embcompress.compression.budget import check_counts, plan_requests
+from lightning_embcompress.compression.loss_budget import uses_loss
+from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.layers.sizes import model_bytes
+from lightning_embcompress.methods.registry import FullTable, Quantization, get_method
+from lightning_embcompress.quantization.aware import quantize_tables
+from lightning_embcompress.tables.replacement import Table, check_finite, find_tables
 from lightning_embcompress.utils.progress import progress_bar
 
-DEFAULT_RATIOS = (4.0, 8.0, 16.0, 32.0)
-DEFAULT_BITS = (8, 4, 3, 2)
+DEFAULT_METHODS = (
+    "low_rank",
+    "weighted_low_rank",
+    "transform_coding",
+    "group_reduce:variant=loss",
+    *(
+        f"group_reduce:variant=paper,groups={groups},refine_rounds={rounds}"
+        for groups in (5, 10, 20)
+        for rounds in (0, 5)
+    ),
+    "group_reduce:variant=paper,grouping=kmeans",
+    "tensor_train",
+    *(f"tensor_train:max_rank={rank}" for rank in (1, 4)),
+    *(f"tensor_train_matrix:num_cores={count}" for count in (2, 3)),
+    "product_quantization",
+    "tucker",
+)
+"""GroupReduce in all the settings that its paper leaves open, of which the best is what others have to beat, and from
+groups by k-means as in later work; TensorGPT at its published ranks too. `cp`, which takes very long at low ratios,
+only where it is asked for."""
+
+Evaluate: TypeAlias = Callable[[nn.Module], tuple[float, Mapping[str, float]]]
+"""Gives the perplexity of a model, and that of every band of token frequency by its name; NaN where it has no text."""
+
 # Of a tensor so many values are looked at to tell models apart: training changes all of them.
 _SAMPLED_VALUES = 1024
 
 
-class Measured(NamedTuple):
-    """What a model has on some text.
-
-    Attributes:
-        perplexity: Of all target tokens.
-        bands: Name of a band of token frequency to the perplexity of its targets; NaN for a band without any.
-    """
-
-    perplexity: float
-    bands: Mapping[str, float] = MappingProxyType({})
-
-
 @dataclass(frozen=True)
-class Point(Result):
-    """One point of a sweep.
+class Trial:
+    """One way to store the tables.
 
     Attributes:
-        predicted_loss: By how many nats the mean loss was expected to grow when the tables were solved; None where that
-            is not known.
-        loss: By how many nats it has grown: `log(perplexity / dense perplexity)`.
-        pareto: Whether no other point has fewer bytes and no higher perplexity, or a lower perplexity and no more
-            bytes.
-        bands: Name of a band of token frequency to the perplexity of its targets; None for a band without any.
+        name: The method with its options, `int8` or `int4` for plain integers, `dense` for the model as it is.
+        method: Name in `METHODS`; None for `dense` and plain integers.
+        options: Of the method.
+        ratio: Dense bytes over stored bytes that are asked for, or that plain integers give. None for the dense model
+            and for options that fix the size.
+        bits: Width of plain integers.
+        note: Why it cannot be done; nothing if it can.
     """
 
-    predicted_loss: float | None = None
-    loss: float | None = None
-    pareto: bool = False
-    bands: dict[str, float | None] = field(default_factory=dict)
+    name: str
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ratio: float | None = None
+    bits: int | None = None
+    note: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Trial:
+        """Read `method` or `method:option=value,option=value`.
+
+        Raises:
+            ValueError: If there is no such method or option, or a value is out of its range.
+
+        Example:
+            >>> Trial.parse("group_reduce:groups=5,refine_rounds=0").options
+            {'groups': 5, 'refine_rounds': 0}
+        """
+        method, _, rest = text.partition(":")
+        # As a YAML mapping in flow style: lists and nested values need no rules of our own.
+        options = yaml.safe_load("{" + rest.replace("=", ": ") + "}") if rest else {}
+        get_method(method).options(**options)
+        return cls(_named(method, options), method, options)
+
+    @property
+    def uses_loss(self) -> bool:
+        """Whether it is solved in the metric of the loss, where statistics are known."""
+        return self.method is not None and not self.note and uses_loss(self.method, dict(self.options))
+
+    @property
+    def key(self) -> str:
+        """The same for the same trial, in whatever order its options are given.
+
+        Example:
+            >>> replace(Trial.parse("group_reduce:refine_rounds=0,groups=5"), ratio=8.0).key
+            'group_reduce:groups=5,refine_rounds=0 at 8.0x'
+        """
+        if self.method is None:
+            return self.name
+        name = _named(self.method, dict(sorted(self.options.items())))
+        return name if self.ratio is None else f"{name} at {float(self.ratio)}x"
 
 
 def sweep(
     model: nn.Module,
-    evaluate: Callable[[nn.Module], Measured],
+    evaluate: Evaluate,
     folder: Path,
     methods: Sequence[str] = DEFAULT_METHODS,
-    ratios: Sequence[float] = DEFAULT_RATIOS,
+    ratios: Sequence[float] = (4.0, 8.0, 16.0, 32.0),
     *,
-    bits: Sequence[int] = DEFAULT_BITS,
+    bits: Sequence[int] = (8, 4, 3, 2),
+    match_bits: bool = False,
     tables: str | Sequence[str] = "auto",
     token_counts: Any = None,
     data: Mapping[str, Any] | None = None,
@@ -80,9 +136,11 @@ def sweep(
         model: The trained model; it is not changed.
         evaluate: Measures a model.
         folder: Where the points are kept; made if it is missing.
-        methods: Candidates, see `lightning_embcompress.cli.trials.Candidate.parse`.
+        methods: Each as `Trial.parse` reads it.
         ratios: Dense bytes over stored bytes of the tables.
-        bits: Widths of plain quantization of the dense tables, 2 to 8; none for a sweep without it.
+        bits: Widths of plain quantization of the tables, to integers in groups of 32 with 16-bit scales, 2 to 8; none
+            for a sweep without it.
+        match_bits: Whether every method is also tried at the very bytes of plain quantization.
         tables: See `lightning_embcompress.tables.replacement.find_tables`.
         token_counts: `[vocab_size]` how often every token occurs in the training data.
         data: What `evaluate` measures on, as JSON, by the names that an error may use (`{"text": checksum}`): points of
@@ -108,72 +166,84 @@ def sweep(
         >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100, bias=False))
         >>> def evaluate(model):
         ...     ids = torch.arange(100)
-        ...     return Measured(nn.functional.cross_entropy(model(ids), ids).exp().item())
+        ...     return nn.functional.cross_entropy(model(ids), ids).exp().item(), {}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     points = sweep(model, evaluate, Path(folder), ["low_rank"], [1.5], bits=[8])
         >>> [point.method for point in points]
         ['dense', 'low_rank', 'int8']
     """
-    trials = plan_trials(model, methods, ratios, bits, tables=tables, token_counts=token_counts)
-    subject = {**_fingerprint(model, tables), "token counts": _counts_checksum(token_counts), **(data or {})}
+    trials = plan_trials(model, methods, ratios, bits, match_bits, tables, token_counts)
+    counted = None if token_counts is None else checksum(torch.as_tensor(token_counts))
+    subject = {**_fingerprint(model, tables), "token counts": counted, **(data or {})}
     with locked_folder(folder):
         record = SweepRecord(folder, subject)
-        points = _read_points(record)
         # What was not possible may be now, and takes no time to find out.
-        measured_already = {key for key, point in points.items() if point.stored_bytes is not None}
-        waiting = [trial for trial in trials if trial.key not in measured_already]
+        there = {key for key, point in record.points.items() if point.stored_bytes is not None}
+        waiting = [trial for trial in trials if trial.key not in there]
         solvable = sum(not trial.note for trial in waiting)
-        if measured_already:
+        if there:
             rank_zero_info(
-                f"{record.file}: {len(measured_already)} points are there already, {solvable} of what is asked for "
-                "now are to be measured"
+                f"{record.file}: {len(there)} points are there already, {solvable} of what is asked for now are to be "
+                "measured"
             )
         known: Statistics | None = None
         with progress_bar("Sweeping", total=solvable) as advance:
             for trial in waiting:
                 if known is None and statistics is not None and trial.uses_loss:
                     known = statistics()
-                solved = carry_out(trial, model, tables=tables, token_counts=token_counts, statistics=known)
-                measured = None if solved.model is None else evaluate(solved.model)
-                points[trial.key] = _point(trial, solved, measured, points.get("dense"))
-                points = marked(points)
-                record.write({key: asdict(point) for key, point in points.items()})
-                on_point(points[trial.key])
+                options = {"tables": tables, "token_counts": token_counts, "statistics": known}
+                point = _measured(trial, model, evaluate, record.points.get("dense"), options)
+                record.add(trial.key, point)
+                on_point(record.points[trial.key])
                 advance(0 if trial.note else 1)
-    return sorted(points.values(), key=lambda point: point.order)
+    return sorted(record.points.values(), key=lambda point: point.order)
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one beats: none is better in one coordinate and at least as good in the other.
-
-    Args:
-        points: Two numbers each of which less is better, such as bytes and perplexity.
+def plan_trials(
+    model: nn.Module,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    bits: Sequence[int],
+    match_bits: bool = False,
+    tables: str | Sequence[str] = "auto",
+    token_counts: Any = None,
+) -> list[Trial]:
+    """Decide what to try, before anything is solved; see `sweep`.
 
     Returns:
-        One entry a point; equal points share the same.
+        The dense model, plain integers, and every method at every ratio, each of them once. What a method cannot do is
+        one of them too, with the reason.
+
+    Raises:
+        ValueError: If a method, an option, a ratio, a table or the counts cannot be used.
 
     Example:
-        >>> pareto_front([(100, 90.0), (25, 95.0), (25, 97.0), (50, 96.0)])
-        [True, True, False, False]
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100, bias=False))
+        >>> [trial.key for trial in plan_trials(model, ["low_rank"], [2.0], [8])]
+        ['dense', 'int8', 'low_rank at 2.0x']
     """
-    front: set[tuple[float, float]] = set()
-    lowest = math.inf
-    for point in sorted(set(points)):
-        if point[1] < lowest:
-            front.add(point)
-            lowest = point[1]
-    return [point in front for point in points]
-
-
-def marked(points: Mapping[str, Point]) -> dict[str, Point]:
-    """The same points, with the Pareto front of stored bytes and perplexity marked anew."""
-    sizes = {
-        key: (float(point.stored_bytes), point.perplexity)
-        for key, point in points.items()
-        if point.stored_bytes is not None and point.perplexity is not None
-    }
-    front = dict(zip(sizes, pareto_front(list(sizes.values())), strict=True))
-    return {key: replace(point, pareto=front.get(key, False)) for key, point in points.items()}
+    named = [Trial.parse(text) for text in methods]
+    found = find_tables(model, tables)
+    for table in found:
+        check_finite(table)
+    if bad := [ratio for ratio in ratios if not 1 < ratio < float("inf")]:
+        raise ValueError(f"ratios must be above 1 (dense bytes over stored bytes), one is {bad[0]!r}")
+    integers = {width: _integer_ratio(found, width) for width in bits}
+    trials = [Trial("dense"), *(Trial(f"int{width}", ratio=ratio, bits=width) for width, ratio in integers.items())]
+    every = sorted({*ratios, *(integers.values() if match_bits else ())})
+    for trial in named:
+        assert trial.method is not None
+        fixed = get_method(trial.method).options(**trial.options).fixes_size
+        for ratio in [None] if fixed else every:
+            note = ""
+            try:
+                requests = plan_requests(model, trial.method, ratio, **{"tables": tables, **trial.options})
+            except ValueError as error:
+                note = str(error)
+            else:
+                check_counts(token_counts, requests)
+            trials.append(replace(trial, ratio=ratio, note=note))
+    return list({trial.key: trial for trial in trials}.values())
 
 
 def checksum(*tensors: Tensor) -> str:
@@ -206,30 +276,69 @@ def _fingerprint(model: nn.Module, tables: str | Sequence[str]) -> dict[str, Any
     return {"tables": found, "weights": hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]}
 
 
-def _counts_checksum(token_counts: Any) -> str | None:
-    return None if token_counts is None else checksum(torch.as_tensor(token_counts))
+def _named(method: str, options: Mapping[str, Any]) -> str:
+    rest = ",".join(f"{name}={value}" for name, value in options.items())
+    return f"{method}:{rest}" if rest else method
 
 
-def _read_points(record: SweepRecord) -> dict[str, Point]:
-    try:
-        return {key: Point(**entry) for key, entry in record.points.items()}
-    except TypeError as error:
-        raise ValueError(f"{str(record.file)!r} is damaged: {error}; choose another folder, or remove it") from error
+def _plain_integers(bits: int) -> Quantization:
+    return Quantization(bits, group_size=32)
 
 
-def _point(trial: Trial, solved: Solved, measured: Measured | None, dense: Point | None) -> Point:
-    sizes = solved.ratio, solved.stored_bytes, solved.model_ratio
-    if measured is None:
-        return Point(trial.name, trial.ratio, *sizes, None, solved.seconds, solved.note)
-    bands = {name: value if math.isfinite(value) else None for name, value in measured.bands.items()}
-    value = measured.perplexity
+def _integer_ratio(tables: Sequence[Table], bits: int) -> float:
+    """Dense bytes over those of tables in plain integers."""
+    stored = 0
+    for table in tables:
+        packed = FullTable(*table.shape, device=torch.device("meta"))
+        packed.hold(_plain_integers(bits), "packed")
+        stored += packed.stored_bytes()
+    return sum(table.weight.nbytes for table in tables) / stored
+
+
+def _measured(
+    trial: Trial, model: nn.Module, evaluate: Evaluate, dense: Point | None, options: Mapping[str, Any]
+) -> Point:
+    """Store the tables of a copy of a model in one of the ways, and measure it.
+
+    If the method finds no factors, the reason stands in the place of sizes: what a method cannot do is a result too.
+    """
+    point = Point(trial.name, trial.ratio, note=trial.note)
+    if trial.note:
+        return point
+    tables = find_tables(model, options["tables"])
+    numbers = sum(table.weight.numel() for table in tables)
+    smaller, start = model, time.perf_counter()
+    if trial.name == "dense":
+        size = sum(table.weight.nbytes for table in tables)
+        point = replace(point, ratio=1.0, stored_bytes=size, model_ratio=1.0, predicted_loss=0.0)
+    else:
+        smaller = deepcopy(model)
+        try:
+            if trial.method is None:
+                assert trial.bits is not None
+                plan = quantize_tables(smaller, _plain_integers(trial.bits), [table.name for table in tables])
+            else:
+                plan = compress(smaller, trial.method, ratio=trial.ratio, **{**options, **trial.options})
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            return replace(point, note=str(error))
+        point = replace(
+            point,
+            ratio=plan.ratio,
+            stored_bytes=plan.stored_bytes,
+            model_ratio=model_bytes(smaller)["ratio"],
+            seconds=time.perf_counter() - start,
+            predicted_loss=plan.predicted_loss,
+        )
+    assert point.stored_bytes is not None
+    value, bands = evaluate(smaller)
+    known = {name: found if math.isfinite(found) else None for name, found in bands.items()}
+    point = replace(point, bands=known, bits_per_weight=8 * point.stored_bytes / numbers)
     if not math.isfinite(value):
         if dense is None:
             raise ValueError(
                 f"the perplexity of the model as it is is {value}: nothing can be compared with it; look at the model "
                 "and the text"
             )
-        note = f"the perplexity is {value}"
-        return Point(trial.name, trial.ratio, *sizes, None, solved.seconds, note, solved.predicted_loss, bands=bands)
-    loss = math.log(value / (value if dense is None or dense.perplexity is None else dense.perplexity))
-    return Point(trial.name, trial.ratio, *sizes, value, solved.seconds, "", solved.predicted_loss, loss, False, bands)
+        return replace(point, note=f"the perplexity is {value}")
+    base = value if dense is None or dense.perplexity is None else dense.perplexity
+    return replace(point, perplexity=value, loss=math.log(value / base))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,50 @@ from lightning_embcompress.utils.files import explaining_failure, read_json, rep
 SWEEP_FILE = "sweep.json"
 _FORMAT = "lightning-embcompress sweep"
 _VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one way to store the tables takes, and what it gives.
+
+    Attributes:
+        method: Name of the trial.
+        asked_ratio: Dense bytes over stored bytes that were asked for; None for the dense model and for options that
+            fix the size.
+        ratio: Dense bytes over stored bytes of the tables, as stored, all metadata included.
+        stored_bytes: Bytes of the tables; None if they cannot be stored so.
+        model_ratio: Dense bytes over stored bytes of the whole model.
+        perplexity: What was measured; None if nothing was, or it is not finite.
+        seconds: How long the tables took to solve.
+        note: Why there is no perplexity.
+        predicted_loss: By how many nats the mean loss was expected to grow when the tables were solved; None where that
+            is not known.
+        loss: By how many nats it has grown: `log(perplexity / dense perplexity)`.
+        pareto: Whether no other point has fewer bytes and no higher perplexity, or a lower perplexity and no more
+            bytes.
+        bands: Name of a band of token frequency to the perplexity of its targets; None for a band without any.
+        bits_per_weight: Stored bits over numbers of the tables.
+    """
+
+    method: str
+    asked_ratio: float | None
+    ratio: float | None = None
+    stored_bytes: int | None = None
+    model_ratio: float | None = None
+    perplexity: float | None = None
+    seconds: float | None = None
+    note: str = ""
+    predicted_loss: float | None = None
+    loss: float | None = None
+    pareto: bool = False
+    bands: dict[str, float | None] = field(default_factory=dict)
+    bits_per_weight: float | None = None
+
+    @property
+    def order(self) -> tuple[float, bool, float]:
+        """Sorts the dense model first, then by ratio, the best perplexity first; what cannot be reached comes last."""
+        asked = 0.0 if self.method == "dense" else self.asked_ratio or self.ratio or 0.0
+        return asked, self.perplexity is None, self.perplexity or 0.0
 
 
 def can_hold_sweep(folder: Path) -> bool:
@@ -40,13 +85,6 @@ class SweepRecord:
     Raises:
         ValueError: If there is one of another subject, or one that is damaged or of a newer version.
         OSError: If it cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     SweepRecord(Path(folder), {"text": "a1"}).write({"dense": {"perplexity": 90.0}})
-        ...     SweepRecord(Path(folder), {"text": "a1"}).points
-        {'dense': {'perplexity': 90.0}}
     """
 
     def __init__(self, folder: Path, subject: Mapping[str, Any]) -> None:
@@ -54,13 +92,20 @@ class SweepRecord:
         self.file = folder / SWEEP_FILE
         # As it comes back from JSON, which knows no tuples.
         self.subject: dict[str, Any] = json.loads(json.dumps(dict(subject)))
-        self.points: dict[str, dict[str, Any]] = {}
+        self.points: dict[str, Point] = {}
+        """By the keys of their trials."""
         if self.file.is_file():
-            self._read()
+            entries = self._read()
+            try:
+                self.points = {key: Point(**entry) for key, entry in entries.items()}
+            except TypeError as error:
+                raise ValueError(
+                    f"{str(self.file)!r} is damaged: {error}; choose another folder, or remove it"
+                ) from error
         else:
-            self.write({})
+            self._write()
 
-    def _read(self) -> None:
+    def _read(self) -> dict[str, dict[str, Any]]:
         name, remedy = repr(str(self.file)), "choose another folder, or remove this one"
         record = read_json(self.file)
         if record.get("format") != _FORMAT or not isinstance(record.get("version"), int):
@@ -80,20 +125,20 @@ class SweepRecord:
                 f"{name} is a sweep of something else (different: {', '.join(other)}), and points of two do not belong "
                 "into one: choose another folder, or give the model and the options that it was begun with"
             )
-        self.points = points
+        return points
 
-    def write(self, points: Mapping[str, Mapping[str, Any]]) -> None:
-        """Replace the points.
-
-        Args:
-            points: All there are, by the keys of their trials; values that are not finite become null, because JSON has
-                no infinity.
+    def add(self, key: str, point: Point) -> None:
+        """Add a point, or replace it, and mark the Pareto front anew.
 
         Raises:
-            OSError: If it cannot be written; what was there before is as it was.
+            OSError: If the file cannot be written; what was there before is as it was.
         """
-        self.points = {key: _finite(dict(point)) for key, point in points.items()}
-        record = {"format": _FORMAT, "version": _VERSION, "subject": self.subject, "points": self.points}
+        self.points = _marked({**self.points, key: point})
+        self._write()
+
+    def _write(self) -> None:
+        entries = {key: asdict(point) for key, point in self.points.items()}
+        record = {"format": _FORMAT, "version": _VERSION, "subject": self.subject, "points": entries}
         with explaining_failure(self.file), replacing(self.file) as temporary:
             temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -122,7 +167,34 @@ def locked_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other one beats: none is better in one coordinate and at least as good in the other.
+
+    Args:
+        points: Two numbers each of which less is better, such as bytes and perplexity.
+
+    Returns:
+        One entry a point; equal points share the same.
+
+    Example:
+        >>> pareto_front([(100, 90.0), (25, 95.0), (25, 97.0), (50, 96.0)])
+        [True, True, False, False]
+    """
+    front: set[tuple[float, float]] = set()
+    lowest = math.inf
+    for point in sorted(set(points)):
+        if point[1] < lowest:
+            front.add(point)
+            lowest = point[1]
+    return [point in front for point in points]
+
+
+def _marked(points: Mapping[str, Point]) -> dict[str, Point]:
+    """The same points, with the Pareto front of stored bytes and perplexity marked anew."""
+    sizes = {
+        key: (float(point.stored_bytes), point.perplexity)
+        for key, point in points.items()
+        if point.stored_bytes is not None and point.perplexity is not None
+    }
+    front = dict(zip(sizes, pareto_front(list(sizes.values())), strict=True))
+    return {key: replace(point, pareto=front.get(key, False)) for key, point in points.items()}

@@ -10,9 +10,11 @@ from typing import Any
 
 from rich.table import Table as ScreenTable
 
-from lightning_embcompress.cli.compare import curves, print_table, show_comparison
-from lightning_embcompress.cli.sweep import Point
+from lightning_embcompress.cli.sweep_record import Point
+from lightning_embcompress.compression.report import print_table
 from lightning_embcompress.utils.files import explaining_failure, replacing
+
+_COLUMNS = ("asked", "method", "ratio", "bits", "MB", "model", "perplexity", "", "nats", "predicted", "seconds", "*")
 
 
 def show_sweep(points: Sequence[Point], targets: Mapping[str, int] | None = None) -> None:
@@ -22,38 +24,28 @@ def show_sweep(points: Sequence[Point], targets: Mapping[str, int] | None = None
         points: As `sweep` returns them.
         targets: Name of a band to the number of target tokens that were measured in it.
     """
-    columns = {"nats": lambda point: "" if point.loss is None else f"{point.loss:+.4f}"}
-    if any(point.predicted_loss for point in points):
-        columns["predicted"] = lambda point: "" if point.predicted_loss is None else f"{point.predicted_loss:+.4f}"
-    columns["Pareto"] = lambda point: "*" if point.pareto else ""
-    show_comparison(points, "Perplexity against stored bytes, no training (* nothing is smaller and better)", columns)
-    front = pareto_points(points)
-    bands = band_names(front)
+    dense = _dense(points)
+    screen = ScreenTable(*_COLUMNS, title="Perplexity against stored bytes, no training (* nothing smaller is better)")
+    before: float | None = None
+    for point in points:
+        if point.asked_ratio != before:
+            screen.add_section()
+        before = point.asked_ratio
+        screen.add_row(*_cells(point, dense))
+    print_table(screen)
+    front = [point for point in sorted(points, key=_megabytes) if point.pareto]
+    bands = _bands(front)
     if not bands:
         return
-    dense = _dense(points)
     titles = [name if targets is None else f"{name}\n{targets.get(name, 0):,} tokens" for name in bands]
-    screen = ScreenTable(
-        "method", "ratio", "all", *titles, title="Perplexity by how frequent the token is, Pareto front"
-    )
+    screen = ScreenTable("method", "ratio", "all", *titles, title="Perplexity by token frequency, Pareto front")
     # Methods that cannot be so large give the same for several ratios.
     distinct = {(point.method, point.stored_bytes): point for point in [dense, *reversed(front)]}
     for point in distinct.values():
-        cells = [_cell(point.bands.get(name), dense.bands.get(name), point is dense) for name in bands]
-        screen.add_row(
-            point.method, f"{point.ratio:.2f}x", _cell(point.perplexity, dense.perplexity, point is dense), *cells
-        )
+        values = [(point.perplexity, dense.perplexity)]
+        values += [(point.bands.get(name), dense.bands.get(name)) for name in bands]
+        screen.add_row(point.method, f"{point.ratio:.2f}x", *(_change(*pair, point is dense) for pair in values))
     print_table(screen)
-
-
-def pareto_points(points: Sequence[Point]) -> list[Point]:
-    """The points of the Pareto front, the smallest first."""
-    return sorted((point for point in points if point.pareto), key=_megabytes)
-
-
-def band_names(points: Sequence[Point]) -> list[str]:
-    """Names of all bands of token frequency, the most frequent first."""
-    return list(dict.fromkeys(name for point in points for name in point.bands))
 
 
 def write_sweep(folder: Path, points: Sequence[Point]) -> list[Path]:
@@ -69,7 +61,7 @@ def write_sweep(folder: Path, points: Sequence[Point]) -> list[Path]:
     Raises:
         OSError: If a file cannot be written; the one before is as it was.
     """
-    table, bands = folder / "sweep.csv", band_names(points)
+    table, bands = folder / "sweep.csv", _bands(points)
     names = [field.name for field in fields(Point) if field.name != "bands"]
     with (
         explaining_failure(table),
@@ -102,49 +94,41 @@ def draw_sweep(points: Sequence[Point]) -> Any:
     # Not pyplot: no window system is asked for, and no global state is left behind.
     from matplotlib.figure import Figure
 
-    front, dense = pareto_points(points), _dense(points)
-    bands = [name for name in band_names(points) if dense.bands.get(name) is not None]
+    dense, known = _dense(points), [point for point in sorted(points, key=_megabytes) if point.perplexity is not None]
+    front = [point for point in known if point.pareto]
+    bands = [name for name in _bands(points) if dense.bands.get(name) is not None]
     figure = Figure(figsize=(14 if bands else 8, 5.5), layout="constrained")
     axes = figure.add_subplot(1, 2 if bands else 1, 1)
-    for index, (name, line) in enumerate(curves(points, _megabytes)):
-        # Ten colours, so that ten methods more look different.
-        style: dict[str, Any] = {"marker": "os^Dv"[index // 10 % 5], "markersize": 4, "linewidth": 1}
-        axes.plot(*zip(*line, strict=True), label=name, **style)
-    sizes, heights = [_megabytes(point) for point in front], [_perplexity(point) for point in front]
-    axes.plot(sizes, heights, color="black", linewidth=1, drawstyle="steps-post", zorder=1)
-    axes.plot(sizes, heights, "o", color="black", markersize=9, fillstyle="none", linestyle="", label="Pareto front")
-    axes.axhline(_perplexity(dense), color="black", linewidth=1, linestyle=":", label="dense")
-    _finish(axes, "perplexity")
+    for index, name in enumerate(dict.fromkeys(point.method for point in points if point.method != "dense")):
+        line = [(_megabytes(point), point.perplexity) for point in known if point.method == name]
+        if line:
+            # Ten colours, so that ten methods more look different.
+            style: dict[str, Any] = {"marker": "os^Dv"[index // 10 % 5], "markersize": 4, "linewidth": 1}
+            axes.plot(*zip(*line, strict=True), label=name, **style)
+    steps: Any = [_megabytes(point) for point in front], [point.perplexity for point in front]
+    axes.plot(*steps, color="black", linewidth=1, drawstyle="steps-post", zorder=1)
+    axes.plot(*steps, "o", color="black", markersize=9, fillstyle="none", linestyle="", label="Pareto front")
+    _finish(axes, "perplexity", dense.perplexity)
     if bands:
         axes = figure.add_subplot(1, 2, 2)
         for name in bands:
-            line = [
-                (_megabytes(point), value / (dense.bands[name] or 1))
-                for point in front
-                if (value := point.bands.get(name)) is not None
-            ]
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=f"tokens of {name.replace('_', ' ')}")
-        axes.axhline(1, color="black", linewidth=1, linestyle=":", label="dense")
-        _finish(axes, "perplexity / dense, on the Pareto front")
+            base = dense.bands[name] or 1
+            ratios = [(_megabytes(one), value / base) for one in front if (value := one.bands.get(name)) is not None]
+            axes.plot(*zip(*ratios, strict=True), marker="o", markersize=4, label=f"tokens of {name.replace('_', ' ')}")
+        _finish(axes, "perplexity / dense, on the Pareto front", 1)
     return figure
 
 
-def _finish(axes: Any, height: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogFormatter
+def _finish(axes: Any, height: str, dense: float | None) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
-    def plain(chosen: Any) -> Any:
-        """Leaves out what would be too many labels, and writes 90, not 9 x 10^1."""
-        return FuncFormatter(lambda x, pos: f"{x:g}" if chosen(x, pos) else "")
-
+    axes.axhline(dense, color="black", linewidth=1, linestyle=":", label="dense")
     axes.set(xlabel="stored bytes of the tables, MB", ylabel=height, xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
-        for chosen, set_formatter in (
-            (LogFormatter(), axis.set_major_formatter),
-            (LogFormatter(minor_thresholds=(2, 0.5)), axis.set_minor_formatter),
-        ):
-            # It looks at the axis to see how many labels there would be.
-            chosen.set_axis(axis)
-            set_formatter(plain(chosen))
+        # 1, 2, 5, 10, as numbers and not as powers.
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.legend(fontsize=7)
 
 
@@ -152,16 +136,40 @@ def _dense(points: Sequence[Point]) -> Point:
     return next(point for point in points if point.method == "dense")
 
 
+def _bands(points: Sequence[Point]) -> list[str]:
+    """Names of all bands of token frequency, the most frequent first."""
+    return list(dict.fromkeys(name for point in points for name in point.bands))
+
+
 def _megabytes(point: Point) -> float:
     return (point.stored_bytes or 0) / 1e6
 
 
-def _perplexity(point: Point) -> float:
-    assert point.perplexity is not None
-    return point.perplexity
+def _cells(point: Point, dense: Point) -> list[str]:
+    cells = ["" if point.asked_ratio is None else f"{point.asked_ratio:.2f}x", point.method]
+    if point.stored_bytes is None:
+        return [*cells, "", "", "", "", "cannot be reached"]
+    assert dense.perplexity is not None
+    return [
+        *cells,
+        f"{point.ratio:.2f}x",
+        _number(point.bits_per_weight, ".2f"),
+        f"{point.stored_bytes / 1e6:.2f}",
+        f"{point.model_ratio:.2f}x",
+        "not finite" if point.perplexity is None else f"{point.perplexity:.2f}",
+        "" if point.perplexity is None else f"{point.perplexity / dense.perplexity - 1:+.1%}",
+        _number(point.loss, "+.4f"),
+        _number(point.predicted_loss, "+.4f"),
+        _number(point.seconds, ".1f"),
+        "*" if point.pareto else "",
+    ]
 
 
-def _cell(value: float | None, dense: float | None, is_dense: bool) -> str:
+def _number(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
+
+
+def _change(value: float | None, dense: float | None, is_dense: bool) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if is_dense or dense is None else f"{value:.2f} ({value / dense - 1:+.1%})"

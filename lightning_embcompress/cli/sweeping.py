@@ -2,63 +2,89 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.cli.arguments import Arguments
-from lightning_embcompress.cli.comparing import say_result
-from lightning_embcompress.cli.measuring import MeasurableModel, open_measurable
+from lightning_embcompress.cli.models import in_shell_terms, open_model
 from lightning_embcompress.cli.statistics import collect_from_text
-from lightning_embcompress.cli.sweep import Measured, checksum, sweep
-from lightning_embcompress.cli.sweep_record import SWEEP_FILE
+from lightning_embcompress.cli.sweep import DEFAULT_METHODS, checksum, sweep
+from lightning_embcompress.cli.sweep_record import SWEEP_FILE, Point
 from lightning_embcompress.cli.sweep_report import show_sweep, write_sweep
-from lightning_embcompress.cli.trials import DEFAULT_METHODS
+from lightning_embcompress.cli.text import block_size_of, check_measurable, read_text, tokenizer_of
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import say
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
+from lightning_embcompress.tables.replacement import find_tables
 
 
 def run_sweep(arguments: Arguments) -> int:
     """Measure many ways to store the tables of a model of transformers, and write the points into a folder.
 
     Raises:
-        ValueError: If the model cannot be measured, a method, a ratio, a band or the text cannot be used, or the folder
-            has the points of something else or cannot be written.
+        ValueError: If the model cannot be measured or is compressed already, a method, a ratio, a band or the text
+            cannot be used, or the folder has the points of something else or cannot be written.
     """
-    given, folder = arguments.given, arguments.target
-    opened = open_measurable(arguments, "sweep over the model it was made of")
-    metric = PerplexityByFrequency(opened.token_counts, given.bands)
+    given, source, folder = arguments.given, arguments.source, arguments.target
+    check_measurable(source)
+    tokenizer = tokenizer_of(source, given.tokenizer)
+    model: Any = open_model(source, given.dtype).model
+    if compressed := plan_of(model).tables:
+        names = ", ".join(table.name for table in compressed)
+        raise ValueError(f"{source.name!r} is compressed already ({names}): sweep over the model it was made of")
+    tables = "auto" if given.tables is None else list(given.tables)
+    try:
+        (vocab_size,) = {table.shape[0] for table in find_tables(model, tables)}
+    except ValueError as error:
+        raise ValueError(in_shell_terms(str(error))) from error
+    text = read_text(given.text, tokenizer, measure_all=given.counts_text is not None)
+    counted = text if given.counts_text is None else read_text(given.counts_text, tokenizer).all_counted()
+    for one in (text, counted):
+        one.check_ids(vocab_size, tokenizer)
+    counts, block_size = counted.counts(vocab_size), block_size_of(model)
+    say(
+        f"{source.name}: {type(model).__name__}; perplexity on {text.limited(given.max_tokens):,} tokens, counts from "
+        f"{int(counts.sum()):,}"
+    )
+    metric = PerplexityByFrequency(counts, given.bands)
 
-    def evaluate(model: nn.Module) -> Measured:
+    def evaluate(model: nn.Module) -> tuple[float, dict[str, float]]:
         metric.reset()
-        perplexity = opened.text.perplexity(model, opened.block_size, "Perplexity", given.max_tokens, metric)
-        return Measured(perplexity, {name: float(value) for name, value in metric.compute().items()})
+        perplexity = text.perplexity(model, block_size, "Perplexity", given.max_tokens, metric)
+        return perplexity, {name: float(value) for name, value in metric.compute().items()}
 
-    measured = opened.text.measured_ids(given.max_tokens)
-    targets = _targets(opened, metric, given.max_tokens)
-    data = {
-        "text": checksum(torch.from_numpy(measured.astype("int64"))),
-        "tokens measured": len(measured) - 1,
-        "block size": opened.block_size,
-        "targets by band": targets,
-    }
+    def statistics() -> Statistics:
+        """What the counted text says of the tables: collected once, and kept beside the points."""
+        file = folder / "statistics.safetensors"
+        if file.is_file():
+            return Statistics.load(file)
+        found = collect_from_text(model, counted, block_size, counts, tables)
+        found.save(file)
+        return found
+
+    ids = torch.from_numpy(text.measured_ids(given.max_tokens).astype("int64"))
+    targets = metric.band_of_token[ids[1:]].bincount(minlength=len(metric.names)).tolist()
+    by_band = dict(zip(metric.names, targets, strict=True))
+    data = {"text": checksum(ids), "tokens measured": len(ids) - 1, "block size": block_size}
     try:
         points = sweep(
-            opened.model,
+            model,
             evaluate,
             folder,
             given.methods or DEFAULT_METHODS,
             given.ratios,
             bits=given.bits,
-            tables=opened.tables,
-            token_counts=opened.token_counts,
-            data=data,
-            statistics=lambda: _statistics(opened, folder),
-            on_point=say_result,
+            match_bits=given.match_bits,
+            tables=tables,
+            token_counts=counts,
+            data={**data, "targets by band": by_band},
+            statistics=statistics,
+            on_point=_say_point,
         )
-        show_sweep(points, targets)
+        show_sweep(points, by_band)
         written = write_sweep(folder, points)
     except OSError as error:
         raise ValueError(str(error)) from error
@@ -68,21 +94,6 @@ def run_sweep(arguments: Arguments) -> int:
     return 0
 
 
-def _statistics(opened: MeasurableModel, folder: Path) -> Statistics:
-    """What the counted text says of the tables: collected once, and kept beside the points."""
-    file = folder / "statistics.safetensors"
-    if file.is_file():
-        return Statistics.load(file)
-    statistics = collect_from_text(
-        opened.model, opened.counted_text, opened.block_size, opened.token_counts, opened.tables
-    )
-    statistics.save(file)
-    return statistics
-
-
-def _targets(opened: MeasurableModel, metric: PerplexityByFrequency, max_tokens: int | None) -> dict[str, int]:
-    """How many of the measured tokens are in each band."""
-    targets = torch.from_numpy(opened.text.measured_ids(max_tokens)[1:].astype("int64"))
-    return dict(
-        zip(metric.names, metric.band_of_token[targets].bincount(minlength=len(metric.names)).tolist(), strict=True)
-    )
+def _say_point(point: Point) -> None:
+    asked = "" if point.asked_ratio is None else f" at {point.asked_ratio:.2f}x"
+    say(f"{point.method}{asked}: {point.note if point.perplexity is None else f'{point.perplexity:.2f}'}")

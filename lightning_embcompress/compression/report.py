@@ -104,7 +104,7 @@ def show_requests(
             asked = [f"perplexity {math.expm1(parse_perplexity_increase(max_perplexity_increase)):+.2%}", ""]
         screen.add_section()
         screen.add_row("all together", "", "", f"{now / 1e6:.3f}", *asked)
-    _print(screen)
+    print_table(screen)
 
 
 @rank_zero_only
@@ -129,7 +129,7 @@ def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
     screen.add_section()
     total = [] if plan.predicted_loss is None else [f"{plan.predicted_loss:.4f}"]
     screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "", *total)
-    _print(screen)
+    print_table(screen)
 
 
 @rank_zero_only
@@ -151,7 +151,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
             screen.add_row(names, _shape(table["shape"]), _sizes(table)[1], share)
         screen.add_section()
         screen.add_row("whole model", "", _sizes(report["model"])[1], "")
-    _print(screen)
+    print_table(screen)
     if report["note"]:
         say(f"No tables are chosen: {report['note']}")
 
@@ -166,9 +166,9 @@ def say(text: str) -> None:
     output_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print(screen: ScreenTable) -> None:
+def print_table(screen: ScreenTable) -> None:
+    """Print a table in the width of the terminal, or wide enough for a log file, which has none of its own."""
     console = Console()
-    # A log file has no width of its own, and 80 columns would break the rows.
     (console if console.is_terminal else Console(width=132)).print(screen)
 
 

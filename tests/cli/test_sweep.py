@@ -1,4 +1,4 @@
-"""Perplexity against stored bytes, point by point in a folder."""
+"""Perplexity against stored bytes, point by point in a folder: `sweep` and `embcompress sweep`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from lightning_embcompress import compress
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
-from lightning_embcompress.cli.sweep import Measured, Point, pareto_front, sweep
+from lightning_embcompress.cli.sweep import DEFAULT_METHODS, Trial, sweep
+from lightning_embcompress.cli.sweep_record import Point, pareto_front
 from lightning_embcompress.cli.sweep_report import draw_sweep, show_sweep, write_sweep
+from lightning_embcompress.data.blocks import TokenBlocks
 from lightning_embcompress.layers.sizes import compressed_tables
+from lightning_embcompress.methods.registry import METHODS as ALL_METHODS
 from lightning_embcompress.methods.registry import FullTable, Quantization
+from lightning_embcompress.metrics.frequency_bands import band_of_tokens
 from lightning_embcompress.quantization.aware import quantize_tables
 
 VOCAB_SIZE, DIM = 300, 16
@@ -40,6 +46,7 @@ KEYS = {
     "group_reduce:groups=3,refine_rounds=1 at 3.0x",
     "tensor_train:max_rank=1",
 }
+Measured = tuple[float, Mapping[str, float]]
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -54,17 +61,12 @@ def measure(model: Any) -> Measured:
     """Something that is 1 for the table as it was, and grows with what is lost of it; the last band has no targets."""
     rows = model[0](torch.arange(VOCAB_SIZE)).detach()
     lost = (rows - make_model()[0].weight.detach()).norm(dim=1)  # type: ignore[index]
-    return Measured(1 + float(lost.mean()), {"rank_1-100": 1 + float(lost[:100].mean()), "rest": 2.0, "none": math.nan})
+    return 1 + float(lost.mean()), {"rank_1-100": 1 + float(lost[:100].mean()), "rest": 2.0, "none": math.nan}
 
 
 def run(folder: Path, evaluate: Any = measure, **changes: Any) -> list[Point]:
-    options: dict[str, Any] = {
-        "methods": METHODS,
-        "ratios": RATIOS,
-        "bits": (8, 4),
-        "token_counts": COUNTS,
-        "data": {"text": "a1"},
-    }
+    options: dict[str, Any] = {"methods": METHODS, "ratios": RATIOS, "bits": (8, 4), "token_counts": COUNTS}
+    options["data"] = {"text": "a1"}
     return sweep(changes.pop("model", make_model()), evaluate, folder, **options | changes)
 
 
@@ -83,22 +85,35 @@ def test_every_point_is_measured_and_kept(tmp_path: Path) -> None:
     points = run(tmp_path, model=model, on_point=seen.append)
     assert torch.equal(model[0].weight, before)  # type: ignore[index]
     assert points[0].method == "dense"
-    assert (points[0].perplexity, points[0].loss, points[0].ratio) == (1, 0, 1)
+    assert (points[0].perplexity, points[0].loss, points[0].ratio, points[0].bits_per_weight) == (1, 0, 1, 32)
     assert sorted(point.method for point in points) == sorted(point.method for point in seen)
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert set(record["points"]) == KEYS
     # By hand, what one of them is.
     compress(model, "group_reduce", ratio=3, token_counts=COUNTS, groups=3, refine_rounds=1)
     kept = Point(**record["points"]["group_reduce:groups=3,refine_rounds=1 at 3.0x"])
-    assert kept.perplexity == measure(model).perplexity
-    assert kept.loss == pytest.approx(math.log(measure(model).perplexity))
-    assert kept.bands == {**measure(model).bands, "none": None}
+    assert (kept.perplexity, kept.loss) == (measure(model)[0], pytest.approx(math.log(measure(model)[0])))
+    assert kept.bands == {**measure(model)[1], "none": None}
     assert kept in points
     # 8 bits a value, 16 for each row of 16 or two of them, and what names them in a file.
     (int8,) = [point for point in points if point.method == "int8"]
     assert int8.stored_bytes == quantize_tables(make_model(), Quantization(8, 32), ["0"]).stored_bytes
     assert 0 < int8.stored_bytes - VOCAB_SIZE * (DIM + 1) < 500
+    assert int8.bits_per_weight == 8 * int8.stored_bytes / (VOCAB_SIZE * DIM)
+    assert int8.model_ratio == int8.ratio
     assert {point.predicted_loss for point in points} == {0.0, None}
+
+
+def test_every_method_at_the_bytes_of_plain_integers(tmp_path: Path) -> None:
+    methods = ["low_rank", "tensor_train:max_rank=1"]
+    points = run(tmp_path, methods=methods, ratios=[2.0], bits=(8,), match_bits=True)
+    (int8,) = [point for point in points if point.method == "int8"]
+    rivals = [point for point in points if point.asked_ratio == int8.asked_ratio]
+    assert [point.method for point in rivals] == ["int8", "low_rank"]
+    assert rivals[1].stored_bytes <= int8.stored_bytes  # type: ignore[operator]
+    (fixed,) = [point for point in points if point.method == "tensor_train:max_rank=1"]
+    # A train of rank 1 takes 8 of 16 values.
+    assert (fixed.asked_ratio, fixed.ratio) == (None, pytest.approx(2, rel=0.05))
 
 
 def test_a_second_start_measures_only_what_is_new(tmp_path: Path) -> None:
@@ -117,8 +132,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     worker = Path(__file__).parent / "workers" / "killed_sweep.py"
     done = subprocess.run([sys.executable, str(worker), str(folder), __file__], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    left = json.loads((folder / "sweep.json").read_text())["points"]
-    assert len(left) == 2
+    assert len(json.loads((folder / "sweep.json").read_text())["points"]) == 2
     measured: list[nn.Module] = []
 
     def evaluate(model: nn.Module) -> Measured:
@@ -154,19 +168,19 @@ def test_two_sweeps_at_once_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "different"),
     [
-        ({"model": make_model(1)}, r"something else \(different: weights\).*choose another folder"),
-        ({"data": {"text": "b2"}}, r"something else \(different: text\)"),
-        ({"token_counts": COUNTS + 1}, r"\(different: token counts\)"),
-        ({"tables": ["0"], "model": make_model().double()}, r"\(different: tables, weights\)"),
-        ({"data": {"text": "a1", "bands": [1]}}, r"\(different: bands\)"),
+        ({"model": make_model(1)}, "weights"),
+        ({"data": {"text": "b2"}}, "text"),
+        ({"token_counts": COUNTS + 1}, "token counts"),
+        ({"tables": ["0"], "model": make_model().double()}, "tables, weights"),
+        ({"data": {"text": "a1", "bands": [1]}}, "bands"),
     ],
 )
-def test_points_of_something_else_are_not_added_to(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_points_of_something_else_are_not_added_to(tmp_path: Path, changes: dict[str, Any], different: str) -> None:
     run(tmp_path, methods=["low_rank"], ratios=[2.0], bits=())
     before = (tmp_path / "sweep.json").read_text()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"\(different: {different}\)"):
         run(tmp_path, never, **changes)
     assert (tmp_path / "sweep.json").read_text() == before
 
@@ -175,9 +189,9 @@ def test_points_of_something_else_are_not_added_to(tmp_path: Path, changes: dict
     ("content", "message"),
     [
         ("{", "is damaged"),
-        ("[]", "is damaged: it is no mapping"),
-        ("{}", "is not of a sweep: choose another folder"),
-        ('{"format": "lightning-embcompress sweep", "version": 2}', "has version 2.*upgrade"),
+        ("[]", "is damaged"),
+        ("{}", "is not of a sweep"),
+        ('{"format": "lightning-embcompress sweep", "version": 2}', "version 2"),
         ('{"format": "lightning-embcompress sweep", "version": 1}', "lacks 'subject' or 'points'"),
     ],
 )
@@ -193,23 +207,25 @@ def test_damaged_points_are_refused(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "sweep.json").read_text())
     record["points"]["dense"]["unknown"] = 1
     (tmp_path / "sweep.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="is damaged: .*unknown.*choose another folder"):
+    with pytest.raises(ValueError, match=r"sweep.json.*unknown"):
         run(tmp_path, never)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"methods": ["group_reduse"]}, "did you mean 'group_reduce'"),
-        ({"methods": ["group_reduce:group=3"]}, "unknown option 'group'"),
-        ({"ratios": [2.0, 1.0]}, "ratios must be above 1"),
-        ({"bits": [9]}, "bits must be"),
-        ({"token_counts": None}, "give token_counts"),
-        ({"token_counts": COUNTS[1:]}, "one entry for each of the 300 rows"),
+        ({"methods": ["group_reduse"]}, "group_reduce"),
+        ({"methods": ["group_reduce:group=3"]}, "'group'"),
+        ({"methods": ["group_reduce:groups=0"]}, "groups"),
+        ({"ratios": [2.0, 1.0]}, "ratios"),
+        ({"bits": [9]}, "bits"),
+        ({"tables": ["nowhere"]}, "nowhere"),
+        ({"token_counts": None}, "token_counts"),
+        ({"token_counts": COUNTS[1:]}, "300"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_made(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_mistakes_are_found_before_anything_is_made(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         run(tmp_path / "folder", never, **changes)
     assert not (tmp_path / "folder").exists()
 
@@ -225,7 +241,7 @@ def test_what_cannot_be_done_is_a_line_with_the_reason(tmp_path: Path, monkeypat
         raise ValueError("no factors were found")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_embcompress.cli.trials.compress", fail)
+        patch.setattr("lightning_embcompress.cli.sweep.compress", fail)
         failed = run(tmp_path, never, methods=["low_rank"], ratios=[2.0], bits=())
     assert [point.note for point in failed if point.method == "low_rank"] == ["no factors were found"]
     # It is tried anew.
@@ -235,8 +251,8 @@ def test_what_cannot_be_done_is_a_line_with_the_reason(tmp_path: Path, monkeypat
 
 def test_perplexities_that_are_not_finite(tmp_path: Path) -> None:
     def diverge(model: nn.Module) -> Measured:
-        dense = type(model[0]) is nn.Embedding  # type: ignore[index]
-        return Measured(2.0 if dense else math.inf, {"rank_1-1": 2.0 if dense else math.inf})
+        value = 2.0 if type(model[0]) is nn.Embedding else math.inf  # type: ignore[index]
+        return value, {"rank_1-1": value}
 
     points = run(tmp_path, diverge, methods=["low_rank"], ratios=[2.0], bits=())
     assert (points[-1].perplexity, points[-1].note) == (None, "the perplexity is inf")
@@ -245,8 +261,8 @@ def test_perplexities_that_are_not_finite(tmp_path: Path) -> None:
     show_sweep(points)
     # It was measured: not again.
     assert run(tmp_path, never, methods=["low_rank"], ratios=[2.0], bits=()) == points
-    with pytest.raises(ValueError, match="the perplexity of the model as it is is nan"):
-        run(tmp_path / "other", lambda _: Measured(math.nan), methods=["low_rank"], ratios=[2.0])
+    with pytest.raises(ValueError, match="perplexity of the model as it is is nan"):
+        run(tmp_path / "other", lambda _: (math.nan, {}), methods=["low_rank"], ratios=[2.0])
 
 
 def test_statistics_are_asked_for_once_where_they_are_used(tmp_path: Path) -> None:
@@ -272,12 +288,9 @@ def test_statistics_are_asked_for_once_where_they_are_used(tmp_path: Path) -> No
     assert (found.stored_bytes, found.predicted_loss) == (plan.stored_bytes, plan.predicted_loss)
     assert by_method["weighted_low_rank"].predicted_loss is not None
     assert by_method["low_rank"].predicted_loss is None
-
-
-def test_what_needs_statistics_says_so(tmp_path: Path) -> None:
-    points = run(tmp_path, methods=["group_reduce:variant=loss"], ratios=[2.0], bits=())
-    assert points[-1].stored_bytes is None
-    assert "give statistics=collect_statistics" in points[-1].note
+    # What needs them says so where there are none.
+    other = run(tmp_path / "other", methods=["group_reduce:variant=loss"], ratios=[2.0], bits=())[-1]
+    assert (other.stored_bytes, "statistics" in other.note) == (None, True)
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from([1.0, 1.5, 2.0, 7.0])), max_size=12))
@@ -318,4 +331,140 @@ def test_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     drawn = lines_by_label["Pareto front"]
     assert list(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == sorted(marked)
     assert list(lines_by_label["dense"].get_ydata()) == [1, 1]
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_methods_are_read_as_they_are_written() -> None:
+    assert {Trial.parse(text).method for text in DEFAULT_METHODS} == set(ALL_METHODS) - {"cp"}
+    for text in (*DEFAULT_METHODS, "tensor_train:shape=[4, 4, 2],max_rank=2"):
+        assert Trial.parse(text).name == text
+    assert Trial.parse("tensor_train:shape=[4, 4, 2],max_rank=2").options == {"shape": [4, 4, 2], "max_rank": 2}
+
+
+OPTIONS = ("--methods", "low_rank", "group_reduce:variant=paper,groups=3", "transform_coding", "--ratios", 1.5, 3)
+OPTIONS = (*OPTIONS, "--bits", 8, "--bands", 10, 100)
+
+
+def losses_by_hand(model: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of blocks of the model's 64 positions, of which neighbours share a token, by transformers' own logits."""
+    losses = []
+    for start in range(0, len(ids) - 1, 63):
+        block = torch.tensor(ids[start : start + 64])
+        with torch.no_grad():
+            logits = model(block[None]).logits[0, :-1]
+        losses.append(nn.functional.cross_entropy(logits.double(), block[1:], reduction="none"))
+    return torch.cat(losses), torch.tensor(ids[1:])
+
+
+def test_points_of_the_shell_are_those_of_the_model_by_hand(shell: Any, gpt2: Path, text: Path) -> None:
+    # What is there when a sweep was killed at its start.
+    Path("out").mkdir()
+    Path("out/.lock").touch()
+    assert shell("sweep", gpt2, "out", "--text", text, *OPTIONS) == 0
+    printed = shell.printed()
+    assert "Perplexity by token frequency" in printed
+    assert "Written: out/sweep.json, out/sweep.csv" in printed
+    record = json.loads(Path("out/sweep.json").read_text())
+    dense = record["points"]["dense"]
+    # The last tenth of the text is measured.
+    ids = [*AutoTokenizer.from_pretrained(gpt2)(text.read_text()).input_ids, 0]
+    counted = len(ids) * 9 // 10
+    counts = torch.bincount(torch.tensor(ids[:counted]), minlength=300)
+    band, names = band_of_tokens(counts, (10, 100))
+    model = AutoModelForCausalLM.from_pretrained(gpt2)
+    losses, targets = losses_by_hand(model, ids[counted - 1 :])
+    assert dense["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    assert record["subject"]["tokens measured"] == len(ids) - counted
+    for index, name in enumerate(names):
+        inside = band[targets] == index
+        assert record["subject"]["targets by band"][name] == int(inside.sum())
+        expected = math.exp(losses[inside].mean()) if inside.any() else None
+        assert dense["bands"][name] == (expected and pytest.approx(expected, rel=1e-5))
+    with Path("out/sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(record["points"]) == 8
+    assert float(lines[0]["perplexity_rank_1-10"]) == dense["bands"]["rank_1-10"]
+    # What is compressed, with the statistics of the counted text.
+    blocks = TokenBlocks(torch.tensor(ids[:counted]).numpy(), 64)
+    batches = [{name: value[None] for name, value in blocks[index].items()} for index in range(len(blocks))]
+    statistics = collect_statistics(model, batches, token_counts=counts)
+    compress(model, "transform_coding", ratio=1.5, statistics=statistics)
+    losses, _ = losses_by_hand(model, ids[counted - 1 :])
+    found = record["points"]["transform_coding at 1.5x"]["perplexity"]
+    assert found == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+
+
+def test_a_second_start_of_the_shell_goes_on_and_adds(
+    shell: Any, gpt2: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shell("sweep", gpt2, "out", "--text", text, *OPTIONS) == 0
+    first = json.loads(Path("out/sweep.json").read_text())["points"]
+    shell.printed()
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_embcompress.cli.text.TokenizedText.perplexity", None)
+        assert shell("sweep", gpt2, "out", "--text", text, *OPTIONS) == 0
+    assert json.loads(Path("out/sweep.json").read_text())["points"] == first
+    shell.printed()
+    assert shell("sweep", gpt2, "out", "--text", text, *OPTIONS, "--bits", 4, "--ratios", 2) == 0
+    printed = shell.printed()
+    assert "int4 at 6.67x: " in printed
+    assert "int8 at " not in printed
+    later = json.loads(Path("out/sweep.json").read_text())["points"].keys() - first.keys()
+    assert len(later) == 4
+    assert later > {"int4", "low_rank at 2.0x"}
+
+
+def test_a_text_to_count_leaves_all_of_the_other_to_measure(shell: Any, gpt2: Path, text: Path) -> None:
+    Path("other.txt").write_text(shell.sentences[:400])
+    options = ("--methods", "weighted_low_rank", "--ratios", 2, "--bits", "--max_tokens", 50)
+    assert shell("sweep", gpt2, "out", "--text", "other.txt", "--counts_text", text, *options) == 0
+    assert "perplexity on 50 tokens" in shell.printed()
+    assert set(json.loads(Path("out/sweep.json").read_text())["points"]) == {"dense", "weighted_low_rank at 2.0x"}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--methods", "low_rang"], "unknown method 'low_rang' (did you mean 'low_rank'"),
+        (["--ratios", "0.5"], "ratios"),
+        (["--bits", "1"], "bits"),
+        (["--bands", "10", "5"], "increasing ranks"),
+        (["--max_tokens", "0"], "max_tokens"),
+        (["--tables", "lm_heat"], "lm_heat"),
+        (["--text", "nothing.txt"], "nothing.txt"),
+    ],
+)
+def test_mistakes_write_nothing(shell: Any, gpt2: Path, text: Path, options: list[str], named: str) -> None:
+    assert shell("sweep", gpt2, "out", "--text", text, *options) in (1, 2)
+    assert named in shell.error()
+    assert not Path("out").exists()
+
+
+def test_other_folders_models_and_texts_are_refused(shell: Any, gpt2: Path, text: Path) -> None:
+    Path("full").mkdir()
+    Path("full/letter.txt").write_text("Dear all")
+    assert shell("sweep", gpt2, "full", "--text", text) == 2
+    assert "'full' is not empty: choose another" in shell.error()
+    assert shell("sweep", gpt2, "text.txt", "--text", text) == 2
+    assert "is a file" in shell.error()
+    small = ("--methods", "low_rank", "--ratios", 2, "--bits", 8)
+    assert shell("sweep", gpt2, "out", "--text", text, *small) == 0
+    shell.printed()
+    before = Path("out/sweep.json").read_text()
+    torch.manual_seed(1)
+    GPT2LMHeadModel(shell.config()).save_pretrained("other")
+    Path("short.txt").write_text(shell.sentences[:600])
+    for words, what in [
+        (["other", "out", "--text", text, "--tokenizer", gpt2], "weights"),
+        (
+            [gpt2, "out", "--text", "short.txt", "--counts_text", text],
+            "token counts, text, tokens measured, targets by ",
+        ),
+        ([gpt2, "out", "--text", text, "--max_tokens", 20], "text, tokens measured, targets by band"),
+        ([gpt2, "out", "--text", text, "--bands", 7], "targets by band"),
+    ]:
+        assert shell("sweep", *words, *small) == 1
+        assert f"(different: {what}" in shell.error()
+    assert Path("out/sweep.json").read_text() == before
+    assert shell("compress", gpt2, "small", "--ratio", 1.4, "--method", "low_rank") == 0
+    assert shell("sweep", "small", "out", "--text", text) == 1
+    assert "is compressed already (transformer.wte): sweep over the model it was made of" in shell.error()
