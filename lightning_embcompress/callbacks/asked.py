@@ -25,12 +25,11 @@ from lightning_embcompress.compression.budget import Request, Tie, plan_requests
 from lightning_embcompress.compression.loss_budget import (
     ANY_RATIO,
     Shares,
-    asks_for_loss,
     check_predictable,
     requests_in_loss,
     shares_in_loss,
-    uses_loss,
 )
+from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.specs import plain
 from lightning_embcompress.utils.division import divided
 
@@ -40,8 +39,7 @@ class Asked:
     """Arguments of `EmbeddingCompression` that say what becomes of which table, and what follows from them.
 
     Attributes:
-        method: See `EmbeddingCompression`, as all others.
-        options: As they were given.
+        config: Of the method.
         ratio: None where another budget was given.
         size: None where another budget was given.
         max_perplexity_increase: None where another budget was given.
@@ -55,8 +53,7 @@ class Asked:
         ValueError: If what is asked for needs statistics and cannot have them.
     """
 
-    method: str
-    options: dict[str, Any]
+    config: MethodConfig
     ratio: float | None
     size: str | int | None
     max_perplexity_increase: str | float | None
@@ -71,7 +68,7 @@ class Asked:
         if self.statistics_batches < 0:
             raise ValueError(f"statistics_batches must be 0 or more, it is {self.statistics_batches}")
         if self.max_perplexity_increase is not None:
-            check_predictable(self.method, self.options)
+            check_predictable(self.config)
         if self._needs_loss and self.statistics is None and not self.statistics_batches:
             raise ValueError(
                 f"{self._needs_loss} has to know what errors cost, and statistics_batches=0 leaves no way to: give "
@@ -88,12 +85,10 @@ class Asked:
         """The argument that can only be followed where it is known what errors cost; nothing if there is none."""
         if self.max_perplexity_increase is not None:
             return f"max_perplexity_increase={self.max_perplexity_increase!r}"
-        return asks_for_loss(self.method, self.options)
+        return f"method={self.config.method!r}" if self.config.needs_metric else ""
 
     def _hindrance(self, module: LightningModule) -> str:
         """Why errors are weighed by frequency though the method could do otherwise; nothing if they are not."""
-        if not uses_loss(self.method, self.options):
-            return "grouping='kmeans' is of the published algorithm"
         if self.statistics is None and not self.statistics_batches:
             return "statistics_batches=0 leaves out to collect statistics"
         if self.statistics is None and not module.automatic_optimization:
@@ -112,11 +107,11 @@ class Asked:
         Raises:
             ValueError: If that is asked for and not possible.
         """
-        if not uses_loss(self.method, self.options):
+        if not self.config.uses_metric:
             return False
         hindrance = self._hindrance(module)
         if hindrance and self._needs_loss:
-            raise ValueError(f"{self._needs_loss} has to know what errors cost: {hindrance}, or use variant='paper'")
+            raise ValueError(f"{self._needs_loss} has to know what errors cost: {hindrance}")
         if self.refresh_statistics and not module.automatic_optimization:
             raise ValueError(
                 f"refresh_statistics=True cannot be done: {type(module).__name__} optimizes by hand "
@@ -124,16 +119,10 @@ class Asked:
             )
         return not hindrance
 
-    def options_for(self, by_loss: bool) -> dict[str, Any]:
-        """The options, with the variant that is chosen where a method has several."""
-        if self.method != "group_reduce":
-            return self.options
-        return {**self.options, "variant": "loss" if by_loss else "paper"}
-
     @property
     def settings(self) -> dict[str, Any]:
         """What is kept in checkpoints of what was asked for."""
-        settings: dict[str, Any] = plain({"ratio": self.ratio, "size": self.size, **self.options})
+        settings: dict[str, Any] = plain({"ratio": self.ratio, "size": self.size, **self.config.options})
         return (
             settings
             if self.max_perplexity_increase is None
@@ -164,11 +153,12 @@ class Asked:
             ValueError: If statistics are damaged, or of another model or vocabulary, or cannot be had, or the
                 perplexity cannot be measured.
         """
-        has_variants = self.method == "group_reduce" and self.options.get("variant") is None
         if not self.by_loss(module):
-            if has_variants or uses_loss(self.method, self.options):
-                chosen = "variant='paper'" if has_variants else "errors are weighed by the frequency of tokens alone"
-                rank_zero_info(f"{self.method}: {chosen}, because {self._hindrance(module)}.")
+            if self.config.uses_metric:
+                rank_zero_info(
+                    f"{self.config.method}: errors are weighed by the frequency of tokens alone, because "
+                    f"{self._hindrance(module)}."
+                )
             return
         if self.max_perplexity_increase is not None and not trainer.enable_validation:
             raise ValueError(
@@ -178,30 +168,28 @@ class Asked:
             )
         if self.given is not None:
             self.given.check([request.table for request in requests])
-        chosen = "variant='loss'" if has_variants else "errors are weighed by what the loss grows by"
         origin = "the statistics that were given"
         if self.given is None:
             origin = f"statistics of {self.statistics_batches} batches of the training data"
-        rank_zero_info(f"{self.method}: {chosen}, by {origin}.")
+        rank_zero_info(f"{self.config.method}: errors are weighed by what the loss grows by, by {origin}.")
 
     def requests(self, module: LightningModule) -> list[Request]:
         """What is to become of which table, all at the same ratio, see `plan_requests`."""
-        options = self.options_for(self.by_loss(module))
-        return plan_requests(module, *self._arguments, **options)
+        return plan_requests(module, *self._arguments)
 
     def requests_in_loss(self, module: LightningModule, statistics: Statistics) -> list[Request]:
         """The same with the metric of the loss and one budget; all processes have to call it."""
         with divided():
-            return requests_in_loss(module, statistics, *self._arguments, **self.options)
+            return requests_in_loss(module, statistics, *self._arguments)
 
     def shares_in_loss(self, module: LightningModule, statistics: Statistics) -> Shares:
         """What each table is worth, to search for their sizes; all processes have to call it."""
         with divided():
-            return shares_in_loss(module, statistics, *self._arguments, **self.options)[0]
+            return shares_in_loss(module, statistics, *self._arguments)[0]
 
     @property
-    def _arguments(self) -> tuple[str, float | None, str | int | None, str | Sequence[str], Tie]:
-        return self.method, self._ratio, self.size, self.tables, self.tie
+    def _arguments(self) -> tuple[MethodConfig, float | None, str | int | None, str | Sequence[str], Tie]:
+        return self.config, self._ratio, self.size, self.tables, self.tie
 
     @property
     def _ratio(self) -> float | None:

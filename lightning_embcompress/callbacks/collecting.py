@@ -70,7 +70,7 @@ def _collect(
     if not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes by hand (automatic_optimization=False), so that no loss can be taken "
-            "from its training_step without training it: use variant='paper', which needs token counts only, or give "
+            "from its training_step without training it: use a method that needs token counts only, or give "
             "statistics=collect_statistics(model, batches, loss_fn)"
         )
     if batches < 1:

@@ -47,7 +47,8 @@ from lightning_embcompress.compression.reference import reference_file
 from lightning_embcompress.compression.report import show_requests
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
-from lightning_embcompress.methods.registry import Factorization, get_method
+from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.registry import DEFAULT_METHOD, Factorization, get_config
 from lightning_embcompress.tables.replacement import put_back
 from lightning_embcompress.utils.files import remove_abandoned
 
@@ -59,10 +60,10 @@ class EmbeddingCompression(ScheduledCallback):
     that `ckpt_path` works from before and after the compression. Perplexity on the validation data is measured before
     and after every step, shown, logged to every logger, and written to `report.json` in the run's folder.
 
-    Methods that can (`group_reduce`, `transform_coding`, `product_quantization`, `weighted_low_rank` and `auto`) weigh
-    errors by what the loss grows by: statistics of the model are collected from some batches of the training data right
-    before the tables are solved, all tables share one budget, and biases of heads make up for the mean error of their
-    logits. Where that cannot be done rows are weighted by the frequency of their tokens alone; the log says so.
+    Methods that can (those whose config says `uses_metric`) weigh errors by what the loss grows by: statistics of the
+    model are collected from some batches of the training data right before the tables are solved, all tables share one
+    budget, and biases of heads make up for the mean error of their logits. Where that cannot be done rows are weighted
+    by the frequency of their tokens alone; the log says so.
 
     Under DDP the processes share the work of solving, and hold the same factors afterwards. Several callbacks may
     compress different tables, or the same ones one after the other, each time from the table as it is then. Checkpoints
@@ -74,8 +75,8 @@ class EmbeddingCompression(ScheduledCallback):
     is the first, everything happens there.
 
     Args:
-        method: Name of a method, such as `group_reduce`; `auto` for the one of the least predicted loss, for every
-            table.
+        method: Config of a method or its name, such as `group_reduce`; `auto` for the one of the least predicted loss,
+            for every table.
         ratio: Dense bytes over stored bytes, for every table; of all tables together where errors are weighed by what
             the loss grows by. Some methods have an option that takes its place, such as `max_rank` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
@@ -100,7 +101,7 @@ class EmbeddingCompression(ScheduledCallback):
         statistics_batches: Batches of training data, in each process, from which they are collected; 0 for none: then
             rows are weighted by frequency alone.
         refresh_statistics: Whether they are collected anew before every refinement.
-        **options: Options of the method (in YAML under `dict_kwargs`).
+        **options: Fields of the config, where the method is given by its name (in YAML under `dict_kwargs`).
 
     Raises:
         ValueError: If an argument is out of its range; when training starts, if the tables, the ratio or the epochs
@@ -112,7 +113,7 @@ class EmbeddingCompression(ScheduledCallback):
 
     def __init__(
         self,
-        method: str,
+        method: MethodConfig | str = DEFAULT_METHOD,
         *,
         ratio: float | None = None,
         size: str | int | None = None,
@@ -131,15 +132,15 @@ class EmbeddingCompression(ScheduledCallback):
     ) -> None:
         """Check what can be checked without a model."""
         super().__init__()
-        check_budget(ratio, size, get_method(method).options(**options), max_perplexity_increase)
+        config = get_config(method, **options)
+        check_budget(ratio, size, config, max_perplexity_increase)
         if statistics is not None and token_counts is not None:
             raise ValueError(
                 "give statistics or token_counts, not both: statistics have token counts of their own, those of "
                 "collect_statistics(..., token_counts=...)"
             )
         self._asked = Asked(
-            method,
-            options,
+            config,
             ratio,
             size,
             max_perplexity_increase,
@@ -183,7 +184,9 @@ class EmbeddingCompression(ScheduledCallback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(method=self._asked.method, at_epoch=self.at_epoch, tables=self._asked.tables)
+        return self._generate_state_key(
+            method=self._asked.config.method, at_epoch=self.at_epoch, tables=self._asked.tables
+        )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -396,8 +399,8 @@ class EmbeddingCompression(ScheduledCallback):
         if statistics is not None and self._asked.refresh_statistics:
             paths = [path for entry in self._compressed for path in entry["modules"]]
             statistics = self._asked.collect(trainer, module, paths, self._counts)
-        method, options = self._asked.method, self._asked.options_for(statistics is not None)
-        solved = solve_again(module, self._compressed, method, options, self._counts, epoch, files, statistics)
+        config = self._asked.config
+        solved = solve_again(module, self._compressed, config, self._counts, epoch, files, statistics)
         tables = [(table.entry["modules"], table.factors) for table in solved]
         corrections = corrections_of(module, tables, statistics)
         with uninterrupted():

@@ -23,7 +23,7 @@ def known_counts(trainer: Trainer, requests: Sequence[Request], given: Any) -> A
         given: `[vocab_size]` counts that the user gave, or None.
     """
     # Data modules may count a corpus only when they are asked: not for a method that does not need it.
-    if given is not None or not requests[0].method.needs_counts:
+    if given is not None or not requests[0].config.needs_counts:
         return given
     counts = getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
     rows = min(request.table.shape[0] for request in requests)
@@ -47,7 +47,7 @@ def counts_for(trainer: Trainer, module: LightningModule, requests: Sequence[Req
     """
     with failing_together():
         counts = known_counts(trainer, requests, given)
-    if counts is None and requests[0].method.needs_counts:
+    if counts is None and requests[0].config.needs_counts:
         layers = [module.get_submodule(path) for request in requests for path in request.table.modules]
         embedding = next((layer for layer in layers if isinstance(layer, nn.Embedding)), None)
         counts = stream_token_counts(trainer, module, embedding, requests[0].table.shape[0])

@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
 from lightning_embcompress.compression.budget import Tie
 
@@ -19,27 +18,18 @@ class GroupReduce(EmbeddingCompression):
     This is `EmbeddingCompression` with `method="group_reduce"` and the options of the method by name.
 
     Args:
-        ratio: Dense bytes over stored bytes: of all tables together with `variant="loss"`, of every table with `paper`.
+        ratio: Dense bytes over stored bytes, for every table.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
-        max_perplexity_increase: Instead of a size, the most that the perplexity on the validation data may grow by,
-            `1%` or `0.01`; with `variant="loss"`.
         at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
         refine_at_epochs: Later epochs at whose start they are solved again.
-        variant: `paper` is the published algorithm. `loss` weighs errors by what the loss grows by, gives ranks by
-            marginal gain and moves words at the price of their bytes. None for `loss` where statistics are given or can
-            be collected from the training data, else `paper`.
-        groups: Number of groups. None for 5 up to 30,000 words, else 20; of `loss`, as `auto`: the best of 1, 2, 4, ...
-            32 by the predicted loss.
+        groups: Number of groups. None for 5 up to 30,000 words, else 20.
         refine_rounds: Most rounds of moving words between groups when the tables are solved; 0 for none.
-        grouping: How `paper` groups words to begin with: groups of `equal` size, or by `kmeans` of their frequencies.
+        grouping: How it groups words to begin with: groups of `equal` size, or by `kmeans` of their frequencies.
         tables: `auto`, or the names of the modules.
         tie: What becomes of a table that embedding and softmax share: `keep`, `untie` or `auto`.
         monitor: Name of a loss that validation logs, to measure the perplexity by.
         token_counts: `[vocab_size]` how often every token occurs in the training data, if the data module does not
             say it.
-        statistics: Of the model, or the file that `Statistics.save` has written, in place of collecting them.
-        statistics_batches: Batches of training data, in each process, from which they are collected; 0 for none.
-        refresh_statistics: Whether they are collected anew before every refinement.
         keep_reference: Folder in which the dense tables are kept when they are compressed.
 
     Raises:
@@ -57,20 +47,15 @@ class GroupReduce(EmbeddingCompression):
         *,
         ratio: float | None = None,
         size: str | int | None = None,
-        max_perplexity_increase: str | float | None = None,
         at_epoch: int = 0,
         refine_at_epochs: Sequence[int] = (),
-        variant: Literal["paper", "loss"] | None = None,
-        groups: int | Literal["auto"] | None = None,
+        groups: int | None = None,
         refine_rounds: int = 5,
         grouping: Literal["equal", "kmeans"] = "equal",
         tables: str | list[str] = "auto",
         tie: Tie = "keep",
         monitor: str | None = None,
         token_counts: list[int] | Tensor | None = None,
-        statistics: Statistics | str | Path | None = None,
-        statistics_batches: int = 200,
-        refresh_statistics: bool = False,
         keep_reference: str | Path | None = None,
     ) -> None:
         """Check what can be checked without a model."""
@@ -78,18 +63,13 @@ class GroupReduce(EmbeddingCompression):
             "group_reduce",
             ratio=ratio,
             size=size,
-            max_perplexity_increase=max_perplexity_increase,
             at_epoch=at_epoch,
             refine_at_epochs=refine_at_epochs,
             tables=tables,
             tie=tie,
             monitor=monitor,
             token_counts=token_counts,
-            statistics=statistics,
-            statistics_batches=statistics_batches,
-            refresh_statistics=refresh_statistics,
             keep_reference=keep_reference,
-            variant=variant,
             groups=groups,
             refine_rounds=refine_rounds,
             grouping=grouping,

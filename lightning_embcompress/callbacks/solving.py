@@ -22,6 +22,7 @@ from lightning_embcompress.compression.budget import Request
 from lightning_embcompress.compression.distribution import Job, failing_together, solve_together
 from lightning_embcompress.compression.reference import write_reference
 from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.tables.replacement import Table, check_finite
 from lightning_embcompress.utils.random_state import gather_over_processes
@@ -97,8 +98,7 @@ def solve_requests(
 def solve_again(
     module: nn.Module,
     entries: Sequence[Mapping[str, Any]],
-    method: str,
-    options: dict[str, Any],
+    config: MethodConfig,
     counts: Tensor | None,
     epoch: int,
     files: Files,
@@ -109,8 +109,7 @@ def solve_again(
     Args:
         module: The module that is training.
         entries: Of the tables.
-        method: Name in `METHODS`.
-        options: Of the method.
+        config: Of the method.
         counts: `[vocab_size]` token counts.
         epoch: Of the refinement.
         files: Where residuals are and go.
@@ -135,7 +134,7 @@ def solve_again(
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             metric = None if statistics is None else metric_of(module, table, statistics)
-            request = Request(table, method, options, entry["max_bytes"], entry["untied"], metric)
+            request = Request(table, config, entry["max_bytes"], entry["untied"], metric)
             # A copy: the model changes when all tables are solved and their residuals are on the disk.
             jobs.append(Job(request, table.weight.to(own.device), counts, start=deepcopy(own)))
         solved = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -75,8 +75,6 @@ def run_compress(arguments: Arguments) -> int:
     try:
         tables = _start(opened, given.tables)
         request: dict[str, Any] = {"tables": tables, "tie": given.tie, **arguments.options}
-        if given.method == "group_reduce" and wanted is not None:
-            request["variant"] = "loss"
         # A limit of the perplexity leaves the size open.
         ratio = _ANY_RATIO if given.max_perplexity_increase is not None else given.ratio
         requests = plan_requests(opened.model, given.method, ratio, given.size, **request)
@@ -123,8 +121,8 @@ def _check_method(
 ) -> None:
     """Refuse what is wrong whatever the model is."""
     try:
-        method = get_method(name)
-        names = method.option_names
+        config = get_method(name).config
+        names = [field.name for field in fields(config)]
         for option in options:
             if option not in names:
                 listed = ", ".join(f"--{name}" for name in names) or "none"
@@ -132,7 +130,7 @@ def _check_method(
                     f"there is no option --{option}, neither of the command (embcompress compress --help) nor of the "
                     f"method {name!r}, which has {listed}"
                 )
-        check_budget(ratio, size, method.options(**options), max_perplexity_increase)
+        check_budget(ratio, size, config.from_options(**options), max_perplexity_increase)
     except TypeError as error:
         values = ", ".join(f"{option}={value!r}" for option, value in options.items())
         raise UsageError(f"an option of the method {name!r} is of the wrong type ({values}): {error}") from error
@@ -189,7 +187,7 @@ def _read_text(
 
 def _counts(text: _Text | None, requests: Sequence[Request]) -> tuple[Tensor | None, str | None]:
     """Token counts for the tables, and where they are from, as in the report."""
-    if not any(request.method.needs_counts for request in requests):
+    if not any(request.config.needs_counts for request in requests):
         return None, None
     sizes = {request.table.shape[0]: request.table.name for request in requests}
     if len(sizes) > 1:

@@ -154,6 +154,8 @@ def _list(options: list[str]) -> int:
         stream = sys.stdout if wants_help else sys.stderr
         stream.write("Usage: embcompress list\n\nShow the shipped recipes and the compression methods.\n")
         return 0 if wants_help else 2
+    from dataclasses import fields
+
     from rich.console import Console
     from rich.table import Table
 
@@ -161,7 +163,7 @@ def _list(options: list[str]) -> int:
 
     recipes = {name: recipe_description(path) for name, path in available_recipes().items()}
     methods = {
-        name: "\n".join([method.description, " ".join(f"--{option}" for option in method.option_names)]).strip()
+        name: "\n".join([method.config.description, " ".join(f"--{one.name}" for one in fields(method.config))]).strip()
         for name, method in METHODS.items()
     }
     console = Console()

@@ -13,9 +13,8 @@ from torch import Tensor
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.cli.arguments import Arguments, UsageError
 from lightning_embcompress.cli.text import TokenizedText, block_size_of
-from lightning_embcompress.compression.loss_budget import uses_loss
 from lightning_embcompress.compression.report import say
-from lightning_embcompress.methods.registry import AUTOMATIC
+from lightning_embcompress.methods.registry import get_config
 
 # Second moments of some thousand dimensions need no more; a pass over them takes as long as a few measurements.
 _MOST_TOKENS = 2**17
@@ -66,16 +65,16 @@ class WantedStatistics:
             if given.max_perplexity_increase is not None
             else ""
         )
-        if given.method == AUTOMATIC or options.get("variant") == "loss":
-            needs = needs or (f"--method {AUTOMATIC}" if given.method == AUTOMATIC else "--variant loss")
+        config = get_config(given.method, **options)
+        if config.needs_metric:
+            needs = needs or f"--method {given.method}"
         reads_text = given.text is not None and not given.counts_only
-        if not uses_loss(given.method, options):
+        if not config.uses_metric:
             if given.statistics is not None or given.max_perplexity_increase is not None:
                 option = "--statistics" if given.statistics is not None else "--max_perplexity_increase"
                 raise UsageError(
-                    f"{option} is for methods that weigh errors by what the loss grows by, and {given.method!r} with "
-                    "these options does not: use transform_coding, group_reduce without --variant paper, "
-                    "product_quantization, weighted_low_rank or auto"
+                    f"{option} is for methods that weigh errors by what the loss grows by, and {given.method!r} "
+                    "does not"
                 )
             return None
         if given.max_perplexity_increase is not None and not reads_text:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.cli.sweep_record import Point, SweepRecord, locked_folder
 from lightning_embcompress.compression.budget import check_counts, plan_requests
-from lightning_embcompress.compression.loss_budget import uses_loss
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.methods.registry import FullTable, Quantization, get_method
+from lightning_embcompress.methods.registry import FullTable, Quantization, get_config
 from lightning_embcompress.quantization.aware import quantize_tables
 from lightning_embcompress.tables.replacement import Table, check_finite, find_tables
 from lightning_embcompress.utils.progress import progress_bar
@@ -31,13 +30,13 @@ DEFAULT_METHODS = (
     "low_rank",
     "weighted_low_rank",
     "transform_coding",
-    "group_reduce:variant=loss",
+    "shared_basis",
     *(
-        f"group_reduce:variant=paper,groups={groups},refine_rounds={rounds}"
+        f"group_reduce:groups={groups},refine_rounds={rounds}"
         for groups in (5, 10, 20)
         for rounds in (0, 5)
     ),
-    "group_reduce:variant=paper,grouping=kmeans",
+    "group_reduce:grouping=kmeans",
     "tensor_train",
     *(f"tensor_train:max_rank={rank}" for rank in (1, 4)),
     *(f"tensor_train_matrix:num_cores={count}" for count in (2, 3)),
@@ -90,13 +89,13 @@ class Trial:
         method, _, rest = text.partition(":")
         # As a YAML mapping in flow style: lists and nested values need no rules of our own.
         options = yaml.safe_load("{" + rest.replace("=", ": ") + "}") if rest else {}
-        get_method(method).options(**options)
+        get_config(method, **options)
         return cls(_named(method, options), method, options)
 
     @property
     def uses_loss(self) -> bool:
         """Whether it is solved in the metric of the loss, where statistics are known."""
-        return self.method is not None and not self.note and uses_loss(self.method, dict(self.options))
+        return self.method is not None and not self.note and get_config(self.method, **self.options).uses_metric
 
     @property
     def key(self) -> str:
@@ -233,7 +232,7 @@ def plan_trials(
     every = sorted({*ratios, *(integers.values() if match_bits else ())})
     for trial in named:
         assert trial.method is not None
-        fixed = get_method(trial.method).options(**trial.options).fixes_size
+        fixed = get_config(trial.method, **trial.options).fixes_size
         for ratio in [None] if fixed else every:
             note = ""
             try:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration.counts import checked_counts
-from lightning_embcompress.methods.base import Options
+from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.registry import AUTOMATIC, AUTOMATIC_METHODS, Factorization, Method, get_method
-from lightning_embcompress.methods.specs import plain
+from lightning_embcompress.methods.registry import Factorization, get_config, get_method
 from lightning_embcompress.tables.replacement import Table, check_finite, find_tables
 from lightning_embcompress.utils.progress import progress_bar
 
@@ -33,22 +32,23 @@ class Request:
     """A table that is to be compressed: what into, and in how many bytes."""
 
     table: Table
-    method_name: str
-    options: dict[str, Any]
+    config: MethodConfig
     max_bytes: int
     untied: str | None = None
     """Name of the table that it was a part of, if that is to become two."""
     metric: Metric | None = None
     """What an error costs, where that is known."""
 
-    def __post_init__(self) -> None:
-        """Make the options what is recorded of them."""
-        object.__setattr__(self, "options", plain(self.options))
+    @property
+    def factorization(self) -> type[Factorization[Any]]:
+        """The class that solves the table."""
+        return get_method(self.config.method).factorization
 
     @property
-    def method(self) -> Method:
-        """The entry of `METHODS`."""
-        return get_method(self.method_name)
+    def smallest_bytes(self) -> int:
+        """Fewest bytes that the table can be stored in."""
+        itemsize = self.table.weight.element_size()
+        return self.factorization.smallest_bytes(*self.table.shape, itemsize, self.config.candidates[0])
 
     def solve(
         self, weight: Tensor, token_counts: Tensor | None, start: Factorization[Any] | None = None
@@ -60,19 +60,19 @@ class Request:
             token_counts: `[vocab_size]` counts.
             start: A factorization to refine instead of starting afresh.
         """
-        names = [self.method_name]
-        if self.method_name == AUTOMATIC:
-            names = list(AUTOMATIC_METHODS) if start is None else [start.provenance["method"]]
+        configs = self.config.candidates
+        if start is not None and len(configs) > 1:
+            configs = tuple(config for config in configs if config.method == start.provenance["method"])
         description = f"{'Compressing' if start is None else 'Refining'} {self.table.name} {tuple(weight.shape)}"
         best: Factorization[Any] | None = None
         with (
             torch.no_grad(),
             torch.autocast(weight.device.type, enabled=False),
-            progress_bar(description, total=float(len(names))) as advance,
+            progress_bar(description, total=float(len(configs))) as advance,
         ):
-            for name in names:
-                found = self._solve_by(name, weight.detach(), token_counts, start, advance)
-                if len(names) > 1 and self.metric is not None:
+            for config in configs:
+                found = self._solve_by(config, weight.detach(), token_counts, start, advance)
+                if len(configs) > 1 and self.metric is not None:
                     found.predicted_loss = found.loss_in(self.metric, weight.detach())
                 if best is None or (found.predicted_loss or 0.0) < (best.predicted_loss or 0.0):
                     best = found
@@ -82,29 +82,24 @@ class Request:
 
     def _solve_by(
         self,
-        name: str,
+        config: MethodConfig,
         weight: Tensor,
         token_counts: Tensor | None,
         start: Factorization[Any] | None,
         advance: Callable[[float], None],
     ) -> Factorization[Any]:
-        method = get_method(name)
-        options = method.options(**({} if self.method_name == AUTOMATIC else self.options))
-        kind = method.factorization if start is None else type(start)
-        known: dict[str, Any] = {}
-        if kind.uses_metric and self.metric is not None:
-            known["metric"] = self.metric
-        solve = method.factorization.decompose if start is None else start.refined
-        found = solve(weight, self.max_bytes, token_counts, options, advance, **known)
-        found.provenance = {"method": name}
+        known = {"metric": self.metric} if config.uses_metric and self.metric is not None else {}
+        solve = get_method(config.method).factorization.decompose if start is None else start.refined
+        found = solve(weight, self.max_bytes, token_counts, config, advance, **known)
+        found.provenance = {"method": config.method}
         return found
 
     def record(self, factorization: Factorization[Any], weight: Tensor, token_counts: Tensor | None) -> None:
         """Note on a factorization how it was found and how far it is from the table."""
-        weights = row_weights(token_counts if self.method.needs_counts else None, weight.shape[0])
+        weights = row_weights(token_counts if self.config.needs_counts else None, weight.shape[0])
         factorization.provenance = {
-            "method": factorization.provenance.get("method", self.method_name),
-            "options": dict(self.options),
+            "method": factorization.provenance.get("method", self.config.method),
+            "options": self.config.options,
             "weighted_error": factorization.weighted_error(weight.detach(), weights),
             # Of what is stored, rounding and all.
             "predicted_loss": None if self.metric is None else factorization.loss_in(self.metric, weight.detach()),
@@ -150,21 +145,24 @@ def parse_perplexity_increase(max_perplexity_increase: str | float) -> float:
 
 
 def check_budget(
-    ratio: float | None, size: str | int | None, options: Options, max_perplexity_increase: str | float | None = None
+    ratio: float | None,
+    size: str | int | None,
+    config: MethodConfig,
+    max_perplexity_increase: str | float | None = None,
 ) -> None:
     """Check that a budget is given in exactly one way.
 
     Args:
         ratio: Dense bytes over stored bytes.
         size: Bytes.
-        options: Of the method: some of them say how large the factors are.
+        config: Of the method: some of its fields say how large the factors are.
         max_perplexity_increase: Relative increase of the perplexity.
 
     Raises:
         ValueError: If it is given in no way or in several, or the value is out of its range.
     """
     given: dict[str, Any] = {"ratio": ratio, "size": size, "max_perplexity_increase": max_perplexity_increase}
-    given |= {name: getattr(options, name) for name in options.size_options}
+    given |= {name: getattr(config, name) for name in config.size_fields}
     if len([value for value in given.values() if value is not None]) != 1:
         names = list(given)
         listed = ", ".join(f"{name} is {value!r}" for name, value in given.items())
@@ -179,7 +177,7 @@ def check_budget(
 
 def plan_requests(
     model: nn.Module,
-    method: str,
+    method: MethodConfig | str,
     ratio: float | None = None,
     size: str | int | None = None,
     tables: str | Sequence[str] = "auto",
@@ -190,7 +188,7 @@ def plan_requests(
 
     Args:
         model: The model.
-        method: Name in `METHODS`.
+        method: Config of a method, or its name.
         ratio: Dense bytes over stored bytes, the same for every table.
         size: Bytes of all tables together, instead of a ratio.
         tables: See `find_tables`.
@@ -201,9 +199,9 @@ def plan_requests(
         ValueError: If the tables, the budget or an option cannot be used; the nearest ratio that can be reached is
             named.
     """
-    chosen = get_method(method)
-    all_options = chosen.options(**options)
-    check_budget(ratio, size, all_options)
+    config = get_config(method, **options)
+    factorization = get_method(config.method).factorization
+    check_budget(ratio, size, config)
     if tie not in get_args(Tie):
         raise ValueError(f"tie must be one of {', '.join(map(repr, get_args(Tie)))}, it is {tie!r}")
     found = find_tables(model, tables)
@@ -220,7 +218,7 @@ def plan_requests(
         parts = _untied(model, table) if tie == "untie" else [table]
         # The bytes of a table that becomes two are shared between them.
         dense = table.weight.nbytes // len(parts)
-        smallest = chosen.factorization.smallest_bytes(*table.shape, table.weight.element_size(), all_options)
+        smallest = factorization.smallest_bytes(*table.shape, table.weight.element_size(), config.candidates[0])
         max_bytes = smallest if ratio is None else int(dense / ratio)
         if size is not None:
             # In whole numbers: a quotient of quotients may be a byte too low.
@@ -228,23 +226,23 @@ def plan_requests(
         if smallest > max_bytes:
             raise ValueError(
                 f"table {table.name!r} {table.shape} cannot be stored in {max_bytes} bytes ({ratio:.4g}x) by "
-                f"{method!r} with these options: the smallest it can be is {smallest} bytes "
+                f"{config.method!r} with these options: the smallest it can be is {smallest} bytes "
                 f"({_round_down(dense / smallest)}x); ask for less, or use other options or another method"
             )
         if smallest >= dense:
             raise ValueError(
-                f"table {table.name!r} {table.shape} would take {smallest} bytes by {method!r} with these options, not "
-                f"less than the {dense} bytes it has now: nothing to compress; ask for smaller factors"
+                f"table {table.name!r} {table.shape} would take {smallest} bytes by {config.method!r} with these "
+                f"options, not less than the {dense} bytes it has now: nothing to compress; ask for smaller factors"
             )
         untied = table.name if len(parts) > 1 else None
-        requests += [Request(part, method, options, max_bytes, untied) for part in parts]
+        requests += [Request(part, config, max_bytes, untied) for part in parts]
     return requests
 
 
 def checked_requests(
     model: nn.Module,
     token_counts: Any,
-    method: str,
+    method: MethodConfig | str,
     ratio: float | None = None,
     size: str | int | None = None,
     tables: str | Sequence[str] = "auto",
@@ -315,11 +313,11 @@ def check_counts(token_counts: Any, requests: Sequence[Request]) -> Tensor | Non
     """
     if token_counts is None:
         for request in requests:
-            if request.method.needs_counts:
+            if request.config.needs_counts:
                 raise ValueError(
-                    f"method {request.method_name!r} weights the rows of table {request.table.name!r} by frequency: "
+                    f"method {request.config.method!r} weights the rows of table {request.table.name!r} by frequency: "
                     "give token_counts, how often every token occurs in the training data (torch.bincount(ids, "
-                    "minlength=vocab_size)), or use 'low_rank', which needs none"
+                    "minlength=vocab_size)), or use a method that needs none"
                 )
         return None
     return checked_counts(token_counts, {request.table.name: request.table.shape[0] for request in requests})

@@ -95,7 +95,7 @@ def _solve_by_several(jobs: Sequence[Job], group: dist.ProcessGroup | None) -> l
     owners = dict.fromkeys(range(len(jobs)), 0)
     dealt = []
     for index, job in enumerate(jobs):
-        if job.request.method.factorization.divides:
+        if job.request.factorization.divides:
             with divided(group):
                 solved[index] = job.solve()
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,11 +12,12 @@ from torch import nn
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import Request, Tie, plan_requests
+from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.numerics.rate_allocation import RateCurve, allocate
-from lightning_embcompress.methods.registry import AUTOMATIC, get_method
-from lightning_embcompress.methods.shared_basis.factorization import TransformCodingOptions
+from lightning_embcompress.methods.registry import METHODS, get_config
 from lightning_embcompress.methods.shared_basis.layout import bit_budget
 from lightning_embcompress.methods.shared_basis.solver import rate_curve
+from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 from lightning_embcompress.utils.progress import progress_bar
 
 # Equal groups by which the shares of tables are found; which number hardly changes them.
@@ -48,7 +49,7 @@ class Shares:
             return [replace(self.requests[0], max_bytes=max_bytes)]
         found = allocate(self.curves, 8 * max_bytes - sum(self.fixed))
         taken = [rates.bits + fixed for rates, fixed in zip(found, self.fixed, strict=True)]
-        smallest = [_smallest(request) for request in self.requests]
+        smallest = [request.smallest_bytes for request in self.requests]
         spare = max(0, max_bytes - sum(smallest))
         wanted = [max(0, bits // 8 - least) for bits, least in zip(taken, smallest, strict=True)]
         # What is left over goes to all in proportion: no table is below the smallest that it can be.
@@ -92,8 +93,8 @@ def share(model: nn.Module, requests: Sequence[Request], statistics: Statistics)
             vocab_size, dim = request.table.shape
             blocks = min(_GROUPS, vocab_size)
             # Of floats only ranks are to be decided, not bits.
-            floats = request.method.factorization.options_class.keeps_floats
-            widths = () if floats else TransformCodingOptions().widths
+            floats = request.config.keeps_floats
+            widths = () if floats else TransformCodingConfig().widths
             budget, always = bit_budget(vocab_size, dim, request.table.weight.element_size(), 0, widths)
             assert request.metric is not None
             curves.append(rate_curve(request.table.weight.detach(), request.metric, budget, blocks))
@@ -102,60 +103,36 @@ def share(model: nn.Module, requests: Sequence[Request], statistics: Statistics)
     return Shares(known, curves, fixed)
 
 
-def uses_loss(method: str, options: dict[str, Any]) -> bool:
-    """Whether a method takes the metric of the loss, with these options."""
-    chosen = get_method(method)
-    return chosen.factorization.uses_metric and bool(chosen.options(**options).uses_metric)
-
-
-def asks_for_loss(method: str, options: Mapping[str, Any]) -> str:
-    """The argument that can only be followed where it is known what errors cost; nothing if there is none."""
-    if method == AUTOMATIC:
-        return f"method={AUTOMATIC!r}"
-    return "variant='loss'" if options.get("variant") == "loss" else ""
-
-
-def check_known(method: str, options: Mapping[str, Any], statistics: Statistics | None) -> None:
+def check_known(config: MethodConfig, statistics: Statistics | None) -> None:
     """Refuse what needs statistics where there are none.
 
-    Args:
-        method: Name in `METHODS`, or `auto`.
-        options: Of the method.
-        statistics: Of the model, or None.
-
     Raises:
-        ValueError: Naming the argument and the remedy.
+        ValueError: Naming the method and the remedy.
     """
-    asked = asks_for_loss(method, options)
-    if asked and statistics is None:
+    if config.needs_metric and statistics is None:
         raise ValueError(
-            f"{asked} minimises what the loss grows by, and has to know what errors cost: give "
-            "statistics=collect_statistics(model, batches), or use variant='paper'"
+            f"method={config.method!r} minimises what the loss grows by, and has to know what errors cost: give "
+            "statistics=collect_statistics(model, batches), or name one method"
         )
 
 
-def check_predictable(method: str, options: dict[str, Any]) -> None:
+def check_predictable(config: MethodConfig) -> None:
     """Refuse `max_perplexity_increase` for what does not predict what the loss grows by.
-
-    Args:
-        method: Name in `METHODS`, or `auto`.
-        options: Of the method.
 
     Raises:
         ValueError: Naming methods that do.
     """
-    if not uses_loss(method, options):
+    if not config.uses_metric:
+        known = ", ".join(repr(name) for name, method in METHODS.items() if method.config.uses_metric)
         raise ValueError(
-            f"max_perplexity_increase cannot be predicted for method {method!r} with these options: use "
-            "'transform_coding', "
-            "'group_reduce' with variant='loss', 'product_quantization', 'weighted_low_rank' or 'auto'"
+            f"max_perplexity_increase cannot be predicted for method {config.method!r}: use one of {known}"
         )
 
 
 def requests_in_loss(
     model: nn.Module,
     statistics: Statistics,
-    method: str,
+    method: MethodConfig | str,
     ratio: float | None = None,
     size: str | int | None = None,
     tables: str | Sequence[str] = "auto",
@@ -167,7 +144,7 @@ def requests_in_loss(
     Args:
         model: The model.
         statistics: Of the model.
-        method: Name in `METHODS`, or `auto`.
+        method: Config of a method, or its name.
         ratio: Dense bytes over stored bytes of all tables together.
         size: Bytes of all tables together, instead of a ratio.
         tables: See `plan_requests`.
@@ -177,19 +154,19 @@ def requests_in_loss(
     Raises:
         ValueError: If the request cannot be met, or the statistics are of another model.
     """
-    options = _in_loss(method, options)
-    requests = plan_requests(model, method, ratio, size, tables, _ways(tie)[0], **options)
+    config = get_config(method, **options)
+    requests = plan_requests(model, config, ratio, size, tables, _ways(tie)[0])
     # Nothing is shared where options say how large each is, or one table has it all.
-    if get_method(method).options(**options).fixes_size or (len(requests) == 1 and tie != "auto"):
+    if config.fixes_size or (len(requests) == 1 and tie != "auto"):
         return [replace(request, metric=metric_of(model, request.table, statistics)) for request in requests]
-    shares, total = shares_in_loss(model, statistics, method, ratio, size, tables, tie, **options)
+    shares, total = shares_in_loss(model, statistics, config, ratio, size, tables, tie)
     return shares.within(total)
 
 
 def shares_in_loss(
     model: nn.Module,
     statistics: Statistics,
-    method: str,
+    method: MethodConfig | str,
     ratio: float | None = None,
     size: str | int | None = None,
     tables: str | Sequence[str] = "auto",
@@ -206,7 +183,7 @@ def shares_in_loss(
     """
     best: tuple[float, Shares, int] | None = None
     for way in _ways(tie):
-        requests = plan_requests(model, method, ratio, size, tables, way, **_in_loss(method, options))
+        requests = plan_requests(model, method, ratio, size, tables, way, **options)
         if best is not None and len(requests) == len(best[1].requests):
             # Nothing was tied.
             break
@@ -221,10 +198,6 @@ def shares_in_loss(
 
 def _ways(tie: Tie) -> tuple[Tie, ...]:
     return ("keep", "untie") if tie == "auto" else (tie,)
-
-
-def _in_loss(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, "variant": "loss"} if method == "group_reduce" else options
 
 
 Found = TypeVar("Found")
@@ -251,7 +224,7 @@ def smallest_within(
     Raises:
         ValueError: If even the largest size loses more; the least that was measured is named.
     """
-    least = sum(_smallest(request) for request in shares.requests)
+    least = sum(request.smallest_bytes for request in shares.requests)
     most = sum(request.table.weight.nbytes for request in shares.requests) - 1
     goal = (1 + _CLOSE) / 2 * limit
     too_small = float(least)
@@ -285,14 +258,6 @@ def smallest_within(
     if best is None:
         raise ValueError(
             f"max_perplexity_increase: the perplexity grows by {math.expm1(lowest):.2%} at least with this method "
-            "and options, above "
-            f"the limit of {math.expm1(limit):.2%}: allow more, or use method={AUTOMATIC!r} or 'transform_coding'"
+            f"and options, above the limit of {math.expm1(limit):.2%}: allow more, or use another method"
         )
     return best[1], best[2]
-
-
-def _smallest(request: Request) -> int:
-    method = get_method(request.method_name)
-    options = method.options(**({} if request.method_name == AUTOMATIC else request.options))
-    itemsize = request.table.weight.element_size()
-    return method.factorization.smallest_bytes(*request.table.shape, itemsize, options)

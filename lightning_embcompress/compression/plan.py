@@ -33,13 +33,13 @@ from lightning_embcompress.compression.loss_budget import (
     requests_in_loss,
     shares_in_loss,
     smallest_within,
-    uses_loss,
 )
-from lightning_embcompress.compression.records import check_tables, dtype_of, shown
+from lightning_embcompress.compression.records import by_method_of_now, check_tables, dtype_of, shown
 from lightning_embcompress.compression.solution import Solution, put_in_place, solve_all, tried
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import compressed_tables
-from lightning_embcompress.methods.registry import factorization_from_spec, get_method
+from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.registry import DEFAULT_METHOD, factorization_from_spec, get_config
 from lightning_embcompress.methods.specs import dense_bytes
 from lightning_embcompress.tables.replacement import (
     all_modules,
@@ -48,9 +48,9 @@ from lightning_embcompress.tables.replacement import (
 )
 from lightning_embcompress.utils.storage import check_whole
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 """Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`; version 5
-calls that `backbone`."""
+calls that `backbone`; version 6 has variants of methods as methods."""
 _ADDED: dict[str, Any] = {"untied": None, "predicted_loss": None}
 
 
@@ -180,6 +180,8 @@ class Plan:
         for entry in tables:
             if version < 4 and isinstance(entry, Mapping):
                 entry = {**_ADDED, **entry}
+            if version < 6:
+                entry = by_method_of_now(entry)
             if not isinstance(entry, Mapping) or set(entry) != names:
                 raise ValueError(
                     f"a table of the compression plan must have the keys {sorted(names)}, got {shown(entry)}"
@@ -194,7 +196,7 @@ class Plan:
 
 def compress(
     model: nn.Module,
-    method: str = "group_reduce",
+    method: MethodConfig | str = DEFAULT_METHOD,
     *,
     ratio: float | None = None,
     size: str | int | None = None,
@@ -212,8 +214,8 @@ def compress(
 
     Args:
         model: Any `nn.Module` that holds `nn.Embedding` and `nn.Linear` layers, tied or not.
-        method: `"group_reduce"`, `"transform_coding"`, `"tensor_train"`, ...: a name in `METHODS`; `"auto"` for the one
-            of the least predicted loss, for every table.
+        method: Config of a method (`TransformCodingConfig(bits=4)`), or its name (`"transform_coding"`,
+            `"group_reduce"`, `"tensor_train"`, ...); `"auto"` for the one of the least predicted loss, for every table.
         ratio: Dense bytes over stored bytes, for every table; with statistics, of all tables together. Some methods
             have an option that takes its place, such as `max_rank=4` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `"80MB"` (MB = 10⁶) or a number.
@@ -228,7 +230,7 @@ def compress(
         statistics: What `collect_statistics` has found for this model: methods that can, minimise what the loss grows
             by, all tables share one budget, and biases of heads make up for the mean error of their logits.
         evaluate: For `max_perplexity_increase`: measures the perplexity of the model on validation data.
-        **options: Options of the method, such as `groups=20`.
+        **options: Fields of the config, such as `groups=20`, where the method is given by its name.
 
     Returns:
         The plan that was carried out.
@@ -244,17 +246,18 @@ def compress(
         [('0', True), ('1', True)]
     """
     check_whole(model, "compressed")
-    _check_loss(method, ratio, size, max_perplexity_increase, statistics, evaluate, options)
-    if statistics is None or not uses_loss(method, options):
-        requests, counts = checked_requests(model, token_counts, method, ratio, size, tables, tie, **options)
+    config = get_config(method, **options)
+    _check_loss(config, ratio, size, max_perplexity_increase, statistics, evaluate)
+    if statistics is None or not config.uses_metric:
+        requests, counts = checked_requests(model, token_counts, config, ratio, size, tables, tie)
         return _replace(model, solve_all(requests, counts), None)
     counts = statistics.token_counts
     if max_perplexity_increase is None:
-        requests = requests_in_loss(model, statistics, method, ratio, size, tables, tie, **options)
+        requests = requests_in_loss(model, statistics, config, ratio, size, tables, tie)
         check_tables_and_counts(requests, counts)
         return _replace(model, solve_all(requests, counts), statistics)
     assert evaluate is not None
-    shares, _ = shares_in_loss(model, statistics, method, ANY_RATIO, None, tables, tie, **options)
+    shares, _ = shares_in_loss(model, statistics, config, ANY_RATIO, None, tables, tie)
     check_tables_and_counts(shares.requests, counts)
     dense = math.log(evaluate(model))
 
@@ -268,25 +271,24 @@ def compress(
 
 
 def _check_loss(
-    method: str,
+    config: MethodConfig,
     ratio: Any,
     size: Any,
     max_perplexity_increase: Any,
     statistics: Any,
     evaluate: Any,
-    options: dict[str, Any],
 ) -> None:
-    check_known(method, options, statistics)
+    check_known(config, statistics)
     if max_perplexity_increase is None:
         return
-    check_budget(ratio, size, get_method(method).options(**options), max_perplexity_increase)
+    check_budget(ratio, size, config, max_perplexity_increase)
     if statistics is None or evaluate is None:
         raise ValueError(
             "max_perplexity_increase needs statistics, as collect_statistics(model, batches) gives them, to predict "
             "sizes, and "
             "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
         )
-    check_predictable(method, options)
+    check_predictable(config)
 
 
 def _replace(model: nn.Module, solved: Solution, statistics: Statistics | None) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,21 @@ def check_table(entry: Mapping[str, Any]) -> None:
             raise ValueError(f"{name!r} {where} must be a number that is not negative, it is {shown(lost)}")
     if untied is not None and not (isinstance(untied, str) and untied):
         raise ValueError(f"'untied' {where} must be the name of a table or null, it is {shown(untied)}")
+
+
+def by_method_of_now(entry: Any) -> Any:
+    """A table of an older plan, where a method was a variant of another one, by the name that it has now."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("spec"), Mapping):
+        return entry
+    former, kind, options = entry.get("method"), entry["spec"].get("kind"), entry.get("options")
+    for name, method in METHODS.items():
+        if method.config.formerly and method.config.formerly == former and kind in method.kinds:
+            known = {field.name for field in fields(method.config)}
+            kept = (
+                {key: value for key, value in options.items() if key in known} if isinstance(options, Mapping) else {}
+            )
+            return {**entry, "method": name, "options": kept}
+    return entry
 
 
 def check_factors(tables: Sequence[TablePlan], state: Mapping[str, Any], where: str, complete: bool = True) -> None:

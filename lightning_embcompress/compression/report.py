@@ -90,7 +90,7 @@ def show_requests(
         now = request.table.weight.nbytes
         screen.add_row(
             " = ".join(request.table.modules),
-            request.method_name,
+            request.config.method,
             _shape(request.table.shape),
             f"{now / 1e6:.3f}",
             *([""] * 2 if shares_budget else [f"{request.max_bytes / 1e6:.3f}", f"{now / request.max_bytes:.2f}x"]),

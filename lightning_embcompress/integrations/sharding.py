@@ -20,12 +20,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import Request, Tie, check_tables_and_counts, checked_requests
 from lightning_embcompress.compression.distribution import Job, count_processes, failing_together, solve_together
-from lightning_embcompress.compression.loss_budget import check_known, requests_in_loss, uses_loss
+from lightning_embcompress.compression.loss_budget import check_known, requests_in_loss
 from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.compression.report import show_plan
 from lightning_embcompress.compression.solution import put_in_place
 from lightning_embcompress.integrations.checkpoint import keep_structure, structure_from_checkpoint
 from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
 from lightning_embcompress.tables.replacement import Table, find_tables
 from lightning_embcompress.utils.division import divided
 from lightning_embcompress.utils.random_state import gather_over_processes
@@ -38,7 +40,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def compress_or_restore(
     module: LightningModule,
-    method: str = "group_reduce",
+    method: MethodConfig | str = DEFAULT_METHOD,
     *,
     ckpt_path: str | os.PathLike[str] | None = None,
     ratio: float | None = None,
@@ -73,7 +75,7 @@ def compress_or_restore(
         token_counts: See `compress`. They have to be the same in all processes.
         statistics: See `compress`, such as `Statistics.load` of a file that was collected before; nothing is collected
             here. They have to be the same in all processes.
-        **options: Options of the method.
+        **options: Fields of the config, where the method is given by its name.
 
     Returns:
         The plan that the module has now.
@@ -116,17 +118,16 @@ def compress_or_restore(
                 "before fully_shard, on a module that is new"
             )
         if ckpt_path is None:
-            known = statistics if uses_loss(method, options) else None
+            config = get_config(method, **options)
+            known = statistics if config.uses_metric else None
             if known is None:
                 with failing_together():
-                    check_known(method, options, None)
-                    requests, counts = checked_requests(
-                        module, token_counts, method, ratio, size, tables, tie, **options
-                    )
+                    check_known(config, None)
+                    requests, counts = checked_requests(module, token_counts, config, ratio, size, tables, tie)
             else:
                 _check_alike(find_tables(module, tables))
                 with divided():
-                    requests = requests_in_loss(module, known, method, ratio, size, tables, tie, **options)
+                    requests = requests_in_loss(module, known, config, ratio, size, tables, tie)
                     counts = check_tables_and_counts(requests, known.token_counts)
             _compress(module, requests, counts, known)
             title = "Compressed before sharding"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.factors import Factor, PackedFactor, pieces
@@ -25,31 +25,11 @@ from lightning_embcompress.utils.division import deal
 _PIECE_ELEMENTS = 2**19
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a method can be told: subclasses add fields with defaults, and check their ranges when they are made."""
-
-    size_options: ClassVar[tuple[str, ...]] = ()
-    """Names of the options that say how large the factors are, in place of a ratio."""
-    keeps_floats: ClassVar[bool] = False
-    """Whether the bytes of a number are those of the table, so that only their count is to be decided."""
-
-    @property
-    def fixes_size(self) -> bool:
-        """Whether the options leave nothing for a ratio to decide."""
-        return any(getattr(self, name) is not None for name in self.size_options)
-
-    @property
-    def uses_metric(self) -> bool:
-        """Whether a metric of what errors cost is made use of, by a method that takes one."""
-        return True
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+"""The config of a method."""
 
 
-OptionsT = TypeVar("OptionsT", bound=Options)
-"""The options of a method."""
-
-
-class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
+class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     """A table `W ∈ R^{vocab_size × dim}`, stored in fewer bytes, that is read by rows or multiplied from the right.
 
     One instance serves an embedding (`rows`), a softmax projection (`logits`), or both at once when they are tied.
@@ -65,10 +45,8 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
 
     kind: ClassVar[str]
     """Name under which `spec()` records the class."""
-    options_class: ClassVar[type[Any]]
-    """The dataclass of its options; all of them have defaults."""
-    uses_metric: ClassVar[bool] = False
-    """Whether `decompose` and `refined` take a `metric`, what an error costs (see `solvers.metric`)."""
+    config_class: ClassVar[type[Any]]
+    """The config of its method; all fields have defaults."""
     divides: ClassVar[bool] = False
     """Whether its solver divides a table's work over processes, see `solvers.division`."""
 
@@ -145,7 +123,7 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
 
     @classmethod
     @abstractmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: OptionsT | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: ConfigT | None = None) -> int:
         """Fewest bytes that a table of this shape can be stored in with these options.
 
         Where the options fix the size, these are the bytes it takes.
@@ -161,7 +139,7 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: OptionsT | None = None,
+        options: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Factorization[Any]:
         """Approximate a trained table in at most `max_bytes` stored bytes.
@@ -171,7 +149,7 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
             max_bytes: Most bytes that `stored_bytes()` of the result may be; where the options fix the size, what
                 `smallest_bytes` says.
             token_counts: `[vocab_size]` how often every token occurs in the training data.
-            options: The method's own; None for its defaults.
+            options: The method's config; None for its defaults.
             advance: Called with shares of the work that add up to 1.
 
         Returns:
@@ -184,7 +162,7 @@ class Factorization(QuantizationStates, ABC, Generic[OptionsT]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: OptionsT | None = None,
+        options: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Solve again for a table that has changed, starting from the structure there is.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_embcompress.methods.base import Factorization, OptionsT, is_exporting
+from lightning_embcompress.methods.base import ConfigT, Factorization, is_exporting
 from lightning_embcompress.methods.kernels.choice import uncompiled
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.specs import integers
@@ -21,7 +21,7 @@ from lightning_embcompress.methods.tiles import TileMaker, Tiles
 MOST_BLOCKS = 2**16
 
 
-class RowBlocks(Factorization[OptionsT]):
+class RowBlocks(Factorization[ConfigT]):
     """A table in blocks of rows, kept in block order.
 
     On disk a row has a block index of `⌈log₂ blocks⌉` bits, from which the permutation is rebuilt when it is loaded.
@@ -188,3 +188,15 @@ class _VocabularyOrder(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return gradients[0].gather(-1, order.expand_as(gradients[0])), None, None
+
+
+def check_blocks(groups: Any, refine_rounds: int) -> None:
+    """Check options that all methods with blocks have.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if groups not in (None, "auto") and (not isinstance(groups, int) or groups < 1):
+        raise ValueError(f"groups must be 1 or more, or 'auto', it is {groups!r}")
+    if refine_rounds < 0:
+        raise ValueError(f"refine_rounds must be 0 or more, it is {refine_rounds}")

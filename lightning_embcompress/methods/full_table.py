@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Options, is_exporting
+from lightning_embcompress.methods.base import Factorization, is_exporting
+from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.quantizers.factors import multiply, read_rows
 from lightning_embcompress.methods.specs import dense_bytes, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
 
 
-class FullTable(Factorization[Options]):
+class FullTable(Factorization[MethodConfig]):
     """A table with all its numbers, which can be quantized like the factors of any other method.
 
     Args:
@@ -34,7 +35,7 @@ class FullTable(Factorization[Options]):
     """
 
     kind = "full_table"
-    options_class = Options
+    config_class = MethodConfig
 
     def __init__(
         self, vocab_size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -77,7 +78,7 @@ class FullTable(Factorization[Options]):
         return cls(vocab_size, dim, dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: Options | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: MethodConfig | None = None) -> int:
         """Bytes of all its numbers, see `Factorization.smallest_bytes`."""
         empty = cls(vocab_size, dim, device=torch.device("meta"))
         return stored_bytes(dense_bytes(vocab_size, dim, itemsize), 1, empty.structure())
@@ -89,7 +90,7 @@ class FullTable(Factorization[Options]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: Options | None = None,
+        options: MethodConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """A copy of the table, see `Factorization.decompose`."""
@@ -102,7 +103,7 @@ class FullTable(Factorization[Options]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: Options | None = None,
+        options: MethodConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Take the numbers of another table, in place, see `Factorization.refined`."""

@@ -2,78 +2,85 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from lightning_embcompress.methods.automatic.config import AutomaticConfig
 from lightning_embcompress.methods.base import Factorization
+from lightning_embcompress.methods.config import MethodConfig, nearest
 from lightning_embcompress.methods.full_table import FullTable
-from lightning_embcompress.methods.group_reduce.factorization import BlockLowRank, GroupReduceOptions
-from lightning_embcompress.methods.low_rank.factorization import LowRank, LowRankOptions
-from lightning_embcompress.methods.product_quantization.factorization import (
-    ProductQuantization,
-    ProductQuantizationOptions,
-)
+from lightning_embcompress.methods.group_reduce.config import GroupReduceConfig
+from lightning_embcompress.methods.group_reduce.factorization import BlockLowRank
+from lightning_embcompress.methods.low_rank.config import LowRankConfig, WeightedLowRankConfig
+from lightning_embcompress.methods.low_rank.factorization import LowRank
+from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
+from lightning_embcompress.methods.product_quantization.factorization import ProductQuantization
 from lightning_embcompress.methods.quantizers.quantization import Quantization
-from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks, TransformCodingOptions
-from lightning_embcompress.methods.specs import dense_bytes, plain
-from lightning_embcompress.methods.tensor_train.factorization import TensorTrain, TensorTrainOptions
-from lightning_embcompress.methods.tensor_train_matrix.factorization import TensorTrainMatrix, TensorTrainMatrixOptions
-from lightning_embcompress.methods.tensorly.cp import CP, CPOptions
-from lightning_embcompress.methods.tensorly.tucker import Tucker, TuckerOptions
+from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
+from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks
+from lightning_embcompress.methods.specs import dense_bytes
+from lightning_embcompress.methods.tensor_train.config import TensorTrainConfig
+from lightning_embcompress.methods.tensor_train.factorization import TensorTrain
+from lightning_embcompress.methods.tensor_train_matrix.config import TensorTrainMatrixConfig
+from lightning_embcompress.methods.tensor_train_matrix.factorization import TensorTrainMatrix
+from lightning_embcompress.methods.tensorly.config import CPConfig, TuckerConfig
+from lightning_embcompress.methods.tensorly.cp import CP
+from lightning_embcompress.methods.tensorly.tucker import Tucker
+from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 from lightning_embcompress.methods.transform_coding.latent_codes import LatentCodes
 
 __all__ = [
-    "AUTOMATIC",
-    "AUTOMATIC_METHODS",
+    "CHOOSERS",
     "CP",
+    "DEFAULT_METHOD",
     "METHODS",
     "BlockLowRank",
-    "CPOptions",
+    "CPConfig",
     "Factorization",
     "FullTable",
-    "GroupReduceOptions",
+    "GroupReduceConfig",
     "LatentCodes",
     "LowRank",
-    "LowRankOptions",
+    "LowRankConfig",
     "Method",
+    "MethodConfig",
     "ProductQuantization",
-    "ProductQuantizationOptions",
+    "ProductQuantizationConfig",
     "Quantization",
     "SharedBasisBlocks",
+    "SharedBasisConfig",
     "TensorTrain",
+    "TensorTrainConfig",
     "TensorTrainMatrix",
-    "TensorTrainMatrixOptions",
-    "TensorTrainOptions",
-    "TransformCodingOptions",
+    "TensorTrainMatrixConfig",
+    "TransformCodingConfig",
     "Tucker",
-    "TuckerOptions",
+    "TuckerConfig",
+    "WeightedLowRankConfig",
     "check_spec",
     "factorization_from_spec",
+    "get_config",
     "get_method",
+    "nearest",
 ]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compress a table, by the name it has in callbacks, recipes and `compress`.
+    """A way to compress a table: its config, and how it stores what it finds.
 
     Attributes:
+        config: What the method can be told; its class attributes say what generic code has to know of it.
         factorization: The class that stores the table.
-        description: One line for lists.
-        needs_counts: Whether rows are weighted by token counts.
-        fixed: Options of the factorization that the method's name stands for.
-        others: Other classes that store what it finds, depending on its options.
+        others: Other classes that store what it finds, depending on its config.
     """
 
+    config: type[MethodConfig]
     factorization: type[Factorization[Any]]
-    description: str
-    needs_counts: bool = False
-    fixed: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[type[Factorization[Any]], ...] = ()
 
     @property
@@ -81,67 +88,59 @@ class Method:
         """Kinds of factorization that it may give."""
         return [kind.kind for kind in (self.factorization, *self.others)]
 
-    @property
-    def option_names(self) -> list[str]:
-        """Names of its options."""
-        return [option.name for option in fields(self.factorization.options_class) if option.name not in self.fixed]
 
-    def options(self, **given: Any) -> Any:
-        """Make the options of the factorization from those given and those that are fixed.
-
-        Raises:
-            ValueError: If the method has no option of a given name, or a value is out of its range.
-        """
-        names = self.option_names
-        for name in given:
-            if name not in names:
-                raise ValueError(
-                    f"unknown option {name!r}{nearest(name, names)}; the method has {', '.join(names) or 'none'}"
-                )
-        return self.factorization.options_class(**plain(given), **self.fixed)
+def _by_name(*methods: Method) -> dict[str, Method]:
+    return {method.config.method: method for method in methods}
 
 
-METHODS: dict[str, Method] = {
-    "cp": Method(CP, "The folded table as a sum of outer products (CP), a baseline"),
-    "group_reduce": Method(
-        BlockLowRank,
-        "Frequency groups, each of a low rank of its own (GroupReduce)",
-        True,
-        others=(SharedBasisBlocks,),
-    ),
-    "low_rank": Method(LowRank, "Truncated SVD of the whole table", fixed={"weighted": False}),
-    "product_quantization": Method(
-        ProductQuantization, "Rows put together from the centroids of their parts (PQ, MGQE)", True
-    ),
-    "tensor_train": Method(TensorTrain, "A tensor train for the vector of every token (TensorGPT)"),
-    "tensor_train_matrix": Method(TensorTrainMatrix, "One tensor train for the whole table (TT embedding)"),
-    "transform_coding": Method(
-        SharedBasisBlocks,
-        "Frequency groups in one basis of the loss, each component at a width of its own",
-        True,
-        others=(LatentCodes,),
-    ),
-    "tucker": Method(Tucker, "The folded table as a core and a factor a mode (Tucker), a baseline"),
-    "weighted_low_rank": Method(LowRank, "Truncated SVD, rows weighted by frequency", True, fixed={"weighted": True}),
-}
-
-
-AUTOMATIC = "auto"
-"""In place of a method's name: for every table the one of `AUTOMATIC_METHODS` of the least predicted loss."""
-AUTOMATIC_METHODS = ("transform_coding", "group_reduce", "product_quantization")
+METHODS: dict[str, Method] = _by_name(
+    Method(CPConfig, CP),
+    Method(GroupReduceConfig, BlockLowRank),
+    Method(LowRankConfig, LowRank),
+    Method(ProductQuantizationConfig, ProductQuantization),
+    Method(SharedBasisConfig, SharedBasisBlocks),
+    Method(TensorTrainConfig, TensorTrain),
+    Method(TensorTrainMatrixConfig, TensorTrainMatrix),
+    Method(TransformCodingConfig, SharedBasisBlocks, (LatentCodes,)),
+    Method(TuckerConfig, Tucker),
+    Method(WeightedLowRankConfig, LowRank),
+)
+"""Methods by their names; a new one is a folder of its own and a line here."""
+CHOOSERS: dict[str, Method] = _by_name(Method(AutomaticConfig, SharedBasisBlocks))
+"""Names that stand for the best of several methods; sizes are those of the first."""
+DEFAULT_METHOD = TransformCodingConfig.method
+"""The method where none is named."""
 
 
 def get_method(name: str) -> Method:
-    """Look a method up by its name; `auto` has the options and the sizes of the first of `AUTOMATIC_METHODS`.
+    """Look a method up by its name.
 
     Raises:
         ValueError: If there is none of that name; the nearest ones are named.
     """
-    if name == AUTOMATIC:
-        return replace(METHODS[AUTOMATIC_METHODS[0]], fixed={"groups": None, "refine_rounds": 5, "bits": None})
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; methods are {', '.join(METHODS)}")
-    return METHODS[name]
+    found = METHODS.get(name) or CHOOSERS.get(name)
+    if found is None:
+        names = [*METHODS, *CHOOSERS]
+        raise ValueError(f"unknown method {name!r}{nearest(name, names)}; methods are {', '.join(names)}")
+    return found
+
+
+def get_config(method: MethodConfig | str, **options: Any) -> MethodConfig:
+    """Make the config of a method from its name and options, or take one that is made already.
+
+    Raises:
+        ValueError: If there is no such method or option, a value is out of its range, or options are given beside a
+            config.
+
+    Example:
+        >>> get_config("low_rank", rank=8)
+        LowRankConfig(rank=8)
+    """
+    if isinstance(method, str):
+        return get_method(method).config.from_options(**options)
+    if options:
+        raise ValueError(f"options {sorted(options)} are given beside {method}: make them fields of the config")
+    return method
 
 
 def factorization_from_spec(
@@ -208,9 +207,3 @@ def _kinds() -> dict[str, type[Factorization[Any]]]:
     # Dense tables that are quantized as they are come of no method.
     found.append(FullTable)
     return {one.kind: one for one in found}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The part of an error message that proposes what was probably meant, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=2)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

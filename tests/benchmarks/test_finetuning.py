@@ -70,7 +70,7 @@ def ours(ratio: float, rate: float, most: float, distilled: float = 0.5) -> Row:
 
 
 def published(ratio: float, bits: int | None) -> Row:
-    return Row("group_reduce", ratio, {"variant": "paper", "groups": 20}, bits)
+    return Row("group_reduce", ratio, {"groups": 20}, bits)
 
 
 ROWS = {

@@ -31,7 +31,7 @@ STREAMS, STEPS, WINDOWS = 40, 35, 40
 PAPER = {
     f"group_reduce paper, {groups} groups, {rounds} rounds": (
         "group_reduce",
-        {"variant": "paper", "groups": groups, "refine_rounds": rounds},
+        {"groups": groups, "refine_rounds": rounds},
     )
     for groups in (5, 10, 20)
     for rounds in (0, 5)
@@ -39,12 +39,12 @@ PAPER = {
 OTHERS = {
     "low_rank": ("low_rank", {}),
     "weighted_low_rank": ("weighted_low_rank", {}),
-    "group_reduce paper, k-means": ("group_reduce", {"variant": "paper", "groups": 20, "grouping": "kmeans"}),
+    "group_reduce paper, k-means": ("group_reduce", {"groups": 20, "grouping": "kmeans"}),
     "tensor_train_matrix": ("tensor_train_matrix", {}),
     "product_quantization": ("product_quantization", {}),
 }
 OURS = {
-    "group_reduce loss": ("group_reduce", {"variant": "loss"}),
+    "group_reduce loss": ("shared_basis", {}),
     "product_quantization, metric": ("product_quantization", {}),
     "transform_coding": ("transform_coding", {}),
 }

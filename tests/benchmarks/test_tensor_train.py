@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from lightning_embcompress.methods.registry import (
     TensorTrain,
+    TensorTrainConfig,
     TensorTrainMatrix,
-    TensorTrainMatrixOptions,
-    TensorTrainOptions,
+    TensorTrainMatrixConfig,
 )
 
 pytestmark = pytest.mark.timeout(1800)
@@ -33,19 +33,19 @@ def table() -> Tensor:
 
 @pytest.fixture(scope="module")
 def trains(table: Tensor) -> TensorTrain:
-    return TensorTrain.decompose(table, table.nbytes, options=TensorTrainOptions(max_rank=4))
+    return TensorTrain.decompose(table, table.nbytes, options=TensorTrainConfig(max_rank=4))
 
 
 @pytest.fixture(scope="module")
 def matrix() -> TensorTrainMatrix:
-    shapes = TensorTrainMatrixOptions(max_rank=128).shapes_for(VOCAB_SIZE, DIM)
+    shapes = TensorTrainMatrixConfig(max_rank=128).shapes_for(VOCAB_SIZE, DIM)
     factors = TensorTrainMatrix(VOCAB_SIZE, DIM, *shapes, [1, 128, 128, 1])
     factors.initialize(0.02)
     return factors
 
 
 def test_tensor_gpt_is_15_times_faster_than_a_loop_over_tokens(benchmark, table: Tensor) -> None:
-    options = TensorTrainOptions(max_rank=4)
+    options = TensorTrainConfig(max_rank=4)
 
     def ours() -> TensorTrain:
         return TensorTrain.decompose(table, table.nbytes, options=options)

@@ -145,7 +145,7 @@ def test_one_callback_serves_one_model_after_the_other(foreign: SimpleNamespace,
 
 def test_report_and_logged_values(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="run")
-    callback = GroupReduce(size="7kB", at_epoch=1, refine_at_epochs=[2], groups=2, variant="paper")
+    callback = GroupReduce(size="7kB", at_epoch=1, refine_at_epochs=[2], groups=2)
     model = foreign.model()
     make_trainer(callback, logger=logger, max_epochs=4).fit(model, **foreign.loaders())
 

@@ -31,7 +31,7 @@ MakeTrainer = Callable[..., Trainer]
 
 
 def _callback() -> EmbeddingCompression:
-    return EmbeddingCompression("group_reduce", ratio=2, at_epoch=1, groups=3, variant="paper")
+    return EmbeddingCompression("group_reduce", ratio=2, at_epoch=1, groups=3)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_embcompress import EmbeddingCompression, GroupReduce, TransformCoding, compress
+from lightning_embcompress import EmbeddingCompression, TransformCoding, compress
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.callbacks import asked
@@ -88,18 +88,20 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
     model, before, after = foreign.model(), Keep(), Keep()
-    callback = GroupReduce(ratio=3, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
+    callback = EmbeddingCompression("shared_basis", ratio=3, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
     logger = CSVLogger(tmp_path / "logs")
     with caplog.at_level("INFO"):
         make_trainer(before, callback, after, max_epochs=4, logger=logger).fit(model, **foreign.loaders())
-    assert "group_reduce: variant='loss', by statistics of 20 batches of the training data." in caplog.text
+    assert (
+        "shared_basis: errors are weighed by what the loss grows by, by statistics of 20 batches of the training data."
+        in caplog.text
+    )
     assert "The loss was predicted to grow by" in caplog.text
     shown = capsys.readouterr().out
     assert "all together" in shown
     assert "predicted loss" in shown
     report = json.loads((Path(logger.log_dir) / "report.json").read_text())
     assert all(table["predicted_loss"] > 0 for table in report["tables"])
-    assert {table.options["variant"] for table in plan_of(model).tables} == {"loss"}
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["step"] == "24"]
     logged = {name: float(value) for row in rows for name, value in row.items() if value}
@@ -122,7 +124,7 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
 def test_refinement_is_in_the_metric_of_the_loss_too(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     model, before, after = foreign.model(), Keep(), Keep()
     statistics = _statistics(foreign, model)
-    callback = GroupReduce(ratio=3, at_epoch=1, refine_at_epochs=[2], statistics=statistics)
+    callback = EmbeddingCompression("shared_basis", ratio=3, at_epoch=1, refine_at_epochs=[2], statistics=statistics)
     make_trainer(before, callback, after).fit(model, **foreign.loaders())
     sizes = {entry["modules"][0]: entry["max_bytes"] for entry in callback.state_dict()["compressed"]}
     for table in plan_of(model).tables:
@@ -182,7 +184,7 @@ def test_the_smallest_tables_within_a_limit(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = foreign.model()
-    callback = GroupReduce(max_perplexity_increase="5%", at_epoch=2)
+    callback = EmbeddingCompression("shared_basis", max_perplexity_increase="5%", at_epoch=2)
     with caplog.at_level("INFO"):
         make_trainer(callback).fit(model, **foreign.loaders())
     perplexity = json.loads((tmp_path / "report.json").read_text())["perplexity"]
@@ -230,12 +232,11 @@ def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: Make
 @pytest.mark.parametrize(
     ("by_hand", "arguments", "reason"),
     [
-        (True, {}, "variant='paper', because ByHand optimizes by hand"),
-        (False, {"statistics_batches": 0}, "variant='paper', because statistics_batches=0 leaves out"),
-        (False, {"grouping": "kmeans"}, "variant='paper', because grouping='kmeans' is of the published algorithm"),
+        (True, {}, "by the frequency of tokens alone, because ByHand optimizes by hand"),
+        (False, {"statistics_batches": 0}, "by the frequency of tokens alone, because statistics_batches=0 leaves out"),
     ],
 )
-def test_without_statistics_it_is_the_published_algorithm(
+def test_without_statistics_rows_count_by_their_frequency(
     foreign: SimpleNamespace,
     make_trainer: MakeTrainer,
     caplog: pytest.LogCaptureFixture,
@@ -246,28 +247,26 @@ def test_without_statistics_it_is_the_published_algorithm(
     model = _by_hand(foreign.Foreign)() if by_hand else foreign.model()
     expected, after = deepcopy(model), Keep()
     counts = _statistics(foreign, expected).token_counts
-    options = {name: value for name, value in arguments.items() if name == "grouping"}
-    compress(expected, "group_reduce", ratio=2, groups=3, variant="paper", token_counts=counts, **options)
-    callback = GroupReduce(ratio=2, groups=3, token_counts=counts, **arguments)
+    compress(expected, "shared_basis", ratio=2, groups=3, token_counts=counts)
+    callback = EmbeddingCompression("shared_basis", ratio=2, groups=3, token_counts=counts, **arguments)
     with caplog.at_level("INFO"):
         make_trainer(callback, after, max_epochs=1).fit(model, **foreign.loaders())
     assert reason in caplog.text
     torch.testing.assert_close(dict(after.models[0].state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
-    assert {table.options["variant"] for table in plan_of(model).tables} == {"paper"}
 
 
 def test_optimized_by_hand_with_given_statistics(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     model = _by_hand(foreign.Foreign)()
-    callback = GroupReduce(ratio=2, at_epoch=0, refine_at_epochs=[1], statistics=_statistics(foreign, model))
+    callback = EmbeddingCompression(
+        "shared_basis", ratio=2, at_epoch=0, refine_at_epochs=[1], statistics=_statistics(foreign, model)
+    )
     make_trainer(callback).fit(model, **foreign.loaders())
-    assert {table.options["variant"] for table in plan_of(model).tables} == {"loss"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variant": "loss"}, r"variant='loss' has to know what errors cost: ByHand optimizes by hand .* give statist"),
-        ({"method": "auto"}, r"method='auto' has to know what errors cost: ByHand optimizes by hand"),
+        ({"method": "auto"}, r"method='auto' has to know what errors cost: ByHand optimizes by hand .* give statist"),
         (
             {"ratio": None, "max_perplexity_increase": 0.1},
             r"max_perplexity_increase=0.1 has to know what errors cost: ByHand optimizes by hand",
@@ -278,7 +277,7 @@ def test_optimized_by_hand_with_given_statistics(foreign: SimpleNamespace, make_
 def test_optimized_by_hand_what_needs_statistics_is_refused(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, arguments: dict[str, Any], message: str
 ) -> None:
-    trainer = make_trainer(EmbeddingCompression(**{"method": "group_reduce", "ratio": 2, **arguments}))
+    trainer = make_trainer(EmbeddingCompression(**{"method": "shared_basis", "ratio": 2, **arguments}))
     with pytest.raises(ValueError, match=message):
         trainer.fit(_by_hand(foreign.Foreign)(), **foreign.loaders())
     assert trainer.global_step == 0
@@ -294,7 +293,7 @@ def test_optimized_by_hand_what_needs_statistics_is_refused(
             "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is 'one'",
         ),
         (
-            {"max_perplexity_increase": "1%", "variant": "paper"},
+            {"max_perplexity_increase": "1%", "method": "group_reduce"},
             "max_perplexity_increase cannot be predicted for method 'group_reduce'",
         ),
         (
@@ -306,16 +305,14 @@ def test_optimized_by_hand_what_needs_statistics_is_refused(
             {"max_perplexity_increase": 0.1, "statistics_batches": 0},
             "max_perplexity_increase=0.1 has to know .* statistics_batches=0 leaves no way",
         ),
-        ({"ratio": 2, "variant": "loss", "statistics_batches": 0}, "variant='loss' has to know what errors cost"),
         ({"ratio": 2, "method": "auto", "statistics_batches": 0}, "method='auto' has to know what errors cost"),
         ({"ratio": 2, "refresh_statistics": True, "statistics_batches": 0}, "nothing to collect them from"),
         ({"ratio": 2, "statistics": "file", "token_counts": [1, 2]}, "give statistics or token_counts, not both"),
-        ({"ratio": 2, "variant": "best"}, "variant must be 'paper' or 'loss', it is 'best'"),
     ],
 )
 def test_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EmbeddingCompression(**{"method": "group_reduce", **arguments})
+        EmbeddingCompression(**{"method": "shared_basis", **arguments})
 
 
 def test_statistics_of_another_model_are_refused_before_the_first_step(
@@ -332,7 +329,7 @@ def test_statistics_of_another_model_are_refused_before_the_first_step(
         (tmp_path / "damaged", "cannot be read as statistics"),
         (str(tmp_path / "missing"), "there is no file .* with statistics"),
     ):
-        trainer = make_trainer(GroupReduce(ratio=2, at_epoch=1, statistics=statistics))  # type: ignore[arg-type]
+        trainer = make_trainer(EmbeddingCompression("shared_basis", ratio=2, at_epoch=1, statistics=statistics))  # type: ignore[arg-type]
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             trainer.fit(foreign.model(), **foreign.loaders())
         assert trainer.global_step == 0

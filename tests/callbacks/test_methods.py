@@ -23,7 +23,7 @@ VOCAB_SIZE, DIM = 150, 16
 
 def _callback(method: str, tie: Any) -> EmbeddingCompression:
     chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.config())
     # The bytes of a tied table that becomes two are shared between them; no method needs more than the table.
     parts = 2 if tie == "untie" else 1
     ratio = VOCAB_SIZE * DIM * 4 / max(parts * smallest, VOCAB_SIZE * DIM * 4 / 1.5)

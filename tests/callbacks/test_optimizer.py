@@ -234,7 +234,9 @@ def test_momentum_goes_on_as_that_of_the_factors() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_momentum_of_every_method_is_a_gradient(method: str) -> None:
     model = nn.Sequential(nn.Embedding(150, 16)).double()
-    compress(model, method, ratio=1.5, token_counts=torch.arange(150, 0, -1) if METHODS[method].needs_counts else None)
+    compress(
+        model, method, ratio=1.5, token_counts=torch.arange(150, 0, -1) if METHODS[method].config.needs_counts else None
+    )
     table = model[0].factorization
     moment = torch.randn(150, 16, generator=torch.Generator().manual_seed(1)).double()
     found = pull_back(table, moment)

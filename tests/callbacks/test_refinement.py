@@ -16,7 +16,7 @@ from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks.optimizer import splice
 from lightning_embcompress.callbacks.residual import open_table, write_residual, write_target
 from lightning_embcompress.layers.compressed import CompressedLayer
-from lightning_embcompress.methods.registry import BlockLowRank, GroupReduceOptions, LowRank
+from lightning_embcompress.methods.registry import BlockLowRank, GroupReduceConfig, LowRank
 from lightning_embcompress.tables.replacement import replace_table
 
 MakeTrainer = Callable[..., Trainer]
@@ -190,7 +190,7 @@ def test_a_layer_that_other_code_replaced(foreign: SimpleNamespace, make_trainer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_residual_files(tmp_path: Path, dtype: torch.dtype) -> None:
     table = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    factors = BlockLowRank.decompose(table, table.nbytes // 2 + 600, None, GroupReduceOptions(groups=2))
+    factors = BlockLowRank.decompose(table, table.nbytes // 2 + 600, None, GroupReduceConfig(groups=2))
     path = tmp_path / "made" / "table.bin"
     checksum = write_residual(path, table, factors)
     residual = open_table(path, factors, checksum)

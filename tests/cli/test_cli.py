@@ -346,7 +346,7 @@ def test_names_of_shipped_recipes(toys: ModuleType, tmp_path: Path, monkeypatch:
 def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shipped(monkeypatch, tmp_path)
     options = dataclass(type("Options", (), {"__annotations__": {"groups": "int", "weighted": "bool"}}))
-    factorization: Any = SimpleNamespace(options_class=options)
+    factorization: Any = SimpleNamespace(config_class=options)
     methods = {"group_reduce": Method(factorization, "A method of the test", fixed={"weighted": True})}
     monkeypatch.setattr("lightning_embcompress.methods.registry.METHODS", methods, raising=False)
     assert cli.main(["list"]) == 0

@@ -41,7 +41,7 @@ def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> Non
     assert "Zipf" not in shell.printed()
     assert _report("again")["token_counts"] == "statistics"
     # As it was before it was known what errors cost.
-    assert shell("compress", gpt2, "paper", "--ratio", 2, "--text", text, "--variant", "paper") == 0
+    assert shell("compress", gpt2, "paper", "--ratio", 2, "--text", text, "--method", "group_reduce") == 0
     assert _report("paper")["statistics"] is None
     assert _report("paper")["tables"][0]["predicted_loss"] is None
 
@@ -97,10 +97,12 @@ def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> N
             "--max_perplexity_increase is for methods that weigh errors by what the",
         ),
         ("--ratio 2 --method auto", "--method auto has to know what errors cost: give a text with --text, without"),
-        ("--ratio 2 --variant loss", "--variant loss has to know what errors cost: give a text with --text, without"),
         ("--ratio 2 --statistics absent", "--statistics absent: there is no such file; to write it give a text with"),
         ("--ratio 2 --text text.txt --statistics no/folder", "--statistics no/folder: there is no folder 'no'"),
-        ("--ratio 2 --variant paper --statistics text.txt", "--statistics is for methods that weigh errors by what"),
+        (
+            "--ratio 2 --method group_reduce --statistics text.txt",
+            "--statistics is for methods that weigh errors",
+        ),
     ],
 )
 def test_a_wrong_command_line(words: str, message: str, shell: Any, gpt2: Path, text: Path) -> None:

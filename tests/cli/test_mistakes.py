@@ -39,7 +39,7 @@ from lightning_embcompress.utils.files import staged
         (
             "SOURCE out --ration 2",
             "there is no option --ration, neither of the command (embcompress compress --help) nor of the method "
-            "'group_reduce', which has --variant, --groups",
+            "'group_reduce', which has --groups",
         ),
         ("SOURCE out --ratio 2 --groups", "--groups needs a value"),
         ("SOURCE out --ratio 2 --groups --overwrite", "--groups needs a value"),

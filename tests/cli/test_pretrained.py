@@ -39,7 +39,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 def test_compress_a_hugging_face_directory(shell: Any, gpt2: Path, text: Path) -> None:
     logging.enable_progress_bar()
-    assert shell("compress", gpt2, "out", "--ratio", 1.4, "--groups", 3, "--variant", "paper", "--text", text) == 0
+    assert shell("compress", gpt2, "out", "--ratio", 1.4, "--groups", 3, "--text", text) == 0
     logging.disable_progress_bar()
     captured = shell.capsys.readouterr()
     assert captured.err == "", "nothing of transformers' own"
@@ -64,7 +64,7 @@ def test_compress_a_hugging_face_directory(shell: Any, gpt2: Path, text: Path) -
     # The same as in Python.
     ids = torch.tensor(tokenizer(shell.sentences)["input_ids"] + [0])
     counts = torch.bincount(ids[: len(ids) * 9 // 10], minlength=_VOCAB)
-    plan = compress(dense, "group_reduce", ratio=1.4, groups=3, variant="paper", token_counts=counts)
+    plan = compress(dense, "group_reduce", ratio=1.4, groups=3, token_counts=counts)
     assert plan_of(model) == plan
     assert torch.equal(model(_IDS).logits, dense(_IDS).logits)
     report = _read("out/report.json")

@@ -202,7 +202,7 @@ def test_a_skeleton_has_the_state_of_its_model(method: str) -> None:
         if plan is None:
             chosen = METHODS[method]
             # Not every method reaches every ratio.
-            smallest = chosen.factorization.smallest_bytes(_VOCAB, 16, 4, chosen.options())
+            smallest = chosen.factorization.smallest_bytes(_VOCAB, 16, 4, chosen.config())
             ratio = min(2, 64 * _VOCAB / smallest)
             plan = compress(model, method, ratio=ratio, token_counts=torch.arange(_VOCAB, 0, -1))
         skeleton = build_skeleton(model.state_dict(), plan, "it")

@@ -277,7 +277,7 @@ def test_statistics_are_asked_for_once_where_they_are_used(tmp_path: Path) -> No
         ids = torch.arange(VOCAB_SIZE).reshape(10, -1)
         return collect_statistics(model, [ids], loss_fn, token_counts=COUNTS)
 
-    run(tmp_path, statistics=statistics, methods=["low_rank", "group_reduce:variant=paper"], ratios=[2.0], bits=(8,))
+    run(tmp_path, statistics=statistics, methods=["low_rank", "group_reduce"], ratios=[2.0], bits=(8,))
     assert calls == []
     methods = ["weighted_low_rank", "transform_coding"]
     points = run(tmp_path, statistics=statistics, methods=methods, ratios=[2.0], bits=(8,))
@@ -289,7 +289,7 @@ def test_statistics_are_asked_for_once_where_they_are_used(tmp_path: Path) -> No
     assert by_method["weighted_low_rank"].predicted_loss is not None
     assert by_method["low_rank"].predicted_loss is None
     # What needs them says so where there are none.
-    other = run(tmp_path / "other", methods=["group_reduce:variant=loss"], ratios=[2.0], bits=())[-1]
+    other = run(tmp_path / "other", methods=["auto"], ratios=[2.0], bits=())[-1]
     assert (other.stored_bytes, "statistics" in other.note) == (None, True)
 
 
@@ -340,7 +340,7 @@ def test_methods_are_read_as_they_are_written() -> None:
     assert Trial.parse("tensor_train:shape=[4, 4, 2],max_rank=2").options == {"shape": [4, 4, 2], "max_rank": 2}
 
 
-OPTIONS = ("--methods", "low_rank", "group_reduce:variant=paper,groups=3", "transform_coding", "--ratios", 1.5, 3)
+OPTIONS = ("--methods", "low_rank", "group_reduce:groups=3", "transform_coding", "--ratios", 1.5, 3)
 OPTIONS = (*OPTIONS, "--bits", 8, "--bands", 10, 100)
 
 

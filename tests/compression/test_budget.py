@@ -106,7 +106,7 @@ def test_numbers_of_numpy_are_recorded_as_plain_ones(
 
 
 def test_options_that_fix_the_size_are_all_tested() -> None:
-    assert set(_SIZES) == {name for name in _METHODS if METHODS[name].options().size_options}
+    assert set(_SIZES) == {name for name in _METHODS if METHODS[name].config().size_fields}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -115,7 +115,7 @@ def test_an_option_that_fixes_the_size_takes_the_place_of_a_ratio(method: str, t
     model = _Model(tied=tied)
     plan = compress(model, method, token_counts=_counts(), **_SIZES[method])
     chosen = METHODS[method]
-    options = chosen.options(**_SIZES[method])
+    options = chosen.config(**_SIZES[method])
     assert options.fixes_size
     for table in plan.tables:
         assert table.options == _SIZES[method]
@@ -137,7 +137,7 @@ def test_an_option_that_fixes_the_size_takes_the_place_of_a_ratio(method: str, t
 
 @pytest.mark.parametrize("method", sorted(_SIZES))
 def test_an_option_that_fixes_the_size_excludes_a_ratio(method: str) -> None:
-    (name,) = METHODS[method].options().size_options
+    (name,) = METHODS[method].config().size_fields
     for budget in ({"ratio": 2}, {"size": "10kB"}):
         with pytest.raises(
             ValueError, match=rf"give exactly one of ratio, size, max_perplexity_increase and {name}: ratio is "
@@ -188,7 +188,7 @@ def test_sizes_that_are_not_possible_change_nothing(method: str, given: dict[str
 def test_untying_gives_each_role_factors_of_half_the_bytes(method: str) -> None:
     model, fresh = _Model(2000, tied=True), _Model(2000, tied=True)
     table = model.encoder.weight.detach().clone()
-    smallest = METHODS[method].factorization.smallest_bytes(2000, 16, 4, METHODS[method].options())
+    smallest = METHODS[method].factorization.smallest_bytes(2000, 16, 4, METHODS[method].config())
     size = max(2 * smallest, table.nbytes // 3)
     # What does not get below two halves of the table cannot be untied.
     if 2 * smallest >= table.nbytes:

@@ -31,7 +31,7 @@ def _compressed(tied: bool = False, method: str = "group_reduce") -> nn.ModuleDi
     model = _model(tied)
     chosen = METHODS[method]
     # Not every method reaches every ratio.
-    smallest = chosen.factorization.smallest_bytes(1000, 16, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(1000, 16, 4, chosen.config())
     compress(model, method, ratio=min(2, 64_000 / smallest), token_counts=torch.arange(1000, 0, -1))
     return model
 

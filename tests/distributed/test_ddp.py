@@ -25,7 +25,7 @@ CASES = {
     },
 }
 MORE: dict[str, Any] = {
-    "paper": {"callbacks": [{**GROUP_REDUCE, "variant": "paper"}], "resume_from": [0, 1, 2, 3]},
+    "paper": {"callbacks": [{**GROUP_REDUCE}], "resume_from": [0, 1, 2, 3]},
     "statistics anew": {"callbacks": [{**GROUP_REDUCE, "refresh_statistics": True}], "resume_from": [0, 1, 2, 3]},
     "refined": {**CASES["refined"], "resume_from": [0, 1, 2, 3], "strategy": {"gradient_as_bucket_view": True}},
     "each its own": {

@@ -114,23 +114,20 @@ def test_one_process_compresses_as_compress_does() -> None:
     case = CASES["group_reduce"]
     one, other = ShardedModel(case), ShardedModel(case)
     counts = torch.arange(VOCAB_SIZE)
-    plan = compress_or_restore(one, "group_reduce", ratio=2, token_counts=counts)
-    assert plan == compress(other, "group_reduce", ratio=2, token_counts=counts) == plan_of(one)
+    plan = compress_or_restore(one, "shared_basis", ratio=2, token_counts=counts)
+    assert plan == compress(other, "shared_basis", ratio=2, token_counts=counts) == plan_of(one)
     _compare(dict(one.state_dict()), dict(other.state_dict()), 0.0)
 
 
 def test_one_process_compresses_by_the_loss_as_compress_does() -> None:
     one, other = ShardedModel(CASES["layers"]), ShardedModel(CASES["layers"])
     known = statistics(torch.arange(VOCAB_SIZE))
-    plan = compress_or_restore(one, "group_reduce", ratio=2, statistics=known)
-    assert plan == compress(other, "group_reduce", ratio=2, statistics=known)
+    plan = compress_or_restore(one, "shared_basis", ratio=2, statistics=known)
+    assert plan == compress(other, "shared_basis", ratio=2, statistics=known)
     assert plan.predicted_loss is not None
     _compare(dict(one.state_dict()), dict(other.state_dict()), 0.0)
-    for options in ({"method": "auto"}, {"method": "group_reduce", "variant": "loss"}):
-        with pytest.raises(ValueError, match="has to know what errors cost: give statistics"):
-            compress_or_restore(
-                ShardedModel(CASES["layers"]), ratio=2, token_counts=torch.arange(VOCAB_SIZE), **options
-            )
+    with pytest.raises(ValueError, match="has to know what errors cost: give statistics"):
+        compress_or_restore(ShardedModel(CASES["layers"]), "auto", ratio=2, token_counts=torch.arange(VOCAB_SIZE))
 
 
 def test_what_is_compressed_stays_as_it_is() -> None:

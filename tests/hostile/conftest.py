@@ -72,7 +72,7 @@ def compressed(method: str) -> Model:
     model = Model()
     counts = torch.arange(VOCAB_SIZE, 0, -1)
     chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.config())
     compress(model, method, ratio=min(1.6, VOCAB_SIZE * DIM * 4 / smallest), token_counts=counts)
     return model
 

@@ -52,7 +52,7 @@ def _compressed(method: str = "group_reduce", ratio: float = 3, **given: Any) ->
     model = _Model(**given)
     chosen = METHODS[method]
     # Not every method reaches every ratio.
-    smallest = chosen.factorization.smallest_bytes(*model.encoder.weight.shape, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(*model.encoder.weight.shape, 4, chosen.config())
     ratio = min(ratio, model.encoder.weight.nbytes / smallest)
     compress(model, method, ratio=ratio, token_counts=torch.arange(len(model.encoder.weight), 0, -1))
     return model

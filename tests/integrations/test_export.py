@@ -35,7 +35,7 @@ def _compressed(method: str) -> tuple[Model, Plan]:
     torch.manual_seed(0)
     model = Model().eval()
     chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.config())
     return model, compress(model, method, size=max(smallest, VOCAB_SIZE * DIM * 4 // 3), token_counts=COUNTS)
 
 

@@ -122,7 +122,7 @@ def _build(family: str, **given: Any) -> Any:
 def _compress(model: Any, method: str = "low_rank", ratio: float = 1.3, **given: Any) -> Plan:
     chosen, dim = METHODS[method], model.get_input_embeddings().embedding_dim
     # Not every method reaches every ratio.
-    smallest = chosen.factorization.smallest_bytes(_VOCAB, dim, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(_VOCAB, dim, 4, chosen.config())
     ratio = min(ratio, _VOCAB * dim * 4 / smallest)
     return compress(model, method, ratio=ratio, token_counts=torch.arange(_VOCAB, 0, -1), **given)
 

@@ -44,7 +44,7 @@ def _build(seed: int = 0, **given: Any) -> Any:
 def _compressed(method: str = "group_reduce", **given: Any) -> Any:
     model, chosen = _build(**given), METHODS[method]
     # Not every method reaches every ratio.
-    smallest = chosen.factorization.smallest_bytes(_VOCAB, 32, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(_VOCAB, 32, 4, chosen.config())
     compress(model, method, ratio=min(1.5, _VOCAB * 32 * 4 / smallest), token_counts=torch.arange(_VOCAB, 0, -1))
     return model
 

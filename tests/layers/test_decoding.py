@@ -20,9 +20,9 @@ def _head(method: str, dtype: torch.dtype = torch.float32, bias: bool = True) ->
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(VOCAB_SIZE, DIM, generator=generator, dtype=torch.float64).to(dtype)
     chosen = METHODS[method]
-    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, table.element_size(), chosen.options())
+    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, table.element_size(), chosen.config())
     counts = torch.randperm(VOCAB_SIZE, generator=generator) + 1
-    factors = chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.options())
+    factors = chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.config())
     own = nn.Parameter(torch.randn(VOCAB_SIZE, generator=generator).to(dtype))
     return CompressedLinear(factors, own if bias else None)
 
@@ -192,7 +192,7 @@ def test_samples_are_of_the_distribution(options: dict[str, Any]) -> None:
 def test_large_vocabularies_are_drawn_from_in_runs() -> None:
     table = torch.zeros(5000, 2)
     table[4321] = 1
-    factors = METHODS["low_rank"].factorization.decompose(table, table.nbytes, None, METHODS["low_rank"].options())
+    factors = METHODS["low_rank"].factorization.decompose(table, table.nbytes, None, METHODS["low_rank"].config())
     head = CompressedLinear(factors)
     hidden = torch.full((2000, 2), 5.0)
     ids = head.sample(hidden, generator=torch.Generator().manual_seed(0))

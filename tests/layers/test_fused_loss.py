@@ -26,9 +26,9 @@ def _head(method: str, dtype: torch.dtype = torch.float64, bias: bool = True) ->
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(VOCAB_SIZE, DIM, generator=generator, dtype=torch.float64).to(dtype)
     chosen = METHODS[method]
-    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, table.element_size(), chosen.options())
+    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, table.element_size(), chosen.config())
     counts = torch.randperm(VOCAB_SIZE, generator=generator) + 1
-    factors = chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.options())
+    factors = chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.config())
     own = nn.Parameter(torch.randn(VOCAB_SIZE, generator=generator).to(dtype))
     return CompressedLinear(factors, own if bias else None)
 

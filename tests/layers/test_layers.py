@@ -19,8 +19,8 @@ def _factors(method: str = "low_rank", vocab_size: int = 200, dim: int = 8) -> F
     chosen = METHODS[method]
     table = torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(0))
     counts = torch.arange(vocab_size, 0, -1)
-    max_bytes = max(int(table.nbytes / 1.5), chosen.factorization.smallest_bytes(vocab_size, dim, 4, chosen.options()))
-    return chosen.factorization.decompose(table, max_bytes, counts, chosen.options())
+    max_bytes = max(int(table.nbytes / 1.5), chosen.factorization.smallest_bytes(vocab_size, dim, 4, chosen.config()))
+    return chosen.factorization.decompose(table, max_bytes, counts, chosen.config())
 
 
 def _reference(factors: Factorization[torch.nn.Module], **given: object) -> nn.Embedding:

@@ -61,7 +61,7 @@ class Plain(LanguageModel):
 
 
 def _callback(**changes: Any) -> GroupReduce:
-    fixed: dict[str, Any] = {"ratio": 1.3, "groups": 2, "variant": "paper", "at_epoch": 1, "token_counts": COUNTS}
+    fixed: dict[str, Any] = {"ratio": 1.3, "groups": 2, "at_epoch": 1, "token_counts": COUNTS}
     return GroupReduce(**fixed | changes)
 
 

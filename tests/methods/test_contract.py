@@ -42,7 +42,7 @@ def _problem(vocab_size: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tu
 def _budget(method: str, table: Tensor, ratio: float) -> int:
     """Bytes at a ratio, or the fewest that a method needs for a table: some cannot make small ones much smaller."""
     chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(*table.shape, table.element_size(), chosen.options())
+    smallest = chosen.factorization.smallest_bytes(*table.shape, table.element_size(), chosen.config())
     return max(smallest, int(table.nbytes / ratio))
 
 
@@ -52,7 +52,7 @@ def _decomposed(
     """Some structure of a method, its parameters shaken so that nothing holds only for fresh solutions."""
     table, counts = _problem(vocab_size, dim, dtype, seed)
     chosen = METHODS[method]
-    factors = chosen.factorization.decompose(table, _budget(method, table, ratio), counts, chosen.options())
+    factors = chosen.factorization.decompose(table, _budget(method, table, ratio), counts, chosen.config())
     _shake(factors, seed)
     return factors
 
@@ -311,19 +311,19 @@ def test_budget_is_never_exceeded(
 ) -> None:
     table, counts = _problem(vocab_size, dim, dtype, seed)
     chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(vocab_size, dim, dtype.itemsize, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(vocab_size, dim, dtype.itemsize, chosen.config())
     # From the very smallest on: what is called possible must be.
     max_bytes = smallest + int(part * max(0, table.nbytes - smallest))
     before = table.clone()
     shares: list[float] = []
-    factors = chosen.factorization.decompose(table, max_bytes, counts, chosen.options(), shares.append)
+    factors = chosen.factorization.decompose(table, max_bytes, counts, chosen.config(), shares.append)
     assert factors.stored_bytes() <= max_bytes
     assert factors.dtype == dtype
     assert torch.equal(table, before)
     assert sum(shares) == pytest.approx(1)
     # One byte less than this result takes is another budget.
     if (less := factors.stored_bytes() - 1) >= smallest:
-        assert chosen.factorization.decompose(table, less, counts, chosen.options()).stored_bytes() <= less
+        assert chosen.factorization.decompose(table, less, counts, chosen.config()).stored_bytes() <= less
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -331,9 +331,9 @@ def test_the_weight_of_a_layer_can_be_given_as_it_is(method: str) -> None:
     table, counts = _problem(100, 8, torch.float32)
     chosen = METHODS[method]
     budget = _budget(method, table, 2)
-    factors = chosen.factorization.decompose(nn.Parameter(table), budget, counts, chosen.options())
+    factors = chosen.factorization.decompose(nn.Parameter(table), budget, counts, chosen.config())
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in factors.parameters())
-    refined = factors.refined(nn.Parameter(2 * table), budget, counts, chosen.options())
+    refined = factors.refined(nn.Parameter(2 * table), budget, counts, chosen.config())
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in refined.parameters())
 
 
@@ -341,9 +341,9 @@ def test_the_weight_of_a_layer_can_be_given_as_it_is(method: str) -> None:
 def test_budget_that_is_too_small_is_refused(method: str) -> None:
     table, counts = _problem(500, 16, torch.float32)
     chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(500, 16, 4, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(500, 16, 4, chosen.config())
     with pytest.raises(ValueError, match=r"^\d+ (bytes|elements) do not (hold|cover) "):
-        chosen.factorization.decompose(table, smallest - 4, counts, chosen.options())
+        chosen.factorization.decompose(table, smallest - 4, counts, chosen.config())
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -351,10 +351,10 @@ def test_more_bytes_lower_the_error(method: str) -> None:
     # Columns enough that the ranks of all methods are different ones at these ratios.
     table, counts = _problem(600, 128, torch.float32)
     chosen = METHODS[method]
-    weights = row_weights(counts if chosen.needs_counts else None, 600)
+    weights = row_weights(counts if chosen.config.needs_counts else None, 600)
     errors = []
     for ratio in (8, 2.6, 1.4):
-        factors = chosen.factorization.decompose(table, int(table.nbytes / ratio), counts, chosen.options())
+        factors = chosen.factorization.decompose(table, int(table.nbytes / ratio), counts, chosen.config())
         assert factors.stored_bytes() <= table.nbytes / ratio
         errors.append(factors.weighted_error(table, weights))
         dense = factors.materialize()
@@ -365,13 +365,13 @@ def test_more_bytes_lower_the_error(method: str) -> None:
     assert errors[1] > errors[2] or errors[1] < 1e-4
 
 
-@pytest.mark.parametrize("method", [name for name in _METHODS if METHODS[name].needs_counts])
+@pytest.mark.parametrize("method", [name for name in _METHODS if METHODS[name].config.needs_counts])
 def test_weighting_by_counts_helps_the_frequent_rows(method: str) -> None:
     table, counts = _problem(600, 24, torch.float32)
     chosen, plain = METHODS[method], METHODS["low_rank"]
     budget = table.nbytes // 4
-    weighted = chosen.factorization.decompose(table, budget, counts, chosen.options())
-    unweighted = plain.factorization.decompose(table, budget, counts, plain.options())
+    weighted = chosen.factorization.decompose(table, budget, counts, chosen.config())
+    unweighted = plain.factorization.decompose(table, budget, counts, plain.config())
     weights = row_weights(counts, 600)
     assert weighted.weighted_error(table, weights) < unweighted.weighted_error(table, weights)
 

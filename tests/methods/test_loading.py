@@ -19,7 +19,7 @@ _CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def _decomposed(case: str) -> Factorization[Any]:
     method, given = _CASES[case]
     chosen = METHODS[method]
-    options = chosen.options(**given)
+    options = chosen.config(**given)
     generator = torch.Generator().manual_seed(0)
     weight, counts = torch.randn(60, 8, generator=generator), torch.randperm(60, generator=generator)
     max_bytes = max(weight.nbytes // 2, chosen.factorization.smallest_bytes(60, 8, 4, options))

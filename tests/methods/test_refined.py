@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_embcompress.methods.low_rank.factorization import alignment
 from lightning_embcompress.methods.numerics.gram import row_weights
-from lightning_embcompress.methods.registry import METHODS, BlockLowRank, Factorization, GroupReduceOptions, LowRank
+from lightning_embcompress.methods.registry import METHODS, BlockLowRank, Factorization, GroupReduceConfig, LowRank
 
 _METHODS = sorted(METHODS)
 # These improve what they start from; the others have a closed form.
@@ -35,12 +35,12 @@ def _counts() -> Tensor:
 def _budget(method: str = "group_reduce", itemsize: int = 4) -> int:
     """A third of the table, or the fewest bytes that a method can store it in."""
     chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(_VOCAB_SIZE, _DIM, itemsize, chosen.options())
+    smallest = chosen.factorization.smallest_bytes(_VOCAB_SIZE, _DIM, itemsize, chosen.config())
     return max(smallest, _VOCAB_SIZE * _DIM * itemsize // 3)
 
 
 def _options(method: str, **given: Any) -> Any:
-    return METHODS[method].options(**(given if method in ("group_reduce", "transform_coding") else {}))
+    return METHODS[method].config(**(given if method in ("group_reduce", "transform_coding") else {}))
 
 
 def _fresh(method: str, table: Tensor, **given: Any) -> Factorization[Any]:
@@ -49,7 +49,9 @@ def _fresh(method: str, table: Tensor, **given: Any) -> Factorization[Any]:
 
 
 def _error(method: str, factors: Factorization[Any], table: Tensor) -> float:
-    return factors.weighted_error(table, row_weights(_counts() if METHODS[method].needs_counts else None, _VOCAB_SIZE))
+    return factors.weighted_error(
+        table, row_weights(_counts() if METHODS[method].config.needs_counts else None, _VOCAB_SIZE)
+    )
 
 
 def _refined(method: str, factors: Factorization[Any], target: Tensor, **given: Any) -> Factorization[Any]:
@@ -135,10 +137,10 @@ def test_blocks_that_change_their_size_give_a_new_factorization() -> None:
     # Three clusters, each in a subspace of its own, that groups by frequency cut in the wrong places.
     sizes = [60, 120, 220]
     target = torch.cat([_random(n, 3, seed=n) @ _random(3, _DIM, seed=n + 1) for n in sizes])
-    weights, plain = torch.ones(_VOCAB_SIZE), GroupReduceOptions(groups=3, refine_rounds=0)
+    weights, plain = torch.ones(_VOCAB_SIZE), GroupReduceConfig(groups=3, refine_rounds=0)
     factors = BlockLowRank.decompose(target, _budget(), None, plain)
     before, parameters = factors.spec(), [parameter.detach().clone() for parameter in factors.parameters()]
-    refined = factors.refined(target, _budget(), None, GroupReduceOptions(refine_rounds=8, move_fraction=0.5))
+    refined = factors.refined(target, _budget(), None, GroupReduceConfig(refine_rounds=8, move_fraction=0.5))
     assert refined is not factors
     assert len(refined.sizes) == 3
     assert refined.sizes != factors.sizes
@@ -150,7 +152,7 @@ def test_blocks_that_change_their_size_give_a_new_factorization() -> None:
 
 def test_an_empty_last_block_stays() -> None:
     factors = BlockLowRank(_VOCAB_SIZE, _DIM, [300, 100, 0], [4, 2, 0])
-    refined = factors.refined(_table(), _budget(), _counts(), GroupReduceOptions(refine_rounds=0))
+    refined = factors.refined(_table(), _budget(), _counts(), GroupReduceConfig(refine_rounds=0))
     assert refined.sizes == [300, 100, 0]
     assert refined.weighted_error(_table(), torch.ones(_VOCAB_SIZE)) < 0.5
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Options
 from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.blocks import MOST_BLOCKS, RowBlocks
-from lightning_embcompress.methods.group_reduce.grouping import kmeans_groups
-from lightning_embcompress.methods.group_reduce.solver import BlockSolution, equal_frequency_groups, group_reduce
+from lightning_embcompress.methods.group_reduce.config import GroupReduceConfig
+from lightning_embcompress.methods.group_reduce.solver import BlockSolution, group_reduce
 from lightning_embcompress.methods.low_rank.factorization import aligned_bases
 from lightning_embcompress.methods.low_rank.solver import project
 from lightning_embcompress.methods.numerics.gram import row_units, row_weights, run_of
@@ -27,75 +26,12 @@ from lightning_embcompress.methods.quantizers.factors import PackedFactor, mater
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
 from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes
 from lightning_embcompress.methods.quantizers.quantization import Quantization
-from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks, check_blocks, plain_metric
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import Tiles
 from lightning_embcompress.utils.division import deal
 
 
-@dataclass(frozen=True)
-class GroupReduceOptions(Options):
-    """Options of GroupReduce.
-
-    Attributes:
-        variant: `paper` is the published algorithm. `loss` weighs errors by what they cost, gives ranks by marginal
-            gain and moves words at the price of their bytes (`solvers.shared_basis`). None for `loss` where the metric
-            of the loss is known, else `paper`.
-        groups: Number of blocks. None for 5 up to 30,000 words, else 20; of `loss`, as `auto`: the best of 1, 2, 4, ...
-            32 by the predicted loss.
-        refine_rounds: Most rounds of refinement; 0 for none.
-        move_fraction: Part of the candidates that move in a round of `paper`.
-        grouping: How `paper` groups words to begin with: groups of `equal` size, or by `kmeans` of their frequencies.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    variant: Literal["paper", "loss"] | None = None
-    groups: int | Literal["auto"] | None = None
-    refine_rounds: int = 5
-    move_fraction: float = 0.1
-    grouping: Literal["equal", "kmeans"] = "equal"
-    keeps_floats: ClassVar[bool] = True
-
-    @property
-    def uses_metric(self) -> bool:
-        """Not for the published algorithm, of which initial groups by k-means are a part."""
-        return self.variant != "paper" and self.grouping != "kmeans"
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.variant not in (None, "paper", "loss"):
-            raise ValueError(f"variant must be 'paper' or 'loss', it is {self.variant!r}")
-        if self.grouping not in ("equal", "kmeans"):
-            raise ValueError(f"grouping must be 'equal' or 'kmeans', it is {self.grouping!r}")
-        if self.variant == "loss" and self.grouping != "equal":
-            raise ValueError(f"grouping={self.grouping!r} is for variant='paper'; with 'loss' leave it out")
-        check_blocks(self.groups, self.refine_rounds)
-        if not 0 < self.move_fraction <= 1:
-            raise ValueError(f"move_fraction must be above 0 and at most 1, it is {self.move_fraction}")
-
-    def groups_for(self, vocab_size: int) -> int:
-        """Number of blocks of a table in `paper`.
-
-        Raises:
-            ValueError: If there are too many, or the table has fewer rows.
-        """
-        given = None if self.groups == "auto" else self.groups
-        groups = given or min(5 if vocab_size <= 30_000 else 20, vocab_size)
-        if groups > MOST_BLOCKS:
-            raise ValueError(f"groups must be at most {MOST_BLOCKS}, it is {groups}")
-        if groups > vocab_size:
-            raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {groups}")
-        return groups
-
-    def start(self, weights: Tensor) -> Tensor:
-        """`[vocab_size]` group of every row to begin with in `paper`."""
-        groups = self.groups_for(weights.numel())
-        return kmeans_groups(weights, groups) if self.grouping == "kmeans" else equal_frequency_groups(weights, groups)
-
-
-class BlockLowRank(RowBlocks[GroupReduceOptions]):
+class BlockLowRank(RowBlocks[GroupReduceConfig]):
     """`w_i ≈ u_i B_b` for row `i` of block `b`: what GroupReduce stores.
 
     Rows are kept in block order. On disk a row has a block index of `⌈log₂ blocks⌉` bits, from which the permutation
@@ -114,15 +50,14 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
 
     Example:
         >>> table, counts = torch.randn(1000, 64), torch.arange(1000, 0, -1)
-        >>> blocks = BlockLowRank.decompose(table, table.nbytes // 4, counts, GroupReduceOptions(groups=5))
+        >>> blocks = BlockLowRank.decompose(table, table.nbytes // 4, counts, GroupReduceConfig(groups=5))
         >>> blocks.rows(torch.tensor([3, 999])).shape, blocks.logits(torch.randn(2, 64)).shape
         (torch.Size([2, 64]), torch.Size([2, 1000]))
     """
 
     kind = "block_low_rank"
-    options_class = GroupReduceOptions
+    config_class = GroupReduceConfig
     divides = True
-    uses_metric = True
     shared_factors = ("basis",)
 
     def __init__(
@@ -244,12 +179,10 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
         vocab_size: int,
         dim: int,
         itemsize: int,
-        options: GroupReduceOptions | None = None,
+        options: GroupReduceConfig | None = None,
     ) -> int:
         """Bytes with rank 1 in every block, see `Factorization.smallest_bytes`."""
-        options = options or GroupReduceOptions()
-        if options.variant == "loss":
-            return SharedBasisBlocks.least_bytes(vocab_size, dim, itemsize, options.groups, ())
+        options = options or GroupReduceConfig()
         groups = options.groups_for(vocab_size)
         elements = smallest_elements([vocab_size // groups] * (groups - vocab_size % groups), dim)
         elements += smallest_elements([vocab_size // groups + 1] * (vocab_size % groups), dim)
@@ -274,23 +207,15 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: GroupReduceOptions | None = None,
+        options: GroupReduceConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Factorization[Any]:
-        """GroupReduce within a budget, see `Factorization.decompose` and `solvers.group_reduce`.
-
-        With `variant="loss"` and no metric all directions count the same, and rows by their counts.
+    ) -> Self:
+        """GroupReduce within a budget, see `Factorization.decompose` and `group_reduce.solver`.
 
         Raises:
             ValueError: If there are more groups than rows, or the bytes do not cover rank 1 in every block.
         """
-        options = options or GroupReduceOptions()
-        if options.variant == "loss" or (options.variant is None and metric is not None):
-            metric = metric or plain_metric(weight, token_counts)
-            return SharedBasisBlocks.solve(
-                weight, max_bytes, metric, options.groups, options.refine_rounds, (), advance=advance
-            )
+        options = options or GroupReduceConfig()
         weights = row_weights(token_counts, weight.shape[0], weight.device)
         groups, start = options.groups_for(weight.shape[0]), options.start(weights)
         return cls._from_solution(weight, cls._solve(weight, weights, max_bytes, start, groups, options, advance))
@@ -301,16 +226,15 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: GroupReduceOptions | None = None,
+        options: GroupReduceConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
     ) -> Self:
         """Refine from the blocks as they are, see `Factorization.refined`; there stay as many.
 
         Blocks that words have moved between may suit a table that has changed much no longer: frequency groups are
         tried beside them, and taken where they leave a weighted error that is clearly lower.
         """
-        options = options or GroupReduceOptions()
+        options = options or GroupReduceConfig()
         groups = len(self.sizes)
         weights = row_weights(token_counts, self.vocab_size, target.device)
         now = self.block_of_row.to(target.device)
@@ -338,7 +262,7 @@ class BlockLowRank(RowBlocks[GroupReduceOptions]):
         max_bytes: int,
         start: Tensor,
         groups: int,
-        options: GroupReduceOptions,
+        options: GroupReduceConfig,
         advance: Callable[[float], None],
     ) -> BlockSolution:
         vocab_size, dim = weight.shape

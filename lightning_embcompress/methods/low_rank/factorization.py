@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Options, is_exporting
+from lightning_embcompress.methods.base import Factorization, is_exporting
+from lightning_embcompress.methods.low_rank.config import LowRankConfig, WeightedLowRankConfig
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, weighted_low_rank
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
@@ -23,36 +23,7 @@ from lightning_embcompress.methods.tiles import TileMaker, Tiles
 from lightning_embcompress.utils.division import agree, deal
 
 
-@dataclass(frozen=True)
-class LowRankOptions(Options):
-    """Options of low rank.
-
-    Attributes:
-        rank: The rank, instead of a ratio.
-        weighted: Weight rows by their token counts, and directions by the metric of the loss where there is one; False
-            gives the plain truncated SVD.
-
-    Raises:
-        ValueError: If the rank is not positive.
-    """
-
-    rank: int | None = None
-    weighted: bool = True
-    size_options: ClassVar[tuple[str, ...]] = ("rank",)
-    keeps_floats: ClassVar[bool] = True
-
-    @property
-    def uses_metric(self) -> bool:
-        """Not for the plain SVD."""
-        return self.weighted
-
-    def __post_init__(self) -> None:
-        """Check the rank."""
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be 1 or more, it is {self.rank}")
-
-
-class LowRank(Factorization[LowRankOptions]):
+class LowRank(Factorization[LowRankConfig]):
     """`W ≈ U B`: the truncated SVD of the table, or of the table weighted by frequency or in the metric of the loss.
 
     Args:
@@ -73,9 +44,8 @@ class LowRank(Factorization[LowRankOptions]):
     """
 
     kind = "low_rank"
-    options_class = LowRankOptions
+    config_class = LowRankConfig
     divides = True
-    uses_metric = True
     shared_factors = ("basis",)
 
     def __init__(
@@ -133,13 +103,13 @@ class LowRank(Factorization[LowRankOptions]):
         return cls(vocab_size, dim, integer(spec, "rank"), dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: LowRankOptions | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: LowRankConfig | None = None) -> int:
         """Bytes at the rank asked for, or at rank 1.
 
         Raises:
             ValueError: If the rank asked for is above `min(vocab_size, dim)`.
         """
-        rank = (options or LowRankOptions()).rank or 1
+        rank = (options or WeightedLowRankConfig()).rank or 1
         if rank > min(vocab_size, dim):
             raise ValueError(
                 f"rank must be at most {min(vocab_size, dim)} for a table of {vocab_size} x {dim}, it is {rank}"
@@ -160,7 +130,7 @@ class LowRank(Factorization[LowRankOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: LowRankOptions | None = None,
+        options: LowRankConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -195,7 +165,7 @@ class LowRank(Factorization[LowRankOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: LowRankOptions | None = None,
+        options: LowRankConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -209,11 +179,11 @@ class LowRank(Factorization[LowRankOptions]):
         self,
         weight: Tensor,
         token_counts: Tensor | None,
-        options: LowRankOptions | None,
+        options: LowRankConfig | None,
         metric: Metric | None,
         align: bool = False,
     ) -> None:
-        weighted = (options or LowRankOptions()).weighted
+        weighted = (options or WeightedLowRankConfig()).uses_metric
         if weighted and metric is not None:
             coefficients, basis = low_rank_in_metric(weight, self.rank, metric)
         else:

@@ -3,93 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Options, is_exporting
+from lightning_embcompress.methods.base import Factorization, is_exporting
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
 from lightning_embcompress.methods.product_quantization.descent import descend
 from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
 from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.specs import positive_integers, stored_bytes
 
-# Bits of a code where none are given.
-_BITS = 8
 # Codes looked up for logits at a time.
 _CODES = 2**18
 # Hidden states, times subspaces over columns, up to which adding up products of centroids is faster than making rows.
 _FEW_STATES = 16
 
 
-@dataclass(frozen=True)
-class ProductQuantizationOptions(Options):
-    """Options of product quantization.
-
-    Attributes:
-        subspaces: Parts of a row that have a code each, instead of a ratio.
-        bits: Bits of a code: a subspace has `2^bits` centroids, though not more than there are tokens. None for 8, or,
-            with a ratio, the most up to 8 at which the codebook takes at most half of the bytes.
-        rare_bits: Bits of the codes of rare tokens, which use only the first `2^rare_bits` centroids of the same
-            codebook (MGQE); None for the same as for all.
-        rare_fraction: Share of the vocabulary, the least frequent, that is rare.
-        max_iterations: Most iterations of k-means on a sample of the rows.
-        metric_rounds: In the metric of the loss, how often every subspace makes up for the errors that the others have
-            left; 0 for k-means alone.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    subspaces: int | None = None
-    bits: int | None = None
-    rare_bits: int | None = None
-    rare_fraction: float = 0.9
-    max_iterations: int = 10
-    metric_rounds: int = 3
-    size_options: ClassVar[tuple[str, ...]] = ("subspaces",)
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("subspaces", "max_iterations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, it is {value}")
-        if self.metric_rounds < 0:
-            raise ValueError(f"metric_rounds must be 0 or more, it is {self.metric_rounds}")
-        if self.bits is not None and not 1 <= self.bits <= 15:
-            raise ValueError(f"bits must be from 1 to 15, it is {self.bits}")
-        most = self.bits or _BITS
-        if self.rare_bits is not None and not 0 <= self.rare_bits < most:
-            raise ValueError(
-                f"rare_bits must be from 0 to {most - 1}, below those of other codes, it is {self.rare_bits}"
-            )
-        if not 0 < self.rare_fraction < 1:
-            raise ValueError(f"rare_fraction must be above 0 and below 1, it is {self.rare_fraction}")
-
-    def layouts(self, vocab_size: int) -> list[dict[str, int]]:
-        """Numbers of centroids that can be chosen from, the most first, as arguments of `ProductQuantization`."""
-        most = self.bits or _BITS
-        # A size that is fixed leaves nothing to choose, and bits that are given neither.
-        least = most if self.bits is not None or self.subspaces is not None else max(1, (self.rare_bits or 0) + 1)
-        layouts = []
-        for bits in range(most, least - 1, -1):
-            centroids = min(2**bits, vocab_size)
-            layout = {"centroids": centroids}
-            rare_tokens = 0 if self.rare_bits is None else int(self.rare_fraction * vocab_size)
-            if self.rare_bits is not None and rare_tokens:
-                layout |= {"rare_centroids": min(2**self.rare_bits, centroids), "rare_tokens": rare_tokens}
-            layouts.append(layout)
-        return layouts
-
-
-class ProductQuantization(Factorization[ProductQuantizationOptions]):
+class ProductQuantization(Factorization[ProductQuantizationConfig]):
     """Product quantization: columns are cut into subspaces, and a row has the code of a centroid in each.
 
     A code takes `⌈log₂ centroids⌉` bits on disk; in memory codes are unpacked to one or two bytes. The codebook is
@@ -122,9 +59,8 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
     """
 
     kind = "product_quantization"
-    options_class = ProductQuantizationOptions
+    config_class = ProductQuantizationConfig
     divides = True
-    uses_metric = True
     packed_codes: Tensor
     packed_rare_codes: Tensor
     packed_rare: Tensor
@@ -302,14 +238,14 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
 
     @classmethod
     def smallest_bytes(
-        cls, vocab_size: int, dim: int, itemsize: int, options: ProductQuantizationOptions | None = None
+        cls, vocab_size: int, dim: int, itemsize: int, options: ProductQuantizationConfig | None = None
     ) -> int:
         """Bytes with the subspaces asked for, or one, and the fewest centroids that the options allow.
 
         Raises:
             ValueError: If there are more subspaces than columns.
         """
-        options = options or ProductQuantizationOptions()
+        options = options or ProductQuantizationConfig()
         subspaces = options.subspaces or 1
         if subspaces > dim:
             raise ValueError(f"subspaces must be at most the {dim} columns of the table, it is {subspaces}")
@@ -332,7 +268,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: ProductQuantizationOptions | None = None,
+        options: ProductQuantizationConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -343,7 +279,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         Raises:
             ValueError: If not even one subspace fits.
         """
-        options = options or ProductQuantizationOptions()
+        options = options or ProductQuantizationConfig()
         vocab_size, dim = weight.shape
         itemsize = weight.element_size()
         if cls.smallest_bytes(vocab_size, dim, itemsize, options) > max_bytes:
@@ -377,7 +313,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: ProductQuantizationOptions | None = None,
+        options: ProductQuantizationConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -386,7 +322,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         The metric is as for `decompose`.
         """
         weights = row_weights(token_counts, self.vocab_size, target.device)
-        options = options or ProductQuantizationOptions()
+        options = options or ProductQuantizationConfig()
         rare, start = self.is_rare.to(target.device), self.codebook.to(target.device)
         self._solve(target, weights, rare, start, options, advance, metric)
         return self
@@ -397,7 +333,7 @@ class ProductQuantization(Factorization[ProductQuantizationOptions]):
         weights: Tensor,
         rare: Tensor,
         start: Tensor | None,
-        options: ProductQuantizationOptions,
+        options: ProductQuantizationConfig,
         advance: Callable[[float], None],
         metric: Metric | None,
     ) -> None:

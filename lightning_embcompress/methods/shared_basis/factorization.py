@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Options
+from lightning_embcompress.methods.base import Factorization
 from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units, run_of
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.quantizers.quantization import Quantization
+from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
 from lightning_embcompress.methods.shared_basis.layout import (
     KIND,
     bit_budget,
@@ -24,57 +24,14 @@ from lightning_embcompress.methods.shared_basis.layout import (
 )
 from lightning_embcompress.methods.shared_basis.solver import SharedBasis, shared_basis
 from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage
+from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 from lightning_embcompress.utils.division import agree, deal
 
-# Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
-_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 # Refinement changes the structure if that leaves less than this part of the loss.
 _CLEARLY = 0.85
 
 
-@dataclass(frozen=True)
-class TransformCodingOptions(Options):
-    """Options of transform coding.
-
-    Attributes:
-        groups: Number of blocks to begin with; None or `auto` for the best of 1, 2, 4, ... 32.
-        refine_rounds: Most rounds of moving rows between blocks; 0 for none.
-        bits: The one width of coefficients that are kept, 1 to 8; None for the best of 1, 2, 3, 4, 5, 6 and 8 for
-            every component of every block.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    groups: int | Literal["auto"] | None = None
-    refine_rounds: int = 5
-    bits: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        check_blocks(self.groups, self.refine_rounds)
-        if self.bits is not None and not 1 <= self.bits <= 8:
-            raise ValueError(f"bits must be from 1 to 8, it is {self.bits}")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths to choose from."""
-        return _WIDTHS if self.bits is None else (self.bits,)
-
-
-def check_blocks(groups: Any, refine_rounds: int) -> None:
-    """Check options that all methods with blocks have.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-    if groups not in (None, "auto") and (not isinstance(groups, int) or groups < 1):
-        raise ValueError(f"groups must be 1 or more, or 'auto', it is {groups!r}")
-    if refine_rounds < 0:
-        raise ValueError(f"refine_rounds must be 0 or more, it is {refine_rounds}")
-
-
-class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
+class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     """`w_i ≈ μ_b + u_i B` for row `i` of block `b`, `u_i` of as many components and bits as they are worth in `b`.
 
     Components are the leading ones of one basis for all blocks, so a table needs one small product with it whatever the
@@ -104,9 +61,8 @@ class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
     """
 
     kind = KIND
-    options_class = TransformCodingOptions
+    config_class = SharedBasisConfig
     divides = True
-    uses_metric = True
     latent_codes: ClassVar[Callable[[Any], Factorization[Any]]]
     """Makes the numbers behind the codes of a table; registered by `LatentCodes`, which is built on this class."""
 
@@ -115,11 +71,9 @@ class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
         return type(self).latent_codes(self) if self.is_coded else super().prepared(quantization)
 
     @classmethod
-    def smallest_bytes(
-        cls, vocab_size: int, dim: int, itemsize: int, options: TransformCodingOptions | None = None
-    ) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: SharedBasisConfig | None = None) -> int:
         """Bytes with only a mean in every block, see `Factorization.smallest_bytes`."""
-        options = options or TransformCodingOptions()
+        options = options or TransformCodingConfig()
         return cls.least_bytes(vocab_size, dim, itemsize, options.groups, options.widths)
 
     @classmethod
@@ -142,18 +96,18 @@ class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TransformCodingOptions | None = None,
+        options: SharedBasisConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
-        """Transform coding within a budget, see `Factorization.decompose` and `solvers.shared_basis`.
+        """Blocks, basis and coefficients within a budget, see `Factorization.decompose` and `shared_basis.solver`.
 
         Without a metric all directions count the same, and rows by their counts.
 
         Raises:
             ValueError: If the bytes do not cover the means of the blocks.
         """
-        options = options or TransformCodingOptions()
+        options = options or TransformCodingConfig()
         metric = metric or plain_metric(weight, token_counts)
         return cls.solve(
             weight, max_bytes, metric, options.groups, options.refine_rounds, options.widths, advance=advance
@@ -165,15 +119,14 @@ class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: Any = None,
+        options: SharedBasisConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
         """Solve again from the blocks as they are, and afresh, and take the better, see `Factorization.refined`."""
-        options = options or TransformCodingOptions()
+        options = options or TransformCodingConfig()
         metric = metric or plain_metric(target, token_counts)
-        # GroupReduce, which has floats, comes here too.
-        widths = options.widths if isinstance(options, TransformCodingOptions) else ()
+        widths = options.widths
         now = self.block_of_row.to(target.device)
         arguments = (target, max_bytes, metric, options.groups, options.refine_rounds, widths)
         starts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
@@ -236,8 +189,8 @@ class SharedBasisBlocks(SharedBasisStorage[TransformCodingOptions]):
             weight: `[vocab_size, dim]` table.
             max_bytes: Most bytes that may be stored.
             metric: What an error costs.
-            groups: See `TransformCodingOptions`.
-            refine_rounds: See `TransformCodingOptions`.
+            groups: See `SharedBasisConfig`.
+            refine_rounds: See `SharedBasisConfig`.
             widths: Bits of a coefficient to choose from; none for floats.
             start: `[vocab_size]` block of every row to begin with.
             keep: `[blocks, rank]` bits that are to stay what they are.

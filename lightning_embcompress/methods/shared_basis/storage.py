@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import OptionsT, is_exporting
+from lightning_embcompress.methods.base import ConfigT, is_exporting
 from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.numerics.metric import Metric
@@ -33,7 +33,7 @@ from lightning_embcompress.methods.tiles import TileMaker, Tiles
 _PIECE = 2**18
 
 
-class SharedBasisStorage(RowBlocks[OptionsT]):
+class SharedBasisStorage(RowBlocks[ConfigT]):
     """What `SharedBasisBlocks` stores, and how it is read: all of it but how blocks, basis and widths are found.
 
     Coefficients are floats, parameters of their own for every block, or codes. Codes are stored packed, one segment

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Options, is_exporting
+from lightning_embcompress.methods.base import Factorization, is_exporting
 from lightning_embcompress.methods.quantizers.factors import materialize, pieces, read_rows
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
+from lightning_embcompress.methods.tensor_train.config import TensorTrainConfig
 from lightning_embcompress.methods.tensor_train.solver import (
     core_sizes,
     tensor_train,
@@ -31,47 +31,7 @@ _CHUNK_TOKENS = 1024
 _FEW_STATES = 4
 
 
-@dataclass(frozen=True)
-class TensorTrainOptions(Options):
-    """Options of TensorGPT.
-
-    Attributes:
-        max_rank: Largest rank of the trains, instead of a ratio.
-        shape: Sizes of the modes that a vector is folded to, with a product of at least its length; None for as many
-            twos as it takes, as published (768 is padded to 1,024 = 2¹⁰).
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    max_rank: int | None = None
-    shape: Sequence[int] | None = None
-    size_options: ClassVar[tuple[str, ...]] = ("max_rank",)
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"max_rank must be 1 or more, it is {self.max_rank}")
-        if self.shape is not None and (not self.shape or min(self.shape) < 1):
-            raise ValueError(f"shape must be sizes of 1 or more, it is {list(self.shape)}")
-
-    def shape_for(self, dim: int) -> list[int]:
-        """Sizes of the modes for vectors of a length.
-
-        Raises:
-            ValueError: If the vectors do not fit.
-        """
-        if self.shape is None:
-            return [2] * max(1, (dim - 1).bit_length())
-        if math.prod(self.shape) < dim:
-            raise ValueError(
-                f"shape {list(self.shape)} has a product of {math.prod(self.shape)}: it must be at least the {dim} "
-                "columns of the table"
-            )
-        return list(self.shape)
-
-
-class TensorTrain(Factorization[TensorTrainOptions]):
+class TensorTrain(Factorization[TensorTrainConfig]):
     """TensorGPT: the vector of every token, folded to a tensor, as a tensor train of its own (arXiv 2307.00526).
 
     No core is shared between tokens. The cores of a token stand in one row of a `[vocab_size, floats]` parameter, so
@@ -94,7 +54,7 @@ class TensorTrain(Factorization[TensorTrainOptions]):
 
     Example:
         >>> table = torch.randn(1000, 768)
-        >>> trains = TensorTrain.decompose(table, table.nbytes, options=TensorTrainOptions(max_rank=4))
+        >>> trains = TensorTrain.decompose(table, table.nbytes, options=TensorTrainConfig(max_rank=4))
         >>> trains.rows(torch.tensor([3, 999])).shape, trains.logits(torch.randn(2, 768)).shape
         (torch.Size([2, 768]), torch.Size([2, 1000]))
         >>> round(table.numel() / trains.cores.numel(), 2)
@@ -102,7 +62,7 @@ class TensorTrain(Factorization[TensorTrainOptions]):
     """
 
     kind = "tensor_train"
-    options_class = TensorTrainOptions
+    config_class = TensorTrainConfig
     divides = True
 
     def __init__(
@@ -173,13 +133,13 @@ class TensorTrain(Factorization[TensorTrainOptions]):
         return cls(vocab_size, dim, integers(spec, "shape"), integers(spec, "ranks"), dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: TensorTrainOptions | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: TensorTrainConfig | None = None) -> int:
         """Bytes at the rank asked for, or at rank 1.
 
         Raises:
             ValueError: If the shape is too small for `dim`, or the rank larger than it allows.
         """
-        options = options or TensorTrainOptions()
+        options = options or TensorTrainConfig()
         shape = options.shape_for(dim)
         largest = _largest_rank(shape)
         if options.max_rank is not None and options.max_rank > largest:
@@ -201,7 +161,7 @@ class TensorTrain(Factorization[TensorTrainOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TensorTrainOptions | None = None,
+        options: TensorTrainConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """TT-SVD of every row at the largest rank that fits, see `Factorization.decompose`.
@@ -209,7 +169,7 @@ class TensorTrain(Factorization[TensorTrainOptions]):
         Raises:
             ValueError: If not even rank 1 fits.
         """
-        options = options or TensorTrainOptions()
+        options = options or TensorTrainConfig()
         vocab_size, dim = weight.shape
         shape = options.shape_for(dim)
         max_rank = options.max_rank or 1
@@ -230,7 +190,7 @@ class TensorTrain(Factorization[TensorTrainOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TensorTrainOptions | None = None,
+        options: TensorTrainConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Solve again at the same ranks, in place, see `Factorization.refined`."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Options, is_exporting
+from lightning_embcompress.methods.base import Factorization, is_exporting
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
+from lightning_embcompress.methods.tensor_train_matrix.config import TensorTrainMatrixConfig
 from lightning_embcompress.methods.tensor_train_matrix.solver import (
-    balanced_shape,
     contracted_logits,
     contraction_cost,
     decompose_table,
@@ -27,69 +26,7 @@ from lightning_embcompress.methods.tensor_train_matrix.solver import (
 )
 
 
-@dataclass(frozen=True)
-class TensorTrainMatrixOptions(Options):
-    """Options of the TT-matrix.
-
-    Attributes:
-        max_rank: Largest rank of the train, instead of a ratio.
-        num_cores: Number of cores, where no shape is given.
-        vocab_shape: `I_k`, sizes whose product is at least the number of tokens; None for balanced ones.
-        dim_shape: `J_k`, as many sizes whose product is at least the number of columns; None for balanced ones.
-        init: `decompose` takes the cores from the table; `random` draws them so that the table has the variance it
-            has now, for training from scratch.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    max_rank: int | None = None
-    num_cores: int = 3
-    vocab_shape: Sequence[int] | None = None
-    dim_shape: Sequence[int] | None = None
-    init: Literal["decompose", "random"] = "decompose"
-    size_options: ClassVar[tuple[str, ...]] = ("max_rank",)
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("max_rank", "num_cores"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, it is {value}")
-        for name in ("vocab_shape", "dim_shape"):
-            value = getattr(self, name)
-            if value is not None and (not value or min(value) < 1):
-                raise ValueError(f"{name} must be sizes of 1 or more, it is {list(value)}")
-        if self.vocab_shape is not None and self.dim_shape is not None and len(self.vocab_shape) != len(self.dim_shape):
-            raise ValueError(
-                f"vocab_shape {list(self.vocab_shape)} and dim_shape {list(self.dim_shape)} must have as many sizes: "
-                "one of each for every core"
-            )
-        if self.init not in ("decompose", "random"):
-            raise ValueError(f"init must be 'decompose' or 'random', it is {self.init!r}")
-
-    def shapes_for(self, vocab_size: int, dim: int) -> tuple[list[int], list[int]]:
-        """Sizes of the modes of a table.
-
-        Raises:
-            ValueError: If a shape that was given is too small for it.
-        """
-        given = self.vocab_shape or self.dim_shape
-        count = self.num_cores if given is None else len(given)
-        shapes = []
-        for name, size, what in (("vocab_shape", vocab_size, "rows"), ("dim_shape", dim, "columns")):
-            shape = getattr(self, name)
-            shape = list(balanced_shape(size, count) if shape is None else shape)
-            if math.prod(shape) < size:
-                raise ValueError(
-                    f"{name} {shape} has a product of {math.prod(shape)}: it must be at least the {size} {what} of the "
-                    "table"
-                )
-            shapes.append(shape)
-        return shapes[0], shapes[1]
-
-
-class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
+class TensorTrainMatrix(Factorization[TensorTrainMatrixConfig]):
     """A table as a TT-matrix: row `(i_1 … i_N)` is `G_1[i_1] · … · G_N[i_N]` (arXiv 1901.10787).
 
     A token's id is read as a number with `N` digits. Tokens that share digits share cores, and TT-SVD profits where
@@ -121,7 +58,7 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
     """
 
     kind = "tensor_train_matrix"
-    options_class = TensorTrainMatrixOptions
+    config_class = TensorTrainMatrixConfig
 
     def __init__(
         self,
@@ -203,14 +140,14 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
 
     @classmethod
     def smallest_bytes(
-        cls, vocab_size: int, dim: int, itemsize: int, options: TensorTrainMatrixOptions | None = None
+        cls, vocab_size: int, dim: int, itemsize: int, options: TensorTrainMatrixConfig | None = None
     ) -> int:
         """Bytes at the rank asked for, or at rank 1.
 
         Raises:
             ValueError: If a shape is too small for the table, or the rank larger than the shapes allow.
         """
-        options = options or TensorTrainMatrixOptions()
+        options = options or TensorTrainMatrixConfig()
         shapes = options.shapes_for(vocab_size, dim)
         largest = max(matrix_ranks(*shapes, vocab_size * dim))
         if options.max_rank is not None and options.max_rank > largest:
@@ -239,7 +176,7 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TensorTrainMatrixOptions | None = None,
+        options: TensorTrainMatrixConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """TT-SVD of the folded table at the largest rank that fits, see `Factorization.decompose`.
@@ -247,7 +184,7 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
         Raises:
             ValueError: If not even rank 1 fits.
         """
-        options = options or TensorTrainMatrixOptions()
+        options = options or TensorTrainMatrixConfig()
         vocab_size, dim = weight.shape
         itemsize = weight.element_size()
         shapes = options.shapes_for(vocab_size, dim)
@@ -289,7 +226,7 @@ class TensorTrainMatrix(Factorization[TensorTrainMatrixOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TensorTrainMatrixOptions | None = None,
+        options: TensorTrainMatrixConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Solve again at the same ranks, in place, see `Factorization.refined`."""

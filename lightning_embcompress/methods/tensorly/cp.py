@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
+from lightning_embcompress.methods.tensorly.config import CPConfig
 from lightning_embcompress.methods.tensorly.cp_solver import cp, cp_coefficients, cp_logits, khatri_rao, largest_cp_rank
-from lightning_embcompress.methods.tensorly.folding import FoldedTable, FoldingOptions
+from lightning_embcompress.methods.tensorly.folding import FoldedTable
 
 
-@dataclass(frozen=True)
-class CPOptions(FoldingOptions):
-    """Options of CP.
-
-    Attributes:
-        rank: Number of components, instead of a ratio.
-        max_iterations: Most rounds of alternating least squares.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    rank: int | None = None
-    max_iterations: int = 15
-    size_options: ClassVar[tuple[str, ...]] = ("rank",)
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        for name in ("rank", "max_iterations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, it is {value}")
-
-
-class CP(FoldedTable[CPOptions]):
+class CP(FoldedTable[CPConfig]):
     """CP (CANDECOMP/PARAFAC) of the folded table: `w_(i,j) = Σ_r A[i, r] B[j, r] C[:, r]` for id `i · I_2 + j`.
 
     A baseline for high ratios. A component costs only `I_1 + I_2 + dim` numbers, so that soon there are more of them
@@ -70,7 +45,7 @@ class CP(FoldedTable[CPOptions]):
     """
 
     kind = "cp"
-    options_class = CPOptions
+    config_class = CPConfig
 
     def __init__(
         self,
@@ -115,13 +90,13 @@ class CP(FoldedTable[CPOptions]):
         return cls(vocab_size, dim, integers(spec, "vocab_shape"), integers(spec, "dim_shape"), rank, dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: CPOptions | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: CPConfig | None = None) -> int:
         """Bytes at the rank asked for, or at rank 1.
 
         Raises:
             ValueError: If a shape is too small for the table, or the rank larger than the shapes allow.
         """
-        options = options or CPOptions()
+        options = options or CPConfig()
         shapes = options.shapes_for(vocab_size, dim)
         largest = largest_cp_rank([*shapes[0], *shapes[1]])
         if options.rank is not None and options.rank > largest:
@@ -145,7 +120,7 @@ class CP(FoldedTable[CPOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: CPOptions | None = None,
+        options: CPConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """CP at the largest rank that fits, see `Factorization.decompose` and `solvers.cp`.
@@ -153,7 +128,7 @@ class CP(FoldedTable[CPOptions]):
         Raises:
             ValueError: If not even rank 1 fits.
         """
-        options = options or CPOptions()
+        options = options or CPConfig()
         vocab_size, dim = weight.shape
         itemsize = weight.element_size()
         shapes = options.shapes_for(vocab_size, dim)
@@ -177,11 +152,11 @@ class CP(FoldedTable[CPOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: CPOptions | None = None,
+        options: CPConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Go on with alternating least squares from the factors as they are, in place, see `Factorization.refined`."""
-        self._solve(target, list(self.factors), options or CPOptions(), advance)
+        self._solve(target, list(self.factors), options or CPConfig(), advance)
         return self
 
     @torch.no_grad()
@@ -189,7 +164,7 @@ class CP(FoldedTable[CPOptions]):
         self,
         weight: Tensor,
         start: list[Tensor] | None,
-        options: CPOptions,
+        options: CPConfig,
         advance: Callable[[float], None],
     ) -> None:
         solved = cp(self._folded(weight), self.rank, start, options.max_iterations, advance)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import tensorly
 import torch
@@ -14,7 +13,8 @@ from typing_extensions import Self
 
 from lightning_embcompress.methods.low_rank.factorization import alignment
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
-from lightning_embcompress.methods.tensorly.folding import FoldedTable, FoldingOptions
+from lightning_embcompress.methods.tensorly.config import TuckerConfig
+from lightning_embcompress.methods.tensorly.folding import FoldedTable
 from lightning_embcompress.methods.tensorly.tucker_solver import (
     possible_ranks,
     proportional_ranks,
@@ -26,32 +26,7 @@ from lightning_embcompress.methods.tensorly.tucker_solver import (
 )
 
 
-@dataclass(frozen=True)
-class TuckerOptions(FoldingOptions):
-    """Options of Tucker.
-
-    Attributes:
-        ranks: One for every mode, those of the vocabulary first, instead of a ratio.
-        max_iterations: Most rounds of higher-order orthogonal iteration after the higher-order SVD.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    ranks: Sequence[int] | None = None
-    max_iterations: int = 5
-    size_options: ClassVar[tuple[str, ...]] = ("ranks",)
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):
-            raise ValueError(f"ranks must be 1 or more, they are {list(self.ranks)}")
-        if self.max_iterations < 0:
-            raise ValueError(f"max_iterations must be 0 or more, it is {self.max_iterations}")
-
-
-class Tucker(FoldedTable[TuckerOptions]):
+class Tucker(FoldedTable[TuckerConfig]):
     """Tucker of the folded table: `w_(i,j) = G ×_1 A[i] ×_2 B[j] ×_3 C` for id `i · I_2 + j`.
 
     A baseline. With a budget, the ranks are to the sizes of their modes as one number. Ids that share all digits but
@@ -80,7 +55,7 @@ class Tucker(FoldedTable[TuckerOptions]):
     """
 
     kind = "tucker"
-    options_class = TuckerOptions
+    config_class = TuckerConfig
 
     def __init__(
         self,
@@ -135,13 +110,13 @@ class Tucker(FoldedTable[TuckerOptions]):
         return cls(vocab_size, dim, vocab_shape, dim_shape, ranks, dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: TuckerOptions | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: TuckerConfig | None = None) -> int:
         """Bytes at the ranks asked for, or at rank 1 in every mode.
 
         Raises:
             ValueError: If a shape is too small for the table, or the ranks do not fit the shapes.
         """
-        options = options or TuckerOptions()
+        options = options or TuckerConfig()
         shapes = options.shapes_for(vocab_size, dim)
         ranks = [1] * len([*shapes[0], *shapes[1]]) if options.ranks is None else list(options.ranks)
         _check_ranks([*shapes[0], *shapes[1]], ranks)
@@ -168,7 +143,7 @@ class Tucker(FoldedTable[TuckerOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TuckerOptions | None = None,
+        options: TuckerConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Tucker at the largest ranks that fit, see `Factorization.decompose` and `solvers.tucker`.
@@ -176,7 +151,7 @@ class Tucker(FoldedTable[TuckerOptions]):
         Raises:
             ValueError: If not even rank 1 in every mode fits.
         """
-        options = options or TuckerOptions()
+        options = options or TuckerConfig()
         vocab_size, dim = weight.shape
         itemsize = weight.element_size()
         if cls.smallest_bytes(vocab_size, dim, itemsize, options) > max_bytes:
@@ -203,11 +178,11 @@ class Tucker(FoldedTable[TuckerOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TuckerOptions | None = None,
+        options: TuckerConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Go on with the iteration from the factors as they are, in place, see `Factorization.refined`."""
-        iterations = max(1, (options or TuckerOptions()).max_iterations)
+        iterations = max(1, (options or TuckerConfig()).max_iterations)
         core, factors = tucker(self._folded(target), self.ranks, list(self.factors), iterations, advance)
         # Turned towards those of before, so that an optimizer's state goes on to fit; the core takes it back.
         rotations = [alignment(new.T, old.T) for new, old in zip(factors, self.factors, strict=True)]

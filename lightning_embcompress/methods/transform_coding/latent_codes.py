@@ -19,7 +19,6 @@ from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
 from lightning_embcompress.methods.shared_basis.factorization import (
     SharedBasisBlocks,
-    TransformCodingOptions,
 )
 from lightning_embcompress.methods.shared_basis.layout import (
     SCALE_STEPS,
@@ -29,9 +28,10 @@ from lightning_embcompress.methods.shared_basis.layout import (
     nearest_codes,
 )
 from lightning_embcompress.methods.specs import integer, positive_integers
+from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 
 
-class LatentCodes(RowBlocks[TransformCodingOptions]):
+class LatentCodes(RowBlocks[TransformCodingConfig]):
     """`SharedBasisBlocks` with codes, while the codes are trained.
 
     Behind every code stands a number, and the nearest level is read in its place; behind basis and means, which are
@@ -60,8 +60,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
     """
 
     kind = "latent_codes"
-    options_class = TransformCodingOptions
-    uses_metric = True
+    config_class = TransformCodingConfig
     divides = True
     levels: Tensor
     units: Tensor
@@ -233,7 +232,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
 
     @classmethod
     def smallest_bytes(
-        cls, vocab_size: int, dim: int, itemsize: int, options: TransformCodingOptions | None = None
+        cls, vocab_size: int, dim: int, itemsize: int, options: TransformCodingConfig | None = None
     ) -> int:
         """Bytes once it is converted, see `Factorization.smallest_bytes`."""
         return SharedBasisBlocks.smallest_bytes(vocab_size, dim, itemsize, options)
@@ -244,7 +243,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TransformCodingOptions | None = None,
+        options: TransformCodingConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -256,7 +255,7 @@ class LatentCodes(RowBlocks[TransformCodingOptions]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TransformCodingOptions | None = None,
+        options: TransformCodingConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:

@@ -40,9 +40,9 @@ def _graphs() -> int:
 def _factors(method: str) -> Factorization[Any]:
     torch.manual_seed(0)
     table, chosen = torch.randn(VOCAB_SIZE, DIM), METHODS[method]
-    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.options())
+    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.config())
     counts = torch.randperm(VOCAB_SIZE) + 1
-    return chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.options())
+    return chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.config())
 
 
 class Model(nn.Module):

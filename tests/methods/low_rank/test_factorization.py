@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
-from lightning_embcompress.methods.registry import LowRank, LowRankOptions
+from lightning_embcompress.methods.registry import LowRank, WeightedLowRankConfig
 
 
 def _problem(vocab_size: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Metric]:
@@ -26,7 +26,7 @@ def _problem(vocab_size: int, dim: int, dtype: torch.dtype = torch.float32) -> t
 def test_bytes_are_exact(vocab_size: int, dim: int, itemsize: int, data: st.DataObject) -> None:
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
     rank = data.draw(st.integers(1, min(vocab_size, dim)))
-    smallest = LowRank.smallest_bytes(vocab_size, dim, itemsize, LowRankOptions(rank=rank))
+    smallest = LowRank.smallest_bytes(vocab_size, dim, itemsize, WeightedLowRankConfig(rank=rank))
     assert smallest == LowRank(vocab_size, dim, rank, dtype).stored_bytes()
     # A budget of exactly these bytes has this rank, one byte less has not.
     table = torch.zeros(vocab_size, dim, dtype=dtype)
@@ -55,14 +55,14 @@ def test_rows_are_weighted_by_the_metric() -> None:
     table, _, metric = _problem(100, 12)
     expected = low_rank_in_metric(table, 4, metric)
     for counts in (None, torch.arange(100)):
-        factors = LowRank.decompose(table, 10**6, counts, LowRankOptions(rank=4), metric=metric)
+        factors = LowRank.decompose(table, 10**6, counts, WeightedLowRankConfig(rank=4), metric=metric)
         assert torch.equal(factors.coefficients, expected[0])
         assert torch.equal(factors.basis, expected[1])
 
 
 def test_the_plain_svd_knows_no_metric() -> None:
     table, counts, metric = _problem(100, 12)
-    options = LowRankOptions(rank=3, weighted=False)
+    options = WeightedLowRankConfig(rank=3, weighted=False)
     plain = LowRank.decompose(table, 10**6, counts, options)
     found = LowRank.decompose(table, 10**6, counts, options, metric=metric)
     assert torch.equal(found.materialize(), plain.materialize())
@@ -72,13 +72,13 @@ def test_the_plain_svd_knows_no_metric() -> None:
 
 def test_refining_in_the_metric() -> None:
     table, counts, metric = _problem(200, 16)
-    factors = LowRank.decompose(table, 10**6, counts, LowRankOptions(rank=5), metric=metric)
+    factors = LowRank.decompose(table, 10**6, counts, WeightedLowRankConfig(rank=5), metric=metric)
     basis, before = factors.basis, factors.basis.detach().clone()
     target = table + 0.01 * _problem(200, 16)[0].flip(0)
-    refined = factors.refined(target, 10**6, counts, LowRankOptions(rank=5), metric=metric)
+    refined = factors.refined(target, 10**6, counts, WeightedLowRankConfig(rank=5), metric=metric)
     assert refined is factors
     assert refined.basis is basis
-    fresh = LowRank.decompose(target, 10**6, counts, LowRankOptions(rank=5), metric=metric)
+    fresh = LowRank.decompose(target, 10**6, counts, WeightedLowRankConfig(rank=5), metric=metric)
     torch.testing.assert_close(refined.materialize(), fresh.materialize(), rtol=0, atol=1e-4)
     # Turned towards what was there: coefficients keep their meaning.
     assert (refined.basis - before).norm() < 0.1 * before.norm()

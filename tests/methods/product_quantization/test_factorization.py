@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.product_quantization import factorization as product_quantization
 from lightning_embcompress.methods.product_quantization.solver import subspace_sizes
-from lightning_embcompress.methods.registry import ProductQuantization, ProductQuantizationOptions
+from lightning_embcompress.methods.registry import ProductQuantization, ProductQuantizationConfig
 from lightning_embcompress.methods.specs import TENSOR_HEADER_BYTES
 
 
@@ -28,7 +28,7 @@ def _counts(vocab_size: int) -> Tensor:
 
 
 def _decomposed(table: Tensor, max_bytes: int | None = None, **given: Any) -> ProductQuantization:
-    options = ProductQuantizationOptions(**given)
+    options = ProductQuantizationConfig(**given)
     if max_bytes is None:
         max_bytes = ProductQuantization.smallest_bytes(*table.shape, table.element_size(), options)
     return ProductQuantization.decompose(table, max_bytes, _counts(len(table)), options)
@@ -136,11 +136,11 @@ def test_codebooks_take_at_most_half_of_the_bytes() -> None:
     assert bits == [7, 7, 6, 5, 4, 3]
     # A large table has eight bits from the start.
     assert ProductQuantization.smallest_bytes(1000, 16, 4) < 1000
-    options = ProductQuantizationOptions()
+    options = ProductQuantizationConfig()
     assert [layout["centroids"] for layout in options.layouts(10**5)] == [256, 128, 64, 32, 16, 8, 4, 2]
     assert [layout["centroids"] for layout in options.layouts(100)] == [100, 100, 64, 32, 16, 8, 4, 2]
-    assert ProductQuantizationOptions(subspaces=3).layouts(10**5) == [{"centroids": 256}]
-    assert ProductQuantizationOptions(bits=4).layouts(10**5) == [{"centroids": 16}]
+    assert ProductQuantizationConfig(subspaces=3).layouts(10**5) == [{"centroids": 256}]
+    assert ProductQuantizationConfig(bits=4).layouts(10**5) == [{"centroids": 16}]
 
 
 def test_no_more_centroids_than_tokens() -> None:
@@ -195,7 +195,7 @@ def test_refining_keeps_who_is_rare() -> None:
 
 
 def test_tokens_without_counts_are_rare_from_the_end() -> None:
-    options = ProductQuantizationOptions(subspaces=2, bits=3, rare_bits=1, rare_fraction=0.6)
+    options = ProductQuantizationConfig(subspaces=2, bits=3, rare_bits=1, rare_fraction=0.6)
     factors = ProductQuantization.decompose(_table(50, 4), 10**6, None, options)
     assert factors.is_rare.nonzero().flatten().tolist() == list(range(20, 50))
 
@@ -238,7 +238,7 @@ def test_damaged_codes_are_refused() -> None:
 )
 def test_options_that_do_not_fit(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ProductQuantization.smallest_bytes(100, 16, 4, ProductQuantizationOptions(**given))
+        ProductQuantization.smallest_bytes(100, 16, 4, ProductQuantizationConfig(**given))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_the_metric_lowers_the_loss(dtype: torch.dtype, rare_bits: int | None) -
     table, metric = _table(1000, 16, dtype), _metric(1000, 16)
     losses = []
     for given_metric, rounds in ((None, 3), (metric, 0), (metric, 1), (metric, 3)):
-        options = ProductQuantizationOptions(subspaces=4, bits=5, rare_bits=rare_bits, metric_rounds=rounds)
+        options = ProductQuantizationConfig(subspaces=4, bits=5, rare_bits=rare_bits, metric_rounds=rounds)
         shares: list[float] = []
         factors = ProductQuantization.decompose(
             table, 10**6, _counts(1000), options, advance=shares.append, metric=given_metric
@@ -290,7 +290,7 @@ def test_the_metric_lowers_the_loss(dtype: torch.dtype, rare_bits: int | None) -
 
 def test_who_is_rare_depends_on_counts_with_a_metric_too() -> None:
     table, metric = _table(300, 8), _metric(300, 8)
-    options = ProductQuantizationOptions(subspaces=4, bits=5, rare_bits=2)
+    options = ProductQuantizationConfig(subspaces=4, bits=5, rare_bits=2)
     plain = ProductQuantization.decompose(table, 10**6, _counts(300), options)
     factors = ProductQuantization.decompose(table, 10**6, _counts(300), options, metric=metric)
     assert torch.equal(factors.is_rare, plain.is_rare)
@@ -299,7 +299,7 @@ def test_who_is_rare_depends_on_counts_with_a_metric_too() -> None:
 
 def test_refining_in_the_metric() -> None:
     table, metric = _table(400, 8), _metric(400, 8)
-    options = ProductQuantizationOptions(subspaces=4, bits=4)
+    options = ProductQuantizationConfig(subspaces=4, bits=4)
     factors = ProductQuantization.decompose(table, 10**6, _counts(400), options, metric=metric)
     target = table + 0.3 * _table(400, 8).flip(0)
     before = metric.loss(target, factors.materialize())

@@ -43,7 +43,7 @@ def _solved(method: str, dtype: torch.dtype = torch.float32) -> Factorization[An
     table = _table(dtype=dtype)
     counts = (1000 / torch.arange(1, 91)).long()
     chosen = METHODS[method]
-    options = chosen.options()
+    options = chosen.config()
     smallest = chosen.factorization.smallest_bytes(*table.shape, table.element_size(), options)
     return chosen.factorization.decompose(table, max(smallest, table.nbytes // 2), counts, options)
 
@@ -300,8 +300,8 @@ def test_a_full_table_is_quantized_as_it_is() -> None:
 def test_blocks_without_components() -> None:
     table = _table(400, 16)
     counts = (4000 / torch.arange(1, 401)).long()
-    factors = METHODS["group_reduce"].factorization.decompose(
-        table, table.nbytes // 14, counts, METHODS["group_reduce"].options(variant="loss", groups=6)
+    factors = METHODS["shared_basis"].factorization.decompose(
+        table, table.nbytes // 14, counts, METHODS["shared_basis"].config(groups=6)
     )
     assert 0 in factors.ranks
     for packed in (factors.quantized(Quantization(4)), copy.deepcopy(factors).prepared(Quantization(4)).converted()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from lightning_embcompress.methods.group_reduce.grouping import kmeans_groups
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.registry import (
     BlockLowRank,
-    GroupReduceOptions,
+    GroupReduceConfig,
     SharedBasisBlocks,
-    TransformCodingOptions,
+    SharedBasisConfig,
+    TransformCodingConfig,
     factorization_from_spec,
 )
 
@@ -58,7 +60,7 @@ def test_predicted_loss_of_codes_is_that_of_what_is_stored(ratio: float, dtype: 
 @pytest.mark.parametrize("scale", [1e-10, 1.0, 1e6])
 def test_predicted_loss_of_floats_in_any_unit_of_the_metric(scale: float, dtype: torch.dtype) -> None:
     table, metric = _table().to(dtype), Metric(scale * _metric().matrix, _metric().weights)
-    factors = BlockLowRank.decompose(table, table.nbytes // 4, metric=metric)
+    factors = SharedBasisBlocks.decompose(table, table.nbytes // 4, None, SharedBasisConfig(), metric=metric)
     assert isinstance(factors, SharedBasisBlocks)
     assert not factors.is_coded
     assert factors.predicted_loss == pytest.approx(factors.loss_in(metric, table), rel=1e-2)
@@ -144,57 +146,54 @@ def test_without_a_metric_rows_count_by_their_frequency() -> None:
     assert torch.equal(given.materialize(), assumed.materialize())
 
 
-def test_variant_of_group_reduce() -> None:
+def test_floats_lose_far_less_than_the_published_algorithm() -> None:
     table, counts, metric = _table(), _counts(), _metric()
+    budget = table.nbytes // 6
 
-    def solve(metric: Metric | None, **options: Any) -> Any:
-        return BlockLowRank.decompose(table, table.nbytes // 6, counts, GroupReduceOptions(**options), metric=metric)
+    def solve(metric: Metric | None, **options: Any) -> SharedBasisBlocks:
+        return SharedBasisBlocks.decompose(table, budget, counts, SharedBasisConfig(**options), metric=metric)
 
-    assert isinstance(solve(None), BlockLowRank)
-    assert isinstance(solve(metric), SharedBasisBlocks)
-    assert isinstance(solve(metric, variant="paper"), BlockLowRank)
-    loss = solve(metric, variant="loss", groups=6)
-    assert isinstance(loss, SharedBasisBlocks)
-    assert len(loss.sizes) <= 6
-    # Every way to ask for the best number of groups is the same.
-    automatic = [solve(metric, **options) for options in ({}, {"groups": "auto"}, {"variant": "loss"})]
-    assert all(torch.equal(one.materialize(), automatic[0].materialize()) for one in automatic)
-    # Asked for without a metric, directions count the same.
+    assert not solve(metric).is_coded
+    assert len(solve(metric, groups=6).sizes) <= 6
+    # Both ways to ask for the best number of groups are the same.
+    automatic = [solve(metric, **options) for options in ({}, {"groups": "auto"})]
+    assert torch.equal(automatic[0].materialize(), automatic[1].materialize())
+    # Without a metric directions count the same.
     plain = solve(Metric(torch.eye(_DIM), smoothed_frequencies(counts)))
-    assert torch.equal(solve(None, variant="loss").materialize(), plain.materialize())
-    # At equal bytes it loses far less than the published algorithm.
-    losses = [solve(None, groups=g, refine_rounds=r).loss_in(metric, table) for g in (5, 10, 20) for r in (0, 5)]
+    assert torch.equal(solve(None).materialize(), plain.materialize())
+    losses = []
+    for groups, rounds in product((5, 10, 20), (0, 5)):
+        config = GroupReduceConfig(groups=groups, refine_rounds=rounds)
+        losses.append(BlockLowRank.decompose(table, budget, counts, config).loss_in(metric, table))
     assert automatic[0].loss_in(metric, table) < 0.6 * min(losses)
 
 
 def test_grouping_by_kmeans() -> None:
     table, counts = _table(), _counts()
-    options = GroupReduceOptions(groups=5, refine_rounds=0, grouping="kmeans")
+    options = GroupReduceConfig(groups=5, refine_rounds=0, grouping="kmeans")
     found = BlockLowRank.decompose(table, table.nbytes // 4, counts, options)
     wanted = kmeans_groups(counts, 5)
     assert torch.equal(found.block_of_row, wanted)
     assert (
         found.sizes
-        != BlockLowRank.decompose(table, table.nbytes // 4, counts, GroupReduceOptions(groups=5, refine_rounds=0)).sizes
+        != BlockLowRank.decompose(table, table.nbytes // 4, counts, GroupReduceConfig(groups=5, refine_rounds=0)).sizes
     )
-    with pytest.raises(ValueError, match="grouping='kmeans' is for variant='paper'; with 'loss' leave it out"):
-        GroupReduceOptions(variant="loss", grouping="kmeans")
     with pytest.raises(ValueError, match="grouping must be 'equal' or 'kmeans', it is 'random'"):
-        GroupReduceOptions(grouping="random")  # type: ignore[arg-type]
+        GroupReduceConfig(grouping="random")  # type: ignore[arg-type]
 
 
 def test_one_width() -> None:
     table, metric = _table(), _metric()
-    factors = SharedBasisBlocks.decompose(table, 20_000, None, TransformCodingOptions(bits=3), metric=metric)
+    factors = SharedBasisBlocks.decompose(table, 20_000, None, TransformCodingConfig(bits=3), metric=metric)
     assert {bits for runs in factors.segments for bits, _ in runs} == {3}
-    free = SharedBasisBlocks.decompose(table, 20_000, None, TransformCodingOptions(), metric=metric)
+    free = SharedBasisBlocks.decompose(table, 20_000, None, TransformCodingConfig(), metric=metric)
     assert free.loss_in(metric, table) < factors.loss_in(metric, table)
 
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_refined_with_other_options_and_less_room(codes: bool) -> None:
     table, metric = _table(), _metric()
-    options: Any = TransformCodingOptions(bits=6) if codes else GroupReduceOptions(variant="loss")
+    options: Any = TransformCodingConfig(bits=6) if codes else SharedBasisConfig()
     factors = SharedBasisBlocks.solve(table, 40_000, metric, 8, 2, (6,) if codes else ())
     # Less room: what there is cannot stay.
     smaller = factors.refined(table, 20_000, None, options, metric=metric)
@@ -204,7 +203,7 @@ def test_refined_with_other_options_and_less_room(codes: bool) -> None:
     least = SharedBasisBlocks.least_bytes(_VOCAB_SIZE, _DIM, 4, None, (6,) if codes else ())
     assert factors.refined(table, least, None, options, metric=metric).stored_bytes() <= least
     if codes:
-        other = factors.refined(table, 40_000, None, TransformCodingOptions(bits=4), metric=metric)
+        other = factors.refined(table, 40_000, None, TransformCodingConfig(bits=4), metric=metric)
         assert other.widths == [4]
     again = factors.refined(table + 0.001 * _random(*table.shape, seed=4), 40_000, None, options, metric=metric)
     assert again is factors

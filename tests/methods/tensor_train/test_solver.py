@@ -14,7 +14,7 @@ from tensorly.decomposition import tensor_train as tensorly_tensor_train
 from tensorly.tt_tensor import tt_to_tensor
 from torch import Tensor
 
-from lightning_embcompress.methods.tensor_train.factorization import TensorTrain, TensorTrainOptions
+from lightning_embcompress.methods.tensor_train.factorization import TensorTrain, TensorTrainConfig
 from lightning_embcompress.methods.tensor_train.solver import (
     core_sizes,
     tensor_train,
@@ -180,7 +180,7 @@ def test_narrow_dtypes_are_solved_in_float32(dtype: torch.dtype) -> None:
 def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> None:
     """Table 1 of arXiv 2307.00526: GPT-2's 768 columns, padded to 1,024 = 2¹⁰."""
     assert sum(core_sizes(_TWOS, train_ranks(_TWOS, max_rank))) == floats
-    options = TensorTrainOptions(max_rank=max_rank)
+    options = TensorTrainConfig(max_rank=max_rank)
     smallest = TensorTrain.smallest_bytes(3, 768, 4, options)
     factors = TensorTrain.decompose(_random(3, 768, dtype=torch.float32), smallest, options=options)
     assert factors.shape == _TWOS
@@ -202,7 +202,7 @@ def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> Non
 )
 def test_options_that_do_not_fit(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TensorTrain.smallest_bytes(100, 16, 4, TensorTrainOptions(**given))
+        TensorTrain.smallest_bytes(100, 16, 4, TensorTrainConfig(**given))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_structures_that_are_not_possible(change: dict[str, Any]) -> None:
 
 def test_refining_keeps_the_signs_of_every_core() -> None:
     table = _random(30, 64, dtype=torch.float32)
-    options = TensorTrainOptions(max_rank=3)
+    options = TensorTrainConfig(max_rank=3)
     budget = TensorTrain.smallest_bytes(30, 64, 4, options)
     factors = TensorTrain.decompose(table, budget, options=options)
     solved = factors.cores.detach().clone()

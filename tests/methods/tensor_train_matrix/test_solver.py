@@ -13,7 +13,7 @@ from tensorly.decomposition import tensor_train_matrix
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_embcompress.methods.registry import TensorTrainMatrix, TensorTrainMatrixOptions
+from lightning_embcompress.methods.registry import TensorTrainMatrix, TensorTrainMatrixConfig
 from lightning_embcompress.methods.tensor_train_matrix.solver import (
     balanced_shape,
     contracted_logits,
@@ -135,7 +135,7 @@ def test_ids_in_the_padding_are_refused() -> None:
 @pytest.mark.parametrize("max_rank", [4, 16])
 def test_random_cores_give_the_table_the_variance_it_had(std: float, max_rank: int) -> None:
     table = std * _table(4000, 64, torch.float32)
-    options = TensorTrainMatrixOptions(max_rank=max_rank, init="random")
+    options = TensorTrainMatrixConfig(max_rank=max_rank, init="random")
     torch.manual_seed(0)
     factors = TensorTrainMatrix.decompose(table, table.nbytes, options=options)
     assert float(factors.materialize().std()) == pytest.approx(std, rel=0.25)
@@ -153,7 +153,7 @@ def test_random_cores_give_the_table_the_variance_it_had(std: float, max_rank: i
 )
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TensorTrainMatrixOptions(**options)  # type: ignore[arg-type]
+        TensorTrainMatrixConfig(**options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,4 @@ def test_options_out_of_range(options: dict[str, object], message: str) -> None:
 )
 def test_shapes_and_ranks_that_do_not_fit_the_table(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TensorTrainMatrix.smallest_bytes(100, 8, 4, TensorTrainMatrixOptions(**options))  # type: ignore[arg-type]
+        TensorTrainMatrix.smallest_bytes(100, 8, 4, TensorTrainMatrixConfig(**options))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from tensorly.cp_tensor import cp_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor
 
-from lightning_embcompress.methods.registry import CP, CPOptions, Tucker, TuckerOptions
+from lightning_embcompress.methods.registry import CP, CPConfig, Tucker, TuckerConfig
 from lightning_embcompress.methods.tensorly import folding
 from lightning_embcompress.methods.tensorly.cp_solver import largest_cp_rank
 from lightning_embcompress.methods.tensorly.tucker_solver import possible_ranks
@@ -172,7 +172,7 @@ def test_ranks_of_tucker_that_are_not_possible(ranks: Any) -> None:
         Tucker.from_spec({**spec, "ranks": ranks}, torch.float32)
 
 
-@pytest.mark.parametrize("options", [TuckerOptions, CPOptions])
+@pytest.mark.parametrize("options", [TuckerConfig, CPConfig])
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -187,22 +187,22 @@ def test_ranks_of_tucker_that_are_not_possible(ranks: Any) -> None:
     ],
 )
 def test_options_that_do_not_fit(options: Any, given: dict[str, Any], message: str) -> None:
-    method = Tucker if options is TuckerOptions else CP
+    method = Tucker if options is TuckerConfig else CP
     with pytest.raises(ValueError, match=message):
         method.smallest_bytes(100, 16, 4, options(**given))
 
 
 def test_options_of_size_that_are_out_of_their_range() -> None:
     with pytest.raises(ValueError, match=r"rank must be 1 or more, it is 0"):
-        CPOptions(rank=0)
+        CPConfig(rank=0)
     with pytest.raises(ValueError, match=r"ranks must be 1 or more, they are \[\]"):
-        TuckerOptions(ranks=[])
+        TuckerConfig(ranks=[])
 
 
 @pytest.mark.parametrize("method", [CP, Tucker])
 def test_shapes_of_any_order_are_used(method: type[Tucker | CP]) -> None:
     table = torch.randn(97, 12, generator=torch.Generator().manual_seed(0))
-    options = method.options_class(vocab_shape=[4, 5, 5], dim_shape=[3, 4])
+    options = method.config_class(vocab_shape=[4, 5, 5], dim_shape=[3, 4])
     factors = method.decompose(table, table.nbytes // 2, options=options)
     assert factors.stored_bytes() <= table.nbytes // 2
     assert [factor.shape[0] for factor in factors.factors] == [4, 5, 5, 3, 4]
