@@ -258,6 +258,6 @@ def compress_toy(model: nn.Module, method: str, ratio: float = 3.0, **given: Any
     chosen = METHODS[method]
     for table in tables:
         vocab_size, dim = table.weight.shape
-        smallest = chosen.factorization.smallest_bytes(vocab_size, dim, table.weight.element_size(), chosen.options())
+        smallest = chosen.factorization.smallest_bytes(vocab_size, dim, table.weight.element_size(), chosen.config())
         ratio = min(ratio, table.weight.nbytes / smallest)
     return compress(model, method, **{"ratio": ratio, "token_counts": falling_counts(vocab_size), **given})

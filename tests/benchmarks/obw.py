@@ -5,7 +5,7 @@ of 8,192 cells that are projected to 1,024. Its bytes depend on the sizes alone;
 and how much memory, on sizes and spectrum. One table is in memory at a time, about 5 GB at the full size.
 
     python tests/benchmarks/obw.py tables
-    python tests/benchmarks/obw.py tables --method group_reduce --ratio 6.6 --options.groups 20 --options.variant loss
+    python tests/benchmarks/obw.py tables --method shared_basis --ratio 6.6 --options.groups 20
     python tests/benchmarks/obw.py corpus made_obw
 """
 
@@ -108,8 +108,8 @@ def _compress(
     table: Tensor, name: str, ratio: float, given: dict[str, Any], zipf: tuple[Metric, Tensor], rows: int
 ) -> dict[str, Any]:
     method, (metric, counts) = get_method(name), zipf
-    options = method.options(**given)
-    known = {"metric": metric} if method.factorization.uses_metric else {}
+    options = method.config.from_options(**given)
+    known = {"metric": metric} if options.uses_metric else {}
     dense = dense_bytes(*table.shape, 4)
     before = _gram_seconds(table)
     with PeakMemory(mapped=False) as memory:

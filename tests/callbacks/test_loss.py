@@ -66,7 +66,7 @@ def _by_hand(module: type) -> type:
     return ByHand
 
 
-@pytest.mark.parametrize("method", ["group_reduce", "transform_coding", "weighted_low_rank", "auto"])
+@pytest.mark.parametrize("method", ["shared_basis", "transform_coding", "weighted_low_rank", "auto"])
 def test_given_statistics_do_what_compress_does(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, method: str
 ) -> None:

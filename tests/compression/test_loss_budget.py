@@ -81,7 +81,7 @@ def _perplexity(model: nn.Module) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.parametrize("method", ["transform_coding", "group_reduce", "weighted_low_rank", "product_quantization"])
+@pytest.mark.parametrize("method", ["transform_coding", "shared_basis", "weighted_low_rank", "product_quantization"])
 def test_one_budget_for_all_tables(trained: dict[str, Any], method: str) -> None:
     model, statistics = _model(trained)
     plan = compress(model, method, ratio=3, statistics=statistics)
@@ -109,7 +109,7 @@ def test_sharing_is_better_than_equal_ratios(trained: dict[str, Any]) -> None:
     assert shared.predicted_loss < equal
 
 
-@pytest.mark.parametrize("method", ["transform_coding", "group_reduce"])
+@pytest.mark.parametrize("method", ["transform_coding", "shared_basis"])
 def test_more_bytes_never_lose_more(trained: dict[str, Any], method: str) -> None:
     found = []
     for ratio in (16, 8, 4, 2):
@@ -173,12 +173,12 @@ def test_automatic_method_takes_the_least_predicted_loss(trained: dict[str, Any]
     assert plan.ratio >= 8
     least = plan.predicted_loss
     assert least is not None
-    for method in ("transform_coding", "group_reduce", "product_quantization"):
+    for method in ("transform_coding", "shared_basis", "product_quantization"):
         other, _ = _model(trained)
         found = compress(other, method, ratio=8, statistics=statistics).predicted_loss
         # Those with floats share the budget otherwise.
         assert least <= 1.1 * (found or 0.0)
-    assert all(table.method in ("transform_coding", "product_quantization", "group_reduce") for table in plan.tables)
+    assert all(table.method in ("transform_coding", "product_quantization", "shared_basis") for table in plan.tables)
 
 
 def test_tied_tables_are_untied_only_if_that_loses_less(trained: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def test_tied_tables_are_untied_only_if_that_loses_less(trained: dict[str, Any])
     assert losses["auto"] == min(losses["keep"], losses["untie"])
 
 
-@pytest.mark.parametrize("method", ["transform_coding", "group_reduce"])
+@pytest.mark.parametrize("method", ["transform_coding", "shared_basis"])
 def test_smallest_model_within_a_loss(trained: dict[str, Any], method: str) -> None:
     model, statistics = _model(trained)
     dense = _perplexity(model)

@@ -26,7 +26,7 @@ PQ = {"method": "product_quantization", "ratio": 2}
 CASES: dict[str, dict[str, Any]] = {
     "group_reduce": {"method": "group_reduce", "ratio": 2, "tied": True, "units": "tables", "directory": True},
     "layers": {
-        "method": "group_reduce",
+        "method": "shared_basis",
         "ratio": 2,
         "tied": False,
         "units": "layers",

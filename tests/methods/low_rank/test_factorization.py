@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
-from lightning_embcompress.methods.registry import LowRank, WeightedLowRankConfig
+from lightning_embcompress.methods.registry import LowRank, LowRankConfig, WeightedLowRankConfig
 
 
 def _problem(vocab_size: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Metric]:
@@ -62,7 +62,7 @@ def test_rows_are_weighted_by_the_metric() -> None:
 
 def test_the_plain_svd_knows_no_metric() -> None:
     table, counts, metric = _problem(100, 12)
-    options = WeightedLowRankConfig(rank=3, weighted=False)
+    options = LowRankConfig(rank=3)
     plain = LowRank.decompose(table, 10**6, counts, options)
     found = LowRank.decompose(table, 10**6, counts, options, metric=metric)
     assert torch.equal(found.materialize(), plain.materialize())
