@@ -31,11 +31,7 @@ DEFAULT_METHODS = (
     "weighted_low_rank",
     "transform_coding",
     "shared_basis",
-    *(
-        f"group_reduce:groups={groups},refine_rounds={rounds}"
-        for groups in (5, 10, 20)
-        for rounds in (0, 5)
-    ),
+    *(f"group_reduce:groups={groups},refine_rounds={rounds}" for groups in (5, 10, 20) for rounds in (0, 5)),
     "group_reduce:grouping=kmeans",
     "tensor_train",
     *(f"tensor_train:max_rank={rank}" for rank in (1, 4)),
