@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_embcompress.calibration.collector import Collector, find_layers, summed
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.callbacks.passes import (
-    Logged,
-    apart,
-    attributes_kept,
-    batches_of,
-    step_arguments,
-    undisturbed,
-)
+from lightning_embcompress.callbacks.passes import step_arguments, training_pass, validating
 from lightning_embcompress.compression.distribution import failing_together
-from lightning_embcompress.utils.progress import progress_bar
 
 
 def collect_in_training(
@@ -75,24 +64,17 @@ def _collect(
         )
     if batches < 1:
         raise ValueError(f"statistics need at least 1 batch, not {batches}")
-    limit = min(batches, trainer.num_training_batches)
-    mode = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
     validates = is_overridden("validation_step", module)
     collector = Collector(module, find_layers(module, tables), token_counts)
-    with ExitStack() as stack:
-        stack.enter_context(attributes_kept(module))
-        stack.enter_context(undisturbed(module, Logged(None)))
-        stack.enter_context(_loggers_off(trainer))
-        stack.enter_context(collector)
-        advance = stack.enter_context(progress_bar("Collecting statistics", total=limit))
-        loader = stack.enter_context(apart(trainer.train_dataloader, mode))
+    limit = min(batches, trainer.num_training_batches)
+    with collector, training_pass(trainer, module, limit, "Collecting statistics") as read:
         started = False
-        for batch, index, _ in islice(batches_of(trainer, module, loader, limit), int(limit)):
+        for batch, index, _ in read:
             with trainer.precision_plugin.train_step_context():
                 output = module.training_step(*step_arguments(module.training_step, batch, index))
             loss = output.get("loss") if isinstance(output, Mapping) else output
             if loss is not None and validates and not collector.reached_head:
-                with _validating(trainer), collector.stopping_at_head(), trainer.precision_plugin.val_step_context():
+                with validating(trainer), collector.stopping_at_head(), trainer.precision_plugin.val_step_context():
                     if not started:
                         # A text of its own, where the module carries a state.
                         module.on_validation_start()
@@ -100,27 +82,4 @@ def _collect(
                         started = True
                     module.validation_step(*step_arguments(module.validation_step, batch, index))
             collector.add(loss, None if collector.heads else extract_batch_size(batch))
-            advance(1)
     return collector
-
-
-@contextmanager
-def _validating(trainer: Trainer) -> Iterator[None]:
-    """As in Lightning's own loop: steps and hooks ask the trainer whether it is training."""
-    stage = trainer.state.stage
-    trainer.validating = True
-    try:
-        yield
-    finally:
-        trainer.state.stage = stage
-
-
-@contextmanager
-def _loggers_off(trainer: Trainer) -> Iterator[None]:
-    """Let what a step writes to the loggers by itself go nowhere."""
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers

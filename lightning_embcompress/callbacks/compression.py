@@ -93,7 +93,7 @@ class EmbeddingCompression(ScheduledCallback):
         tie: What becomes of a table that embedding and softmax share: `keep` one set of factors for both, `untie` into
             two of half the bytes each, or `auto`, see `lightning_embcompress.compress`.
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by. By default the
-            cross-entropy over the vocabulary that `validation_step` computes is used.
+            only one with "loss" in its name.
         token_counts: `[vocab_size]` how often every token occurs in the training data. By default they are the data
             module's `token_counts`, or counted by one pass over the training data; needed where that never ends.
         statistics: Of the model, or the file that `Statistics.save` has written; with token counts of their own. By
@@ -352,7 +352,7 @@ class EmbeddingCompression(ScheduledCallback):
         try:
             requests = self._asked.requests(module)
             counts = counts_for(trainer, module, requests, self._asked.counts_in_statistics(module, self.token_counts))
-            self._perplexity["dense"] = self._measure(trainer, module, "dense", requests)
+            self._perplexity["dense"] = self._measure(trainer, module, "dense")
             statistics: Statistics | None = None
             found: list[Factorization[Any]] = []
             if self._asked.by_loss(module):
@@ -384,10 +384,9 @@ class EmbeddingCompression(ScheduledCallback):
         if self._asked.max_perplexity_increase is None:
             return self._asked.requests_in_loss(module, statistics), []
         shares = self._asked.shares_in_loss(module, statistics)
-        sizes = [request.table.shape[0] for request in shares.requests]
 
         def perplexity() -> float | None:
-            return validation_perplexity(trainer, module, sizes, self.monitor, "Perplexity, compressed")
+            return validation_perplexity(trainer, module, self.monitor, "Perplexity, compressed")
 
         dense = self._perplexity["dense"]
         return search_smallest(
@@ -432,13 +431,8 @@ class EmbeddingCompression(ScheduledCallback):
         show_and_log(trainer, module, f"{name.capitalize()} at epoch {trainer.current_epoch}")
         write_run_report(trainer, module, self._merged(trainer))
 
-    def _measure(
-        self, trainer: Trainer, module: LightningModule, name: str, requests: Sequence[Request] = ()
-    ) -> float | None:
-        sizes = [request.table.shape[0] for request in requests] or [
-            table.spec["vocab_size"] for table in plan_of(module).tables
-        ]
-        value = validation_perplexity(trainer, module, sizes, self.monitor, f"Perplexity, {name}")
+    def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:
+        value = validation_perplexity(trainer, module, self.monitor, f"Perplexity, {name}")
         if value is not None:
             log(trainer, {f"perplexity_{name}": value})
         return value

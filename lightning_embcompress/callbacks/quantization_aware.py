@@ -18,7 +18,6 @@ from lightning_embcompress.callbacks.reporting import log, show_and_log, write_r
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
 from lightning_embcompress.compression.backbone import backbone_of, freeze_backbone_ranges
 from lightning_embcompress.compression.distribution import failing_together
-from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.layers.sizes import compressed_tables
@@ -54,7 +53,7 @@ class QuantizationAware(ScheduledCallback):
             `float16`, `bfloat16`; None to leave them as they are.
         freeze_observers_at: Epoch from whose start on ranges stay what they are; None to let them follow the values.
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by; by default the
-            cross-entropy over the vocabulary that `validation_step` computes.
+            only one with "loss" in its name.
 
     Raises:
         ValueError: If an argument is out of its range; when training starts, if a compression or refinement is due
@@ -301,10 +300,7 @@ class QuantizationAware(ScheduledCallback):
         )
 
     def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:
-        sizes = {table.spec["vocab_size"] for table in plan_of(module).tables}
-        if dense := self._named_tables(module)[1]:
-            sizes |= {table.shape[0] for table in find_tables(module, dense)}
-        value = validation_perplexity(trainer, module, sorted(sizes), self.monitor, f"Perplexity, {name}")
+        value = validation_perplexity(trainer, module, self.monitor, f"Perplexity, {name}")
         if value is not None:
             log(trainer, {f"perplexity_{name.replace(' ', '_')}": value})
         return value

@@ -232,6 +232,11 @@ class CompressedLanguageModel(VocabularyModule):
         self.model.__dict__.pop("log", None)
         self.model.teardown(stage)
 
+    @property
+    def monitored_loss(self) -> str | None:
+        """The logged loss by which callbacks measure the perplexity, if the model names one."""
+        return getattr(self.model, "monitored_loss", None)
+
     def _log_of_model(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if name == "train_loss" and not self._is_plain:
             name = "train_cross_entropy"

@@ -276,13 +276,13 @@ def test_all_passes_call_steps_as_lightning_does(foreign: SimpleNamespace, make_
         def training_step(self, batch: Any) -> Tensor:
             return self._loss(batch)
 
-        def validation_step(self, batch: Any) -> Tensor:
-            return self._loss(batch)
+        def validation_step(self, batch: Any) -> None:
+            self.log("val_loss", self._loss(batch))
 
     class Passes(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
             self.counts = stream_token_counts(trainer, pl_module, pl_module.encoder, foreign.vocab_size)
-            self.perplexity = validation_perplexity(trainer, pl_module, [foreign.vocab_size], None, "Measuring")
+            self.perplexity = validation_perplexity(trainer, pl_module, None, "Measuring")
 
     passes, collect = Passes(), Collect()
     make_trainer(passes, collect, max_epochs=1).fit(Short(), **foreign.loaders())

@@ -214,7 +214,7 @@ def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(
 def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     class Unknown(foreign.Foreign):  # type: ignore[misc,name-defined]
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val_loss", self(batch[0]).square().mean())
+            self.log("val_squares", self(batch[0]).square().mean())
 
     trainer = make_trainer(TransformCoding(max_perplexity_increase="1%"))
     with pytest.raises(

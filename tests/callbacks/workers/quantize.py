@@ -32,8 +32,8 @@ class Language(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self._loss(batch)
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self._loss(batch)
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=0.02)
