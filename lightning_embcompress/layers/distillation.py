@@ -19,20 +19,17 @@ chunk of them is in the cache:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from typing_extensions import Self, override
 
-from lightning_embcompress.layers.head_loss import head_loss_sum, kept_order, kept_targets
+from lightning_embcompress.layers.chunked_loss import Objective, loss_of_head, loss_of_logits, rows_of_chunk
 from lightning_embcompress.methods.numerics.gram import compute_dtype
-from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
-
-# 2^20 float32 logits = 4 MiB; the loss needs three such buffers, which stay in the cache.
-_CHUNK_ELEMENTS = 2**20
 
 
 class TeacherScores(NamedTuple):
@@ -95,7 +92,7 @@ def teacher_scores(logits: Tensor, top_k: int | None = None, temperature: float 
     scores = torch.empty(len(flat), top_k, dtype=dtype, device=flat.device)
     ids = torch.empty(len(flat), top_k, dtype=torch.long, device=flat.device)
     log_rest = torch.empty(len(flat), dtype=dtype, device=flat.device)
-    rows = _rows(flat)
+    rows = rows_of_chunk(flat, Distillation.chunk_elements)
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
         values = flat[part].to(dtype)
@@ -134,6 +131,101 @@ def check_distillation(top_k: int | None, temperature: float) -> None:
         raise ValueError(f"temperature={temperature} must be above 0 and finite; 1 leaves the logits as they are.")
 
 
+class Distillation(Objective):
+    """The weighted sum of cross-entropy and distillation (formula at the top of this module).
+
+    Args:
+        targets: Ids of the true tokens, int64, ``[*]``; where they are -100 nothing is learnt from the teacher either.
+        teacher: What the teacher says of the same positions, at the same temperature.
+        temperature: What logits are divided by.
+        cross_entropy_weight: Of the cross-entropy.
+        distillation_weight: Of the divergence from the teacher.
+    """
+
+    # The loss needs three buffers of 4 MiB, which stay in the cache.
+    chunk_elements: ClassVar[int] = 2**20
+
+    def __init__(
+        self,
+        targets: Tensor,
+        teacher: TeacherScores,
+        temperature: float = 1.0,
+        cross_entropy_weight: float = 1.0,
+        distillation_weight: float = 1.0,
+    ) -> None:
+        """Keep them."""
+        super().__init__(targets, (cross_entropy_weight, distillation_weight))
+        self.teacher = teacher
+        self.temperature = temperature
+
+    @override
+    def summed(self, logits: Tensor, gradient: Tensor | None, part: slice = slice(None)) -> Tensor:
+        """See `Objective.summed`.
+
+        Raises:
+            ValueError: If the teacher has scored another number of positions or tokens.
+        """
+        tokens = logits.shape[-1]
+        scored = (len(self.teacher.scores), self.teacher.scores.shape[-1] if self.teacher.ids is None else tokens)
+        if scored != (len(self.ids), tokens):
+            raise ValueError(
+                f"The teacher has scored {scored[0]} positions over {scored[1]} tokens, but the model {len(self.ids)}"
+                f" over {tokens}: they must be of the same batch and the same vocabulary."
+            )
+        return super().summed(logits, gradient, part)
+
+    @override
+    def rows(self, scores: Tensor, part: slice, gradient: Tensor) -> Tensor:
+        ids, temperature = self.ids[part].unsqueeze(-1), self.temperature
+        said = TeacherScores(*(None if one is None else one[part] for one in self.teacher))  # type: ignore[arg-type]
+        weight, pull = self.weights[0], self.weights[1] * temperature
+        chances, normalizer = _softmax(scores, out=gradient)
+        cross_entropy = normalizer - scores.gather(-1, ids).squeeze(-1)
+        tempered = chances
+        if temperature != 1:
+            scores = scores / temperature
+            tempered, normalizer = _softmax(scores)
+        if said.ids is None or said.log_rest is None:
+            theirs = said.scores.to(scores.dtype) / temperature
+            expected, normalizer_of_theirs = _softmax(theirs)
+            # A token that is impossible for both adds nothing, and its infinite logits no NaN.
+            difference = torch.where(expected > 0, theirs - scores, 0.0).mul_(expected).sum(-1)
+            divergence = difference + normalizer - normalizer_of_theirs
+            if temperature == 1:
+                gradient.mul_(weight + pull)
+            else:
+                gradient.mul_(weight).add_(tempered, alpha=pull)
+            gradient.sub_(expected, alpha=pull)
+        else:
+            log_kept, log_rest = said.scores.to(scores.dtype), said.log_rest.to(scores.dtype)
+            kept, own = log_kept.exp(), tempered.gather(-1, said.ids)
+            log_own = scores.gather(-1, said.ids) - normalizer.unsqueeze(-1)
+            # Taken out, so that the rest is summed and not what is left of 1, which would be rounding.
+            rest = tempered.scatter_(-1, said.ids, 0.0).sum(-1).clamp_(min=torch.finfo(scores.dtype).tiny).log_()
+            divergence = torch.where(kept > 0, kept * (log_kept - log_own), 0.0).sum(-1)
+            divergence += torch.where(log_rest > -math.inf, log_rest.exp() * (log_rest - rest), 0.0)
+            factor = ((1 - (log_rest - rest).exp()) * pull).unsqueeze(-1)
+            correction = (own - kept) * pull
+            if temperature == 1:
+                gradient.mul_(factor + weight)
+                correction += own * weight
+            else:
+                gradient.mul_(weight).addcmul_(tempered, factor)
+            gradient.scatter_add_(-1, said.ids, correction)
+        gradient.scatter_add_(-1, ids, gradient.new_full((1, 1), -weight).expand(len(gradient), 1))
+        return torch.stack([cross_entropy, divergence * temperature**2])
+
+    @override
+    def reordered(self, storage_order: Tensor) -> Self | None:
+        if self.teacher.ids is None:
+            # All logits of a teacher are in the order of ids.
+            return None
+        made = copy.copy(self)
+        made.ids = storage_order.index_select(0, self.ids)
+        made.teacher = self.teacher._replace(ids=storage_order[self.teacher.ids])
+        return made
+
+
 def distilled_loss(
     logits: Tensor,
     targets: Tensor,
@@ -151,9 +243,9 @@ def distilled_loss(
 
     Args:
         logits: The student's, ``[*, vocab_size]``.
-        targets: Ids of the true tokens, int64, ``[*]``; where they are -100 nothing is learnt from the teacher either.
-        teacher: What the teacher says of the same positions, at the same temperature.
-        temperature: What logits are divided by.
+        targets: See `Distillation`, as for everything below.
+        teacher: Of the same positions.
+        temperature: Of both.
         cross_entropy_weight: Of the cross-entropy.
         distillation_weight: Of the divergence from the teacher.
         overwrite: Whether the gradient may be kept in the memory of the logits, which then hold it instead: for logits
@@ -168,12 +260,9 @@ def distilled_loss(
         >>> round(result.cross_entropy.item(), 4), abs(round(result.distillation.item(), 4)), result.num_targets.item()
         (2.0794, 0.0, 2)
     """
-    flat_logits, flat_targets = logits.flatten(0, -2), targets.flatten()
-    _check_fit(teacher, len(flat_logits), flat_logits.shape[-1], flat_targets)
-    function: Any = _DistilledLoss
-    weights = (temperature, cross_entropy_weight, distillation_weight)
-    total, cross_entropy, divergence = function.apply(flat_logits, flat_targets, teacher, weights, overwrite)
-    return _means(total, cross_entropy, divergence, flat_targets)
+    objective = Distillation(targets, teacher, temperature, cross_entropy_weight, distillation_weight)
+    loss, terms, count = loss_of_logits(logits, objective, overwrite=overwrite)
+    return DistilledLoss(loss, terms[0], terms[1], count)
 
 
 def distilled_head_loss(
@@ -191,9 +280,9 @@ def distilled_head_loss(
 
     Args:
         head: Gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, see
-            :func:`~lightning_embcompress.layers.head_loss.head_softmax_loss`.
-        hidden: What the head reads, ``[*, dim]``; it or the head must require a gradient.
-        targets: See `distilled_loss`, as for everything below.
+            :func:`~lightning_embcompress.layers.chunked_loss.loss_of_head`.
+        hidden: What the head reads, ``[*, dim]``.
+        targets: See `Distillation`, as for everything below.
         teacher: Of the same positions.
         temperature: Of both.
         cross_entropy_weight: Of the cross-entropy.
@@ -209,157 +298,13 @@ def distilled_head_loss(
         >>> result.loss.requires_grad
         True
     """
-    flat, ids = hidden.flatten(0, -2), targets.flatten()
-    # All logits of a teacher are in the order of ids.
-    storage_order = None if teacher.ids is None else kept_order(head)
-    if storage_order is not None and teacher.ids is not None:
-        ids = kept_targets(ids, storage_order)
-        teacher = teacher._replace(ids=storage_order[teacher.ids])
-    parts: list[tuple[Tensor, Tensor]] = []
-
-    def summed(logits: Tensor, part: slice, gradient: Tensor) -> Tensor:
-        _check_fit(teacher, len(flat), logits.shape[-1], ids)
-        weights = (temperature, cross_entropy_weight, distillation_weight)
-        total, *terms = summed_distilled_loss(logits, ids[part], _part(teacher, part), *weights, gradient)
-        parts.append((terms[0], terms[1]))
-        return total
-
-    total = head_loss_sum(head, flat, summed, chunk_tokens, as_kept=storage_order is not None)
-    cross_entropy, divergence = (torch.stack(terms).sum() for terms in zip(*parts, strict=True))
-    return _means(total, cross_entropy, divergence, ids)
+    objective = Distillation(targets, teacher, temperature, cross_entropy_weight, distillation_weight)
+    loss, terms, count = loss_of_head(head, hidden, objective, chunk_tokens=chunk_tokens)
+    return DistilledLoss(loss, terms[0], terms[1], count)
 
 
-def _check_fit(teacher: TeacherScores, positions: int, tokens: int, targets: Tensor) -> None:
-    found = (len(teacher.scores), teacher.scores.shape[-1] if teacher.ids is None else tokens)
-    if found != (positions, tokens) or len(targets) != positions:
-        raise ValueError(
-            f"The teacher has scored {found[0]} positions over {found[1]} tokens, but the model {positions} over"
-            f" {tokens}, with {len(targets)} targets: they must be of the same batch and the same vocabulary."
-        )
-
-
-def _means(total: Tensor, cross_entropy: Tensor, divergence: Tensor, targets: Tensor) -> DistilledLoss:
-    count = targets.ne(IGNORE_INDEX).sum()
-    number = count.clamp(min=1)
-    return DistilledLoss(total / number, cross_entropy / number, divergence / number, count)
-
-
-def _part(teacher: TeacherScores, part: slice) -> TeacherScores:
-    return TeacherScores(*(None if one is None else one[part] for one in teacher))  # type: ignore[arg-type]
-
-
-class _DistilledLoss(torch.autograd.Function):
-    """Sums over all targets; the gradient is computed in `forward`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        teacher: TeacherScores,
-        weights: tuple[float, float, float],
-        overwrite: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Not scaled yet, small probabilities would be zero in float16.
-        kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        overwrite = overwrite and kept == logits.dtype
-        # The same memory, with the same count of changes: autograd raises where an overwritten tensor is needed.
-        gradient = logits.detach() if overwrite else torch.empty_like(logits, dtype=kept)
-        total, cross_entropy, divergence = summed_distilled_loss(logits.detach(), targets, teacher, *weights, gradient)
-        ctx.save_for_backward(gradient)
-        ctx.overwrite, ctx.dtype = overwrite, logits.dtype
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        return total, cross_entropy, divergence
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        scaled = gradient.mul_(scale) if ctx.overwrite else (gradient * scale).to(ctx.dtype)
-        return scaled, None, None, None, None
-
-
-def summed_distilled_loss(
-    logits: Tensor,
-    targets: Tensor,
-    teacher: TeacherScores,
-    temperature: float,
-    cross_entropy_weight: float,
-    distillation_weight: float,
-    gradient: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the sums over all targets of the loss and its parts, and the gradient of the first at the logits.
-
-    Args:
-        logits: ``[N, vocab_size]``, without a graph.
-        targets: Int64, ``[N]``; -100 is ignored.
-        teacher: See `distilled_loss`, as for the weights.
-        temperature: Of both.
-        cross_entropy_weight: Of the cross-entropy.
-        distillation_weight: Of the divergence.
-        gradient: ``[N, vocab_size]``, is written over; it may be the logits themselves.
-
-    Returns:
-        The weighted sum, the cross-entropy and the divergence, float32 scalars (float64 for float64 logits).
-    """
-    scored = targets.ne(IGNORE_INDEX)
-    # Any valid id does for the ignored targets, whose loss and gradient are dropped.
-    ids = torch.where(scored, targets, 0).unsqueeze(-1)
-    dtype = compute_dtype(logits.dtype)
-    losses = torch.zeros(2, len(logits), dtype=dtype, device=logits.device)
-    pull = distillation_weight * temperature
-    with torch.autocast(logits.device.type, enabled=False):
-        rows = _rows(logits)
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            scores = logits[part].to(dtype)
-            chances, normalizer = _softmax(scores)
-            losses[0, part] = normalizer - scores.gather(-1, ids[part]).squeeze(-1)
-            if temperature == 1:
-                tempered, normalizer_of_tempered = chances, normalizer
-            else:
-                scores = scores / temperature
-                tempered, normalizer_of_tempered = _softmax(scores)
-            said = _part(teacher, part)
-            if said.ids is None or said.log_rest is None:
-                theirs = said.scores.to(dtype) / temperature
-                expected, normalizer_of_theirs = _softmax(theirs)
-                # A token that is impossible for both adds nothing, and its infinite logits no NaN.
-                difference = torch.where(expected > 0, theirs - scores, 0.0).mul_(expected).sum(-1)
-                losses[1, part] = difference + normalizer_of_tempered - normalizer_of_theirs
-                values = chances * cross_entropy_weight
-                values.add_(tempered, alpha=pull).sub_(expected, alpha=pull)
-            else:
-                log_kept, log_rest = said.scores.to(dtype), said.log_rest.to(dtype)
-                kept, own = log_kept.exp(), tempered.gather(-1, said.ids)
-                log_own = scores.gather(-1, said.ids) - normalizer_of_tempered.unsqueeze(-1)
-                # Taken out, so that the rest is summed and not what is left of 1, which would be rounding.
-                rest = tempered.scatter_(-1, said.ids, 0.0).sum(-1).clamp_(min=torch.finfo(dtype).tiny).log_()
-                losses[1, part] = torch.where(kept > 0, kept * (log_kept - log_own), 0.0).sum(-1)
-                losses[1, part] += torch.where(log_rest > -math.inf, log_rest.exp() * (log_rest - rest), 0.0)
-                factor = ((1 - (log_rest - rest).exp()) * pull).unsqueeze(-1)
-                correction = (own - kept) * pull
-                if temperature == 1:
-                    values = chances.mul_(factor + cross_entropy_weight)
-                    correction += own * cross_entropy_weight
-                else:
-                    values = chances.mul_(cross_entropy_weight).addcmul_(tempered, factor)
-                values.scatter_add_(-1, said.ids, correction)
-            values.scatter_add_(-1, ids[part], values.new_full((1, 1), -cross_entropy_weight).expand(len(values), 1))
-            gradient[part] = values
-    # Not a product: an infinite logit in an ignored row must not become NaN.
-    gradient.index_fill_(0, scored.logical_not().nonzero().flatten(), 0.0)
-    cross_entropy, divergence = losses.masked_fill_(~scored, 0.0).sum(-1)
-    divergence = divergence * temperature**2
-    return cross_entropy_weight * cross_entropy + distillation_weight * divergence, cross_entropy.clone(), divergence
-
-
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(scores: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Probabilities, and the logarithm of what `exp(scores)` was divided by."""
-    values = torch.softmax(scores, -1)
+    values = torch.softmax(scores, -1, out=out)
     # The largest probability is 1 / Σ exp(z - max z): so one exponential of each logit is enough.
     return values, scores.amax(-1) - values.amax(-1).log()
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS // max(1, logits.shape[-1]))

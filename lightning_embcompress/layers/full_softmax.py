@@ -1,4 +1,4 @@
-r"""The full softmax loss over large vocabularies, a few tokens at a time.
+r"""The cross-entropy of a softmax over a large vocabulary, of logits or of the hidden states that a head reads.
 
 With :math:`\log p_v = z_v - \log \sum_u e^{z_u}` the loss of a target :math:`y` is :math:`-\log p_y`, and its gradient
 :math:`\partial / \partial z_v = p_v - [v = y]` needs nothing but the logits. So it is computed with the loss, while a
@@ -9,25 +9,43 @@ float32 of 412 MB each, and a CPU spends most of the time of the loss on giving 
 
 from __future__ import annotations
 
-from typing import Any
+import copy
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
+from typing_extensions import Self, override
 
-from lightning_embcompress.methods.numerics.gram import compute_dtype
-from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.layers import chunked_loss
+from lightning_embcompress.layers.chunked_loss import Objective, loss_of_head, loss_of_logits
+from lightning_embcompress.layers.compressed import CompressedLinear
+from lightning_embcompress.layers.fused_loss import check_shapes, fused_cross_entropy
+from lightning_embcompress.methods.kernels.choice import uncompiled
 
-# 2^21 float32 logits = 8 MiB: they stay in the cache, and the allocator has room for them without asking the system.
-_CHUNK_ELEMENTS = 2**21
+
+class CrossEntropy(Objective):
+    """`-log p` of the targets."""
+
+    @override
+    def rows(self, scores: Tensor, part: slice, gradient: Tensor) -> Tensor:
+        ids = self.ids[part].unsqueeze(-1)
+        torch.softmax(scores, -1, out=gradient)
+        # The largest probability is 1 / Σ exp(z - max z): so one exponential of each logit is enough.
+        losses = scores.amax(-1) - scores.gather(-1, ids).squeeze(-1) - gradient.amax(-1).log()
+        gradient.scatter_add_(-1, ids, gradient.new_full((1, 1), -1.0).expand(len(gradient), 1))
+        return losses.unsqueeze(0)
+
+    @override
+    def reordered(self, storage_order: Tensor) -> Self:
+        made = copy.copy(self)
+        # Not by indexing, which takes -1 for the last one.
+        made.ids = storage_order.index_select(0, self.ids)
+        return made
 
 
 def full_softmax_loss(logits: Tensor, targets: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy in nats per token and the number of tokens; 0, not NaN, for no tokens.
 
-    Works in float32 (float64 for float64 logits) whatever the dtype of the logits, a chunk of tokens at a time. Without
-    gradients every chunk goes through :func:`torch.nn.functional.cross_entropy`, by which others recognise a loss.
+    Works in float32 (float64 for float64 logits) whatever the dtype of the logits, a chunk of tokens at a time.
 
     Args:
         logits: Unnormalised scores, floating point, shape ``[*, vocab_size]``.
@@ -37,90 +55,62 @@ def full_softmax_loss(logits: Tensor, targets: Tensor, *, overwrite: bool = Fals
 
     Returns:
         The loss, a float32 scalar (float64 for float64 logits), and the number of targets that are not ignored, an
-        int64 scalar.
+        int64 scalar. It can be differentiated once: a backward pass with ``create_graph=True`` raises a RuntimeError.
 
     Example:
         >>> import torch
         >>> full_softmax_loss(torch.zeros(1, 2, 4), torch.tensor([[0, -100]]))
         (tensor(1.3863), tensor(1))
     """
-    flat_logits, flat_targets = logits.flatten(0, -2), targets.flatten()
-    count = flat_targets.ne(IGNORE_INDEX).sum()
-    if torch.is_grad_enabled() and logits.requires_grad:
-        function: Any = _SummedLoss
-        total: Tensor = function.apply(flat_logits, flat_targets, overwrite)
-    else:
-        total = torch.zeros((), dtype=compute_dtype(logits.dtype), device=logits.device)
-        rows = _rows(flat_logits)
-        for chunk, ids in zip(torch.split(flat_logits, rows), torch.split(flat_targets, rows), strict=True):
-            mean = F.cross_entropy(chunk.to(total.dtype), ids, ignore_index=IGNORE_INDEX)
-            chunk_count = ids.ne(IGNORE_INDEX).sum()
-            total += torch.where(chunk_count > 0, mean * chunk_count, 0.0)
-    return total / count.clamp(min=1), count
+    found = loss_of_logits(logits, CrossEntropy(targets), overwrite=overwrite)
+    return found.loss, found.num_targets
 
 
-class _SummedLoss(torch.autograd.Function):
-    """Sum of the losses of all targets; the gradient is computed in `forward`."""
+@uncompiled
+def head_softmax_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of a head in nats per token and the number of tokens; 0, not NaN, for no tokens.
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, overwrite: bool) -> Tensor:
-        # Not scaled yet, small probabilities would be zero in float16.
-        kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        overwrite = overwrite and kept == logits.dtype
-        # The same memory, with the same count of changes: autograd raises where an overwritten tensor is needed.
-        gradient = logits.detach() if overwrite else torch.empty_like(logits, dtype=kept)
-        loss = summed_loss(logits.detach(), targets, gradient)
-        ctx.save_for_backward(gradient)
-        ctx.overwrite, ctx.dtype = overwrite, logits.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        # In place it counts as a change too: a second backward pass raises.
-        scaled = gradient.mul_(scale) if ctx.overwrite else (gradient * scale).to(ctx.dtype)
-        return scaled, None, None
-
-
-def summed_loss(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """Compute the sum of the losses of all targets, and its gradient at the logits.
+    The logits of all tokens are never there at once, see
+    :func:`~lightning_embcompress.layers.chunked_loss.loss_of_head`. Of a vocabulary of more than 262,144 words (2^24
+    logits for 64 tokens), they are computed tile by tile, see :func:`~lightning_embcompress.fused_cross_entropy`,
+    unless `chunk_tokens` is given or the head has hooks.
 
     Args:
-        logits: ``[N, vocab_size]``, without a graph.
-        targets: Int64, shape ``[N]``; -100 is ignored.
-        gradient: ``[N, vocab_size]``, is written over; it may be the logits themselves.
+        head: A :class:`~lightning_embcompress.layers.compressed.CompressedLinear`, an :class:`torch.nn.Linear`, or any
+            module that gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, row by row.
+        hidden: What the head reads, floating point, shape ``[*, dim]``.
+        targets: Ids of the true tokens, int64, shape ``[*]``; -100 is ignored.
+        chunk_tokens: Tokens of a call of the head; None to go by memory.
 
     Returns:
-        A float32 scalar (float64 for float64 logits).
+        As for `full_softmax_loss`.
+
+    Raises:
+        ValueError: If the shapes do not fit, ``chunk_tokens`` is not positive, or the head reads tensors that require a
+            gradient and are not among its parameters.
+
+    Example:
+        >>> import torch
+        >>> head = torch.nn.Linear(8, 100)
+        >>> loss, count = head_softmax_loss(head, torch.zeros(2, 5, 8), torch.randint(100, (2, 5)), chunk_tokens=3)
+        >>> loss.backward()
+        >>> head.weight.grad.shape, count
+        (torch.Size([100, 8]), tensor(10))
     """
-    scored = targets.ne(IGNORE_INDEX)
-    # Any valid id does for the ignored targets, whose loss and gradient are dropped.
-    ids = torch.where(scored, targets, 0).unsqueeze(-1)
-    rows, dtype = _rows(logits), compute_dtype(logits.dtype)
-    shape = (min(rows, len(logits)), logits.shape[-1])
-    wide = logits if logits.dtype == dtype else logits.new_empty(shape, dtype=dtype)
-    # A kernel must not write over what it reads.
-    apart = gradient.dtype == dtype and gradient.data_ptr() != logits.data_ptr()
-    buffer = gradient if apart else logits.new_empty(shape, dtype=dtype)
-    losses = torch.empty(len(logits), dtype=dtype, device=logits.device)
-    # Autocast would only copy what is float32 already.
-    with torch.autocast(logits.device.type, enabled=False):
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            chunk = ids[part]
-            scores = logits[part] if wide is logits else wide[: len(chunk)].copy_(logits[part])
-            values = gradient[part] if apart else buffer[: len(chunk)]
-            torch.softmax(scores, -1, out=values)
-            # The largest probability is 1 / Σ exp(z - max z): so one exponential of each logit is enough.
-            losses[part] = scores.amax(-1) - scores.gather(-1, chunk).squeeze(-1) - values.amax(-1).log()
-            values.scatter_add_(-1, chunk, values.new_full((1, 1), -1.0).expand(len(values), 1))
-            if not apart:
-                gradient[part] = values
-    # Not a product: an infinite logit in an ignored row must not become NaN.
-    gradient.index_fill_(0, scored.logical_not().nonzero().flatten(), 0.0)
-    return torch.where(scored, losses, 0.0).sum()
+    check_shapes(hidden, targets)
+    objective = CrossEntropy(targets)
+    if chunk_tokens is None and _is_too_wide(head) and chunked_loss.wants_gradients(head, hidden):
+        count = objective.scored.sum()
+        return fused_cross_entropy(head, hidden, targets, reduction="sum") / count.clamp(min=1), count
+    found = loss_of_head(head, hidden, objective, chunk_tokens=chunk_tokens)
+    return found.loss, found.num_targets
 
 
-def _rows(logits: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS // max(1, logits.shape[-1]))
+def _is_too_wide(head: nn.Module) -> bool:
+    """Whether the logits of the fewest tokens of a call are too many, but known tile by tile."""
+    if not isinstance(head, CompressedLinear | nn.Linear) or type(head) not in (CompressedLinear, nn.Linear):
+        return False
+    too_many = chunked_loss.LEAST_TOKENS * head.out_features > chunked_loss.MOST_ELEMENTS
+    return too_many and not chunked_loss.is_watched(head) and not chunked_loss.is_gathered_by_calls(head)

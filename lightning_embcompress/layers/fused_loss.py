@@ -54,7 +54,7 @@ def fused_cross_entropy(
 
     It takes the memory of one tile, of the hidden states' products with what all tiles share, and of the gradients. The
     head is not called: hooks of it see nothing. Where all logits of a few tokens at a time fit into memory,
-    :func:`~lightning_embcompress.layers.head_loss.head_softmax_loss` computes them only once.
+    :func:`~lightning_embcompress.layers.full_softmax.head_softmax_loss` computes them only once.
 
     Args:
         head: A :class:`~lightning_embcompress.layers.compressed.CompressedLinear` of any method, or an
@@ -83,11 +83,7 @@ def fused_cross_entropy(
         >>> torch.testing.assert_close(loss, expected)
         >>> loss.backward()
     """
-    if hidden.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"hidden states of shape {tuple(hidden.shape)} need targets of shape {tuple(hidden.shape[:-1])}, one for "
-            f"each; the targets have {tuple(targets.shape)}"
-        )
+    check_shapes(hidden, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', it is {reduction!r}")
     if not 0 <= label_smoothing <= 1:
@@ -113,6 +109,19 @@ def fused_cross_entropy(
     if len(ids) == len(scored):
         return losses.view(targets.shape)
     return losses.new_zeros(len(scored)).masked_scatter(scored, losses).view(targets.shape)
+
+
+def check_shapes(hidden: Tensor, targets: Tensor) -> None:
+    """Refuse targets that are not one for each hidden state.
+
+    Raises:
+        ValueError: Naming both shapes.
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"hidden states of shape {tuple(hidden.shape)} need targets of shape {tuple(hidden.shape[:-1])}, one for "
+            f"each; the targets have {tuple(targets.shape)}"
+        )
 
 
 def _tile_rows(hidden: Tensor) -> int:

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_embcompress.layers.fused_loss import check_shapes
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 
 
@@ -226,11 +227,7 @@ def sampled_softmax_loss(
         >>> sampled_softmax_loss(hidden, targets, lambda ids: table[ids], None, candidates, 100).shape
         torch.Size([])
     """
-    if hidden.shape[:-1] != targets.shape:
-        raise ValueError(
-            "`hidden` must have the shape of `targets` and one more dimension,"
-            f" but got {tuple(hidden.shape)} and {tuple(targets.shape)}."
-        )
+    check_shapes(hidden, targets)
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     scored = targets.ne(ignore_index)
     # Any valid id does for the ignored positions, whose loss is dropped below.

@@ -29,9 +29,7 @@ _CHUNK_ELEMENTS = 2**24
 def token_negative_log_likelihood(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Return the negative log-likelihood of every target token, in nats.
 
-    Works in float32 (float64 for float64 logits) whatever the dtype of the logits, a chunk of tokens at a time. It
-    deliberately does not call :func:`torch.nn.functional.cross_entropy`: a metric beside a loss must not look like a
-    second loss to whoever watches that function.
+    Works in float32 (float64 for float64 logits) whatever the dtype of the logits, a chunk of tokens at a time.
 
     Args:
         logits: Unnormalised scores, floating point, shape ``[*, vocab_size]``.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
+from lightning_embcompress.layers.chunked_loss import token_chunks
 from lightning_embcompress.layers.full_softmax import full_softmax_loss as full_softmax_loss
-from lightning_embcompress.layers.head_loss import token_chunks
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity, token_negative_log_likelihood
 
@@ -149,6 +149,9 @@ class LanguageModel(VocabularyModule):
         frequency_bands: Whether to measure the perplexity by frequency band too, from the data module's
             ``token_counts``; costs a second pass over the logits.
     """
+
+    monitored_loss: ClassVar[str] = "val_loss"
+    """The logged loss by which callbacks measure the perplexity."""
 
     def __init__(
         self,

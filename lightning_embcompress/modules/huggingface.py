@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typing_extensions import override
 
-from lightning_embcompress.layers.full_softmax import full_softmax_loss
-from lightning_embcompress.layers.head_loss import head_softmax_loss
+from lightning_embcompress.layers.full_softmax import full_softmax_loss, head_softmax_loss
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.base import LanguageModel, Stage
 from lightning_embcompress.utils.storage import is_sharded

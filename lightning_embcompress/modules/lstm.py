@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_embcompress.layers.compressed import CompressedEmbedding
-from lightning_embcompress.layers.head_loss import head_softmax_loss
+from lightning_embcompress.layers.full_softmax import head_softmax_loss
 from lightning_embcompress.layers.sampled_softmax import head_rows, sample_candidates, sampled_softmax_loss
 from lightning_embcompress.modules.base import Batch, LanguageModel, Stage
 from lightning_embcompress.modules.lstm_arguments import check_optimizer, check_sizes, check_training

@@ -16,9 +16,9 @@ from typing_extensions import Self
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.quantization_aware import QuantizationAware
 from lightning_embcompress.compression.backbone import backbone_of
+from lightning_embcompress.layers.chunked_loss import token_chunks
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.distillation import TeacherScores, joined_scores, teacher_scores
-from lightning_embcompress.layers.head_loss import token_chunks
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.parts import Parts, own_step, watch
 from lightning_embcompress.modules.reconstruction import Reconstruction, of_the_model

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.layers.compressed import CompressedLinear
+from lightning_embcompress.layers.full_softmax import head_softmax_loss
 from lightning_embcompress.layers.fused_loss import fused_cross_entropy
-from lightning_embcompress.layers.head_loss import head_softmax_loss
 
 pytestmark = pytest.mark.timeout(3600)
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_embcompress.layers import distillation
 from lightning_embcompress.layers.distillation import (
+    Distillation,
     distilled_head_loss,
     distilled_loss,
     joined_scores,
@@ -45,7 +45,7 @@ def test_loss_and_gradient(
     temperature: float, top_k: int | None, overwrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Four positions at a time, and three at the end.
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * VOCAB_SIZE)
+    monkeypatch.setattr(Distillation, "chunk_elements", 4 * VOCAB_SIZE)
     student, teacher, targets = _logits(0).requires_grad_(), _logits(1), _targets()
     said = teacher_scores(teacher, top_k, temperature)
     found = distilled_loss(student.clone(), targets, said, temperature, 0.7, 1.3, overwrite=overwrite)

@@ -197,7 +197,7 @@ def test_bad_number_of_candidates(num_sampled: int) -> None:
 
 def test_bad_shapes() -> None:
     table, bias, hidden, targets = _problem()
-    with pytest.raises(ValueError, match=r"\(30, 6\) and \(29,\)"):
+    with pytest.raises(ValueError, match="targets"):
         _loss(table, bias, hidden, targets[:-1], sample_candidates(40, 5))
 
 

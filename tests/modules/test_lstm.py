@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_embcompress import compress
-from lightning_embcompress.layers import head_loss
+from lightning_embcompress.layers import chunked_loss
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel, lstm
 
 VOCAB_SIZE = 50
@@ -225,20 +225,6 @@ def test_windows_of_ignored_targets(tmp_path: Path) -> None:
         assert alone == pytest.approx(both)
 
 
-def test_evaluation_calls_cross_entropy_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    original = F.cross_entropy
-
-    def counted(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        calls.append((logits.shape, targets.shape, options))
-        return original(logits, targets, **options)
-
-    monkeypatch.setattr(F, "cross_entropy", counted)
-    model = _model(softmax="sampled", num_sampled=20, frequency_bands=True)
-    _trainer(tmp_path).validate(model, datamodule=Windows(), verbose=False)
-    assert calls == [((15, VOCAB_SIZE), (15,), {"ignore_index": -100})] * 2
-
-
 def test_frequency_bands(tmp_path: Path) -> None:
     data = Windows()
     data.token_counts = torch.arange(200, 0, -1)
@@ -442,9 +428,9 @@ class Scaled(LSTMLanguageModel):
 
 
 def test_evaluation_has_logits_of_a_few_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "_LEAST_TOKENS", 4)
-    monkeypatch.setattr(head_loss, "_CPU_LEAST_ELEMENTS", 4 * VOCAB_SIZE)
-    monkeypatch.setattr(head_loss, "_MOST_ELEMENTS", 4 * VOCAB_SIZE)
+    monkeypatch.setattr(chunked_loss, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(chunked_loss, "_CPU_LEAST_ELEMENTS", 4 * VOCAB_SIZE)
+    monkeypatch.setattr(chunked_loss, "MOST_ELEMENTS", 4 * VOCAB_SIZE)
     for kind in (LSTMLanguageModel, Scaled):
         model = kind(VOCAB_SIZE, embedding_dim=8, hidden_size=12, dropout=0.0, frequency_bands=True)
         seen: list[int] = []

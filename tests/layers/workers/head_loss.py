@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_embcompress import compress, fused_cross_entropy
 from lightning_embcompress.integrations.sharding import shard_tables
-from lightning_embcompress.layers.full_softmax import full_softmax_loss
-from lightning_embcompress.layers.head_loss import head_softmax_loss
+from lightning_embcompress.layers.full_softmax import full_softmax_loss, head_softmax_loss
 
 VOCAB_SIZE, DIM = 60, 8
 
