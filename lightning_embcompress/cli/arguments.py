@@ -320,3 +320,10 @@ _PARSERS = {
     "densify": _densify_parser,
     "sweep": _sweep_parser,
 }
+
+
+def in_shell_terms(message: str) -> str:
+    """A message about arguments of `compress` as one about options of the command."""
+    return message.replace("as in tables=['encoder']", "as in --tables encoder").replace(
+        "in tables=[...]", "with --tables"
+    )

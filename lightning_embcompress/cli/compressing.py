@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_embcompress.cli.arguments import Arguments, UsageError
-from lightning_embcompress.cli.models import CheckpointModel, OpenedModel, in_shell_terms, open_model
+from lightning_embcompress.cli.arguments import Arguments, UsageError, in_shell_terms
 from lightning_embcompress.cli.statistics import WantedStatistics
 from lightning_embcompress.cli.targets import report_path
 from lightning_embcompress.cli.text import (
@@ -25,6 +24,7 @@ from lightning_embcompress.cli.text import (
 from lightning_embcompress.compression.budget import Request, check_budget, plan_requests
 from lightning_embcompress.compression.plan import compress, densify, plan_of
 from lightning_embcompress.compression.report import say, show_plan, show_requests, write_report
+from lightning_embcompress.integrations.opening import OpenedModel, open_model
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import get_method
 from lightning_embcompress.utils.files import staged
@@ -223,7 +223,7 @@ def _write(arguments: Arguments, opened: OpenedModel, perplexity: dict[str, Any]
             write_report(path / report.name, opened.model, perplexity, extra)
     if not source.is_directory:
         write_report(report, opened.model, perplexity, extra)
-    if isinstance(opened, CheckpointModel) and opened.dropped:
+    if opened.dropped:
         say(
             f"Not in {target}: {', '.join(opened.dropped)}. It is for load_from_checkpoint, validate, test and "
             "predict; training cannot be resumed from it"

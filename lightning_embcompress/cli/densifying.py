@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightning_embcompress.cli.arguments import Arguments
-from lightning_embcompress.cli.models import open_model
 from lightning_embcompress.compression.plan import densify, plan_of
 from lightning_embcompress.compression.report import say
+from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.utils.files import staged
 

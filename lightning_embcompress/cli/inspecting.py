@@ -9,18 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.cli.arguments import Arguments
-from lightning_embcompress.cli.models import (
-    in_shell_terms,
-    model_class,
-    open_model,
-    quiet_transformers,
-    read_plan,
-    read_tensors,
-)
-from lightning_embcompress.cli.skeleton import Skeleton, build_skeleton, choose_tables
-from lightning_embcompress.compression.plan import Plan, plan_of
+from lightning_embcompress.cli.arguments import Arguments, in_shell_terms
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import show_inspection, table_report
+from lightning_embcompress.integrations.contents import model_class, quiet_transformers
+from lightning_embcompress.integrations.opening import open_skeleton
+from lightning_embcompress.integrations.skeleton import choose_tables
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.tables.replacement import Table, find_tables
@@ -54,7 +48,7 @@ def inspect_source(source: Source, trust: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: If it cannot be read.
     """
-    model = _skeleton_of_pretrained(source) if source.kind == "pretrained" else open_model(source, trust=trust).model
+    model = open_skeleton(source, trust=trust).model
     compressed, note = bool(plan_of(model).tables), None
     if compressed:
         tables = table_report(model)
@@ -76,17 +70,10 @@ def inspect_source(source: Source, trust: bool = False) -> dict[str, Any]:
     }
 
 
-def _skeleton_of_pretrained(source: Source) -> Skeleton:
-    record = source.config.get("quantization_config")
-    plan = Plan() if record is None else read_plan(record, source.name)
-    return build_skeleton(read_tensors(source.weights), plan, repr(source.name))
-
-
 def _dense_tables(source: Source, skeleton: nn.Module) -> list[dict[str, Any]]:
     """What would be compressed."""
     found = _chosen_by_transformers(source) if source.kind == "pretrained" else None
     if found is None:
-        assert isinstance(skeleton, Skeleton)
         found = find_tables(skeleton, choose_tables(skeleton))
     tables = []
     for table in found:

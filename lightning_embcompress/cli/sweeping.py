@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.cli.arguments import Arguments
-from lightning_embcompress.cli.models import in_shell_terms, open_model
+from lightning_embcompress.cli.arguments import Arguments, in_shell_terms
 from lightning_embcompress.cli.statistics import collect_from_text
 from lightning_embcompress.cli.sweep import DEFAULT_METHODS, checksum, sweep
 from lightning_embcompress.cli.sweep_record import SWEEP_FILE, Point
@@ -17,6 +16,7 @@ from lightning_embcompress.cli.sweep_report import show_sweep, write_sweep
 from lightning_embcompress.cli.text import block_size_of, check_measurable, read_text, tokenizer_of
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import say
+from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.tables.replacement import find_tables
 

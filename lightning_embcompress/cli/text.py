@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_embcompress.cli.models import model_class
 from lightning_embcompress.data.blocks import IGNORE_INDEX, TokenBlocks
 from lightning_embcompress.data.store import default_cache_dir
 from lightning_embcompress.data.text import find_files
 from lightning_embcompress.data.tokenized import Documents, Piece, TextFileSource, load_tokenizer, tokenize_source
+from lightning_embcompress.integrations.contents import model_class
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.perplexity import LikelihoodSums, Perplexity
 from lightning_embcompress.utils.progress import progress_bar

@@ -68,18 +68,6 @@ def check_backbone_tensors(
                 raise ValueError(f"{where} has NaN or infinite values in {key!r}: take an earlier one")
 
 
-def load_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the tensors of quantized weights alone.
-
-    Args:
-        model: A model that has the structure of its backbone already.
-        state: Tensors that `check_backbone_tensors` has seen.
-    """
-    for name, kept in readings(model).items():
-        prefix = _prefix(name)
-        kept.load_state_dict({key.removeprefix(prefix): own for key, own in state.items() if key.startswith(prefix)})
-
-
 def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> None:
     """Make weights usable whose tensors were put into place one by one, in a model that was on the meta device.
 

@@ -16,7 +16,7 @@ from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.compression.backbone_files import check_backbone_tensors
 from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.compression.records import check_factors
-from lightning_embcompress.integrations.checkpoint_io import check_whole_file, read_without_tensors
+from lightning_embcompress.integrations.checkpoint_io import check_whole_file, read_mapped
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.tables.replacement import all_modules
 
@@ -64,7 +64,7 @@ def restore_structure(
         raise ValueError(
             f"not a Lightning checkpoint: it has no 'state_dict', but the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    plan = _recorded_plan(record, where)
+    plan = read_plan(record, where)
     if state is None:
         _check_sharded(module, plan)
         return
@@ -83,11 +83,16 @@ def _loaded_file(module: nn.Module) -> str:
     return "the checkpoint" if path is None else repr(str(path))
 
 
-def _recorded_plan(record: Any, where: str) -> Plan:
+def read_plan(record: Any, where: str) -> Plan:
+    """Read the record of a plan; nothing where there is none.
+
+    Raises:
+        ValueError: If it is damaged, or one of a newer version; the message begins with `where`.
+    """
     try:
         return Plan() if record is None else Plan.from_dict(record)
     except ValueError as error:
-        raise ValueError(f"{where} cannot be loaded: {error}") from error
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def _check_sharded(module: nn.Module, plan: Plan) -> None:
@@ -171,6 +176,20 @@ class _LoadHook(_SaveHook):
         self.original(checkpoint)
 
 
+def restore_and_tell(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Give a module the structure of a checkpoint and let its own hook see it, before its weights are loaded.
+
+    Args:
+        module: What is loaded into.
+        checkpoint: Of its class; its hook may change it.
+
+    Raises:
+        ValueError: If the tables do not fit; nothing is changed then.
+    """
+    keeps_itself = restores_structure(module) or isinstance(module.__dict__.get("on_load_checkpoint"), _LoadHook)
+    (module.on_load_checkpoint if keeps_itself else _LoadHook(module, module.on_load_checkpoint))(checkpoint)
+
+
 def structure_from_checkpoint(path: str | os.PathLike[str]) -> Plan:
     """Read which tables are compressed in a checkpoint, and how, without reading its tensors.
 
@@ -202,11 +221,11 @@ def structure_from_checkpoint(path: str | os.PathLike[str]) -> Plan:
         >>> type(fresh[0]).__name__
         'CompressedEmbedding'
     """
-    checkpoint = read_without_tensors(path)
+    checkpoint = read_mapped(path)
     # In a directory the tensors are elsewhere.
     if not isinstance(checkpoint, Mapping) or not {"state_dict", _VERSION_KEY} & checkpoint.keys():
         raise ValueError(f"{str(path)!r} is not a checkpoint of Lightning's Trainer: it has no 'state_dict'")
-    return _recorded_plan(checkpoint.get(RECORD_KEY), repr(str(path)))
+    return read_plan(checkpoint.get(RECORD_KEY), repr(str(path)))
 
 
 def load_from_checkpoint(cls: type[_Module], path: str | os.PathLike[str], **kwargs: Any) -> _Module:
@@ -225,7 +244,7 @@ def load_from_checkpoint(cls: type[_Module], path: str | os.PathLike[str], **kwa
     check_whole_file(path)
     if kwargs.get("weights_only") is None:
         # Older versions of Lightning do not take it, and would load whatever there is.
-        read_without_tensors(path)
+        read_mapped(path)
         kwargs.pop("weights_only", None)
         if "weights_only" in inspect.signature(cls.load_from_checkpoint).parameters:
             kwargs["weights_only"] = True

@@ -87,7 +87,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             remote: dict[str, Any] = super().load_checkpoint(path, map_location, **chosen)
             return remote
         check_whole_file(path)
-        with _readable(path):
+        with readable(path):
             checkpoint = torch.load(_local(path), map_location=map_location, weights_only=weights_only)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"{str(path)!r} is no checkpoint: it holds a {type(checkpoint).__name__}")
@@ -145,7 +145,7 @@ def check_checkpoint_file(path: str | os.PathLike[str]) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
     # `torch.save` writes a zip archive, whose directory stands at the end: a truncated file has none.
-    with _readable(file):
+    with readable(file):
         is_archive = zipfile.is_zipfile(file)
     if not is_archive:
         raise ValueError(
@@ -173,7 +173,7 @@ def check_whole_file(path: str | os.PathLike[str]) -> None:
         return
     file = _local(path)
     file = file / _SHARDED_FILE if file.is_dir() else file
-    with _readable(file), zipfile.ZipFile(file) as archive:
+    with readable(file), zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         # Torch does not compress: what is larger than its file would fill the memory.
         if sum(record.file_size for record in records) > file.stat().st_size:
@@ -187,24 +187,25 @@ def check_whole_file(path: str | os.PathLike[str]) -> None:
                         pass
 
 
-def read_without_tensors(path: str | os.PathLike[str]) -> Any:
-    """Read a checkpoint of which tensors are only used for their shapes: they are mapped, or left out.
+def read_mapped(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
+    """Read a checkpoint without its tensors, which are mapped into memory.
 
     Args:
-        path: A file, a directory of a sharded model, or a URL.
+        path: A file, a directory of a sharded model, or a URL, whose tensors are on the meta device.
+        weights_only: False to load objects too, which can run code.
 
     Raises:
         FileNotFoundError: If there is nothing.
-        ValueError: If it is no whole checkpoint, or holds more than tensors and plain values.
+        ValueError: If it is no whole checkpoint, or holds more than is loaded.
     """
     if not _is_local(path):
-        with _readable(path), get_filesystem(str(path)).open(str(path), "rb") as stream:
-            return torch.load(stream, map_location="meta", weights_only=True)
+        with readable(path), get_filesystem(str(path)).open(str(path), "rb") as stream:
+            return torch.load(stream, map_location="meta", weights_only=weights_only)
     check_checkpoint_file(path)
     file = _local(path)
     file = file / _SHARDED_FILE if file.is_dir() else file
-    with _readable(file):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    with readable(file):
+        return torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
 def _is_local(path: str | os.PathLike[str]) -> bool:
@@ -216,7 +217,7 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say what is wrong with a file, whatever a damaged one makes of its reader."""
     try:
         yield
@@ -235,8 +236,9 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
             raise _damaged(path, error) from error
         raise ValueError(
             f"{str(path)!r} holds more than tensors and plain values ({found[1] or found[2]}), which can run code when "
-            "it is loaded: nothing was loaded. If you trust where it comes from, load it with weights_only=False, or "
-            "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 for versions of Lightning that have no such argument"
+            "it is loaded: nothing was loaded. If you trust where it comes from, load it with weights_only=False (in "
+            "the shell with --trust_source), or set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 for versions of Lightning that "
+            "have no such argument"
         ) from error
     except Exception as error:
         raise _damaged(path, error) from error

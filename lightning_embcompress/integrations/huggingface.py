@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.integrations.sources import QUANT_METHOD
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.quantization.aware import converted, is_prepared
 from lightning_embcompress.tables.transformers_models import pretrained_models
-
-QUANT_METHOD = "embcompress"
-"""Under this name `config.json` records the plan, and transformers finds our quantizer."""
 
 _DENSE_TIES = "_embcompress_dense_ties"
 

@@ -14,15 +14,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightning_embcompress.integrations.sources import QUANT_METHOD
+
 if TYPE_CHECKING:
     from lightning_embcompress.compression.plan import Plan, TablePlan
     from lightning_embcompress.methods.registry import Factorization
 
-# The literal of `huggingface.QUANT_METHOD`: see above.
-_QUANT_METHOD = "embcompress"
 
-
-@register_quantization_config(_QUANT_METHOD)
+@register_quantization_config(QUANT_METHOD)
 class EmbeddingCompressionConfig(QuantizationConfigMixin):
     """The record of the plan in `config.json`, as transformers carries it.
 
@@ -32,10 +31,10 @@ class EmbeddingCompressionConfig(QuantizationConfigMixin):
 
     def __init__(self, **record: Any) -> None:
         """Keep it; it is read and checked when a model is built from it."""
-        self.__dict__.update(record, quant_method=_QUANT_METHOD)
+        self.__dict__.update(record, quant_method=QUANT_METHOD)
 
 
-@register_quantizer(_QUANT_METHOD)
+@register_quantizer(QUANT_METHOD)
 class EmbeddingCompressionQuantizer(HfQuantizer):
     """Gives a model the structure of its plan before its weights are loaded. Nothing is quantized.
 

@@ -13,12 +13,14 @@ from typing import Any, Literal, TypeAlias
 from lightning_embcompress.utils.files import read_json
 
 CONFIG_FILE = "config.json"
-# The literals of `checkpoint` and `huggingface`, which import torch.
-_SAVED_FORMAT = "lightning-embcompress"
-_QUANT_METHOD = "embcompress"
+WEIGHTS_FILE = "model.safetensors"
+SAVED_FORMAT = "lightning-embcompress"
+"""The `format` in `config.json` of what `save_compressed` wrote."""
+QUANT_METHOD = "embcompress"
+"""Under this name `config.json` of a model of transformers records the plan, and transformers finds our quantizer."""
 
 # In the order in which transformers looks for them.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = (WEIGHTS_FILE, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml", ".yml")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -73,13 +75,13 @@ def find_source(name: str) -> Source:
     """
     path = Path(os.path.expanduser(name))
     if path.is_dir():
-        return _directory(name, path)
+        return find_directory(path, name)
     if path.is_file():
         return _checkpoint(name, path)
     # `models/gpt2` where there is a folder `models` is a file's name, if a wrong one.
     is_local = path.suffix in _FILE_SUFFIXES or (len(path.parts) > 1 and path.parent.is_dir())
     if _HUB_NAME.fullmatch(name) and not is_local:
-        return _directory(name, _download(name))
+        return find_directory(_download(name), name)
     raise FileNotFoundError(
         f"there is no file or directory {name!r}: give a directory with {CONFIG_FILE}, a checkpoint of Lightning's "
         "Trainer, or the name of a model on the Hugging Face hub"
@@ -100,17 +102,28 @@ def _checkpoint(name: str, path: Path) -> Source:
     return Source(name, path, "checkpoint", weights=(path,))
 
 
-def _directory(name: str, path: Path) -> Source:
+def find_directory(path: Path, name: str | None = None) -> Source:
+    """Find the model in a directory.
+
+    Args:
+        path: A directory that `save_pretrained` or `save_compressed` has written.
+        name: What messages call it; None for its path.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+        ValueError: If it is something else.
+    """
+    name = str(path) if name is None else name
     if not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{name!r} is not a model: it has no {CONFIG_FILE}{_hint(path)}")
     config = read_json(path / CONFIG_FILE)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if quantization is not None and method != _QUANT_METHOD:
+    if quantization is not None and method != QUANT_METHOD:
         raise ValueError(
             f"{name!r} is quantized by {method!r}, which would be lost: start from the model before it was quantized"
         )
-    if config.get("format") == _SAVED_FORMAT:
+    if config.get("format") == SAVED_FORMAT:
         return Source(name, path, "saved", config, _weights(name, path))
     if "model_type" in config:
         return Source(name, path, "pretrained", config, _weights(name, path))

@@ -21,6 +21,7 @@ from lightning_embcompress.integrations.checkpoint import (
     restores_structure,
     write_record,
 )
+from lightning_embcompress.integrations.opening import register_module_class
 from lightning_embcompress.integrations.saved import save_compressed
 from lightning_embcompress.layers.distillation import (
     TeacherScores,
@@ -32,7 +33,7 @@ from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.base import LanguageModel, VocabularyModule
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.modules.parts import Freeze, Parts, Seen, own_step, unfreeze, warn_of_frozen, watch
-from lightning_embcompress.modules.sources import architecture_of, build, open_model, register_checkpoint_class
+from lightning_embcompress.modules.sources import architecture_of, build, open_model
 from lightning_embcompress.modules.teacher import Teacher
 
 # Hooks of Lightning's besides those of its two classes of hooks. Layers that are built late are there already.
@@ -392,7 +393,10 @@ class CompressedLanguageModel(VocabularyModule):
         self.model.save_pretrained(str(path))
 
 
-register_checkpoint_class(CompressedLanguageModel, {"architecture", "teacher_top_k"})
+# A part that was frozen there is trained again, unless it is to be frozen here too.
+register_module_class(
+    CompressedLanguageModel, {"architecture", "teacher_top_k"}, freeze=None, teacher_shares_backbone=False
+)
 
 
 def _plain_path(given: Any) -> Any:

@@ -14,26 +14,21 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_embcompress.integrations.checkpoint import load_from_checkpoint, restore_structure, restores_structure
-from lightning_embcompress.integrations.checkpoint_io import read_without_tensors
-from lightning_embcompress.integrations.saved import load_compressed
+from lightning_embcompress.integrations.opening import load_weights, open_module, register_module_class
 from lightning_embcompress.integrations.sources import Source, find_source
 from lightning_embcompress.methods.specs import plain
 from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import VocabularyModule
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
-from lightning_embcompress.tables.transformers_models import only_model, pretrained_models
+from lightning_embcompress.tables.transformers_models import pretrained_models
 
 _Result = TypeVar("_Result")
 
 # Built again from what a checkpoint says. No other class: a file must not choose what code is run.
 _CLASSES: dict[str, type[VocabularyModule]] = {cls.__name__: cls for cls in (LSTMLanguageModel, HuggingFaceCausalLM)}
-# Classes that checkpoints are made with, and the hyper-parameters by which theirs are told: further ones register here.
-_CHECKPOINTS: dict[type[VocabularyModule], set[str]] = {
-    LSTMLanguageModel: {"embedding_dim", "hidden_size", "tie_weights"},
-    HuggingFaceCausalLM: {"pretrained", "config", "gradient_checkpointing"},
-}
+register_module_class(LSTMLanguageModel, {"embedding_dim", "hidden_size", "tie_weights"})
+register_module_class(HuggingFaceCausalLM, {"pretrained", "config", "gradient_checkpointing"})
 _NOT_RECORDED = ("optimizer", "lr_scheduler")
 # What a model of transformers notes of itself once it is built.
 _UPDATED = ("pretrained", "config")
@@ -72,18 +67,8 @@ def open_model(model: nn.Module | str | None, weights: str | None, name: str = "
         # Layers that are built late: their tables must be there.
         opened.configure_model()
     if weights is not None:
-        _load(opened, weights)
+        load_weights(opened, find_source(weights))
     return opened
-
-
-def register_checkpoint_class(kind: type[VocabularyModule], marks: set[str]) -> None:
-    """Let checkpoints of a class be opened by their path.
-
-    Args:
-        kind: The class.
-        marks: Hyper-parameters that its checkpoints have, and those of no other class.
-    """
-    _CHECKPOINTS[kind] = marks
 
 
 def architecture_of(model: LightningModule) -> dict[str, Any] | None:
@@ -138,28 +123,10 @@ def _read(source: Source, name: str) -> LightningModule:
             f"{name}={source.name!r} was written by save_compressed and does not say what kind of model it is: build"
             f" one as it was before compression, and give it as {name} and the directory as weights."
         )
-    checkpoint = read_without_tensors(source.path)
-    hyper_parameters = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
-    kind = _class_of(hyper_parameters if isinstance(hyper_parameters, Mapping) else {})
-    if kind is None:
-        raise ValueError(
-            f"{name}={source.name!r} is not a checkpoint of an LSTMLanguageModel or a HuggingFaceCausalLM, as far as"
-            f" its hyper-parameters say: build the model, and give it as {name} and the checkpoint as weights."
-        )
-    # A part that was frozen there is trained again, unless it is to be frozen here too.
-    changed: dict[str, Any] = {} if kind in _CLASSES.values() else {"freeze": None, "teacher_shares_backbone": False}
-    opened = apart_from_recipe(lambda: load_from_checkpoint(kind, source.path, map_location="cpu", **changed))
+    opened = apart_from_recipe(lambda: open_module(source))
     inner = getattr(opened, "model", None)
     # A fine-tuning of a model: what was fine-tuned is meant, and not its teacher or its losses.
     return inner if isinstance(inner, LightningModule) else opened
-
-
-def _class_of(hyper_parameters: Mapping[str, Any]) -> type[VocabularyModule] | None:
-    """The class that a checkpoint was made with: Lightning notes its name for runs of the command line only."""
-    if "_class_path" in hyper_parameters:
-        name = str(hyper_parameters["_class_path"]).rpartition(".")[2]
-        return next((kind for kind in _CHECKPOINTS if kind.__name__ == name), None)
-    return next((kind for kind, marks in _CHECKPOINTS.items() if marks <= hyper_parameters.keys()), None)
 
 
 def _as_lightning(model: nn.Module, name: str) -> LightningModule:
@@ -179,37 +146,3 @@ def _as_lightning(model: nn.Module, name: str) -> LightningModule:
     wrapper.model = given
     wrapper.val_perplexity, wrapper.test_perplexity = Perplexity(), Perplexity()
     return wrapper
-
-
-def _load(model: LightningModule, weights: str) -> None:
-    source = find_source(weights)
-    if source.kind == "saved" or "quantization_config" in source.config:
-        load_compressed(source.path, only_model(model) if source.kind == "pretrained" else model)
-        return
-    if source.kind == "pretrained":
-        raise ValueError(
-            f"weights={weights!r} is a model of transformers of its own: give it as model, without weights."
-        )
-    # The class's own way, so that its hooks see the checkpoint; the arguments are those of the module that is there.
-    checkpoint: dict[str, Any] = torch.load(source.path, map_location="cpu", weights_only=True, mmap=True)
-    state = checkpoint.get("state_dict")
-    if not isinstance(state, Mapping):
-        raise ValueError(f"weights={weights!r} is no checkpoint of Lightning's Trainer: it has no 'state_dict'.")
-    load_checkpoint_into(model, checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
-
-
-def load_checkpoint_into(model: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Give a model the structure of a checkpoint and let its own hook see it, before its weights are loaded.
-
-    Args:
-        model: What is loaded into.
-        checkpoint: Of its class; its hook may change it.
-
-    Raises:
-        ValueError: If the tables do not fit; nothing is changed then.
-    """
-    if not restores_structure(model):
-        own = type(model).on_load_checkpoint is not LightningModule.on_load_checkpoint
-        restore_structure(model, checkpoint, complete=not own)
-    model.on_load_checkpoint(checkpoint)

@@ -251,7 +251,7 @@ def test_a_checkpoint_with_objects_needs_trust(
         error = shell.error()
         assert error.startswith("'objects.ckpt' holds more than tensors and plain values (")
         assert "_Secret" in error
-        assert error.endswith("if you trust where it comes from, add --trust_source")
+        assert "--trust_source" in error
     assert shell.files() == {"objects.ckpt"}
     assert shell("inspect", "objects.ckpt", "--trust_source") == 0
     words = ["compress", "objects.ckpt", "small.ckpt", "--ratio=2", "--trust_source"]

@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from lightning_embcompress.cli import compressing
-from lightning_embcompress.cli.models import PretrainedModel
+from lightning_embcompress.integrations.opening import OpenedModel
 from lightning_embcompress.utils import files as writing
 from lightning_embcompress.utils.files import staged
 
@@ -186,14 +186,14 @@ def test_an_interruption_leaves_what_was_there(
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise error("stopped")
 
-    write = PretrainedModel.write
+    write = OpenedModel.write
 
-    def half(self: PretrainedModel, path: Path) -> None:
+    def half(self: OpenedModel, path: Path) -> None:
         write(self, path)
         interrupted()
 
     if when == "writing":
-        monkeypatch.setattr(PretrainedModel, "write", half)
+        monkeypatch.setattr(OpenedModel, "write", half)
     else:
         places = {"solving": (compressing, "compress"), "reporting": (compressing, "write_report")}
         module, name = places.get(when, (writing, "_put_in_place"))

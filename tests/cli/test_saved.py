@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lightning_embcompress import load_compressed, save_compressed
-from lightning_embcompress.cli.skeleton import build_skeleton, choose_tables, tie_equal
 from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, plan_of
 from lightning_embcompress.integrations.checkpoint import RECORD_KEY, write_record
+from lightning_embcompress.integrations.skeleton import build_skeleton, choose_tables
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import METHODS, factorization_from_spec
 from lightning_embcompress.tables.replacement import replace_table
@@ -255,11 +255,11 @@ def test_what_counts_as_a_layer() -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"norm.weight": torch.ones(3)}, "found no table: SOURCE has no matrix"),
+        ({"norm.weight": torch.ones(3)}, "found no table: the model has no matrix"),
         (
             {f"layers.{i}.weight": torch.zeros(5, i + 2) for i in range(7)},
             r"cannot be told from the 7 layers with the most rows \('layers.0' \(5, 2\); .*; \.\.\.\); name the "
-            "modules to compress, as in --tables encoder decoder",
+            "modules to compress, as in tables=",
         ),
         (
             {f"{name}.{part}": torch.zeros(5, 2)[:, : 2 if part == "weight" else 1].squeeze() for name in "ab"
@@ -287,5 +287,5 @@ def test_equal_tables_are_tied_and_others_are_not() -> None:
     table = torch.randn(12, 4)
     for other, tied in ((table.clone(), True), (table + 1, False)):
         skeleton = build_skeleton({"a.weight": table, "b.weight": other}, Plan(), "it")
-        tie_equal(skeleton, ["a", "b"])
+        assert choose_tables(skeleton) == ["a", "b"]
         assert (skeleton.get_submodule("a").weight is skeleton.get_submodule("b").weight) == tied

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from lightning_embcompress import compress, densify, load_compressed, plan_of, save_compressed
-from lightning_embcompress.cli.skeleton import build_skeleton
 from lightning_embcompress.compression.backbone import (
     Backbone,
     apply_backbone,
@@ -29,6 +28,7 @@ from lightning_embcompress.compression.backbone import (
 )
 from lightning_embcompress.compression.plan import Plan
 from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
+from lightning_embcompress.integrations.skeleton import build_skeleton
 from lightning_embcompress.layers.parametrized_weights import parametrized_bytes
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.quantizers.integer_quantizer import from_codes, group_scales, to_codes

@@ -163,12 +163,12 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         FileNotFoundError,
-        r"is not a whole compressed model: model.safetensors is missing; copy it there",
+        r"it has none of model.safetensors",
     ),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
         FileNotFoundError,
-        r"is not a compressed model: config.json is missing",
+        r"it has no config.json",
     ),
     "weights cut short": (
         lambda folder: _truncate(folder / "model.safetensors", 0.9),
@@ -199,7 +199,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "foreign config": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
         ValueError,
-        r"config.json' was not written by save_compressed",
+        r"was not written by save_compressed",
     ),
     "config that is a list": (
         lambda folder: (folder / "config.json").write_text("[]"),
@@ -219,7 +219,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another rank": (
         lambda folder: _edit_config(folder, lambda config: config["plan"]["tables"][0]["spec"].update(rank=1)),
         ValueError,
-        r"does not fit the model: 'encoder.factorization.basis' is \(3, 16\) in the file and \(1, 16\) in the model",
+        r"does not fit its plan: 'encoder.factorization.basis'",
     ),
     "an alias of nothing": (
         lambda folder: _edit_config(folder, lambda config: config["aliases"].update({"scale": "nosuch"})),
@@ -273,7 +273,7 @@ def test_a_damaged_block_index_is_refused_and_the_model_is_as_it_was(tmp_path: P
     _edit_tensors(tmp_path, lambda tensors: tensors["decoder.factorization.packed_block_index"].fill_(255))
     model = _Model(seed=1)
     before = _snapshot(model)
-    with pytest.raises(ValueError, match=r"(?s)model.safetensors' is damaged: .*block index .*block sizes differ"):
+    with pytest.raises(ValueError, match=r"(?s)is damaged: .*block index .*block sizes differ"):
         load_compressed(tmp_path, model)
     _assert_unchanged(model, before)
 

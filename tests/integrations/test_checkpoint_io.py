@@ -32,7 +32,7 @@ from lightning_embcompress.integrations.checkpoint_io import (
     AtomicCheckpointIO,
     check_checkpoint_file,
     check_whole_file,
-    read_without_tensors,
+    read_mapped,
     use_atomic_checkpoints,
 )
 from lightning_embcompress.utils import files
@@ -111,7 +111,7 @@ def test_urls_are_left_to_lightning() -> None:
     io = AtomicCheckpointIO()
     io.save_checkpoint(_checkpoint(7), "memory://folder/last.ckpt")
     assert io.load_checkpoint("memory://folder/last.ckpt")["number"] == 7
-    assert read_without_tensors("memory://folder/last.ckpt")["state_dict"]["layer0"].is_meta
+    assert read_mapped("memory://folder/last.ckpt")["state_dict"]["layer0"].is_meta
     io.save_checkpoint({"object": argparse.Namespace()}, "memory://folder/last.ckpt")
     with pytest.raises(Exception, match="argparse.Namespace"):
         io.load_checkpoint("memory://folder/last.ckpt")
@@ -444,7 +444,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
     message = (
         r"last.ckpt' holds more than tensors and plain values \(posix.system\), which can run code .*nothing was load"
     )
-    for read in (AtomicCheckpointIO().load_checkpoint, read_without_tensors):
+    for read in (AtomicCheckpointIO().load_checkpoint, read_mapped):
         with pytest.raises(ValueError, match=message):
             read(path)
     assert not marker.exists()
@@ -460,7 +460,7 @@ def test_kinds_of_files(tmp_path: Path) -> None:
         check_checkpoint_file(tmp_path)
     torch.save({"epoch": 3}, tmp_path / "meta.pt")
     check_whole_file(tmp_path)
-    assert read_without_tensors(tmp_path) == {"epoch": 3}
+    assert read_mapped(tmp_path) == {"epoch": 3}
     os.truncate(tmp_path / "meta.pt", 100)
     with pytest.raises(ValueError, match="is damaged"):
         check_whole_file(tmp_path)

@@ -141,12 +141,12 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a missing shard": (
         _remove_shard,
         r"model-00002-of-.*.safetensors",
-        r"is not a whole compressed model: model-00002-of-.*.safetensors is missing; copy it there",
+        r"is not a whole model: model-00002-of-.*.safetensors",
     ),
     "a missing factor": (
         lambda folder: _edit_tensors(folder, lambda tensors: tensors.pop("transformer.wte.factorization.basis")),
         r"'transformer.wte.factorization.basis' was not loaded: it is missing from the model's files",
-        r"does not fit the model: '.*factorization.basis' is missing in the file and",
+        r"does not fit its plan: '.*factorization.basis' is missing",
     ),
     "a damaged block index": (
         lambda folder: _edit_tensors(
@@ -214,7 +214,7 @@ def test_directories_of_other_kinds(tmp_path: Path) -> None:
         load_compressed(tmp_path / "ours")
     _compressed().save_pretrained(tmp_path / "unknown")
     _edit_config(tmp_path / "unknown", lambda config: config.update(architectures=["NoSuchModel"]))
-    with pytest.raises(ValueError, match=r"names the architecture 'NoSuchModel', which transformers .* does not have"):
+    with pytest.raises(ValueError, match=r"is a 'NoSuchModel', which transformers .* does not have"):
         load_compressed(tmp_path / "unknown")
     _edit_config(tmp_path / "unknown", lambda config: config.pop("architectures"))
     assert type(load_compressed(tmp_path / "unknown")) is GPT2LMHeadModel

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from lightning_embcompress.integrations import huggingface, saved, sources
 from lightning_embcompress.integrations.sources import find_source
 
 
@@ -40,13 +39,6 @@ def test_kinds(tmp_path: Path) -> None:
         file.writestr("data", "")
     source = find_source(str(tmp_path / "last.ckpt"))
     assert (source.kind, source.is_directory, source.has_tokenizer) == ("checkpoint", False, False)
-
-
-def test_literals_are_those_of_the_modules_that_import_torch() -> None:
-    assert sources._SAVED_FORMAT == saved._FORMAT
-    assert sources._QUANT_METHOD == huggingface.QUANT_METHOD
-    assert sources.CONFIG_FILE == saved.CONFIG_FILE
-    assert sources._WEIGHTS[:2] == (saved.WEIGHTS_FILE, saved.INDEX_FILE)
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -6,46 +6,21 @@ where its name says, and whatever looks like an embedding or a projection become
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.backbone_files import backbone_shapes, check_backbone_tensors, load_backbone
-from lightning_embcompress.compression.plan import Plan, TablePlan, apply_plan
+from lightning_embcompress.compression.backbone_files import backbone_shapes, check_backbone_tensors
+from lightning_embcompress.compression.plan import Plan, apply_plan
 from lightning_embcompress.compression.records import check_factors, dtype_of
-from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.tables.replacement import all_modules
 from lightning_embcompress.utils.storage import identity_of
 
 
-class Skeleton(nn.Module):
-    """A place for tensors and other modules."""
-
-    def put(self, name: str, value: Tensor | nn.Module) -> None:
-        """Put something in its place.
-
-        Args:
-            name: Its path. It is not checked as torch does: it was when the model was built that this is a part of.
-            value: What to put there.
-        """
-        path, _, leaf = name.rpartition(".")
-        node: nn.Module = self
-        for part in path.split(".") if path else ():
-            if part not in node._modules:
-                node._modules[part] = Skeleton()
-            child = node._modules[part]
-            assert child is not None
-            node = child
-        if isinstance(value, nn.Module):
-            node._modules[leaf] = value
-        elif isinstance(value, nn.Parameter):
-            node._parameters[leaf] = value
-        else:
-            node._buffers[leaf] = value
-
-
-def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: torch.dtype | None = None) -> Skeleton:
+def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Build modules that have a state dict.
 
     Args:
@@ -67,16 +42,20 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
     check_factors(plan.tables, state, where, complete=False)
     check_backbone_tensors(plan.backbone, state, where)
     state = _cast(state, dtype)
-    skeleton = Skeleton()
-    compressed = {path: table for table in plan.tables for path in table.modules}
-    beside = backbone_shapes(nn.Module(), plan.backbone, {}).keys()
+    skeleton = nn.Module()
+    compressed = {path for table in plan.tables for path in table.modules}
+    beside = set(backbone_shapes(nn.Module(), plan.backbone, {}))
     tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed) and name not in beside}
     weights: dict[str, Tensor] = {}
     # First, and in the order of the plan, so that tables keep their names: a file may have its tensors in any order.
     for table in plan.tables:
+        if not any(_owner(name, dict.fromkeys(table.modules, table)) for name in state):
+            raise ValueError(
+                f"{where} is damaged: it has no factors of table {table.name!r}, which its plan compresses"
+            )
         # Only its shape and dtype are read: one number stands for all, because a few factors can make a table of 10¹²
         # rows.
-        placeholder = torch.empty((), dtype=_factor_dtype(table, state, where))
+        placeholder = torch.empty((), dtype=dtype_of(table.dtype))
         weights |= dict.fromkeys(table.modules, placeholder.expand(table.spec["vocab_size"], table.spec["dim"]))
     weights |= {path: tensors[f"{path}.weight"] for path in _layer_paths(tensors) if path not in compressed}
     sharing: dict[tuple[object, ...], list[str]] = {}
@@ -88,21 +67,24 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
         tensors.pop(f"{path}.weight", None)
         shared = sharing[identity_of(weight)]
         is_last = len(shared) > 1 and shared[-1] == path and not biases.keys() & set(shared)
-        skeleton.put(path, _layer(parameters[identity_of(weight)], biases.get(path), is_last))
+        _put(skeleton, path, _layer(parameters[identity_of(weight)], biases.get(path), is_last))
     for name, tensor in tensors.items():
-        skeleton.put(name, tensor)
+        _put(skeleton, name, tensor)
     if plan.backbone is not None:
         number = next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.empty(()))
         for name, shape in plan.backbone.weights.items():
-            skeleton.put(name, nn.Parameter(torch.empty(shape, dtype=number.dtype)))
+            _put(skeleton, name, nn.Parameter(torch.empty(shape, dtype=number.dtype)))
     apply_plan(skeleton, plan)
-    _load_factors(skeleton, plan, state, where)
-    load_backbone(skeleton, state)
+    # Assigned: what was cast since the plan was made keeps its dtype, and nothing is copied.
+    beside |= {name for name in state if _owner(name, compressed)}
+    skeleton.load_state_dict({name: state[name] for name in beside}, strict=False, assign=True)
     return skeleton
 
 
-def choose_tables(skeleton: Skeleton) -> list[str]:
-    """Choose what to compress in a skeleton: the layers with the most rows.
+def choose_tables(skeleton: nn.Module) -> list[str]:
+    """Choose the tables to compress in a skeleton: the layers with the most rows.
+
+    Those that hold the same values are tied: whoever gathers a model from many processes writes tied ones twice.
 
     Returns:
         Their paths.
@@ -114,7 +96,7 @@ def choose_tables(skeleton: Skeleton) -> list[str]:
         path: module for path, module in all_modules(skeleton).items() if isinstance(module, nn.Embedding | nn.Linear)
     }
     if not layers:
-        raise ValueError("found no table: SOURCE has no matrix that an embedding or a projection could have")
+        raise ValueError("found no table: the model has no matrix that an embedding or a projection could have")
     rows = max(len(module.weight) for module in layers.values())
     largest = {path: module for path, module in layers.items() if len(module.weight) == rows}
     distinct = {id(module.weight): module for module in largest.values()}
@@ -125,46 +107,50 @@ def choose_tables(skeleton: Skeleton) -> list[str]:
         listed = "; ".join(shown[:6]) + ("; ..." if len(shown) > 6 else "")
         raise ValueError(
             f"the tables cannot be told from the {len(largest)} layers with the most rows ({listed}); name the modules "
-            "to compress, as in --tables encoder decoder"
+            "to compress, as in tables=['encoder']"
         )
+    first, *others = largest.values()
+    for module in others:
+        if module.weight is not first.weight and torch.equal(module.weight, first.weight):
+            module.weight = first.weight
     return list(largest)
 
 
-def tie_equal(skeleton: Skeleton, paths: list[str]) -> None:
-    """Tie tables that hold the same values: whoever gathers a model from many processes writes tied ones twice."""
-    modules = [skeleton.get_submodule(path) for path in paths]
-    first = modules[0]
-    for module in modules[1:]:
-        assert isinstance(first, nn.Embedding | nn.Linear)
-        assert isinstance(module, nn.Embedding | nn.Linear)
-        if module.weight is not first.weight and torch.equal(module.weight, first.weight):
-            module.weight = first.weight
+def _put(skeleton: nn.Module, name: str, value: Tensor | nn.Module) -> None:
+    """Put something where its name says, which was checked when the model was built that it is a part of."""
+    node = skeleton
+    path, _, leaf = name.rpartition(".")
+    for part in filter(None, path.split(".")):
+        child = node._modules.setdefault(part, nn.Module())
+        assert child is not None
+        node = child
+    if isinstance(value, nn.Module):
+        node._modules[leaf] = value
+    elif isinstance(value, nn.Parameter):
+        node._parameters[leaf] = value
+    else:
+        node._buffers[leaf] = value
 
 
-def _owner(name: str, compressed: Mapping[str, TablePlan]) -> str:
+def _owner(name: str, compressed: Collection[str]) -> str:
     """The compressed layer that a tensor is a factor of."""
     path, found, _ = name.rpartition(".factorization.")
     return path if found and path in compressed else ""
 
 
 def _layer_paths(tensors: Mapping[str, Tensor]) -> list[str]:
-    beside: dict[str, set[str]] = {}
+    """The modules of which nothing is known but a matrix, and perhaps a bias for each of its rows."""
+    inside: Counter[str] = Counter()
     for name in tensors:
-        path, _, leaf = name.rpartition(".")
-        beside.setdefault(path, set()).add(leaf)
-        # Whatever has modules of its own is more than a layer.
-        while path:
-            path, _, _ = path.rpartition(".")
-            beside.setdefault(path, set()).add("")
-    return [path for path, leaves in beside.items() if path and _is_layer(path, leaves, tensors)]
-
-
-def _is_layer(path: str, leaves: set[str], tensors: Mapping[str, Tensor]) -> bool:
-    if "weight" not in leaves or not leaves <= {"weight", "bias"}:
-        return False
-    weight, bias = tensors[f"{path}.weight"], tensors.get(f"{path}.bias")
-    is_table = weight.dim() == 2 and weight.is_floating_point()
-    return is_table and (bias is None or bias.shape == weight.shape[:1])
+        inside.update(accumulate(name.split(".")[:-1], "{}.{}".format))
+    found = []
+    for path, count in inside.items():
+        weight, bias = tensors.get(f"{path}.weight"), tensors.get(f"{path}.bias")
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            continue
+        if count == 1 + (bias is not None) and (bias is None or bias.shape == weight.shape[:1]):
+            found.append(path)
+    return found
 
 
 def _layer(weight: nn.Parameter, bias: Tensor | None, is_softmax: bool) -> nn.Embedding | nn.Linear:
@@ -187,32 +173,3 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[s
         if identity_of(tensor) not in done:
             done[identity_of(tensor)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return {name: done[identity_of(tensor)] for name, tensor in tensors.items()}
-
-
-def _factor_dtype(table: TablePlan, state: Mapping[str, Tensor], where: str) -> torch.dtype:
-    """The dtype of the factors in the file, which may have been cast since the plan was made."""
-    own = [tensor for name, tensor in state.items() if _owner(name, dict.fromkeys(table.modules, table))]
-    for tensor in own:
-        if tensor.is_floating_point():
-            return tensor.dtype
-    if own:
-        # Packed integers have none of their own.
-        return dtype_of(table.dtype)
-    raise ValueError(f"{where} is damaged: it has no factors of table {table.name!r}, which is compressed in its plan")
-
-
-def _load_factors(skeleton: Skeleton, plan: Plan, state: Mapping[str, Tensor], where: str) -> None:
-    for table in plan.tables:
-        layer = skeleton.get_submodule(table.name)
-        assert isinstance(layer, CompressedLayer)
-        # What layers share may be stored under any of their names.
-        for path in table.modules:
-            prefix = f"{path}.factorization."
-            factors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            if factors:
-                break
-        try:
-            layer.factorization.load_state_dict(factors)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{where} is damaged: table {table.name!r} does not fit its plan: {reason}") from error

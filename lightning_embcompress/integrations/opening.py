@@ -1,0 +1,209 @@
+"""Models opened from files to replace their tables, written as the kind of files they came from, or trained on."""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_embcompress.integrations.checkpoint import (
+    RECORD_KEY,
+    load_from_checkpoint,
+    restore_and_tell,
+    write_record,
+)
+from lightning_embcompress.integrations.contents import Contents, load_pretrained, quiet_transformers, read_contents
+from lightning_embcompress.integrations.saved import load_compressed, save_compressed
+from lightning_embcompress.integrations.skeleton import build_skeleton, choose_tables
+from lightning_embcompress.integrations.sources import Source
+from lightning_embcompress.tables.transformers_models import only_model
+
+# What only goes on with the training of the model that was: the optimizer's state of tables that are no more, the
+# callbacks' memory of them, and the other model of weight averaging.
+_TRAINING_KEYS = frozenset({"callbacks", "optimizer_states", "lr_schedulers", "current_model_state", "averaging_state"})
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*processor_config.json",
+)
+_LICENSE_FILES = ("LICENSE*", "NOTICE*")
+
+# Classes of LightningModules that checkpoints are opened with.
+_MODULES: dict[type[LightningModule], tuple[frozenset[str], dict[str, Any]]] = {}
+
+
+@dataclass
+class OpenedModel:
+    """A model that was read from files.
+
+    Attributes:
+        source: Where it is from.
+        model: A model of transformers; of other kinds, whose class is not known, a skeleton with its tables, which
+            cannot be called.
+        contents: The files' content, where it is a skeleton.
+        tokenizer: A directory whose tokenizer is written beside a model of transformers that has none of its own.
+    """
+
+    source: Source
+    model: nn.Module
+    contents: Contents | None = None
+    tokenizer: Path | None = None
+
+    def default_tables(self) -> str | list[str]:
+        """The tables to compress if nobody says which, as for `compress`: a skeleton's are those with the most rows.
+
+        Raises:
+            ValueError: If a skeleton does not tell them.
+        """
+        return "auto" if self.source.kind == "pretrained" else choose_tables(self.model)
+
+    @property
+    def dropped(self) -> list[str]:
+        """The parts of the checkpoint that are not written."""
+        return [] if self.contents is None else sorted(_TRAINING_KEYS & self.contents.checkpoint.keys())
+
+    def write(self, path: Path) -> None:
+        """Write the model as it is now, as the kind of files it came from.
+
+        Args:
+            path: An empty directory, or a file that does not exist yet.
+        """
+        if self.source.kind == "pretrained":
+            self._write_pretrained(path)
+        elif self.source.kind == "saved":
+            save_compressed(self.model, path)
+        else:
+            assert self.contents is not None
+            self._write_checkpoint(path, self.contents)
+
+    def _write_pretrained(self, path: Path) -> None:
+        """Write what `from_pretrained` reads, and the files of the tokenizer."""
+        model: Any = self.model
+        with quiet_transformers():
+            model.save_pretrained(path)
+        written = {file.name for file in path.iterdir()}
+        folder = self.source.path if self.source.has_tokenizer or self.tokenizer is None else self.tokenizer
+        for origin, patterns in ((folder, _TOKENIZER_FILES), (self.source.path, _LICENSE_FILES)):
+            for file in [file for pattern in patterns for file in origin.glob(pattern)]:
+                if file.is_file() and file.name not in written:
+                    shutil.copyfile(file, path / file.name)
+
+    def _write_checkpoint(self, path: Path, contents: Contents) -> None:
+        """Write a checkpoint as the Trainer does with `weights_only`, and with all that others have put there."""
+        checkpoint = {name: value for name, value in contents.checkpoint.items() if name not in _TRAINING_KEYS}
+        checkpoint.pop(RECORD_KEY, None)
+        write_record(self.model, checkpoint)
+        old = checkpoint["state_dict"]
+        # What `get_extra_state` returned, and tensors without memory of their own, are taken over as they are.
+        others = {name: value for name, value in old.items() if name not in contents.tensors}
+        state = OrderedDict({**self.model.state_dict(), **others})
+        if hasattr(old, "_metadata"):
+            # The versions of modules, by which some of them tell how to read their tensors.
+            state._metadata = old._metadata  # type: ignore[attr-defined]
+        checkpoint["state_dict"] = state
+        torch.save(checkpoint, path)
+
+
+def open_model(
+    source: Source, dtype: str | None = None, trust: bool = False, tokenizer: Path | None = None
+) -> OpenedModel:
+    """Read a model whose tables are to be replaced.
+
+    Args:
+        source: The model.
+        dtype: What it is cast to (`"bfloat16"`); None for its own.
+        trust: Whether a checkpoint may hold objects, which can run code when they are loaded.
+        tokenizer: A directory whose tokenizer is written beside a model of transformers that has none.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    wanted = None if dtype is None else getattr(torch, dtype)
+    if source.kind == "pretrained":
+        return OpenedModel(source, load_pretrained(source, wanted), tokenizer=tokenizer)
+    return open_skeleton(source, wanted, trust)
+
+
+def open_skeleton(source: Source, dtype: torch.dtype | None = None, trust: bool = False) -> OpenedModel:
+    """Read the tensors of a model of any class, without building the model; only factors are copied.
+
+    Args:
+        source: The model.
+        dtype: What its floating-point tensors are cast to; None for nothing.
+        trust: Whether a checkpoint may hold objects, which can run code when they are loaded.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    contents = read_contents(source, trust)
+    return OpenedModel(source, build_skeleton(contents.tensors, contents.plan, repr(source.name), dtype), contents)
+
+
+def register_module_class(kind: type[LightningModule], marks: set[str], **arguments: Any) -> None:
+    """Let `open_module` open checkpoints of a class.
+
+    Args:
+        kind: The class.
+        marks: Hyper-parameters that its checkpoints have, and those of no other class.
+        **arguments: Hyper-parameters that are changed when one is opened.
+    """
+    _MODULES[kind] = (frozenset(marks), arguments)
+
+
+def open_module(source: Source) -> LightningModule:
+    """Build the LightningModule of a checkpoint, and load it.
+
+    Args:
+        source: A checkpoint of a class that `register_module_class` was told of.
+
+    Raises:
+        ValueError: If it is damaged, or of another class.
+    """
+    found = read_contents(source).checkpoint.get("hyper_parameters")
+    hyper_parameters = found if isinstance(found, dict) else {}
+    # Lightning notes the name of a class for runs of the command line only.
+    path = hyper_parameters.get("_class_path")
+    for kind, (marks, arguments) in _MODULES.items():
+        is_kind = marks <= hyper_parameters.keys() if path is None else str(path).rpartition(".")[2] == kind.__name__
+        if is_kind:
+            return load_from_checkpoint(kind, source.path, map_location="cpu", **arguments)
+    known = ", ".join(kind.__name__ for kind in _MODULES)
+    raise ValueError(
+        f"{source.name!r} is not a checkpoint of {known}, as far as its hyper-parameters say: build the model, and "
+        "give it as model and the checkpoint as weights."
+    )
+
+
+def load_weights(module: LightningModule, source: Source) -> None:
+    """Give a module the structure and the weights of files.
+
+    Args:
+        module: What is loaded into, dense or compressed.
+        source: A checkpoint of its class, what `save_compressed` wrote of one, or a compressed model of transformers
+            as it is in the module.
+
+    Raises:
+        ValueError: If the files are damaged or do not fit; tables and weights are as they were.
+    """
+    if source.kind == "pretrained" and "quantization_config" not in source.config:
+        raise ValueError(f"weights={source.name!r} is a model of its own: give it as model, without weights.")
+    if source.kind != "checkpoint":
+        load_compressed(source.path, only_model(module) if source.kind == "pretrained" else module)
+        return
+    # The class's own way, so that its hooks see the checkpoint; the arguments are those of the module that is there.
+    checkpoint = read_contents(source).checkpoint
+    restore_and_tell(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
