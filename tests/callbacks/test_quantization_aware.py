@@ -168,54 +168,44 @@ def _refused(make_trainer: MakeTrainer, model: Any, loaders: Any, *callbacks: Ca
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argument", "value"),
     [
-        ({"bits": "int9"}, "bits must be from 2 to 8, as in 'int4', it is 'int9'"),
-        ({"bits": 1}, "bits must be from 2 to 8"),
-        ({"bits": True}, "bits must be from 2 to 8"),
-        ({"group_size": 8}, "group_size must be an integer from 16 to 256, it is 8"),
-        ({"scale_dtype": "float32"}, "scale_dtype must be 'float16' or 'bfloat16', it is 'float32'"),
-        ({"ranges": "max"}, "ranges must be 'minmax' or 'learned'"),
-        ({"backbone": "int1"}, "'int1' is no way to store weights: known are int2"),
-        ({"tables": []}, "nothing to quantize: tables is empty, and backbone is None"),
-        ({"at_epoch": -1}, "at_epoch must be 0 or more"),
-        ({"at_epoch": 3, "freeze_observers_at": 2}, "freeze_observers_at=2 comes before at_epoch=3"),
+        ("bits", "int9"),
+        ("bits", True),
+        ("group_size", 8),
+        ("scale_dtype", "float32"),
+        ("ranges", "max"),
+        ("tables", []),
+        ("at_epoch", -1),
+        ("freeze_observers_at", 2),
     ],
 )
-def test_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        QuantizationAware(**arguments)
+def test_arguments(argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=argument):
+        QuantizationAware(**{"at_epoch": 3, argument: value})
+    with pytest.raises(ValueError, match="int1"):
+        QuantizationAware(backbone="int1")
 
 
 def test_what_is_refused_before_the_first_step(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     def said(model: Any, *callbacks: Callback) -> str:
         return _refused(make_trainer, model, foreign.loaders(), *callbacks)
 
+    compression = EmbeddingCompression("low_rank", ratio=2)
     later = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, refine_at_epochs=[3])
-    assert "EmbeddingCompression refines tables at epoch 3, and QuantizationAware quantizes them at epoch 2" in said(
-        foreign.model(), QuantizationAware(at_epoch=2), later
-    )
-    assert "compresses tables at epoch 4" in said(
-        foreign.model(), EmbeddingCompression("low_rank", ratio=2, at_epoch=4), QuantizationAware(at_epoch=2)
-    )
-    assert "no compressed tables to quantize: compress them first, or name dense ones, as in tables=['encoder'" in said(
-        foreign.model(), QuantizationAware(at_epoch=2)
-    )
-    assert "no module 'nowhere'" in said(
-        foreign.model(), QuantizationAware(tables=["nowhere"]), EmbeddingCompression("low_rank", ratio=2)
-    )
-    assert "freeze_observers_at=7 is beyond max_epochs=6" in said(
-        foreign.model(), QuantizationAware(tables="encoder", freeze_observers_at=7)
-    )
-    assert "at_epoch asks for epoch 9" in said(foreign.model(), QuantizationAware(at_epoch=9))
-    assert "two callbacks quantize the tables" in said(
-        foreign.model(), QuantizationAware(), QuantizationAware("int8", tables=["encoder"])
-    )
-    assert "two callbacks quantize the weights beside the tables" in said(
-        foreign.model(),
-        QuantizationAware(tables="encoder", backbone="int8"),
-        QuantizationAware(tables=[], backbone="int8"),
-    )
+    latest = EmbeddingCompression("low_rank", ratio=2, at_epoch=4)
+    own = QuantizationAware("int8", tables="encoder", backbone="int8")
+    for expected, *callbacks in (
+        ("EmbeddingCompression refines tables at epoch 3", QuantizationAware(at_epoch=2), later),
+        ("compresses tables at epoch 4", latest, QuantizationAware(at_epoch=2)),
+        ("no compressed tables to quantize", QuantizationAware(at_epoch=2)),
+        ("no module 'nowhere'", QuantizationAware(tables=["nowhere"]), compression),
+        ("freeze_observers_at=7", QuantizationAware(tables="encoder", freeze_observers_at=7)),
+        ("at_epoch asks for epoch 9", QuantizationAware(at_epoch=9)),
+        ("two callbacks quantize the tables", QuantizationAware(), own),
+        ("two callbacks quantize the weights", own, QuantizationAware(tables=[], backbone="int8")),
+    ):
+        assert expected in said(foreign.model(), *callbacks)
     model = foreign.model()
     prepare_qat(model, Quantization(bits=8), ["encoder", "decoder"], backbone="int8")
     assert "prepared for quantization already" in said(model, QuantizationAware())
@@ -277,6 +267,26 @@ def test_codes_train(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> Non
     make_trainer(compression, QuantizationAware(), max_epochs=1, fast_dev_run=True).fit(model, **foreign.loaders())
     assert type(model.encoder.factorization) is LatentCodes
     assert type(model.decoder.factorization) is LatentCodes
+
+
+def test_state_of_when_backbone_was_called_body_is_found(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    def callback() -> QuantizationAware:
+        return QuantizationAware(tables="encoder", backbone="int8", freeze_observers_at=1)
+
+    trainer = make_trainer(callback(), max_epochs=2)
+    trainer.fit(foreign.model(), **foreign.loaders())
+    trainer.save_checkpoint(tmp_path / "now.ckpt")
+    checkpoint = torch.load(tmp_path / "now.ckpt")
+    state = checkpoint["callbacks"].pop(callback().state_key)
+    state["settings"]["body"] = state["settings"].pop("backbone")
+    checkpoint["callbacks"]["QuantizationAware{'at_epoch': 0, 'tables': 'encoder', 'body': 'int8'}"] = state
+    torch.save(checkpoint, tmp_path / "before.ckpt")
+    found, expected = callback(), callback()
+    for one, name in ((found, "before.ckpt"), (expected, "now.ckpt")):
+        make_trainer(one, max_epochs=3).fit(foreign.model(), **foreign.loaders(), ckpt_path=tmp_path / name)
+    assert found.state_dict() == expected.state_dict()
 
 
 def test_training_that_ends_too_early(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import AutoModelForCausalLM, GPT2Model
 
 from lightning_embcompress import compress, densify, load_compressed, plan_of, save_compressed
 from lightning_embcompress.compression.backbone import (
@@ -35,6 +36,7 @@ from lightning_embcompress.methods.quantizers.integer_quantizer import from_code
 from lightning_embcompress.methods.quantizers.quantization import Storage, storage_of
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import convert_qat, prepare_qat
+from toys import gpt2
 
 
 class Tied(nn.Module):
@@ -67,8 +69,7 @@ def _prepare(model: nn.Module, storage: Storage) -> Backbone:
     return backbone
 
 
-def _groups_of(size: int, **other: Any) -> Quantization:
-    return Quantization(group_size=size, **other)
+INT4 = storage_of("int4", Quantization(group_size=16))
 
 
 def _built(name: str) -> tuple[nn.Module, Tensor]:
@@ -93,7 +94,7 @@ def _rounded(weight: Tensor, storage: Storage) -> Tensor:
 @pytest.mark.parametrize("dtype", ["int8", "int3", "float16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
-    storage = storage_of(dtype, _groups_of(16))
+    storage = storage_of(dtype, INT4)
     model, x = _built(name)
     dense, names = copy.deepcopy(model), [own for own, _ in model.named_parameters()]
     parameters = {id(parameter) for parameter in model.parameters()}
@@ -146,14 +147,10 @@ def test_what_trains_is_what_is_stored(name: str, dtype: str) -> None:
 def test_bytes_are_those_of_the_bits() -> None:
     model = nn.LSTM(64, 64)
     dense = model_bytes(model)["dense_bytes"]
-    for dtype, of_weights in (
-        ("int8", 32_768 + 2 * 512),
-        ("int6", 24_576 + 2 * 512),
-        ("int4", 16_384 + 2 * 512),
-        ("float16", 65_536),
-    ):
+    scales = 2 * 512
+    for dtype, of_weights in (("int8", 32_768 + scales), ("int6", 24_576 + scales), ("float16", 65_536)):
         packed = copy.deepcopy(model)
-        _prepare(packed, storage_of(dtype, _groups_of(64)))
+        _prepare(packed, storage_of(dtype))
         convert_backbone(packed)
         assert parametrized_bytes(packed) == (4 * 32_768, of_weights)
         assert model_bytes(packed) == {
@@ -165,7 +162,7 @@ def test_bytes_are_those_of_the_bits() -> None:
 
 def test_learned_and_frozen_ranges() -> None:
     model, x = _built("RNN")
-    _prepare(model, storage_of("int4", _groups_of(16, ranges="learned")))
+    _prepare(model, replace(INT4, ranges="learned"))
     learned = {name for name, _ in model.named_parameters() if name.endswith("scales")}
     assert len(learned) == 2
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -180,11 +177,9 @@ def test_learned_and_frozen_ranges() -> None:
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == learned
 
     model, x = _built("RNN")
-    _prepare(model, storage_of("int4", _groups_of(16)))
+    _prepare(model, INT4)
     freeze_backbone_ranges(model)
-    assert backbone_of(model) == Backbone(
-        {"weight_ih_l0": (17, 24), "weight_hh_l0": (17, 17)}, storage_of("int4", _groups_of(16)), "frozen"
-    )
+    assert backbone_of(model) == Backbone({"weight_ih_l0": (17, 24), "weight_hh_l0": (17, 17)}, INT4, "frozen")
     scales = model.state_dict()["parametrizations.weight_ih_l0.0.scales"].clone()
     with torch.no_grad():
         model.get_parameter("parametrizations.weight_ih_l0.original").mul_(3)
@@ -220,29 +215,24 @@ def test_tables_are_left_alone() -> None:
 
 
 def test_what_cannot_be_quantized() -> None:
-    with pytest.raises(ValueError, match="'int9' is no way to store weights: known are int2, int3.*float16"):
-        storage_of("int9")
-    with pytest.raises(ValueError, match="no linear or recurrent weights beside its tables"):
-        _prepare(nn.Embedding(10, 4), "float16")
+    with pytest.raises(ValueError, match="no linear or recurrent weights"):
+        plan_backbone(nn.Embedding(10, 4), "float16")
     model = nn.Sequential(nn.Linear(4, 8), nn.LSTM(4, 4), nn.Linear(8, 5))
-    for value, storage in ((torch.nan, storage_of("int8")), (1e6, "float16"), (1e9, storage_of("int8"))):
-        broken = copy.deepcopy(model)
+    for value, storage in ((torch.nan, storage_of("int8")), (1e6, storage_of("float16")), (1e9, storage_of("int8"))):
+        broken: Any = copy.deepcopy(model)
         with torch.no_grad():
-            broken[1].weight_hh_l0[0, 0] = value  # type: ignore[union-attr,operator]
-        with pytest.raises(ValueError, match="weight '1.weight_hh_l0'"):
-            _prepare(broken, storage)  # type: ignore[arg-type]
-        assert type(broken[0]) is nn.Linear
-    with pytest.raises(ValueError, match="no weights beside the tables to convert: they were not prepared"):
+            broken[1].weight_hh_l0[0, 0] = value
+        with pytest.raises(ValueError, match="'1.weight_hh_l0'"):
+            plan_backbone(broken, storage)
+    with pytest.raises(ValueError, match="not prepared"):
         convert_backbone(model)
     _prepare(model, "bfloat16")
     with pytest.raises(ValueError, match="prepared for quantization already"):
-        _prepare(model, "float16")
+        plan_backbone(model, "float16")
     convert_qat(model)
-    for again in (convert_backbone, convert_qat):
+    for again in (convert_backbone, convert_qat, lambda model: prepare_qat(model, tables=[], backbone="int8")):
         with pytest.raises(ValueError, match="packed already|nothing is prepared"):
-            again(model)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="packed already"):
-        prepare_qat(model, tables=[], backbone="int8")
+            again(model)
     lstm = {"1.weight_ih_l0": (16, 4), "1.weight_hh_l0": (16, 4)}
     assert backbone_of(model) == Backbone({"0.weight": (8, 4), **lstm, "2.weight": (5, 8)}, "bfloat16", "packed")
 
@@ -268,10 +258,10 @@ def saved(tmp_path: Path) -> tuple[nn.Sequential, Path]:
 def test_files_hold_the_integers(saved: tuple[nn.Sequential, Path]) -> None:
     model, folder = saved
     x = torch.randn(3, 2, 24)
-    assert backbone_of(model) == Backbone(SHAPES, storage_of("int4", _groups_of(16)), "fake")
+    assert backbone_of(model) == Backbone(SHAPES, INT4, "fake")
     fresh = _language()
     plan = load_compressed(folder, fresh)
-    assert plan.backbone == Backbone(SHAPES, storage_of("int4", _groups_of(16)), "packed")
+    assert plan.backbone == Backbone(SHAPES, INT4, "packed")
     torch.testing.assert_close(fresh[1](x), model[1](x))
     packed = sum(tensor.nbytes for key, tensor in load_file(folder / "model.safetensors").items() if "parametr" in key)
     assert packed == parametrized_bytes(fresh)[1] == (24 + 16) * 64 // 2 + 2 * (64 * 2 + 64)
@@ -297,33 +287,25 @@ def _backbone(**changes: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], N
     return lambda config, tensors: config["plan"]["backbone"].update(changes)
 
 
+def _plan(entry: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    return lambda config, tensors: config["plan"].update(backbone=entry)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_backbone(weights={"1.weight_ih_l0": [64, 24], "1.other": [4, 4]}), "weight '1.other', but the model has no"),
-        (_backbone(weights={"1.bias_ih_l0": [64, 1]}), "'1.bias_ih_l0', but the model has no linear"),
-        (
-            _backbone(weights={"1.weight_ih_l0": [64, 23]}),
-            r"'1.weight_ih_l0' has the shape \[64, 23\], the model's \[64, 24\]",
-        ),
-        (_backbone(weights={}), "must have 'weights', shapes by names"),
-        (_backbone(weights={"1.weight_ih_l0": [64, -1]}), "'1.weight_ih_l0' has no shape"),
-        (
-            _backbone(weights={"1.weight_ih_l0": [64, 24]}),
-            "not fit the model: '1.parametrizations.weight_hh_l0.original0' is",
-        ),
-        (_backbone(dtype="int9", state="packed"), "must have a 'quantization', or a 'dtype' of float16"),
-        (
-            _backbone(quantization={"bits": 4}),
-            "'backbone' of the compression plan: the structure's 'quantization' must have",
-        ),
-        (lambda config, tensors: config["plan"].update(backbone=3), "must have 'weights', shapes by names"),
-        (lambda config, tensors: tensors.pop(HH + "original1"), "'1.parametrizations.weight_hh_l0.original1' is miss"),
-        (lambda config, tensors: tensors[HH + "original1"].fill_(255), "NaN or infinite values in .*hh_l0.original1"),
-        (
-            lambda config, tensors: tensors.update({HH + "original0": tensors[HH + "original0"].float()}),
-            r"'1.parametrizations.weight_hh_l0.original0' holds torch.float32 instead of packed bytes",
-        ),
+        (_backbone(weights={"1.weight_ih_l0": [64, 24], "1.other": [4, 4]}), "'1.other'"),
+        (_backbone(weights={"1.bias_ih_l0": [64, 1]}), "'1.bias_ih_l0'"),
+        (_backbone(weights={"1.weight_ih_l0": [64, 23]}), r"'1.weight_ih_l0'.*\[64, 23\].*\[64, 24\]"),
+        (_backbone(weights={}), "'weights'"),
+        (_backbone(weights={"1.weight_ih_l0": [64, -1]}), "'1.weight_ih_l0'"),
+        (_backbone(weights={"1.weight_ih_l0": [64, 24]}), f"'{HH}original0'"),
+        (_backbone(dtype="int9", state="packed"), "'dtype'"),
+        (_backbone(quantization={"bits": 4}), "'quantization'"),
+        (_plan(3), "'weights'"),
+        (lambda config, tensors: tensors.pop(HH + "original1"), f"'{HH}original1' is missing"),
+        (lambda config, tensors: tensors[HH + "original1"].fill_(255), f"NaN.*'{HH}original1'"),
+        (lambda config, tensors: tensors.update({HH + "original0": tensors[HH + "original0"].float()}), "uint8"),
     ],
 )
 def test_damaged_files_change_nothing(
@@ -369,9 +351,7 @@ def test_a_state_dict_alone_is_made_dense(saved: tuple[nn.Sequential, Path], pac
 
 @pytest.mark.parametrize("tables", ["auto", []])
 def test_models_of_transformers(tmp_path: Path, tables: Any) -> None:
-    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=300, n_positions=32, bos_token_id=0, eos_token_id=0)
-    torch.manual_seed(0)
-    model, ids = GPT2LMHeadModel(config).eval(), torch.arange(10)[None]
+    model, ids = gpt2(), torch.arange(10)[None]
     if tables:
         compress(model, "low_rank", ratio=3)
     prepare_qat(model, Quantization(bits=4, group_size=32), tables, backbone="int8")

@@ -21,32 +21,21 @@ from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import LatentCodes, LowRank, Quantization, SharedBasisBlocks
 from lightning_embcompress.quantization.aware import convert_qat, converted_plan, prepare_qat, quantize_tables
 from lightning_embcompress.tables.replacement import find_tables
+from toys import LanguageModel, falling_counts, gpt2
 
 VOCAB_SIZE, DIM = 400, 24
-COUNTS = (4000 / torch.arange(1, VOCAB_SIZE + 1)).long()
-
-
-class Model(nn.Module):
-    def __init__(self, tied: bool = False) -> None:
-        super().__init__()
-        self.encoder = nn.Embedding(VOCAB_SIZE, DIM)
-        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
-        if tied:
-            self.decoder.weight = self.encoder.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        scores: Tensor = self.decoder(self.encoder(ids))
-        return scores
-
-
+COUNTS = falling_counts(VOCAB_SIZE)
 IDS = torch.tensor([[1, 5, 399], [0, 1, 7]])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("method", ["group_reduce", "transform_coding", "low_rank"])
+def _model(tied: bool = False) -> Any:
+    return LanguageModel(VOCAB_SIZE, DIM, tied=tied, last=1.0)
+
+
+@pytest.mark.parametrize(("method", "tied"), [("transform_coding", True), ("low_rank", False), ("group_reduce", False)])
 def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Model(tied)
+    model = _model(tied)
     compress(model, method, ratio=4, token_counts=COUNTS)
     prepare_qat(model, Quantization(bits=6, group_size=32))
     assert len(plan_of(model).tables) == (1 if tied else 2)
@@ -62,7 +51,7 @@ def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     # A checkpoint of the numbers, as they train.
-    fresh = Model(tied)
+    fresh = _model(tied)
     apply_plan(fresh, Plan.from_dict(plan_of(model).to_dict()))
     fresh.load_state_dict(state)
     assert torch.equal(fresh(IDS), expected)
@@ -71,11 +60,11 @@ def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
     save_compressed(model, tmp_path)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(table.spec.get("kind") == "latent_codes" or "fake" in str(table.spec) for table in plan_of(model).tables)
-    loaded = Model(tied)
+    loaded = _model(tied)
     plan = load_compressed(tmp_path, loaded)
     torch.testing.assert_close(loaded(IDS), expected, rtol=1e-4, atol=1e-4)
     assert plan == converted_plan(model)
-    rest = loaded.decoder.bias.nbytes
+    rest = sum(own.nbytes for own in (loaded.decoder.bias, *loaded.mix.parameters()))
     on_disk = (tmp_path / "model.safetensors").stat().st_size
     assert abs(on_disk - plan.stored_bytes - rest) < 0.1 * on_disk
     assert model_bytes(loaded)["stored_bytes"] == plan.stored_bytes + rest
@@ -91,23 +80,23 @@ def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(IDS), expected, rtol=1e-4, atol=1e-4)
 
     assert convert_qat(model).stored_bytes == plan.stored_bytes
-    with pytest.raises(ValueError, match="are packed already|packed already"):
+    with pytest.raises(ValueError, match="packed already"):
         convert_qat(model)
 
 
 def test_dense_tables_can_be_quantized_as_they_are(tmp_path: Path) -> None:
-    model = Model()
+    model = _model()
     dense = copy.deepcopy(model)
     weight = model.decoder.weight
     with pytest.raises(ValueError, match=r"no compressed tables.*tables=\['encoder', 'decoder'\]"):
         prepare_qat(model, Quantization(4))
     prepare_qat(model, Quantization(8, 32), tables=["encoder", "decoder"])
     assert any(parameter is weight for parameter in model.parameters())
-    torch.testing.assert_close(model(IDS), dense(IDS), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(model(IDS), dense(IDS), rtol=0.05, atol=0.1)
     convert_qat(model)
     assert 3 < plan_of(model).ratio < 4
     save_compressed(model, tmp_path)
-    loaded = Model()
+    loaded = _model()
     load_compressed(tmp_path, loaded)
     assert torch.equal(loaded(IDS), model(IDS))
     assert 6 < quantize_tables(dense, Quantization(4, 32), ["encoder", "decoder"]).ratio < 7.2
@@ -115,7 +104,7 @@ def test_dense_tables_can_be_quantized_as_they_are(tmp_path: Path) -> None:
 
 def test_without_training() -> None:
     torch.manual_seed(0)
-    model = Model()
+    model = _model()
     compress(model, "low_rank", ratio=2, tables=["encoder"])
     compress(model, "transform_coding", ratio=8, token_counts=COUNTS, tables=["decoder"])
     before, codes = model(IDS), model.decoder.factorization
@@ -135,7 +124,7 @@ def test_without_training() -> None:
 
 def test_statistics_say_what_errors_cost() -> None:
     torch.manual_seed(0)
-    model = Model()
+    model = _model()
     with torch.no_grad():
         model.encoder.weight.mul_(torch.logspace(0, -2, DIM))
     batches = [torch.randint(VOCAB_SIZE, (8, 10)) for _ in range(5)]
@@ -163,7 +152,7 @@ def test_statistics_say_what_errors_cost() -> None:
 
 
 def test_nothing_changes_where_one_of_several_tables_is_refused() -> None:
-    model = Model()
+    model = _model()
     compress(model, "low_rank", ratio=2)
     prepare_qat(model, Quantization(4), tables=["decoder"])
     before = model.encoder.factorization
@@ -171,31 +160,27 @@ def test_nothing_changes_where_one_of_several_tables_is_refused() -> None:
         prepare_qat(model, Quantization(4))
     assert model.encoder.factorization is before
     assert before.quantization is None
-    with torch.no_grad():
-        model = Model()
-        model.decoder.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="decoder"):
-        prepare_qat(model, Quantization(4), tables=["encoder", "decoder"])
-    assert isinstance(model.encoder, nn.Embedding)
 
 
-def test_frozen_factors_stay_frozen() -> None:
-    model = Model()
+def test_what_is_frozen_stays_frozen() -> None:
+    model = _model()
     compress(model, "low_rank", ratio=2)
     model.encoder.requires_grad_(False)
     prepare_qat(model, Quantization(4, ranges="learned"))
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
     assert all(parameter.requires_grad for parameter in model.decoder.parameters())
+    model = _model()
+    compress(model, "transform_coding", ratio=8, token_counts=COUNTS)
+    model.requires_grad_(False)
+    for step in (prepare_qat, convert_qat):
+        step(model)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
 def test_transformers(method: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB_SIZE, n_positions=16, n_embd=DIM, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = gpt2(vocab_size=VOCAB_SIZE, n_embd=DIM)
     compress(model, method, ratio=3, token_counts=COUNTS)
     prepare_qat(model, Quantization(bits=6))
     expected = model(IDS).logits
@@ -217,7 +202,7 @@ def test_transformers(method: str, tmp_path: Path) -> None:
 
 
 def test_export() -> None:
-    layer = Model()
+    layer = _model()
     compress(layer, "low_rank", ratio=2)
     quantize_tables(layer, Quantization(4, 16))
     with torch.no_grad():
@@ -227,38 +212,28 @@ def test_export() -> None:
 
 
 def test_numbers_that_cannot_be_quantized_are_named_before_anything_changes() -> None:
-    model = Model()
-    compress(model, "low_rank", ratio=2)
+    model = _model()
+    compress(model, "low_rank", ratio=2, tables=["encoder"])
     with torch.no_grad():
-        model.decoder.factorization.coefficients[3, 0] = torch.nan
+        model.decoder.weight[3, 0] = torch.nan
     before = model.encoder.factorization.coefficients.clone()
-    with pytest.raises(ValueError, match="table 'decoder' has NaN or infinite values"):
-        prepare_qat(model, Quantization(4))
+    with pytest.raises(ValueError, match="'decoder'"):
+        prepare_qat(model, Quantization(4), tables=["encoder", "decoder"])
     assert torch.equal(model.encoder.factorization.coefficients, before)
     assert not model.encoder.factorization.is_prepared
-    model = Model()
     with torch.no_grad():
-        model.encoder.weight[0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"table 'encoder' has values that are too large .* scale_dtype='bfloat16'"):
-        prepare_qat(model, Quantization(4), tables=["encoder"])
-    prepare_qat(model, Quantization(4, scale_dtype="bfloat16"), tables=["encoder"])
+        model.encoder.factorization.coefficients[0, 0] = 1e7
+    with pytest.raises(ValueError, match="'encoder'.*scale_dtype='bfloat16'"):
+        prepare_qat(model, Quantization(4))
+    prepare_qat(model, Quantization(4, scale_dtype="bfloat16"))
+    model = _model()
     compress(model, "transform_coding", ratio=8, token_counts=COUNTS, tables=["decoder"])
-    with pytest.raises(ValueError, match="table 'decoder' is stored in codes already"):
+    with pytest.raises(ValueError, match="'decoder' is stored in codes already"):
         quantize_tables(model, tables=["decoder"])
 
 
-def test_frozen_codes_stay_frozen() -> None:
-    model = Model()
-    compress(model, "transform_coding", ratio=8, token_counts=COUNTS)
-    model.requires_grad_(False)
-    prepare_qat(model)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    convert_qat(model)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
 def test_damaged_files_are_refused_before_the_model_is_changed(tmp_path: Path) -> None:
-    model = Model()
+    model = _model()
     compress(model, "low_rank", ratio=2)
     quantize_tables(model, Quantization(4))
     plan = plan_of(model)
@@ -269,7 +244,7 @@ def test_damaged_files_are_refused_before_the_model_is_changed(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"NaN or infinite scales in 'encoder.factorization.coefficients.scales'"):
         check_factors(plan.tables, state, "the file")
     backbone = Backbone({"encoder.weight": (VOCAB_SIZE, DIM)}, Quantization(4), "packed")
-    fresh = Model()
+    fresh = _model()
     with pytest.raises(ValueError, match="'encoder.weight' among the weights beside the tables"):
         apply_plan(fresh, replace(plan, backbone=backbone))
     assert isinstance(fresh.encoder, nn.Embedding)

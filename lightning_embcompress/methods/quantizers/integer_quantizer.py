@@ -108,14 +108,12 @@ def group_scales(
     scale_dtype: torch.dtype = torch.float16,
     *,
     search: bool = False,
-    row_weights: Tensor | None = None,
-    column_weights: Tensor | None = None,
 ) -> Tensor:
     """Scales of the groups of a matrix.
 
     By default the range of the integers covers that of the values, `s = 2 max |w| / (2^bits − 1)`, as torchao maps
-    symmetrically. With `search` a group gets the scale of least weighted squared error among some that cover less, of
-    either sign: integers reach one further down than up, and a negative scale turns that side to the larger values.
+    symmetrically. With `search` a group gets the scale of least squared error among some that cover less, of either
+    sign: integers reach one further down than up, and a negative scale turns that side to the larger values.
 
     Args:
         weight: `[n, columns]` matrix of any floating dtype.
@@ -124,34 +122,25 @@ def group_scales(
         scale_dtype: Dtype of the scales. A group whose values are too small for it gets 0, one whose values are too
             large infinity, which `to_codes` refuses.
         search: Whether to look for scales that lose less than those that cover everything.
-        row_weights: `[n]` what errors of a row count, for `search`; None for all the same.
-        column_weights: `[columns]` what errors of a column count, for `search`; None for all the same.
 
     Returns:
         `[⌈n / group_rows⌉, ⌈columns / group_columns⌉]` in `scale_dtype`.
 
     Raises:
-        ValueError: If `bits` or `group_size` is out of its range, or weights are given without `search`.
+        ValueError: If `bits` or `group_size` is out of its range.
 
     Example:
         >>> group_scales(torch.tensor([[1.5, -3.0, 0.0, 0.5]]), bits=2, group_size=2)
         tensor([[2.0000, 0.3333]], dtype=torch.float16)
     """
-    check_integers(bits, group_size)
+    _check_integers(bits, group_size)
     if not search:
-        if row_weights is not None or column_weights is not None:
-            raise ValueError("row_weights and column_weights are for search=True: largest magnitudes have no weights")
         largest = _largest(weight, group_size)
         return narrowed(largest.mul_(2 / (2**bits - 1)), scale_dtype)
     out = torch.empty(scales_shape(*_shape(weight), group_size), dtype=scale_dtype, device=weight.device)
     group_rows = group_shape(weight.shape[1], group_size)[0]
     for rows, groups in _aligned_chunks(weight, group_rows):
-        weights = torch.ones((), device=weight.device)
-        if row_weights is not None:
-            weights = weights * row_weights[rows].to(weight.device, torch.float32).unsqueeze(1)
-        if column_weights is not None:
-            weights = weights * column_weights.to(weight.device, torch.float32)
-        out[groups] = _searched(weight[rows], bits, group_size, scale_dtype, weights)
+        out[groups] = _searched(weight[rows], bits, group_size, scale_dtype)
     return out
 
 
@@ -241,12 +230,7 @@ def fake_quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int, *,
     return result
 
 
-def check_integers(bits: int, group_size: int) -> None:
-    """Look whether there are integers and groups like that.
-
-    Raises:
-        ValueError: If `bits` is not from 2 to 8, or `group_size` below 1.
-    """
+def _check_integers(bits: int, group_size: int) -> None:
     if type(bits) is not int or not 2 <= bits <= 8:
         raise ValueError(f"bits must be from 2 to 8, it is {bits!r}")
     if type(group_size) is not int or group_size < 1:
@@ -254,12 +238,12 @@ def check_integers(bits: int, group_size: int) -> None:
 
 
 def check_scales(scales: Tensor, bits: int, n: int, columns: int, group_size: int) -> None:
-    """Look whether scales are those of a matrix `[n, columns]`, and finite.
+    """Check that scales are those of a matrix `[n, columns]`, and finite.
 
     Raises:
         ValueError: If they are not, or `bits` or `group_size` is out of its range.
     """
-    check_integers(bits, group_size)
+    _check_integers(bits, group_size)
     if not bool(scales.isfinite().all()):
         raise ValueError(
             f"a scale is not finite in {scales.dtype}: values that are not finite cannot be quantized, and values that "
@@ -374,17 +358,16 @@ def _sum_groups(values: Tensor, row_groups: int, group_size: int) -> Tensor:
     return _grouped(values, group_size, group_rows).sum(dim=(1, 3))
 
 
-def _searched(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype, weights: Tensor) -> Tensor:
-    """Scales of least weighted squared error among those tried, and what least squares makes of the best of them."""
+def _searched(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> Tensor:
+    """Scales of least squared error among those tried, and what least squares makes of the best of them."""
     exact = weight.to(compute_dtype(weight.dtype))
-    weights = weights.to(exact.dtype).expand_as(exact)
     n, columns = _shape(weight)
     covering = _largest(exact, group_size) * (2 / (2**bits - 1))
 
     def errors_of(scales: Tensor) -> tuple[Tensor, Tensor]:
         expanded = expand_scales(scales.to(exact.dtype), n, columns, group_size)
         integers = integers_of(exact, expanded, bits)
-        lost = (integers * expanded - exact).square_().mul_(weights)
+        lost = (integers * expanded - exact).square_()
         return _sum_groups(lost, len(scales), group_size), integers
 
     best = covering.to(scale_dtype)
@@ -397,7 +380,7 @@ def _searched(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dty
             best, least = torch.where(better, tried, best), torch.where(better, errors, least)
             integers = torch.where(expand_scales(better, n, columns, group_size), found, integers)
     # With the integers as they are, the best scale is a projection.
-    products = _sum_groups(weights * integers * exact, len(best), group_size)
-    squares = _sum_groups(weights * integers.square(), len(best), group_size)
+    products = _sum_groups(integers * exact, len(best), group_size)
+    squares = _sum_groups(integers.square(), len(best), group_size)
     tried = torch.where(squares > 0, products / squares.clamp(min=1e-300), best.to(exact.dtype)).to(scale_dtype)
     return torch.where(errors_of(tried)[0] < least, tried, best)

@@ -48,7 +48,11 @@ def _matrix(
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("columns", [0, 1, 3, 8, 13, 64])
-def test_rows_are_packed_lowest_bit_first_with_the_highest_of_every_byte_inverted(columns: int, bits: int) -> None:
+@pytest.mark.parametrize("tile", [2**17, 40])
+def test_rows_are_packed_lowest_bit_first_with_the_highest_of_every_byte_inverted(
+    columns: int, bits: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_rows, "_TILE", tile)
     codes = torch.randint(2**bits, (5, columns), generator=torch.Generator().manual_seed(1))
     packed = pack_rows(codes, bits)
     assert packed.dtype == torch.uint8
@@ -61,15 +65,6 @@ def test_rows_are_packed_lowest_bit_first_with_the_highest_of_every_byte_inverte
     assert torch.equal(unpacked.long(), codes)
     assert torch.equal(unpack_rows(packed, bits, columns, torch.float32), codes.float())
     assert torch.equal(unpack_rows(packed[:4].view(2, 2, -1), bits, columns).long(), codes[:4].view(2, 2, columns))
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_packing_in_tiles(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = torch.randint(2**bits, (37, 11), dtype=torch.uint8)
-    whole = pack_rows(codes, bits)
-    monkeypatch.setattr(packed_rows, "_TILE", 40)
-    assert torch.equal(pack_rows(codes, bits), whole)
-    assert torch.equal(unpack_rows(whole, bits, 11), codes)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -87,10 +82,14 @@ def test_rows_are_those_of_the_matrix(n: int, columns: int, group_size: int, bit
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("n", "columns", "group_size"), SHAPES)
+@pytest.mark.parametrize("repacks", [True, False])
 def test_products_against_float64(
-    n: int, columns: int, group_size: int, bits: int, monkeypatch: pytest.MonkeyPatch
+    n: int, columns: int, group_size: int, bits: int, repacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_rows, "_TILE", 700)
+    if not repacks:
+        monkeypatch.setattr(packed_rows, "can_repack", lambda: False)
+        monkeypatch.setattr(packed_rows, "repacked_product", None)
     packed, scales, values = _matrix(n, columns, bits, group_size, torch.bfloat16)
     for shape in ((columns,), (1, columns), (2, 4, columns), (33, columns), (0, columns)):
         hidden = torch.randn(shape, dtype=torch.float64)
@@ -107,22 +106,15 @@ def test_products_against_float64(
             assert bool(((product.double() - hidden @ values.T).abs() <= part * bound + 1e-30).all())
 
 
-def _logits(bits: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a table whose largest is 20 or more, in float32 and in float64."""
-    packed, scales, values = _matrix(3000, 192, bits, 64)
-    reference = hidden.double() @ values.T
-    hidden = hidden * (20 / reference.abs().amax(dim=-1, keepdim=True)).float()
-    return multiply_packed(hidden, packed, scales, bits, 192, 64), hidden.double() @ values.T
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("outlier", [1, 30])
 def test_logits_of_one_state_are_those_of_float32(bits: int, outlier: int) -> None:
     hidden = torch.randn(1, 192, generator=torch.Generator().manual_seed(2))
     hidden[0, 70] *= outlier
-    logits, reference = _logits(bits, hidden)
-    assert reference.abs().max() > 19
-    assert float((logits - reference).abs().max()) < 2e-5
+    packed, scales, values = _matrix(3000, 192, bits, 64)
+    hidden *= (20 / (hidden.double() @ values.T).abs().max()).float()
+    logits = multiply_packed(hidden, packed, scales, bits, 192, 64)
+    assert float((logits - hidden.double() @ values.T).abs().max()) < 2e-5
 
 
 def test_states_that_are_not_finite_give_logits_that_are_not() -> None:
@@ -133,16 +125,6 @@ def test_states_that_are_not_finite_give_logits_that_are_not() -> None:
         logits = multiply_packed(hidden, packed, scales, 4, 24, 16)
         assert not logits[0].isfinite().any()
         assert logits[1].isfinite().all()
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_without_exact_integers_tiles_are_unpacked(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, scales, values = _matrix(50, 70, bits, 32)
-    hidden = torch.randn(1, 70)
-    monkeypatch.setattr(packed_rows, "can_repack", lambda: False)
-    monkeypatch.setattr(packed_rows, "repacked_product", None)
-    product = multiply_packed(hidden, packed, scales, bits, 70, 32)
-    torch.testing.assert_close(product, (hidden.double() @ values.T).float(), rtol=1e-5, atol=1e-4 * 2**bits)
 
 
 def test_a_probe_tells_products_that_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,13 +266,13 @@ def test_onnx_runtime_gives_the_same() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     packed, scales, _ = _matrix(60, 20, 4, 16)
-    with pytest.raises(ValueError, match="bits must be from 2 to 8, it is 9"):
-        pack_rows(torch.zeros(2, 3), 9)
-    with pytest.raises(ValueError, match="rows of 20 integers of 5 bits must be 13 uint8 each, they are 10"):
-        unpack_rows(packed, 5, 20)
-    with pytest.raises(ValueError, match="must be 10 uint8 each, they are 10 torch.int8"):
-        read_packed_rows(packed.view(torch.int8), scales, torch.tensor([1]), 4, 20, 16)
-    with pytest.raises(ValueError, match=r"scales of 60 x 20 in groups of 32 must be of the shape \[60, 1\]"):
-        multiply_packed(torch.randn(1, 20), packed, scales, 4, 20, 32)
-    with pytest.raises(ValueError, match="states must have 20 columns as the matrix has, they have 19"):
-        multiply_packed(torch.randn(1, 19), packed, scales, 4, 20, 16)
+    place = torch.tensor([1])
+    for wrong, call in (
+        ("bits", lambda: pack_rows(torch.zeros(2, 3), 9)),
+        ("13 uint8.*10", lambda: unpack_rows(packed, 5, 20)),
+        ("torch.int8", lambda: read_packed_rows(packed.view(torch.int8), scales, place, 4, 20, 16)),
+        (r"scales.*\[60, 1\]", lambda: multiply_packed(torch.randn(1, 20), packed, scales, 4, 20, 32)),
+        ("states.*19", lambda: multiply_packed(torch.randn(1, 19), packed, scales, 4, 20, 16)),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            call()

@@ -30,15 +30,6 @@ def test_bit_width(num_values: int, bits: int) -> None:
     assert bit_width(num_values) == bits
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("count", [0, 1, 7, 2**18, 2**18 + 3])
-def test_codes_are_packed_without_gaps(bits: int, count: int) -> None:
-    codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    packed = pack_bits(codes, bits)
-    assert packed.numel() == (count * bits + 7) // 8
-    assert torch.equal(unpack_bits(packed, bits, count, torch.uint8), codes)
-
-
 @pytest.mark.parametrize("bits", [1, 5, 8, 11])
 def test_packing_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(2**bits, (185,), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
