@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self, override
 
-from lightning_embcompress.layers.chunked_loss import Objective, loss_of_head, loss_of_logits, rows_of_chunk
+from lightning_embcompress.layers.chunked_loss import Objective, rows_of_chunk
 from lightning_embcompress.methods.numerics.gram import compute_dtype
 
 
@@ -45,22 +45,6 @@ class TeacherScores(NamedTuple):
     scores: Tensor
     ids: Tensor | None = None
     log_rest: Tensor | None = None
-
-
-class DistilledLoss(NamedTuple):
-    """A loss and its parts, means over targets in nats.
-
-    Attributes:
-        loss: The weighted sum, with its gradient.
-        cross_entropy: Without gradient and weight.
-        distillation: Without gradient and weight.
-        num_targets: Int64.
-    """
-
-    loss: Tensor
-    cross_entropy: Tensor
-    distillation: Tensor
-    num_targets: Tensor
 
 
 @torch.no_grad()
@@ -132,7 +116,10 @@ def check_distillation(top_k: int | None, temperature: float) -> None:
 
 
 class Distillation(Objective):
-    """The weighted sum of cross-entropy and distillation (formula at the top of this module).
+    """Cross-entropy and distillation (formula at the top of this module), the two terms of a weighted sum.
+
+    Give it to :func:`~lightning_embcompress.layers.chunked_loss.loss_of_head`, or to
+    :func:`~lightning_embcompress.layers.chunked_loss.loss_of_logits`.
 
     Args:
         targets: Ids of the true tokens, int64, ``[*]``; where they are -100 nothing is learnt from the teacher either.
@@ -140,6 +127,17 @@ class Distillation(Objective):
         temperature: What logits are divided by.
         cross_entropy_weight: Of the cross-entropy.
         distillation_weight: Of the divergence from the teacher.
+
+    Raises:
+        ValueError: If the loss is computed and the teacher has scored another number of positions or tokens.
+
+    Example:
+        >>> from lightning_embcompress.layers.chunked_loss import loss_of_head
+        >>> head, targets = torch.nn.Linear(4, 8), torch.tensor([[1, 2, -100]])
+        >>> objective = Distillation(targets, teacher_scores(torch.zeros(1, 3, 8), top_k=4))
+        >>> found = loss_of_head(head, torch.zeros(1, 3, 4), objective)
+        >>> found.loss.requires_grad, len(found.terms), found.num_targets
+        (True, 2, tensor(2))
     """
 
     # The loss needs three buffers of 4 MiB, which stay in the cache.
@@ -160,11 +158,6 @@ class Distillation(Objective):
 
     @override
     def summed(self, logits: Tensor, gradient: Tensor | None, part: slice = slice(None)) -> Tensor:
-        """See `Objective.summed`.
-
-        Raises:
-            ValueError: If the teacher has scored another number of positions or tokens.
-        """
         tokens = logits.shape[-1]
         scored = (len(self.teacher.scores), self.teacher.scores.shape[-1] if self.teacher.ids is None else tokens)
         if scored != (len(self.ids), tokens):
@@ -224,83 +217,6 @@ class Distillation(Objective):
         made.ids = storage_order.index_select(0, self.ids)
         made.teacher = self.teacher._replace(ids=storage_order[self.teacher.ids])
         return made
-
-
-def distilled_loss(
-    logits: Tensor,
-    targets: Tensor,
-    teacher: TeacherScores,
-    temperature: float = 1.0,
-    cross_entropy_weight: float = 1.0,
-    distillation_weight: float = 1.0,
-    *,
-    overwrite: bool = False,
-) -> DistilledLoss:
-    """Return the weighted sum of cross-entropy and distillation, in nats per token (formula at the top of this module).
-
-    Works in float32 (float64 for float64 logits), a chunk of positions at a time. With no target at all everything is
-    0, with gradients of zero.
-
-    Args:
-        logits: The student's, ``[*, vocab_size]``.
-        targets: See `Distillation`, as for everything below.
-        teacher: Of the same positions.
-        temperature: Of both.
-        cross_entropy_weight: Of the cross-entropy.
-        distillation_weight: Of the divergence from the teacher.
-        overwrite: Whether the gradient may be kept in the memory of the logits, which then hold it instead: for logits
-            that nobody reads any more.
-
-    Raises:
-        ValueError: If the teacher has scored another number of positions or tokens.
-
-    Example:
-        >>> student, targets = torch.zeros(1, 3, 8, requires_grad=True), torch.tensor([[1, 2, -100]])
-        >>> result = distilled_loss(student, targets, teacher_scores(torch.zeros(1, 3, 8), top_k=4))
-        >>> round(result.cross_entropy.item(), 4), abs(round(result.distillation.item(), 4)), result.num_targets.item()
-        (2.0794, 0.0, 2)
-    """
-    objective = Distillation(targets, teacher, temperature, cross_entropy_weight, distillation_weight)
-    loss, terms, count = loss_of_logits(logits, objective, overwrite=overwrite)
-    return DistilledLoss(loss, terms[0], terms[1], count)
-
-
-def distilled_head_loss(
-    head: nn.Module,
-    hidden: Tensor,
-    targets: Tensor,
-    teacher: TeacherScores,
-    temperature: float = 1.0,
-    cross_entropy_weight: float = 1.0,
-    distillation_weight: float = 1.0,
-    *,
-    chunk_tokens: int | None = None,
-) -> DistilledLoss:
-    """`distilled_loss` of the logits that a head gives, which are never there at once.
-
-    Args:
-        head: Gives ``[n, vocab_size]`` logits for ``[n, dim]`` hidden states, see
-            :func:`~lightning_embcompress.layers.chunked_loss.loss_of_head`.
-        hidden: What the head reads, ``[*, dim]``.
-        targets: See `Distillation`, as for everything below.
-        teacher: Of the same positions.
-        temperature: Of both.
-        cross_entropy_weight: Of the cross-entropy.
-        distillation_weight: Of the divergence from the teacher.
-        chunk_tokens: Positions of a call of the head; None to go by memory.
-
-    Raises:
-        ValueError: If the teacher has scored another number of positions or tokens.
-
-    Example:
-        >>> head, targets = torch.nn.Linear(4, 8), torch.tensor([[1, 2, -100]])
-        >>> result = distilled_head_loss(head, torch.zeros(1, 3, 4), targets, teacher_scores(torch.zeros(1, 3, 8), 4))
-        >>> result.loss.requires_grad
-        True
-    """
-    objective = Distillation(targets, teacher, temperature, cross_entropy_weight, distillation_weight)
-    loss, terms, count = loss_of_head(head, hidden, objective, chunk_tokens=chunk_tokens)
-    return DistilledLoss(loss, terms[0], terms[1], count)
 
 
 def _softmax(scores: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ from lightning_embcompress.integrations.checkpoint import (
 )
 from lightning_embcompress.integrations.opening import register_module_class
 from lightning_embcompress.integrations.saved import save_compressed
+from lightning_embcompress.layers.chunked_loss import loss_of_head, loss_of_logits
 from lightning_embcompress.layers.distillation import (
+    Distillation,
     TeacherScores,
     check_distillation,
-    distilled_head_loss,
-    distilled_loss,
 )
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.base import LanguageModel, VocabularyModule
@@ -288,12 +288,12 @@ class CompressedLanguageModel(VocabularyModule):
         known = model.known_head(batch, "train")
         if known is None:
             logits, targets = model.scores(batch, "train")
-            found = distilled_loss(logits, targets, scores, self.temperature, *weights, overwrite=True)
+            found = loss_of_logits(logits, Distillation(targets, scores, self.temperature, *weights), overwrite=True)
         else:
             head, hidden, targets = known
-            found = distilled_head_loss(head, hidden, targets, scores, self.temperature, *weights)
-        self.log("train_cross_entropy", found.cross_entropy, batch_size=1)
-        self.log("train_distillation", found.distillation, batch_size=1)
+            found = loss_of_head(head, hidden, Distillation(targets, scores, self.temperature, *weights))
+        self.log("train_cross_entropy", found.terms[0], batch_size=1)
+        self.log("train_distillation", found.terms[1], batch_size=1)
         return found.loss
 
     def _distillation_alone(self, own_loss: Tensor, seen: Seen, scores: TeacherScores) -> Tensor:
@@ -303,8 +303,8 @@ class CompressedLanguageModel(VocabularyModule):
         # Which token it is makes no difference without the cross-entropy.
         targets = torch.where(seen.is_scored(own_loss), 0, IGNORE_INDEX)
         weight = self.weights_of_terms["distillation"]
-        found = distilled_head_loss(head, hidden, targets, scores, self.temperature, 0.0, weight)
-        self.log("train_distillation", found.distillation, batch_size=1)
+        found = loss_of_head(head, hidden, Distillation(targets, scores, self.temperature, 0.0, weight))
+        self.log("train_distillation", found.terms[1], batch_size=1)
         return found.loss
 
     @override

@@ -7,13 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_embcompress.layers.distillation import (
-    Distillation,
-    distilled_head_loss,
-    distilled_loss,
-    joined_scores,
-    teacher_scores,
-)
+from lightning_embcompress.layers.chunked_loss import loss_of_head, loss_of_logits
+from lightning_embcompress.layers.distillation import Distillation, joined_scores, teacher_scores
 
 POSITIONS, VOCAB_SIZE = 11, 40
 
@@ -48,12 +43,11 @@ def test_loss_and_gradient(
     monkeypatch.setattr(Distillation, "chunk_elements", 4 * VOCAB_SIZE)
     student, teacher, targets = _logits(0).requires_grad_(), _logits(1), _targets()
     said = teacher_scores(teacher, top_k, temperature)
-    found = distilled_loss(student.clone(), targets, said, temperature, 0.7, 1.3, overwrite=overwrite)
+    found = loss_of_logits(student.clone(), Distillation(targets, said, temperature, 0.7, 1.3), overwrite=overwrite)
     scored = targets >= 0
     divergence = _divergence(student, teacher, top_k, temperature)[scored].mean()
     cross_entropy = F.cross_entropy(student, targets)
-    torch.testing.assert_close(found.cross_entropy, cross_entropy.detach())
-    torch.testing.assert_close(found.distillation, divergence.detach())
+    torch.testing.assert_close(found.terms, torch.stack([cross_entropy, divergence]).detach())
     assert found.num_targets == 9
     expected = torch.autograd.grad(2 * (0.7 * cross_entropy + 1.3 * divergence), student)
     torch.testing.assert_close(torch.autograd.grad(2 * found.loss, student), expected)
@@ -68,23 +62,27 @@ def test_a_head_whose_logits_are_never_there_at_once(top_k: int | None) -> None:
     parts = [teacher_scores(part, top_k, 2.0) for part in _logits(1).split(4)]
     for one, other in zip(joined_scores(parts), said, strict=True):
         assert one is other is None or torch.equal(one, other)
-    expected = distilled_loss(head(hidden), targets, said, 2.0, 0.7, 1.3)
-    found = distilled_head_loss(head, hidden, targets, said, 2.0, 0.7, 1.3, chunk_tokens=4)
+    expected = loss_of_logits(head(hidden), Distillation(targets, said, 2.0, 0.7, 1.3))
+    found = loss_of_head(head, hidden, Distillation(targets, said, 2.0, 0.7, 1.3), chunk_tokens=4)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     inputs = [hidden, *head.parameters()]
     torch.testing.assert_close(torch.autograd.grad(found.loss, inputs), torch.autograd.grad(expected.loss, inputs))
     with pytest.raises(ValueError, match="scored 10 positions over 40 tokens, but the model 11 over 40"):
-        distilled_head_loss(head, hidden, targets, teacher_scores(_logits(1)[:10], 5))
+        loss_of_head(head, hidden, Distillation(targets, teacher_scores(_logits(1)[:10], 5)))
 
 
 def test_a_teacher_that_agrees_teaches_nothing_and_few_tokens_say_less_than_all() -> None:
     student, teacher, targets = _logits(0).requires_grad_(), _logits(1), _targets()
-    equal = distilled_loss(student, targets, teacher_scores(student.detach(), 5), cross_entropy_weight=0.0)
+    equal = loss_of_logits(
+        student, Distillation(targets, teacher_scores(student.detach(), 5), cross_entropy_weight=0.0)
+    )
     (gradient,) = torch.autograd.grad(equal.loss, student)
     assert abs(equal.loss.item()) < 1e-12
     assert gradient.abs().max() < 1e-12
-    parts = [distilled_loss(student, targets, teacher_scores(teacher, k)).distillation for k in (1, 4, 16, None)]
+    parts = [
+        loss_of_logits(student, Distillation(targets, teacher_scores(teacher, k))).terms[1] for k in (1, 4, 16, None)
+    ]
     assert parts == sorted(parts)
     assert len(set(parts)) == 4
 
@@ -94,7 +92,7 @@ def test_what_is_left_of_sure_distributions_is_summed_and_not_what_rounding_leav
     student, teacher = torch.zeros(1, VOCAB_SIZE), torch.zeros(1, VOCAB_SIZE)
     student[0, 3], teacher[0, 3] = 42.0, 40.0
     student.requires_grad_()
-    found = distilled_loss(student, torch.tensor([3]), teacher_scores(teacher, 1), 1.0, 0.0, 1.0)
+    found = loss_of_logits(student, Distillation(torch.tensor([3]), teacher_scores(teacher, 1), 1.0, 0.0, 1.0))
     (gradient,) = torch.autograd.grad(found.loss, student)
     rest = 39 * torch.exp(torch.tensor(-40.0, dtype=torch.double))
     expected = _divergence(student.detach().double(), teacher.double(), 1, 1.0)
@@ -108,9 +106,9 @@ def test_what_is_left_of_sure_distributions_is_summed_and_not_what_rounding_leav
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_lower_precision(dtype: torch.dtype) -> None:
     student, teacher, targets = _logits(0).to(dtype).requires_grad_(), _logits(1).to(dtype), _targets()
-    found = distilled_loss(student, targets, teacher_scores(teacher, 7), 1.5)
+    found = loss_of_logits(student, Distillation(targets, teacher_scores(teacher, 7), 1.5))
     exact = student.detach().double().requires_grad_()
-    wide = distilled_loss(exact, targets, teacher_scores(teacher.double(), 7), 1.5)
+    wide = loss_of_logits(exact, Distillation(targets, teacher_scores(teacher.double(), 7), 1.5))
     assert found.loss.dtype == torch.float32
     assert found.loss.item() == pytest.approx(wide.loss.item(), rel=1e-5)
     (gradient,), (expected,) = torch.autograd.grad(found.loss, student), torch.autograd.grad(wide.loss, exact)
@@ -122,7 +120,7 @@ def test_no_target_at_all() -> None:
     student = _logits(0).requires_grad_()
     with torch.no_grad():
         student[0, 0] = torch.inf
-    found = distilled_loss(student, torch.full((POSITIONS,), -100), teacher_scores(_logits(1), 5))
+    found = loss_of_logits(student, Distillation(torch.full((POSITIONS,), -100), teacher_scores(_logits(1), 5)))
     assert found.loss == 0
     assert torch.autograd.grad(found.loss, student)[0].eq(0).all()
 
@@ -132,6 +130,6 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             teacher_scores(_logits(1), top_k, temperature)
     with pytest.raises(ValueError, match="scored 10 positions over 40 tokens, but the model 11 over 40"):
-        distilled_loss(_logits(0), _targets(), teacher_scores(_logits(1)[:10], 5))
+        loss_of_logits(_logits(0), Distillation(_targets(), teacher_scores(_logits(1)[:10], 5)))
     with pytest.raises(ValueError, match="over 39 tokens"):
-        distilled_loss(_logits(0), _targets(), teacher_scores(_logits(1)[:, :39]))
+        loss_of_logits(_logits(0), Distillation(_targets(), teacher_scores(_logits(1)[:, :39])))

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_embcompress import collect_statistics
 from lightning_embcompress.layers import chunked_loss
+from lightning_embcompress.layers.chunked_loss import loss_of_head, loss_of_logits
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.layers.distillation import distilled_head_loss, distilled_loss, teacher_scores
-from lightning_embcompress.layers.full_softmax import full_softmax_loss, head_softmax_loss
+from lightning_embcompress.layers.distillation import Distillation, teacher_scores
+from lightning_embcompress.layers.full_softmax import CrossEntropy, full_softmax_loss, head_softmax_loss
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.registry import METHODS, Quantization
 from lightning_embcompress.modules import LSTMLanguageModel
@@ -363,14 +364,14 @@ def test_logits_stay_in_the_order_of_the_blocks(
     teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), top_k)
     whole = [
         full_softmax_loss(head(hidden), targets)[0],
-        distilled_loss(head(hidden), targets, teacher).loss,
+        loss_of_logits(head(hidden), Distillation(targets, teacher)).loss,
     ]
     assert head.factorization.storage_order is not None
     if top_k is not None:
         monkeypatch.setattr(RowBlocks, "logits", None)
     chunked = [
         head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)[0],
-        distilled_head_loss(head, hidden, targets, teacher, chunk_tokens=CHUNK).loss,
+        loss_of_head(head, hidden, Distillation(targets, teacher), chunk_tokens=CHUNK).loss,
     ]
     torch.testing.assert_close(chunked, whole)
     inputs = [hidden, *head.parameters()]
@@ -386,9 +387,9 @@ def test_negative_targets_are_no_tokens(distilled: bool) -> None:
     targets[0] = -1
     teacher = teacher_scores(torch.randn(TOKENS, VOCAB_SIZE, dtype=torch.float64), 7)
     assert head.factorization.storage_order is not None
-    loss: Any = distilled_head_loss if distilled else head_softmax_loss
+    objective = Distillation(targets, teacher) if distilled else CrossEntropy(targets)
     with pytest.raises(IndexError, match="out of range"):
-        loss(head, hidden, targets, *([teacher] if distilled else []))
+        loss_of_head(head, hidden, objective)
 
 
 def test_heads_that_compute_something_else_are_called() -> None:

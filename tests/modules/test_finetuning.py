@@ -21,7 +21,8 @@ from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.data import TextFiles
-from lightning_embcompress.layers.distillation import distilled_loss, teacher_scores
+from lightning_embcompress.layers.chunked_loss import loss_of_logits
+from lightning_embcompress.layers.distillation import Distillation, teacher_scores
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
 from lightning_embcompress.modules.reconstruction import Reconstruction
@@ -148,7 +149,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(start: SimpleNamespace) -> No
     (inputs, targets) = start.batches[0]
     hidden, _ = before.hidden_states(inputs)
     said = teacher_scores(dense(inputs)[0], 9, 2.0)
-    found = distilled_loss(before.decoder(hidden), targets, said, 2.0, 0.5, 0.8)
+    found = loss_of_logits(before.decoder(hidden), Distillation(targets, said, 2.0, 0.5, 0.8))
     plain = 0.0
     for mine, original in ((before.encoder, dense.encoder), (before.decoder, dense.decoder)):
         rows, table = mine.factorization.rows(inputs.flatten()), F.embedding(inputs.flatten(), original.weight)

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_embcompress import compress
 from lightning_embcompress.compression.plan import plan_of
-from lightning_embcompress.layers.distillation import distilled_loss, teacher_scores
+from lightning_embcompress.layers.chunked_loss import loss_of_logits
+from lightning_embcompress.layers.distillation import Distillation, teacher_scores
 from lightning_embcompress.modules import CompressedLanguageModel, HuggingFaceCausalLM
 
 VOCAB_SIZE, BLOCK, DIM = 60, 8, 16
@@ -164,10 +165,10 @@ def test_a_module_of_another_class(tmp_path: Path) -> None:
     ids = torch.stack([block["input_ids"] for block in _blocks()[:4]])
     targets = ids[:, 1:].masked_fill((ids[:, 1:] == 0) | (ids[:, 1:] == 7), -100)
     logits, said = (one.head(one.mix(one.tokens(ids[:, :-1]))[0]) for one in (before, dense))
-    found = distilled_loss(logits, targets, teacher_scores(said, 5), 1.0, 0.4, 0.6)
+    found = loss_of_logits(logits, Distillation(targets, teacher_scores(said, 5), 1.0, 0.4, 0.6))
     assert logged["train_loss"].item() == pytest.approx(found.loss.item(), rel=1e-5)
-    assert logged["train_cross_entropy"].item() == pytest.approx(found.cross_entropy.item(), rel=1e-5)
-    assert logged["train_distillation"].item() == pytest.approx(found.distillation.item(), rel=1e-5)
+    assert logged["train_cross_entropy"].item() == pytest.approx(found.terms[0].item(), rel=1e-5)
+    assert logged["train_distillation"].item() == pytest.approx(found.terms[1].item(), rel=1e-5)
     found.loss.backward()
     with torch.no_grad():
         for parameter in before.parameters():
