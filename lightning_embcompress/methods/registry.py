@@ -12,6 +12,8 @@ import torch
 from lightning_embcompress.methods.automatic.config import AutomaticConfig
 from lightning_embcompress.methods.base import Factorization
 from lightning_embcompress.methods.config import MethodConfig, nearest
+from lightning_embcompress.methods.folded.config import CPConfig, TuckerConfig
+from lightning_embcompress.methods.folded.factorization import CP, Tucker
 from lightning_embcompress.methods.full_table import FullTable
 from lightning_embcompress.methods.group_reduce.config import GroupReduceConfig
 from lightning_embcompress.methods.group_reduce.factorization import BlockLowRank
@@ -27,9 +29,6 @@ from lightning_embcompress.methods.tensor_train.config import TensorTrainConfig
 from lightning_embcompress.methods.tensor_train.factorization import TensorTrain
 from lightning_embcompress.methods.tensor_train_matrix.config import TensorTrainMatrixConfig
 from lightning_embcompress.methods.tensor_train_matrix.factorization import TensorTrainMatrix
-from lightning_embcompress.methods.tensorly.config import CPConfig, TuckerConfig
-from lightning_embcompress.methods.tensorly.cp import CP
-from lightning_embcompress.methods.tensorly.tucker import Tucker
 from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 from lightning_embcompress.methods.transform_coding.latent_codes import LatentCodes
 

@@ -155,17 +155,17 @@ def test_an_option_that_fixes_the_size_excludes_a_ratio(method: str) -> None:
         ("low_rank", {"rank": 0}, r"rank must be 1 or more, it is 0"),
         ("tensor_train", {"max_rank": 4}, r"would take \d+ bytes by 'tensor_train'"),
         ("tensor_train", {"max_rank": 5}, r"max_rank must be at most 4 for vectors folded to 2 x 2 x 2 x 2, it is 5"),
-        ("cp", {"rank": 321}, r"rank must be at most 320 for the shapes \[20, 25\] and \[16\], it is 321"),
+        ("cp", {"rank": 321}, r"rank must be from 1 to 320 .* it is 321"),
         ("tucker", {"ranks": [7, 6]}, r"ranks \[7, 6\] must be 3, one for every mode of \[20, 25, 16\]"),
         (
             "tucker",
             {"ranks": [2, 7, 3]},
-            r"ranks \[2, 7, 3\] must be .* and none may be above the product of the others",
+            r"ranks \[2, 7, 3\] must be .* none above the product of the others",
         ),
         (
             "tucker",
             {"ranks": [2, 2, 17]},
-            r"ranks \[2, 2, 17\] must be from 1 to the sizes of the modes",
+            r"ranks \[2, 2, 17\] must be .* from 1 to its size",
         ),
         ("tucker", {"ranks": [2, 2, 0]}, r"ranks must be 1 or more, they are \[2, 2, 0\]"),
         (

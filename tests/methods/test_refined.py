@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_embcompress.methods.low_rank.factorization import alignment
+from lightning_embcompress.methods.numerics.alignment import alignment
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.registry import METHODS, BlockLowRank, Factorization, GroupReduceConfig, LowRank
 
 _METHODS = sorted(METHODS)
 # These improve what they start from; the others have a closed form.
-_ITERATIVE = {"cp", "product_quantization", "transform_coding", "tucker"}
+_ITERATIVE = {"cp", "product_quantization", "shared_basis", "transform_coding", "tucker"}
 _VOCAB_SIZE, _DIM = 400, 16
 
 
@@ -40,7 +40,8 @@ def _budget(method: str = "group_reduce", itemsize: int = 4) -> int:
 
 
 def _options(method: str, **given: Any) -> Any:
-    return METHODS[method].config(**(given if method in ("group_reduce", "transform_coding") else {}))
+    config = METHODS[method].config
+    return config(**{name: value for name, value in given.items() if hasattr(config, name)})
 
 
 def _fresh(method: str, table: Tensor, **given: Any) -> Factorization[Any]:
@@ -114,8 +115,9 @@ def test_a_small_change_of_the_table_changes_the_factors_a_little(method: str) -
     refined = _refined(method, factors, target, refine_rounds=0)
     for name, parameter in refined.named_parameters():
         change = float((parameter - before[name]).detach().norm() / (before[name].norm() + 1e-9))
-        # Alternating least squares, which has not come to its end, goes on.
-        assert change < (0.5 if method == "cp" else 0.05), name
+        # Alternating least squares, which has not come to its end, goes on; eigenvectors of near eigenvalues, which all
+        # blocks of a shared basis weigh differently, turn in their plane.
+        assert change < {"cp": 0.5, "shared_basis": 0.2}.get(method, 0.05), name
 
 
 @torch.no_grad()

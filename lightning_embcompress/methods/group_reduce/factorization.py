@@ -16,9 +16,8 @@ from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.methods.group_reduce.config import GroupReduceConfig
 from lightning_embcompress.methods.group_reduce.solver import BlockSolution, group_reduce
-from lightning_embcompress.methods.low_rank.factorization import aligned_bases
-from lightning_embcompress.methods.low_rank.solver import project
-from lightning_embcompress.methods.numerics.gram import row_units, row_weights, run_of
+from lightning_embcompress.methods.numerics.alignment import aligned_bases
+from lightning_embcompress.methods.numerics.gram import project, row_units, row_weights, run_of
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rank_allocation import is_dense, smallest_elements
 from lightning_embcompress.methods.products import balance_product, store_product

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_embcompress.methods.numerics.gram import compute_dtype, gram_matrix, row_units, run_of, top_eigenvectors
+from lightning_embcompress.methods.numerics.gram import gram_matrix, project, top_eigenvectors
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.utils.division import deal
 
@@ -79,30 +79,3 @@ def low_rank_in_metric(weight: Tensor, rank: int, metric: Metric) -> tuple[Tenso
     # One process decomposes it: rounding may differ between processors.
     deal([[basis, left]], [1.0], compute)
     return project(weight, left), basis.to(weight.dtype)
-
-
-def project(weight: Tensor, basis: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Coefficients `w_i Bᵀ` of a table's rows in an orthonormal basis.
-
-    Args:
-        weight: `[vocab_size, dim]` table.
-        basis: `[rank, dim]` orthonormal rows, or whatever else the rows are to be multiplied with.
-        rows: Ids of the rows wanted; None for all.
-
-    Returns:
-        `[rows, rank]` in the table's dtype.
-    """
-    num_rows = weight.shape[0] if rows is None else rows.numel()
-    dtype = compute_dtype(weight.dtype)
-    right = basis.to(dtype).T
-    out = weight.new_empty(num_rows, basis.shape[0])
-    units = row_units(num_rows, weight.shape[1])
-
-    def compute(unit: int) -> None:
-        for chunk in units[unit]:
-            ids = chunk if rows is None else rows[chunk]
-            out[chunk] = (weight[ids].to(dtype) @ right).to(weight.dtype)
-
-    runs = [run_of(chunks) for chunks in units]
-    deal([[out[run]] for run in runs], [run.stop - run.start for run in runs], compute)
-    return out

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_embcompress.methods.low_rank.solver import project
-from lightning_embcompress.methods.numerics.gram import gram_matrix
+from lightning_embcompress.methods.numerics.gram import gram_matrix, project
 from lightning_embcompress.utils.division import deal
 
 # Components that are worth less than this part of the best one are scaled as if they were worth it.

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_embcompress.methods.low_rank.solver import project
 from lightning_embcompress.methods.numerics.balance import balanced_factors
-from lightning_embcompress.methods.numerics.gram import compute_dtype, row_units, run_of
+from lightning_embcompress.methods.numerics.gram import compute_dtype, project, row_units, run_of
 from lightning_embcompress.methods.quantizers.integer_quantizer import (
     check_scales,
     expand_scales,

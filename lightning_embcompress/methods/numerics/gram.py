@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_embcompress.utils.division import deal_lists
+from lightning_embcompress.utils.division import deal, deal_lists
 
 # About 4 MiB of float32 a chunk: large enough for full matrix-product speed, small enough to stay out of the way.
 _CHUNK_ELEMENTS = 2**20
@@ -124,6 +124,33 @@ def _weighted_chunks(weight: Tensor, weights: Tensor, rows: Tensor | None) -> It
     for chunk in row_chunks(weight.shape[0] if rows is None else rows.numel(), weight.shape[1]):
         ids = chunk if rows is None else rows[chunk]
         yield weight[ids].to(dtype) * weights[ids].sqrt().to(dtype).unsqueeze(1)
+
+
+def project(weight: Tensor, basis: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Coefficients `w_i Bᵀ` of a table's rows in an orthonormal basis.
+
+    Args:
+        weight: `[vocab_size, dim]` table.
+        basis: `[rank, dim]` orthonormal rows, or whatever else the rows are to be multiplied with.
+        rows: Ids of the rows wanted; None for all.
+
+    Returns:
+        `[rows, rank]` in the table's dtype.
+    """
+    num_rows = weight.shape[0] if rows is None else rows.numel()
+    dtype = compute_dtype(weight.dtype)
+    right = basis.to(dtype).T
+    out = weight.new_empty(num_rows, basis.shape[0])
+    units = row_units(num_rows, weight.shape[1])
+
+    def compute(unit: int) -> None:
+        for chunk in units[unit]:
+            ids = chunk if rows is None else rows[chunk]
+            out[chunk] = (weight[ids].to(dtype) @ right).to(weight.dtype)
+
+    runs = [run_of(chunks) for chunks in units]
+    deal([[out[run]] for run in runs], [run.stop - run.start for run in runs], compute)
+    return out
 
 
 class PackedSymmetric:

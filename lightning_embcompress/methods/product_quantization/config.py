@@ -61,17 +61,17 @@ class ProductQuantizationConfig(MethodConfig):
         if not 0 < self.rare_fraction < 1:
             raise ValueError(f"rare_fraction must be above 0 and below 1, it is {self.rare_fraction}")
 
-    def layouts(self, vocab_size: int) -> list[dict[str, int]]:
-        """Numbers of centroids that can be chosen from, the most first, as arguments of `ProductQuantization`."""
+    @property
+    def widths(self) -> range:
+        """Bits of a code that can be chosen from, the most first."""
         most = self.bits or _BITS
         # A size that is fixed leaves nothing to choose, and bits that are given neither.
-        least = most if self.bits is not None or self.subspaces is not None else max(1, (self.rare_bits or 0) + 1)
-        layouts = []
-        for bits in range(most, least - 1, -1):
-            centroids = min(2**bits, vocab_size)
-            layout = {"centroids": centroids}
-            rare_tokens = 0 if self.rare_bits is None else int(self.rare_fraction * vocab_size)
-            if self.rare_bits is not None and rare_tokens:
-                layout |= {"rare_centroids": min(2**self.rare_bits, centroids), "rare_tokens": rare_tokens}
-            layouts.append(layout)
-        return layouts
+        if self.bits is not None or self.subspaces is not None:
+            return range(most, most - 1, -1)
+        return range(most, (self.rare_bits or 0), -1)
+
+    def centroids(self, vocab_size: int, bits: int) -> tuple[int, int, int]:
+        """Centroids of a subspace, those for rare tokens, and how many tokens are rare."""
+        most = min(2**bits, vocab_size)
+        rare_tokens = 0 if self.rare_bits is None else int(self.rare_fraction * vocab_size)
+        return most, min(2 ** (self.rare_bits or 0), most) if rare_tokens else 0, rare_tokens

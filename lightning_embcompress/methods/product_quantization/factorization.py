@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, is_exporting
+from lightning_embcompress.methods.base import is_exporting
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
@@ -18,7 +19,8 @@ from lightning_embcompress.methods.product_quantization.descent import descend
 from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
 from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
-from lightning_embcompress.methods.specs import positive_integers, stored_bytes
+from lightning_embcompress.methods.sized import SizedFactorization, Sizes
+from lightning_embcompress.methods.specs import positive_integers
 
 # Codes looked up for logits at a time.
 _CODES = 2**18
@@ -26,7 +28,7 @@ _CODES = 2**18
 _FEW_STATES = 16
 
 
-class ProductQuantization(Factorization[ProductQuantizationConfig]):
+class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
     """Product quantization: columns are cut into subspaces, and a row has the code of a centroid in each.
 
     A code takes `⌈log₂ centroids⌉` bits on disk; in memory codes are unpacked to one or two bytes. The codebook is
@@ -220,12 +222,10 @@ class ProductQuantization(Factorization[ProductQuantizationConfig]):
 
     def structure(self) -> dict[str, Any]:
         """Shape, subspaces and centroids."""
-        rare = {"rare_centroids": self.rare_centroids, "rare_tokens": self.rare_tokens} if self.rare_tokens else {}
-        return self._spec(self.vocab_size, self.dim, self.subspaces, {"centroids": self.centroids, **rare})
-
-    @classmethod
-    def _spec(cls, vocab_size: int, dim: int, subspaces: int, layout: dict[str, int]) -> dict[str, Any]:
-        return {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "subspaces": subspaces, **layout}
+        spec = {"kind": self.kind, "vocab_size": self.vocab_size, "dim": self.dim}
+        spec |= {"subspaces": self.subspaces, "centroids": self.centroids}
+        rare = {"rare_centroids": self.rare_centroids, "rare_tokens": self.rare_tokens}
+        return spec | rare if self.rare_tokens else spec
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
@@ -237,32 +237,16 @@ class ProductQuantization(Factorization[ProductQuantizationConfig]):
         return cls(vocab_size, dim, subspaces, centroids, rare[0], rare[1], dtype, device)
 
     @classmethod
-    def smallest_bytes(
-        cls, vocab_size: int, dim: int, itemsize: int, options: ProductQuantizationConfig | None = None
-    ) -> int:
-        """Bytes with the subspaces asked for, or one, and the fewest centroids that the options allow.
-
-        Raises:
-            ValueError: If there are more subspaces than columns.
-        """
-        options = options or ProductQuantizationConfig()
-        subspaces = options.subspaces or 1
+    def sizes(cls, vocab_size: int, dim: int, options: ProductQuantizationConfig) -> Sizes:
+        """The subspaces asked for, or any, with the fewest centroids that the options allow."""
+        layout, subspaces = options.centroids(vocab_size, options.widths[-1]), options.subspaces
+        if subspaces is None:
+            return Sizes(dim, lambda size: (size, *layout))
         if subspaces > dim:
             raise ValueError(f"subspaces must be at most the {dim} columns of the table, it is {subspaces}")
-        return cls._bytes(vocab_size, dim, itemsize, subspaces, options.layouts(vocab_size)[-1])
+        return Sizes(1, lambda _: (subspaces, *layout))
 
     @classmethod
-    def _bytes(cls, vocab_size: int, dim: int, itemsize: int, subspaces: int, layout: dict[str, int]) -> int:
-        rare_tokens = layout.get("rare_tokens", 0)
-        size = layout["centroids"] * dim * itemsize
-        size += packed_bytes((vocab_size - rare_tokens) * subspaces, bit_width(layout["centroids"]))
-        if rare_tokens:
-            size += packed_bytes(rare_tokens * subspaces, bit_width(layout["rare_centroids"]))
-            size += packed_bytes(vocab_size, 1)
-        return stored_bytes(size, 4 if rare_tokens else 2, cls._spec(vocab_size, dim, subspaces, layout))
-
-    @classmethod
-    @torch.no_grad()
     def decompose(
         cls,
         weight: Tensor,
@@ -272,71 +256,41 @@ class ProductQuantization(Factorization[ProductQuantizationConfig]):
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
-        """K-means in as many subspaces as fit, see `Factorization.decompose` and `solvers.product_quantization`.
+        """K-means in as many subspaces as fit, see `Factorization.decompose`.
 
-        With a metric its row weights take the place of those of the token counts, which still say who is rare.
+        The codebook may take half of the bytes: the bits of a code are the most at which it does not take more.
 
         Raises:
             ValueError: If not even one subspace fits.
         """
         options = options or ProductQuantizationConfig()
-        vocab_size, dim = weight.shape
-        itemsize = weight.element_size()
-        if cls.smallest_bytes(vocab_size, dim, itemsize, options) > max_bytes:
-            raise ValueError(
-                f"{max_bytes} bytes do not hold the codebook and the codes of {options.subspaces or 1} subspaces of a "
-                f"table of {vocab_size} x {dim}; allow more bytes or use fewer bits"
-            )
-        subspaces, most = options.subspaces or 1, options.subspaces or dim
-        *larger, layout = options.layouts(vocab_size)
-        for some in larger:
-            smallest = cls._bytes(vocab_size, dim, itemsize, subspaces, some)
-            if max(smallest, 2 * some["centroids"] * dim * itemsize) <= max_bytes:
-                layout = some
+        (vocab_size, dim), itemsize = weight.shape, weight.element_size()
+        for bits in options.widths:
+            some = replace(options, bits=bits)
+            codebook = some.centroids(vocab_size, bits)[0] * dim * itemsize
+            if max(2 * codebook, cls.smallest_bytes(vocab_size, dim, itemsize, some)) <= max_bytes:
                 break
-        while subspaces < most:
-            middle = (subspaces + most + 1) // 2
-            if cls._bytes(vocab_size, dim, itemsize, middle, layout) <= max_bytes:
-                subspaces = middle
-            else:
-                most = middle - 1
-        quantized = cls(vocab_size, dim, subspaces, **layout, dtype=weight.dtype, device=weight.device)
-        weights = row_weights(token_counts, vocab_size, weight.device)
-        rare = torch.zeros(vocab_size, dtype=torch.bool, device=weight.device)
-        rare[torch.argsort(weights, descending=True, stable=True)[vocab_size - quantized.rare_tokens :]] = True
-        quantized._solve(weight, weights, rare, None, options, advance, metric)
-        return quantized
-
-    @torch.no_grad()
-    def refined(
-        self,
-        target: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        options: ProductQuantizationConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """Go on with k-means from the codebook as it is, in place, see `Factorization.refined`.
-
-        The metric is as for `decompose`.
-        """
-        weights = row_weights(token_counts, self.vocab_size, target.device)
-        options = options or ProductQuantizationConfig()
-        rare, start = self.is_rare.to(target.device), self.codebook.to(target.device)
-        self._solve(target, weights, rare, start, options, advance, metric)
-        return self
+        return super().decompose(weight, max_bytes, token_counts, some, advance, metric)
 
     def _solve(
         self,
         weight: Tensor,
-        weights: Tensor,
-        rare: Tensor,
-        start: Tensor | None,
+        token_counts: Tensor | None,
         options: ProductQuantizationConfig,
         advance: Callable[[float], None],
         metric: Metric | None,
+        refine: bool,
     ) -> None:
+        """K-means from the codebook there is, or a new one.
+
+        With a metric its row weights take the place of those of the token counts, which still say who is rare.
+        """
+        weights = row_weights(token_counts, self.vocab_size, weight.device)
+        start = self.codebook.to(weight.device) if refine else None
+        rare = self.is_rare.to(weight.device)
+        if not refine:
+            order = torch.argsort(weights, descending=True, stable=True)
+            rare = torch.zeros_like(rare).index_fill_(0, order[self.vocab_size - self.rare_tokens :], True)
         if metric is not None:
             weights = metric.weights.to(weight.device)
         groups = Groups([(~rare).nonzero().flatten()], [self.centroids])

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, is_exporting
+from lightning_embcompress.methods.base import is_exporting
+from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.factors import materialize, pieces, read_rows
-from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
+from lightning_embcompress.methods.sized import SizedFactorization, Sizes
+from lightning_embcompress.methods.specs import integers, positive_integers
 from lightning_embcompress.methods.tensor_train.config import TensorTrainConfig
 from lightning_embcompress.methods.tensor_train.solver import (
     core_sizes,
@@ -31,7 +33,7 @@ _CHUNK_TOKENS = 1024
 _FEW_STATES = 4
 
 
-class TensorTrain(Factorization[TensorTrainConfig]):
+class TensorTrain(SizedFactorization[TensorTrainConfig]):
     """TensorGPT: the vector of every token, folded to a tensor, as a tensor train of its own (arXiv 2307.00526).
 
     No core is shared between tokens. The cores of a token stand in one row of a `[vocab_size, floats]` parameter, so
@@ -133,79 +135,35 @@ class TensorTrain(Factorization[TensorTrainConfig]):
         return cls(vocab_size, dim, integers(spec, "shape"), integers(spec, "ranks"), dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: TensorTrainConfig | None = None) -> int:
-        """Bytes at the rank asked for, or at rank 1.
-
-        Raises:
-            ValueError: If the shape is too small for `dim`, or the rank larger than it allows.
-        """
-        options = options or TensorTrainConfig()
+    def sizes(cls, vocab_size: int, dim: int, options: TensorTrainConfig) -> Sizes:
+        """The largest rank asked for, or any."""
         shape = options.shape_for(dim)
-        largest = _largest_rank(shape)
-        if options.max_rank is not None and options.max_rank > largest:
+        most, rank = max(train_ranks(shape, math.prod(shape))), options.max_rank
+        if rank is None:
+            return Sizes(most, lambda size: (shape, train_ranks(shape, size)))
+        if rank > most:
             raise ValueError(
-                f"max_rank must be at most {largest} for vectors folded to {' x '.join(map(str, shape))}, it is "
-                f"{options.max_rank}"
+                f"max_rank must be at most {most} for vectors folded to {' x '.join(map(str, shape))}, it is {rank}"
             )
-        return cls._bytes(vocab_size, dim, itemsize, shape, options.max_rank or 1)
+        return Sizes(1, lambda _: (shape, train_ranks(shape, rank)))
 
-    @classmethod
-    def _bytes(cls, vocab_size: int, dim: int, itemsize: int, shape: list[int], max_rank: int) -> int:
-        ranks = train_ranks(shape, max_rank)
-        spec = {"kind": cls.kind, "vocab_size": vocab_size, "dim": dim, "shape": shape, "ranks": ranks}
-        return stored_bytes(vocab_size * sum(core_sizes(shape, ranks)) * itemsize, 1, spec)
-
-    @classmethod
-    def decompose(
-        cls,
-        weight: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        options: TensorTrainConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-    ) -> Self:
-        """TT-SVD of every row at the largest rank that fits, see `Factorization.decompose`.
-
-        Raises:
-            ValueError: If not even rank 1 fits.
-        """
-        options = options or TensorTrainConfig()
-        vocab_size, dim = weight.shape
-        shape = options.shape_for(dim)
-        max_rank = options.max_rank or 1
-        if cls.smallest_bytes(vocab_size, dim, weight.element_size(), options) > max_bytes:
-            raise ValueError(f"{max_bytes} bytes do not hold rank {max_rank} of a table of {vocab_size} x {dim}")
-        while (
-            options.max_rank is None
-            and max_rank < _largest_rank(shape)
-            and cls._bytes(vocab_size, dim, weight.element_size(), shape, max_rank + 1) <= max_bytes
-        ):
-            max_rank += 1
-        factorization = cls(vocab_size, dim, shape, train_ranks(shape, max_rank), weight.dtype, weight.device)
-        factorization._solve(weight, advance)
-        return factorization
-
-    def refined(
+    def _solve(
         self,
-        target: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        options: TensorTrainConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-    ) -> Self:
-        """Solve again at the same ranks, in place, see `Factorization.refined`."""
-        self._solve(target, advance, align=True)
-        return self
-
-    @torch.no_grad()
-    def _solve(self, weight: Tensor, advance: Callable[[float], None], align: bool = False) -> None:
+        weight: Tensor,
+        token_counts: Tensor | None,
+        options: TensorTrainConfig,
+        advance: Callable[[float], None],
+        metric: Metric | None,
+        refine: bool,
+    ) -> None:
+        """TT-SVD of every row."""
         starts = range(0, self.vocab_size, _CHUNK_TOKENS)
         chunks = [slice(start, min(start + _CHUNK_TOKENS, self.vocab_size)) for start in starts]
 
         def compute(unit: int) -> None:
             chunk = chunks[unit]
             cores = tensor_train(weight[chunk], self.shape, self.ranks)
-            if align:
+            if refine:
                 cores = self._with_signs_of(self.cores[chunk].to(cores), cores)
             self.cores[chunk] = cores.to(self.cores.dtype)
 
@@ -233,7 +191,3 @@ class TensorTrain(Factorization[TensorTrainConfig]):
                 piece = piece * signs[:, None, None]
             pieces.append(piece.flatten(1))
         return torch.cat(pieces, dim=1)
-
-
-def _largest_rank(shape: Sequence[int]) -> int:
-    return max(train_ranks(shape, math.prod(shape)))

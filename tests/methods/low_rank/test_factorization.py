@@ -34,7 +34,7 @@ def test_bytes_are_exact(vocab_size: int, dim: int, itemsize: int, data: st.Data
     if rank > 1:
         assert LowRank.decompose(table, smallest - 1).rank == rank - 1
     else:
-        with pytest.raises(ValueError, match=f"{smallest - 1} bytes do not hold rank 1 of a table of"):
+        with pytest.raises(ValueError, match=f"{smallest - 1} bytes do not hold .* allow at least {smallest}"):
             LowRank.decompose(table, smallest - 1)
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tensorly.tenalg import svd_interface
 from torch import Tensor
 
-from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, project, weighted_low_rank
+from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, weighted_low_rank
 from lightning_embcompress.methods.numerics import gram
-from lightning_embcompress.methods.numerics.gram import row_weights
+from lightning_embcompress.methods.numerics.gram import project, row_weights
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 
 # Relative to the norm of the table: rounding of the Gram product and of the factors.

@@ -80,8 +80,8 @@ def test_any_structure(problem: tuple[ProductQuantization, int]) -> None:
     assert torch.equal(loaded.codes, factors.codes)
     assert torch.equal(loaded.is_rare, factors.is_rare)
     assert int(loaded.is_rare.sum()) == factors.rare_tokens
-    layout = {name: size for name, size in spec.items() if name in ("centroids", "rare_centroids", "rare_tokens")}
-    promised = ProductQuantization._bytes(factors.vocab_size, factors.dim, 8, factors.subspaces, layout)
+    structure = (factors.subspaces, factors.centroids, factors.rare_centroids, factors.rare_tokens)
+    promised = ProductQuantization.bytes_of(factors.vocab_size, factors.dim, 8, *structure)
     assert factors.stored_bytes() == promised
 
 
@@ -136,11 +136,10 @@ def test_codebooks_take_at_most_half_of_the_bytes() -> None:
     assert bits == [7, 7, 6, 5, 4, 3]
     # A large table has eight bits from the start.
     assert ProductQuantization.smallest_bytes(1000, 16, 4) < 1000
-    options = ProductQuantizationConfig()
-    assert [layout["centroids"] for layout in options.layouts(10**5)] == [256, 128, 64, 32, 16, 8, 4, 2]
-    assert [layout["centroids"] for layout in options.layouts(100)] == [100, 100, 64, 32, 16, 8, 4, 2]
-    assert ProductQuantizationConfig(subspaces=3).layouts(10**5) == [{"centroids": 256}]
-    assert ProductQuantizationConfig(bits=4).layouts(10**5) == [{"centroids": 16}]
+    assert list(ProductQuantizationConfig().widths) == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert list(ProductQuantizationConfig(rare_bits=3).widths) == [8, 7, 6, 5, 4]
+    assert list(ProductQuantizationConfig(subspaces=3).widths) == [8]
+    assert list(ProductQuantizationConfig(bits=4).widths) == [4]
 
 
 def test_no_more_centroids_than_tokens() -> None:

@@ -2,56 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.tensor_train_matrix.solver import balanced_shape
-
-
-@dataclass(frozen=True)
-class FoldingConfig(MethodConfig):
-    """How a table is folded to a tensor of a few modes.
-
-    Attributes:
-        vocab_shape: Sizes of the modes of the vocabulary, whose product is at least the number of tokens; None for two
-            balanced ones.
-        dim_shape: Sizes of the modes of the columns, whose product is at least their number; None for one.
-
-    Raises:
-        ValueError: If a size is not positive.
-    """
-
-    vocab_shape: Sequence[int] | None = None
-    dim_shape: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        for name in ("vocab_shape", "dim_shape"):
-            shape = getattr(self, name)
-            if shape is not None and (not shape or min(shape) < 1):
-                raise ValueError(f"{name} must be sizes of 1 or more, it is {list(shape)}")
-
-    def shapes_for(self, vocab_size: int, dim: int) -> tuple[list[int], list[int]]:
-        """Sizes of the modes of a table.
-
-        Raises:
-            ValueError: If a shape that was given is too small for it.
-        """
-        vocab_shape = list(balanced_shape(vocab_size, 2) if self.vocab_shape is None else self.vocab_shape)
-        dim_shape = [dim] if self.dim_shape is None else list(self.dim_shape)
-        for name, shape, size, what in (
-            ("vocab_shape", vocab_shape, vocab_size, "rows"),
-            ("dim_shape", dim_shape, dim, "columns"),
-        ):
-            if math.prod(shape) < size:
-                raise ValueError(
-                    f"{name} {shape} has a product of {math.prod(shape)}: it must be at least the {size} {what} of the "
-                    "table"
-                )
-        return vocab_shape, dim_shape
+from lightning_embcompress.methods.folding import FoldingConfig
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""CP and Tucker of the folded table."""

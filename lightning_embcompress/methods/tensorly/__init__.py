@@ -1,1 +1,0 @@
-"""TensorLy's CP and Tucker decompositions of the folded table."""
