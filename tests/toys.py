@@ -6,12 +6,13 @@ second, is the same for the same `seed`, and takes the sizes it should have.
 
 from __future__ import annotations
 
+from collections import UserList
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -169,6 +170,43 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return sgd(self)
+
+
+class Windows(LightningDataModule):
+    """Consecutive windows of three random texts, `[3, 5]` inputs and targets, as a stateful corpus gives them.
+
+    Args:
+        fingerprint: Of its vocabulary.
+        vocab_size: Tokens of its vocabulary; the texts have 50 different ones.
+        windows: How many there are for training; validation, test and prediction have the first two.
+        seed: By which the texts are drawn.
+    """
+
+    def __init__(self, fingerprint: str = "abc", vocab_size: int = 50, windows: int = 6, seed: int = 0) -> None:
+        super().__init__()
+        text = torch.randint(50, (3, 5 * windows + 1), generator=torch.Generator().manual_seed(seed))
+        self.pairs = list(zip(text[:, :-1].split(5, dim=1), text[:, 1:].split(5, dim=1), strict=True))
+        self.vocabulary = UserList(range(vocab_size))
+        self.vocabulary.fingerprint = fingerprint  # type: ignore[attr-defined]
+        self.token_counts = torch.arange(50, 0, -1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.pairs, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.pairs[:2], batch_size=None)  # type: ignore[arg-type]
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+class Losses(Callback):
+    """Keeps the loss of every training step, in `values`."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
 
 
 class InMemory(Logger):

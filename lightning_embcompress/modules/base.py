@@ -248,12 +248,12 @@ class LanguageModel(VocabularyModule):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the full softmax loss in nats per token; logged for the whole epoch at its end."""
-        return self._evaluation_step(batch, "val", self.val_perplexity, self.val_bands)
+        return self._evaluation_step(batch, "val")
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the full softmax loss in nats per token; logged for the whole epoch at its end."""
-        return self._evaluation_step(batch, "test", self.test_perplexity, self.test_bands)
+        return self._evaluation_step(batch, "test")
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -276,9 +276,11 @@ class LanguageModel(VocabularyModule):
         flat, ids = hidden.flatten(0, -2), targets.flatten()
         return targets.shape, ((head(flat[part]), ids[part]) for part in token_chunks(head, flat))
 
-    def _evaluation_step(
-        self, batch: Any, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None
-    ) -> Tensor:
+    def _metrics(self, stage: Stage) -> tuple[Perplexity, PerplexityByFrequency | None]:
+        return (self.val_perplexity, self.val_bands) if stage == "val" else (self.test_perplexity, self.test_bands)
+
+    def _evaluation_step(self, batch: Any, stage: Stage) -> Tensor:
+        perplexity, bands = self._metrics(stage)
         _, parts = self._scored(batch, stage)
         total = count = torch.zeros((), device=self.device)
         for logits, targets in parts:
@@ -289,44 +291,44 @@ class LanguageModel(VocabularyModule):
             total, count = total + mean * scored, count + scored
         return total / count.clamp(min=1)
 
-    def _log_evaluation(self, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None) -> None:
-        value = perplexity.compute()
-        self.log(f"{stage}_loss", value.log())
-        self.log(f"{stage}_perplexity", value, prog_bar=True)
-        if bands is not None:
-            for name, band_value in bands.compute().items():
-                self.log(f"{stage}_perplexity/{name}", band_value)
-
     @override
     def on_validation_epoch_start(self) -> None:
         """Start the text and the sums anew, also after a callback's own evaluation in between."""
-        self._start_evaluation("val", self.val_perplexity, self.val_bands)
+        self._start_evaluation("val")
 
     @override
     def on_test_epoch_start(self) -> None:
         """Start the text and the sums anew."""
-        self._start_evaluation("test", self.test_perplexity, self.test_bands)
+        self._start_evaluation("test")
 
     @override
     def on_predict_epoch_start(self) -> None:
         """Start the text anew."""
         self.start_text("predict")
 
-    def _start_evaluation(self, stage: Stage, perplexity: Perplexity, bands: PerplexityByFrequency | None) -> None:
+    def _start_evaluation(self, stage: Stage) -> None:
         self.start_text(stage)
-        perplexity.reset()
-        if bands is not None:
-            bands.reset()
+        for metric in self._metrics(stage):
+            if metric is not None:
+                metric.reset()
 
     @override
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` and ``val_perplexity``, over all tokens of all processes."""
-        self._log_evaluation("val", self.val_perplexity, self.val_bands)
+        self._log_evaluation("val")
 
     @override
     def on_test_epoch_end(self) -> None:
         """Log ``test_loss`` and ``test_perplexity``, over all tokens of all processes."""
-        self._log_evaluation("test", self.test_perplexity, self.test_bands)
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: Stage) -> None:
+        perplexity, bands = self._metrics(stage)
+        value = perplexity.compute()
+        self.log(f"{stage}_loss", value.log())
+        self.log(f"{stage}_perplexity", value, prog_bar=True)
+        for name, band_value in ({} if bands is None else bands.compute()).items():
+            self.log(f"{stage}_perplexity/{name}", band_value)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -121,9 +121,8 @@ class HuggingFaceCausalLM(LanguageModel):
             ValueError: If the data module has more tokens than the table rows, or longer blocks than the model has
                 positions.
         """
+        super().setup(stage)
         datamodule = self._datamodule()
-        vocabulary = getattr(datamodule, "vocabulary", None)
-        _check_rows(self.vocab_size, None if vocabulary is None else len(vocabulary))
         positions = getattr(self.model.config, "max_position_embeddings", None)
         block_size = getattr(datamodule, "block_size", None)
         if isinstance(positions, int) and isinstance(block_size, int) and block_size > positions:
@@ -131,7 +130,6 @@ class HuggingFaceCausalLM(LanguageModel):
                 f"block_size={block_size} of {type(datamodule).__name__} is more than the {positions} positions of the "
                 f"model: set the data's block_size to at most {positions}."
             )
-        super().setup(stage)
 
     @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

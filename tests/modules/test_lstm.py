@@ -1,4 +1,4 @@
-"""The LSTM language model: state, losses, tying, checkpoints, and the command line."""
+"""The LSTM language model: state, losses, tying, checkpoints, dense and compressed, and the command line."""
 
 from __future__ import annotations
 
@@ -11,44 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lightning_embcompress import compress
+from lightning_embcompress import GroupReduce, compress
+from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.layers import chunked_loss
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel, lstm
+from toys import Losses, Windows, quiet_trainer
 
 VOCAB_SIZE = 50
-
-
-class Vocabulary(SimpleNamespace):
-    def __len__(self) -> int:
-        return int(self.size)
-
-
-class Windows(LightningDataModule):
-    """Consecutive windows of three random texts, as a stateful corpus would give them."""
-
-    def __init__(self, seed: int = 0, windows: int = 6, fingerprint: str = "abc", vocab_size: int = VOCAB_SIZE) -> None:
-        super().__init__()
-        text = torch.randint(VOCAB_SIZE, (3, 5 * windows + 1), generator=torch.Generator().manual_seed(seed))
-        self.pairs = list(zip(text[:, :-1].split(5, dim=1), text[:, 1:].split(5, dim=1), strict=True))
-        self.vocabulary = Vocabulary(size=vocab_size, fingerprint=fingerprint)
-        self.token_counts = torch.arange(VOCAB_SIZE, 0, -1)
-
-    def _loader(self, pairs: list[tuple[Tensor, Tensor]]) -> DataLoader[Any]:
-        return DataLoader(pairs, batch_size=None)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.pairs)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.pairs[:2])
-
-    test_dataloader = predict_dataloader = val_dataloader
 
 
 def _model(**changes: Any) -> LSTMLanguageModel:
@@ -58,38 +33,7 @@ def _model(**changes: Any) -> LSTMLanguageModel:
 
 
 def _trainer(path: Path, **changes: Any) -> Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
-    return Trainer(default_root_dir=path, **{**quiet, **changes})
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.values.append(float(outputs["loss"]))
-
-
-class FactorizedHead(nn.Module):
-    """What replaces the head: no ``weight``, only a factorization that gives rows and logits."""
-
-    class Factorization(nn.Module):
-        def __init__(self, weight: Tensor) -> None:
-            super().__init__()
-            self.left = nn.Parameter(weight.detach().clone())
-            self.right = nn.Parameter(torch.eye(weight.shape[1]))
-
-        def rows(self, ids: Tensor) -> Tensor:
-            return F.embedding(ids, self.left) @ self.right
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.factorization = self.Factorization(linear.weight)
-        self.bias = linear.bias
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.factorization.right.T @ self.factorization.left.T + self.bias
+    return quiet_trainer(path, *changes.pop("callbacks", ()), **{"max_epochs": 1, **changes})
 
 
 @pytest.mark.parametrize("changes", [{}, {"projection_size": 6}, {"softmax": "sampled", "num_sampled": 20}])
@@ -142,12 +86,8 @@ def test_state_starts_anew_each_epoch_and_with_another_batch_size(tmp_path: Path
     torch.testing.assert_close(still.logits(inputs[:2], "val"), first[:2])
     still.start_text("val")
     assert torch.equal(still.logits(inputs, "val"), first)
-
-
-def test_without_carried_state_every_window_is_a_beginning() -> None:
-    model = _model(carry_state=False)
-    inputs, _ = Windows().pairs[0]
-    assert torch.equal(model.logits(inputs, "train"), model.logits(inputs, "train"))
+    unrelated = _model(carry_state=False)
+    assert torch.equal(unrelated.logits(inputs, "train"), unrelated.logits(inputs, "train"))
 
 
 def test_tied_tables_are_one_parameter_and_move_together(tmp_path: Path) -> None:
@@ -157,18 +97,6 @@ def test_tied_tables_are_one_parameter_and_move_together(tmp_path: Path) -> None
     _trainer(tmp_path).fit(model, datamodule=Windows())
     assert model.decoder.weight is model.encoder.weight
     assert not torch.equal(before, model.encoder.get_parameter("weight"))
-
-
-@pytest.mark.parametrize("softmax", ["full", "sampled"])
-def test_replaced_tables_train_and_evaluate(tmp_path: Path, softmax: Any) -> None:
-    model = _model(softmax=softmax, num_sampled=20)
-    trainer = _trainer(tmp_path)
-    (dense,) = trainer.validate(model, datamodule=Windows(), verbose=False)
-    model.decoder = FactorizedHead(model.decoder)  # type: ignore[arg-type]
-    (replaced,) = trainer.validate(model, datamodule=Windows(), verbose=False)
-    assert replaced["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5)
-    trainer.fit(model, datamodule=Windows())
-    assert not torch.equal(model.decoder.factorization.right, torch.eye(12))
 
 
 def test_initialisation() -> None:
@@ -352,6 +280,85 @@ def test_weights_alone_have_no_state(tmp_path: Path) -> None:
     _trainer(tmp_path, callbacks=[Save()], max_steps=2, max_epochs=None).fit(_model(), datamodule=Windows())
     assert "lstm_state" in torch.load(tmp_path / "whole.ckpt", weights_only=True)
     assert "lstm_state" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)
+
+
+def _compressed(**changes: Any) -> LSTMLanguageModel:
+    model = _model(**changes)
+    compress(model, "group_reduce", ratio=1.3, groups=2, token_counts=torch.arange(VOCAB_SIZE, 0, -1))
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_weights": True, "projection_size": 8}, {"softmax": "sampled", "num_sampled": 20}]
+)
+def test_compressed_checkpoints_load_without_a_callback(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model, path = _compressed(**changes), tmp_path / "model.ckpt"
+    trainer = _trainer(tmp_path)
+    trainer.fit(model, datamodule=Windows())
+    trainer.save_checkpoint(path, weights_only=True)
+    loaded = LSTMLanguageModel.load_from_checkpoint(path)
+    assert plan_of(loaded) == plan_of(model)
+    assert (loaded.encoder.factorization is loaded.decoder.factorization) == bool(changes.get("tie_weights"))
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    # In a Trainer, with the callback and without it, in a dense module and in a compressed one.
+    for fresh in (_model(**changes), _compressed(**changes)):
+        for callbacks in ([], [GroupReduce(ratio=1.3)]):
+            trainer = _trainer(tmp_path, callbacks=callbacks)
+            trainer.validate(fresh, datamodule=Windows(), ckpt_path=path, verbose=False)
+            torch.testing.assert_close(dict(fresh.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_the_vocabulary_is_checked_before_the_structure(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    trainer = _trainer(tmp_path)
+    trainer.fit(_compressed(), datamodule=Windows())
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"vocabulary of 50 tokens.*vocab_size=60"):
+        LSTMLanguageModel.load_from_checkpoint(path, vocab_size=60)
+    for callbacks in ([], [GroupReduce(ratio=1.3)]):
+        fresh = _model()
+        with pytest.raises(ValueError, match="fingerprint xyz"):
+            _trainer(tmp_path, callbacks=callbacks).validate(
+                fresh, datamodule=Windows(fingerprint="xyz"), ckpt_path=path
+            )
+        assert isinstance(fresh.encoder, nn.Embedding)
+
+
+def test_recording_twice_is_recording_once(tmp_path: Path) -> None:
+    model = _compressed()
+    keep_structure(model)
+    keep_structure(model)
+    checkpoint: dict[str, Any] = {}
+    model.on_save_checkpoint(checkpoint)
+    once: dict[str, Any] = {}
+    LSTMLanguageModel.on_save_checkpoint(model, once)
+    assert checkpoint == once
+    assert checkpoint["embcompress"] == plan_of(model).to_dict()
+    dense: dict[str, Any] = {}
+    _model().on_save_checkpoint(dense)
+    assert "embcompress" not in dense
+    factors = list(model.encoder.parameters())
+    model.on_load_checkpoint({**checkpoint, "state_dict": {}})
+    assert all(now is before for now, before in zip(model.encoder.parameters(), factors, strict=True))
+
+
+@pytest.mark.parametrize("softmax", ["full", "sampled"])
+def test_a_run_that_compresses_resumes_from_after_the_last_step_of_an_epoch(tmp_path: Path, softmax: Any) -> None:
+    def run(**fit: Any) -> LSTMLanguageModel:
+        model = _model(softmax=softmax, num_sampled=50)
+        keep = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+        callback = GroupReduce(ratio=1.3, groups=2, at_epoch=1, refine_at_epochs=[3])
+        trainer = _trainer(tmp_path, callbacks=[callback, keep], enable_checkpointing=True, max_epochs=4)
+        trainer.fit(model, datamodule=Windows(), **fit)
+        assert callback.state_dict()["perplexity"]["final"] == pytest.approx(
+            float(trainer.callback_metrics["val_perplexity"]), rel=1e-5
+        )
+        return model
+
+    whole = dict(run().state_dict())
+    for step in (6, 12, 18):
+        resumed = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        torch.testing.assert_close(dict(resumed.state_dict()), whole, rtol=0, atol=0)
 
 
 def test_vocabulary_larger_than_the_tables(tmp_path: Path) -> None:
