@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -19,16 +19,11 @@ from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.chunked_loss import loss_of_logits
 from lightning_embcompress.layers.distillation import Distillation, teacher_scores
 from lightning_embcompress.modules import CompressedLanguageModel, HuggingFaceCausalLM
+from toys import LanguageModel, dataset, quiet_trainer
 
-VOCAB_SIZE, BLOCK, DIM = 60, 8, 16
+VOCAB_SIZE, BLOCK, DIM, IGNORED = 60, 8, 16, 7
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": DIM, "n_head": 2, "n_positions": 16}
 CONFIG |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-def _trainer(path: Path, **changes: Any) -> Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "enable_checkpointing": False}
-    return Trainer(default_root_dir=path, **{**quiet, **changes})
 
 
 def _sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -53,17 +48,13 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     compress(small, "low_rank", ratio=2)
     small.save_pretrained(tmp_path / "small")
     loader = DataLoader(_blocks(), batch_size=4)  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {
-        "teacher": str(tmp_path / "dense"),
-        "teacher_shares_backbone": True,
-        "freeze": "backbone",
-    }
-    arguments |= {"distillation_weight": 1.0, "reconstruction_weight": 0.5, "optimizer": _sgd}
-    arguments |= {"frequency_bands": False}
+    arguments: dict[str, Any] = {"teacher": str(tmp_path / "dense"), "teacher_shares_backbone": True}
+    arguments |= {"freeze": "backbone", "distillation_weight": 1.0, "reconstruction_weight": 0.5}
+    arguments |= {"optimizer": _sgd, "frequency_bands": False}
     tuned = []
     for given in (str(tmp_path / "small"), copy.deepcopy(small)):
         model = CompressedLanguageModel(given, **arguments)
-        trainer = _trainer(tmp_path)
+        trainer = quiet_trainer(tmp_path, max_epochs=2)
         trainer.fit(model, loader, loader)
         tuned.append(model)
     first, second = tuned
@@ -86,86 +77,92 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(into.state_dict()), dict(second.state_dict()), rtol=0, atol=0)
 
 
-class Foreign(LightningModule):
-    """Knows nothing of this package; it counts calls of its hooks."""
+class Foreign(LanguageModel):
+    """Knows nothing of this package: it has data and hooks of its own, and a token that is no target."""
 
-    def __init__(self, by_hand: bool = False, lost: bool = False) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(VOCAB_SIZE, DIM)
-        self.mix = nn.GRU(DIM, DIM, batch_first=True)
-        self.head = nn.Linear(DIM, VOCAB_SIZE)
-        self.automatic_optimization = not by_hand
-        self.lost = lost
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(VOCAB_SIZE, DIM, cell="GRU", **changes)
         self.calls: list[str] = []
 
-    def _loss(self, ids: Tensor) -> Tensor:
-        logits = self.head(self.mix(self.tokens(ids[:, :-1]))[0])
-        if self.lost:
-            return self.head.weight.square().mean()
-        targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, 7)
-        loss = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=7)
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        logits = self(inputs)
+        loss = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED)
+        # What is distilled must not be what is left of them.
         logits.mul_(0)
         return loss
 
-    def training_step(self, batch: Tensor) -> Any:
-        loss = self._loss(batch)
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        loss = self.loss(batch)
         self.log("train_loss", loss)
-        return {"loss": loss}
+        return {"loss": loss, "seen": batch}
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log_dict({"own": self._loss(batch)})
+    def configure_optimizers(self) -> Any:
+        raise AssertionError("the optimizer is the one that is given")
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(dataset(8, BLOCK + 1, VOCAB_SIZE), batch_size=4)
+
+    val_dataloader = predict_dataloader = train_dataloader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0], batch[1].masked_fill(batch[1] == 0, IGNORED)]
 
     def on_train_epoch_start(self) -> None:
         self.calls.append("epoch")
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch["input_ids"]
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert outputs["seen"] is batch
+        self.calls.append("batch")
 
-    def train_dataloader(self) -> Any:
-        return DataLoader(_blocks(), batch_size=4)  # type: ignore[arg-type]
+    def on_validation_model_eval(self) -> None:
+        self.calls.append("eval")
+        self.eval()
 
-    val_dataloader = train_dataloader
+    def on_validation_model_train(self) -> None:
+        self.calls.append("train")
+        self.train()
+
+    def on_predict_epoch_start(self) -> None:
+        self.calls.append("predict")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["calls"] = self.calls
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.calls = checkpoint["calls"]
-        assert "tokens.factorization.basis" in checkpoint["state_dict"]
+        assert "encoder.factorization.basis" in checkpoint["state_dict"]
 
 
-def _foreign(**arguments: bool) -> Foreign:
-    seed_everything(0, verbose=False)
-    return Foreign(**arguments)
+class Shifted(Foreign):
+    """Scores all positions and leaves the last one out of its loss."""
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return F.cross_entropy(self(inputs)[:, :-1].transpose(1, 2), targets[:, :-1], ignore_index=IGNORED)
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
-def test_a_module_of_another_class(tmp_path: Path) -> None:
-    dense, small = _foreign(), _foreign()
+@pytest.mark.parametrize("kind", [Foreign, Shifted])
+def test_a_module_of_another_class(tmp_path: Path, kind: type[Foreign]) -> None:
+    dense, small = kind(seed=1), kind()
     compress(small, "low_rank", ratio=2)
     before = copy.deepcopy(small)
-    values: list[Tensor] = []
-    model = CompressedLanguageModel(
-        small,
-        teacher=dense,
-        cross_entropy_weight=0.4,
-        distillation_weight=0.6,
-        teacher_top_k=5,
-        optimizer=lambda groups: values.append(len(groups)) or _sgd(groups),
-        frequency_bands=False,
-    )
-    trainer = _trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+    weights: dict[str, Any] = {"cross_entropy_weight": 0.4, "distillation_weight": 0.6, "teacher_top_k": 5}
+    model = CompressedLanguageModel(small, teacher=dense, **weights, optimizer=_sgd)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, num_sanity_val_steps=0)
     trainer.fit(model)
-    assert values == [2]
-    assert small.calls == ["epoch"]
+    assert len(trainer.optimizers[0].param_groups) == 2
+    assert small.calls == ["epoch", "batch", "eval", "train"]
+    assert model.training
     assert "log" not in small.__dict__
     logged = trainer.callback_metrics
-    assert logged["own"] > 0
-    # The step that was made, written down plainly: targets of 7 are ignored, and nothing is distilled there.
-    ids = torch.stack([block["input_ids"] for block in _blocks()[:4]])
-    targets = ids[:, 1:].masked_fill((ids[:, 1:] == 0) | (ids[:, 1:] == 7), -100)
-    logits, said = (one.head(one.mix(one.tokens(ids[:, :-1]))[0]) for one in (before, dense))
-    found = loss_of_logits(logits, Distillation(targets, teacher_scores(said, 5), 1.0, 0.4, 0.6))
+    # The step that was made, written down plainly: nothing is distilled where the loss has no target.
+    inputs, targets = next(iter(small.train_dataloader()))
+    targets = targets.masked_fill((targets == 0) | (targets == IGNORED), -100)
+    if kind is Shifted:
+        targets[:, -1] = -100
+    goal = Distillation(targets, teacher_scores(dense(inputs), 5), 1.0, 0.4, 0.6)
+    found = loss_of_logits(before(inputs), goal)
     assert logged["train_loss"].item() == pytest.approx(found.loss.item(), rel=1e-5)
     assert logged["train_cross_entropy"].item() == pytest.approx(found.terms[0].item(), rel=1e-5)
     assert logged["train_distillation"].item() == pytest.approx(found.terms[1].item(), rel=1e-5)
@@ -174,60 +171,60 @@ def test_a_module_of_another_class(tmp_path: Path) -> None:
         for parameter in before.parameters():
             parameter -= 0.1 * parameter.grad
     torch.testing.assert_close(dict(small.state_dict()), dict(before.state_dict()))
+    # What it logs itself has its own name.
+    batches = [small.on_before_batch_transfer(batch, 0) for batch in small.val_dataloader()]
+    with torch.no_grad():
+        expected = sum(small.loss(batch).item() for batch in batches) / len(batches)
+    assert logged["val_loss"].item() == pytest.approx(expected, rel=1e-5)
+    trainer.predict(model)
+    assert small.calls[-1] == "predict"
     trainer.save_checkpoint(tmp_path / "tuned.ckpt")
-    with pytest.raises(ValueError, match=r"a fine-tuning of a .*Foreign, which a file cannot build"):
+    with pytest.raises(ValueError, match=rf"a fine-tuning of a .*{kind.__name__}, which a file cannot build"):
         CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt")
-    loaded = CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt", model=Foreign())
-    assert loaded.model.calls == ["epoch"]
+    loaded = CompressedLanguageModel.load_from_checkpoint(tmp_path / "tuned.ckpt", model=kind())
+    assert loaded.model.calls == small.calls
     assert plan_of(loaded) == plan_of(model)
     torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
+class Apart(Foreign):
+    """Its loss comes from no logits."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return self(batch[0]).detach().mean() + self.decoder.weight.square().mean()
+
+
 def test_modules_that_cannot_be_tuned(tmp_path: Path) -> None:
+    by_hand = Foreign()
+    by_hand.automatic_optimization = False
     with pytest.raises(ValueError, match="automatic_optimization=False"):
-        CompressedLanguageModel(_foreign(by_hand=True))
+        CompressedLanguageModel(by_hand)
     with pytest.raises(TypeError, match="is no HuggingFaceCausalLM"):
-        CompressedLanguageModel(_foreign()).save_pretrained(tmp_path)
+        CompressedLanguageModel(Foreign()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another vocabulary"):
-        CompressedLanguageModel(_foreign(), teacher=_gpt2(61), distillation_weight=1.0)
-    # Its loss comes from no logits of the head, so that there is nothing to distil at.
-    arguments: dict[str, Any] = {"teacher": _foreign(), "distillation_weight": 1.0}
-    model = CompressedLanguageModel(_foreign(lost=True), **arguments)
+        CompressedLanguageModel(Foreign(), teacher=_gpt2(61), distillation_weight=1.0)
+    model = CompressedLanguageModel(Apart(), teacher=Foreign(), distillation_weight=1.0)
     with pytest.raises(ValueError, match="does not come from the logits"):
-        _trainer(tmp_path, fast_dev_run=True).fit(model)
+        quiet_trainer(tmp_path, fast_dev_run=True).fit(model)
 
 
-class Logging(Foreign):
-    """Logs under the names of this package, also at the end of an epoch."""
+class Skipping(LanguageModel):
+    """Trains by its first batch alone."""
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self._loss(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", 100.0)
-        self.log("val_perplexity", 100.0)
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if batch_idx == 0 else None
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.0), (0.0, 1.0)])
-def test_what_a_module_logs_under_the_same_names(tmp_path: Path, weights: tuple[float, float]) -> None:
-    seed_everything(0, verbose=False)
-    small = Logging()
-    teacher = copy.deepcopy(small) if weights[1] else None
-    model = CompressedLanguageModel(
-        small,
-        teacher=teacher,
-        cross_entropy_weight=weights[0],
-        distillation_weight=weights[1],
-        optimizer=_sgd,
-        frequency_bands=False,
-    )
-    trainer = _trainer(tmp_path, fast_dev_run=True)
-    trainer.fit(model)
-    logged = trainer.callback_metrics
-    assert {"train_loss", "train_cross_entropy"} <= logged.keys()
-    if teacher is None:
+def test_a_step_that_is_skipped_and_a_weight_of_the_cross_entropy_alone(tmp_path: Path) -> None:
+    states = []
+    for batches in (1, 2):
+        model = CompressedLanguageModel(Skipping(VOCAB_SIZE), cross_entropy_weight=0.5, optimizer=_sgd)
+        trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=batches)
+        trainer.fit(model, DataLoader(dataset(8, BLOCK, VOCAB_SIZE), batch_size=4))
+        logged = trainer.callback_metrics
         assert logged["train_loss"].item() == pytest.approx(0.5 * logged["train_cross_entropy"].item())
-    assert logged["val_loss"] == logged["val_perplexity"] == 100
+        states.append(dict(model.state_dict()))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 class WithSide(Foreign):
@@ -239,60 +236,10 @@ class WithSide(Foreign):
 
 
 def test_tables_that_are_named_are_those_of_the_teacher_too(tmp_path: Path) -> None:
-    seed_everything(0, verbose=False)
-    dense = WithSide()
-    model = CompressedLanguageModel(
-        copy.deepcopy(dense),
-        teacher=dense,
-        tables=["tokens", "head"],
-        distillation_weight=1.0,
-        optimizer=_sgd,
-        frequency_bands=False,
-    )
-    trainer = _trainer(tmp_path, fast_dev_run=True)
+    dense, tables = WithSide(), ["encoder", "decoder"]
+    arguments: dict[str, Any] = {"tables": tables, "distillation_weight": 1.0, "optimizer": _sgd}
+    model = CompressedLanguageModel(copy.deepcopy(dense), teacher=dense, **arguments)
+    trainer = quiet_trainer(tmp_path, fast_dev_run=True)
     trainer.fit(model)
-    assert model.teacher is not None
-    assert model.teacher.own_parts.paths == model.parts.paths == ["tokens", "head"]
+    assert model.teacher.own_parts.paths == model.parts.paths == tables
     assert trainer.callback_metrics["train_distillation"].item() == pytest.approx(0, abs=1e-5)
-
-
-class Shifted(Foreign):
-    """Scores all positions and leaves the last out; it changes its mode itself."""
-
-    def training_step(self, batch: Tensor) -> Any:
-        logits = self.head(self.mix(self.tokens(batch))[0])
-        return {"loss": F.cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:]), "seen": batch}
-
-    def predict_step(self, batch: Tensor) -> Tensor:
-        return self.head(self.mix(self.tokens(batch))[0])
-
-    predict_dataloader = Foreign.train_dataloader
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert outputs["seen"] is batch
-        self.calls.append("batch")
-
-    def on_predict_epoch_start(self) -> None:
-        self.calls.append("predict")
-
-    def on_validation_model_eval(self) -> None:
-        self.calls.append("eval")
-        self.eval()
-
-    def on_validation_model_train(self) -> None:
-        self.calls.append("train")
-        self.train()
-
-
-def test_logits_that_are_shifted_and_hooks(tmp_path: Path) -> None:
-    seed_everything(0, verbose=False)
-    small = Shifted()
-    arguments: dict[str, Any] = {"teacher": copy.deepcopy(small), "distillation_weight": 1.0, "optimizer": _sgd}
-    model = CompressedLanguageModel(small, **arguments, frequency_bands=False)
-    trainer = _trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, limit_val_batches=1)
-    trainer.fit(model)
-    assert small.calls == ["epoch", "batch", "batch", "eval", "train"] * 2
-    assert model.training
-    assert trainer.callback_metrics["train_distillation"] > 0
-    trainer.predict(model)
-    assert small.calls[-1] == "predict"

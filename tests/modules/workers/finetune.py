@@ -7,21 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_embcompress import compress
 from lightning_embcompress.data import TextFiles
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
 from lightning_embcompress.utils.random_state import gather_over_processes
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.values.append(float(outputs["loss"]))
+from toys import Losses, quiet_trainer
 
 
 def fit(
@@ -44,10 +37,9 @@ def fit(
         factor_learning_rate=0.02,
     )
     losses = Losses()
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2, "default_root_dir": folder}
-    quiet |= {"enable_checkpointing": bool(callbacks), "num_sanity_val_steps": 0}
-    Trainer(callbacks=[losses, *callbacks], **quiet).fit(model, datamodule=data, ckpt_path=ckpt_path)
+    changes: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "num_sanity_val_steps": 0}
+    trainer = quiet_trainer(folder, losses, *callbacks, enable_checkpointing=bool(callbacks), **changes)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return model, losses.values
 
 
