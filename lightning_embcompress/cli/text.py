@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from lightning_embcompress.data.blocks import IGNORE_INDEX, TokenBlocks
-from lightning_embcompress.data.store import default_cache_dir
+from lightning_embcompress.data.blocks import IGNORE_INDEX, Block, TokenBlocks
+from lightning_embcompress.data.cache import default_cache_dir
+from lightning_embcompress.data.sources import FileSource
 from lightning_embcompress.data.text import find_files
-from lightning_embcompress.data.tokenized import Documents, Piece, TextFileSource, load_tokenizer, tokenize_source
+from lightning_embcompress.data.tokenized import Ids, load_tokenizer, tokenize_subwords
 from lightning_embcompress.integrations.contents import model_class
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.perplexity import LikelihoodSums, Perplexity
@@ -26,7 +27,6 @@ from lightning_embcompress.utils.progress import progress_bar
 _MAX_BLOCK_SIZE = 1024
 # 2^26 float32 logits are 256 MiB.
 _LOGIT_ELEMENTS = 2**26
-_COUNT_ELEMENTS = 2**24
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -46,7 +46,7 @@ class TokenizedText:
         (tensor([9, 9, 9, 0, 0]), 3)
     """
 
-    def __init__(self, ids: NDArray[np.integer[Any]], measure_all: bool = False) -> None:
+    def __init__(self, ids: Ids, measure_all: bool = False) -> None:
         """Divide it."""
         self.ids = ids
         self.num_counted = min(1, len(ids) - 1) if measure_all else len(ids) * 9 // 10
@@ -56,12 +56,7 @@ class TokenizedText:
 
     def counts(self, vocab_size: int) -> Tensor:
         """How often each id occurs in the part to count, `[vocab_size]`."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
-        for start in range(0, self.num_counted, _COUNT_ELEMENTS):
-            counts += np.bincount(
-                self.ids[start : min(start + _COUNT_ELEMENTS, self.num_counted)], minlength=vocab_size
-            )
-        return torch.from_numpy(counts)
+        return torch.from_numpy(np.bincount(self.ids[: self.num_counted], minlength=vocab_size))
 
     def all_counted(self) -> TokenizedText:
         """The same text, of which everything is to be counted and nothing to be measured."""
@@ -86,7 +81,7 @@ class TokenizedText:
         """Tokens that are measured if no more than some are."""
         return self.num_measured if max_tokens is None else min(max_tokens, self.num_measured)
 
-    def counted_batches(self, block_size: int, vocab_size: int, max_tokens: int) -> list[dict[str, Tensor]]:
+    def counted_batches(self, block_size: int, vocab_size: int, max_tokens: int) -> list[Block]:
         """Blocks of the part to count, spread over all of it, in batches whose logits and gradients fit the memory.
 
         Args:
@@ -100,11 +95,9 @@ class TokenizedText:
         blocks = TokenBlocks(self.ids[: self.num_counted], block_size)
         number = min(len(blocks), max(1, max_tokens // blocks.block_size))
         chosen = [index * len(blocks) // number for index in range(number)]
-        batch_size = max(1, _LOGIT_ELEMENTS // 4 // (blocks.block_size * vocab_size))
-        batches = [[blocks[index] for index in chosen[at : at + batch_size]] for at in range(0, number, batch_size)]
-        return [{key: torch.stack([block[key] for block in batch]) for key in batch[0]} for batch in batches]
+        return list(_batches(blocks, chosen, _LOGIT_ELEMENTS // 4 // vocab_size))
 
-    def measured_ids(self, max_tokens: int | None = None) -> NDArray[np.integer[Any]]:
+    def measured_ids(self, max_tokens: int | None = None) -> Ids:
         """The part to measure, after the one token from which its first one is predicted."""
         return self.ids[self.num_counted - 1 : self.num_counted + self.limited(max_tokens)]
 
@@ -129,19 +122,16 @@ class TokenizedText:
         sums: Any = metric or Perplexity()
         blocks = TokenBlocks(self.measured_ids(max_tokens), block_size)
         vocab_size = int(model.get_output_embeddings().out_features)
-        batch_size = max(1, _LOGIT_ELEMENTS // (blocks.block_size * vocab_size))
         was_training = model.training
         model.eval()
         try:
             with progress_bar(title, total=len(blocks)) as advance:
-                for start in range(0, len(blocks), batch_size):
-                    batch = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
-                    ids = torch.stack([block["input_ids"] for block in batch])
+                for batch in _batches(blocks, range(len(blocks)), _LOGIT_ELEMENTS // vocab_size):
                     # The logits keep their last position, whose target is ignored: cutting it off would copy them.
-                    targets = torch.full_like(ids, IGNORE_INDEX)
-                    targets[:, :-1] = torch.stack([block["labels"] for block in batch])[:, 1:]
-                    sums.update(model(input_ids=ids, use_cache=False).logits, targets)
-                    advance(len(batch))
+                    targets = batch["labels"].roll(-1, dims=1)
+                    targets[:, -1] = IGNORE_INDEX
+                    sums.update(model(input_ids=batch["input_ids"], use_cache=False).logits, targets)
+                    advance(len(targets))
         finally:
             model.train(was_training)
         try:
@@ -150,16 +140,14 @@ class TokenizedText:
             return math.inf
 
 
-class _Unmarked(TextFileSource):
-    """Text files without an id at their ends, for tokenizers that have none for it."""
-
-    def pieces(self, documents: Documents) -> Iterator[Piece]:
-        for piece in super().pieces(documents):
-            yield piece._replace(ends_document=False)
+def _batches(blocks: TokenBlocks, numbers: Sequence[int], max_tokens: int) -> Iterator[Block]:
+    size = max(1, max_tokens // blocks.block_size)
+    for start in range(0, len(numbers), size):
+        yield default_collate([blocks[number] for number in numbers[start : start + size]])
 
 
 def read_text(patterns: Sequence[str], tokenizer: str, measure_all: bool = False) -> TokenizedText:
-    """Tokenize text files, into a cache.
+    """Tokenize text files, into a cache; an end follows each, if the tokenizer has a token for it.
 
     Args:
         patterns: Files or glob patterns.
@@ -170,20 +158,10 @@ def read_text(patterns: Sequence[str], tokenizer: str, measure_all: bool = False
         FileNotFoundError: If a pattern matches no file.
         ValueError: If the text cannot be read or is too short, or there is no such tokenizer.
     """
-    files = find_files(patterns, "--text")
-    loaded = load_tokenizer(tokenizer)
-    eos_id = loaded.eos_token_id
-    source = TextFileSource(files) if isinstance(eos_id, int) else _Unmarked(files)
-    # An id of -1 is never written, and keeps the cache apart from one with ends.
-    cache = tokenize_source(
-        source,
-        loaded,
-        eos_id if isinstance(eos_id, int) else -1,
-        "files",
-        default_cache_dir(),
-        description="Tokenizing the text",
-    )
-    return TokenizedText(cache.ids(), measure_all)
+    source, loaded = FileSource(find_files(patterns, "--text")), load_tokenizer(tokenizer)
+    eos_id = loaded.eos_token_id if isinstance(loaded.eos_token_id, int) else None
+    tokens = tokenize_subwords(source, loaded, eos_id, "files", default_cache_dir(), "Tokenizing the text")
+    return TokenizedText(tokens.ids[:], measure_all)
 
 
 def tokenizer_of(source: Source, given: str | None) -> str:

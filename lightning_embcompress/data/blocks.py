@@ -1,23 +1,23 @@
-"""A stream of token ids as blocks that overlap by one token, and a loader that resumes within an epoch."""
+"""A stream of token ids as blocks that overlap by one token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from lightning_embcompress.data.resumable import MappedIds, ResumableLoader, ResumableSampler, make_resumable_loader
+from lightning_embcompress.data.loading import ResumableSampler
+from lightning_embcompress.data.tokenized import Ids, TokenStream
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX as IGNORE_INDEX
 
 Block = dict[str, Tensor]
 
 
-class TokenBlocks(MappedIds[Block]):
+class TokenBlocks(Dataset[Block]):
     """Blocks of a stream: each begins with the last token of the block before it.
 
     A causal model reads a block and predicts every token of it but the first, which nothing precedes. The overlap makes
@@ -26,7 +26,7 @@ class TokenBlocks(MappedIds[Block]):
     length, and the labels of what the block before has predicted already are -100. No block is padded.
 
     Args:
-        ids: The stream, integers ``[N]``; a memory map is read block by block.
+        ids: The stream, integers ``[N]``, read block by block.
         block_size: How many tokens a block has; a stream that is shorter is one block.
 
     Raises:
@@ -40,7 +40,7 @@ class TokenBlocks(MappedIds[Block]):
         ([13, 14, 15, 16], [-100, -100, -100, 17])
     """
 
-    def __init__(self, ids: NDArray[np.integer[Any]], block_size: int) -> None:
+    def __init__(self, ids: Ids | TokenStream, block_size: int) -> None:
         """Check and keep the arguments."""
         if block_size < 2:
             raise ValueError(f"block_size={block_size}: it must be at least 2, one token to read and one to predict.")
@@ -108,20 +108,3 @@ class BlockSampler(ResumableSampler):
         fillers = torch.full((len(self) * self.num_replicas - self.num_blocks,), self.num_blocks)
         numbers: list[int] = torch.cat([order, fillers])[self.rank :: self.num_replicas].tolist()
         return numbers
-
-
-BlockLoader: TypeAlias = ResumableLoader[Block]
-"""Gives ``input_ids`` and ``labels``, int64 ``[batch_size, block_size]``, and continues in the middle of an epoch, in
-the same order, when training is resumed there."""
-
-
-def make_block_loader(sampler: BlockSampler, blocks: TokenBlocks, batch_size: int, num_workers: int = 0) -> BlockLoader:
-    """Make the loader of some blocks.
-
-    Args:
-        sampler: Their order.
-        blocks: What to load.
-        batch_size: Blocks in a batch, per process; the last batch may have fewer.
-        num_workers: Processes that read ahead; 0 reads in the training process, which is fast enough for most models.
-    """
-    return make_resumable_loader(blocks, sampler, batch_size, num_workers)

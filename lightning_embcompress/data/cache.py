@@ -1,221 +1,136 @@
-"""Text tokenized once into a memory-mapped file of ids, with the counts of the ids."""
+"""Text that is prepared once: datasets in memory-mapped files, made under a lock and checked when they are opened."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_embcompress.data.store import CacheEntry, describe_sources
-from lightning_embcompress.data.text import LINE_END, TextFormat, read_blocks
-from lightning_embcompress.data.vocabulary import Vocabulary
-from lightning_embcompress.utils.progress import progress_bar
+FORMAT_VERSION = 2
+# Rows that are held in memory until they are written, each of about two million characters.
+_ROWS_HELD = 16
 
 
-@dataclass(frozen=True)
-class TokenCache:
-    """The ids of a text, on disk.
-
-    Args:
-        path: The file of ids.
-        dtype: ``uint16`` where the vocabulary fits, else ``int32``.
-        num_tokens: How many ids it holds.
-        token_counts: How often each id occurs in the text, int64 ``[vocab_size]``; a ``first_token`` put before the
-            text is not counted.
-    """
-
-    path: Path
-    dtype: str
-    num_tokens: int
-    token_counts: Tensor
-
-    def ids(self) -> NDArray[np.integer[Any]]:
-        """Map the ids ``[num_tokens]`` into memory, read only: only what is used gets read from disk."""
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+class MissingExtraError(ImportError, ValueError):
+    """A package is not installed; also a ValueError, because the value of an argument asks for it."""
 
 
-class _Ids(dict[str, int]):
-    """Ids by word, with the unknown word's id for all others; faster in ``map`` than ``dict.get`` with a default."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        super().__init__(vocabulary.ids)
-        self.unk_id = vocabulary.unk_id
-        if vocabulary.eos_id is not None:
-            self[LINE_END] = vocabulary.eos_id
-
-    def __missing__(self, word: str) -> int:
-        return self.unk_id
-
-
-def tokenize_files(
-    files: Sequence[Path],
-    vocabulary: Vocabulary,
-    text_format: TextFormat,
-    cache_dir: Path,
-    *,
-    first_token: str | None = None,
-    min_tokens: int = 1,
-    description: str = "Tokenizing",
-) -> TokenCache:
-    """Tokenize text files into a cache, or open the cache if it exists and is complete and up to date.
-
-    Several processes may call this at once: one does the work, the others wait for it.
-
-    Args:
-        files: UTF-8 text, taken in this order.
-        vocabulary: Gives the ids; ends of lines become its ``eos_token``.
-        text_format: How lines are cut into words.
-        cache_dir: The folder of the cache.
-        first_token: A word to put before the text, so that the text's own first word is predicted, too.
-        min_tokens: Fewer tokens are an error, and no cache is left behind.
-        description: What the progress bar says.
+def require_datasets() -> Any:
+    """Import the package `datasets`, which nothing but text needs.
 
     Raises:
-        ValueError: If a file is not UTF-8, or there are fewer than ``min_tokens`` tokens.
-        OSError: If the cache's folder cannot be written.
+        MissingExtraError: If it is not installed.
     """
-    settings = {
-        "files": [str(path) for path in files],
-        "format": asdict(text_format),
-        "vocabulary": vocabulary.fingerprint,
-        # The same words in other roles give other ids to line ends and unknown words.
-        "special_ids": [vocabulary.unk_id, vocabulary.eos_id],
-        "first_token": first_token,
-    }
-    entry = CacheEntry(cache_dir, "tokens", settings, describe_sources(files), (".ids", ".counts.npy"))
-    with entry.locked():
-        cache = _open_tokens(entry, len(vocabulary))
-        if cache is None:
-            try:
-                _write_tokens(entry, files, vocabulary, text_format, first_token, min_tokens, description)
-            except BaseException:
-                entry.discard()
-                raise
-            cache = _open_tokens(entry, len(vocabulary))
-            assert cache is not None
-    _check_length(cache.num_tokens, min_tokens, files)
-    return cache
+    try:
+        import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise MissingExtraError(
+            "reading text needs the package `datasets`, which is not installed: "
+            'pip install "lightning-embcompress[text]"'
+        ) from None
+    return datasets
 
 
-def _check_length(num_tokens: int, min_tokens: int, files: Sequence[Path]) -> None:
-    if num_tokens < min_tokens:
-        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        raise ValueError(
-            f"{str(files[0])!r}{others}: only {num_tokens} tokens, but the batch size needs at least {min_tokens} "
-            f"(two for each stream): give more text, or lower batch_size (eval_batch_size for held-out text)."
-        )
+def default_cache_dir() -> Path:
+    """Where caches go by default: ``lightning_embcompress`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_embcompress"
 
 
-def _write_tokens(
-    entry: CacheEntry,
-    files: Sequence[Path],
-    vocabulary: Vocabulary,
-    text_format: TextFormat,
-    first_token: str | None,
-    min_tokens: int,
-    description: str,
-) -> None:
-    dtype = np.dtype(np.uint16 if len(vocabulary) <= 1 << 16 else np.int32)
-    to_id = _Ids(vocabulary).__getitem__
-    counts = np.zeros(len(vocabulary), dtype=np.int64)
-    num_tokens = 0
-    with (
-        entry.temporary(".ids").open("wb") as output,
-        progress_bar(description, total=sum(path.stat().st_size for path in files)) as advance,
-    ):
-        if first_token is not None:
-            np.array([to_id(first_token)], dtype=dtype).tofile(output)
-            num_tokens = 1
-        for path in files:
-            for text, num_bytes in read_blocks(path):
-                words = text_format.tokens(text)
-                ids = np.fromiter(map(to_id, words), dtype=dtype, count=len(words))
-                ids.tofile(output)
-                counts += np.bincount(ids, minlength=len(vocabulary))
-                num_tokens += len(ids)
-                advance(num_bytes)
-    _check_length(num_tokens, min_tokens, files)
-    with entry.temporary(".counts.npy").open("wb") as output:
-        np.save(output, counts)
-    entry.commit({"dtype": dtype.name, "num_tokens": num_tokens})
-
-
-def _open_tokens(entry: CacheEntry, vocab_size: int) -> TokenCache | None:
-    details = entry.read()
-    if details is None:
-        return None
-    dtype, num_tokens = str(details["dtype"]), int(details["num_tokens"])
-    counts = np.load(entry.path(".counts.npy"))
-    if entry.path(".ids").stat().st_size != num_tokens * np.dtype(dtype).itemsize or counts.shape != (vocab_size,):
-        return None
-    return TokenCache(entry.path(".ids"), dtype, num_tokens, torch.from_numpy(counts))
-
-
-def count_words(
-    files: Sequence[Path],
-    text_format: TextFormat,
+def cached(
+    kind: str,
+    settings: Mapping[str, Any],
+    sources: Sequence[Any],
+    rows: Callable[[], Iterator[dict[str, Any]]],
     cache_dir: Path,
-    *,
-    eos_token: str | None,
-    min_tokens: int = 1,
-    description: str = "Counting words",
-) -> dict[str, int]:
-    """Count the words of text files, or read the counts from the cache; one pass serves every minimum count.
+) -> Any:
+    """Open a dataset of the cache, or make it if it is not there, damaged, or of other sources.
+
+    Several processes may call this at once: one makes the dataset, the others wait for it.
 
     Args:
-        files: UTF-8 text.
-        text_format: How lines are cut into words.
+        kind: First part of the folder's name.
+        settings: All that decides the content but the sources, plain JSON values; other settings are kept beside these.
+        sources: What a change of the sources is noticed by; a dataset of other sources is replaced.
+        rows: Gives the rows, with values of the same types in each.
         cache_dir: The folder of the cache.
-        eos_token: The word that ends of lines count as.
-        min_tokens: Fewer tokens are an error, and no cache is left behind.
-        description: What the progress bar says.
 
     Returns:
-        The counts by word, in the order in which the words first occur.
+        A `datasets.Dataset` that is mapped into memory.
 
     Raises:
-        ValueError: If a file is not UTF-8, or there are fewer than ``min_tokens`` tokens.
         OSError: If the cache's folder cannot be written.
+        MissingExtraError: If `datasets` is not installed.
     """
-    settings = {"files": [str(path) for path in files], "format": asdict(text_format)}
-    entry = CacheEntry(cache_dir, "words", settings, describe_sources(files), (".txt",))
-    with entry.locked():
-        if entry.read() is None:
+    datasets = require_datasets()
+    folder = cache_dir / f"{kind}-{_digest([FORMAT_VERSION, settings])}"
+    place = folder / _digest(sources)
+
+    def read() -> Any:
+        fingerprint = _digest([kind, settings, sources])
+        return datasets.Dataset.from_generator(
+            rows, cache_dir=str(place), fingerprint=fingerprint, writer_batch_size=_ROWS_HELD
+        )
+
+    with _locked(folder), _without_bars(datasets):
+        # Written last by the package, when all rows are.
+        if any(place.rglob("dataset_info.json")):
             try:
-                _write_counts(entry, files, text_format, min_tokens, description)
-            except BaseException:
-                entry.discard()
-                raise
-        lines = entry.path(".txt").read_bytes().decode().split("\n")[:-1]
-    counts: dict[str, int] = {}
-    for line in lines:
-        word, _, count = line.rpartition(" ")
-        counts[word] = int(count)
-    _check_length(sum(counts.values()), min_tokens, files)
-    if LINE_END in counts:
-        ends = counts.pop(LINE_END)
-        if eos_token is not None:
-            counts[eos_token] = counts.get(eos_token, 0) + ends
-    return counts
+                found = read()
+                if found.num_rows == found.info.splits["train"].num_examples:
+                    return found
+            except Exception:  # damaged files raise whatever their readers do
+                pass
+            rank_zero_info(f"{place} is damaged: making it again.")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            return read()
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+                raise error.__cause__ from None
+            raise
 
 
-def _write_counts(
-    entry: CacheEntry, files: Sequence[Path], text_format: TextFormat, min_tokens: int, description: str
-) -> None:
-    counts: Counter[str] = Counter()
-    with progress_bar(description, total=sum(path.stat().st_size for path in files)) as advance:
-        for path in files:
-            for text, num_bytes in read_blocks(path):
-                counts.update(text_format.tokens(text))
-                advance(num_bytes)
-    _check_length(counts.total(), min_tokens, files)
-    with entry.temporary(".txt").open("w", encoding="utf-8", newline="\n") as output:
-        output.writelines(f"{word} {count}\n" for word, count in counts.items())
-    entry.commit({"num_words": len(counts)})
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            rank_zero_info(f"Another process is preparing {folder}: waiting for it.")
+            lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"cache_dir={str(folder.parent)!r} cannot be written ({error}): choose another cache_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
+    """Silence the package's bars: it cannot know the length of a text, ours do."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

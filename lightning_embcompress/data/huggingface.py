@@ -5,28 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import LightningDataModule
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_embcompress.data.blocks import BlockLoader, BlockSampler, TokenBlocks, make_block_loader
-from lightning_embcompress.data.cache import TokenCache
-from lightning_embcompress.data.hub import DatasetSource, load_splits, require_datasets
-from lightning_embcompress.data.store import default_cache_dir
-from lightning_embcompress.data.text import find_files
-from lightning_embcompress.data.token_stream import Split
-from lightning_embcompress.data.tokenized import (
-    TextFileSource,
-    TextSource,
-    TokenizerVocabulary,
-    load_tokenizer,
-    tokenize_source,
-)
-
-_SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+from lightning_embcompress.data.blocks import BlockSampler, TokenBlocks
+from lightning_embcompress.data.loading import ResumableLoader, make_loader
+from lightning_embcompress.data.module import TextDataModule
+from lightning_embcompress.data.sources import DatasetSource, Split, TextSource, load_splits
+from lightning_embcompress.data.tokenized import TokenizerVocabulary, Tokens, load_tokenizer, tokenize_subwords
 
 
-class HuggingFaceText(LightningDataModule):
+class HuggingFaceText(TextDataModule):
     """Text as packed blocks of token ids, from files or from a dataset, for any tokenizer of transformers.
 
     Documents, each with ``eos_token`` after it, form one stream, which is cut into blocks without padding. A batch is
@@ -47,8 +35,7 @@ class HuggingFaceText(LightningDataModule):
             given, sorted by name within a pattern.
         valid_files: The same for validation; ``None`` for none.
         test_files: The same for the test; ``None`` for none.
-        dataset: In place of files: a name on the Hugging Face hub, or a folder that the package `datasets` loads. Needs
-            ``pip install "lightning-embcompress[datasets]"``.
+        dataset: In place of files: a name on the Hugging Face hub, or a folder that the package `datasets` loads.
         dataset_config: Which configuration of the dataset, if it has several.
         text_column: The column with the text.
         train_split: Name of the dataset's split for training.
@@ -69,13 +56,14 @@ class HuggingFaceText(LightningDataModule):
 
     Raises:
         ValueError: If an argument is out of range, or not exactly one of ``train_files`` and ``dataset`` is given.
-        MissingExtraError: If ``dataset`` is given and the package `datasets` is not installed.
 
     Example:
         >>> data = HuggingFaceText("gpt2", train_files="novels/*.txt", block_size=256)
         >>> data.documents
         'files'
     """
+
+    vocabulary_options = "tokenizer"
 
     def __init__(
         self,
@@ -99,14 +87,13 @@ class HuggingFaceText(LightningDataModule):
         cache_dir: str | Path | None = None,
     ) -> None:
         """Check and keep the arguments."""
-        super().__init__()
+        super().__init__({}, batch_size, eval_batch_size, num_workers, cache_dir)
         files: dict[Split, str | list[str] | None] = {"train": train_files, "valid": valid_files, "test": test_files}
         _check_source(dataset, files)
-        _check_sizes(block_size, batch_size, eval_batch_size, num_workers)
+        if block_size < 2:
+            raise ValueError(f"block_size={block_size}: it must be at least 2, one token to read and one to predict.")
         if documents not in (None, "files", "lines"):
             raise ValueError(f"documents={documents!r} is not known: use 'files' or 'lines', or null for the default.")
-        if dataset is not None:
-            require_datasets()
         self.tokenizer_name = tokenizer
         self.patterns = files
         self.dataset = dataset
@@ -116,39 +103,38 @@ class HuggingFaceText(LightningDataModule):
         self.documents: Literal["files", "lines"] = documents or ("files" if dataset is None else "lines")
         self.eos_token = eos_token
         self.block_size = block_size
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.shuffle_seed = shuffle_seed
-        self.num_workers = num_workers
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._vocabulary: TokenizerVocabulary | None = None
         self._splits: dict[str, Any] | None = None
-        self._caches: dict[Split, TokenCache] = {}
 
     def __str__(self) -> str:
         """Name the text. Lightning's own description would load and tokenize it, also within an error message."""
         text = self.patterns["train"] if self.dataset is None else self.dataset
         return f"{type(self).__name__}(tokenizer={self.tokenizer_name!r}, {text!r})"
 
-    def files(self, split: Split) -> list[Path]:
-        """Give what one part of the corpus is read from; none if it has no such part.
-
-        Args:
-            split: ``"train"``, ``"valid"`` or ``"test"``.
-
-        Returns:
-            The files; for a dataset, its name and the split's as one path.
+    def source(self, split: Split) -> TextSource | None:
+        """Give the text of one part of the corpus; ``None`` if it has no such part.
 
         Raises:
             FileNotFoundError: If a pattern matches no file.
-            ValueError: If the files are all empty.
+            ValueError: If the files are all empty, or the dataset cannot be loaded or has no such split or column.
         """
-        if self.dataset is not None:
-            name = self.split_names[split]
-            return [] if name is None else [Path(self.dataset) / (self.dataset_config or "") / name]
-        patterns = self.patterns[split]
-        return [] if patterns is None else find_files(patterns, f"{split}_files")
+        if self.dataset is None:
+            return self._file_source(split, self.patterns[split])
+        name = self.split_names[split]
+        if name is None:
+            return None
+        _ = self.tokenizer  # one that does not load is told before a dataset is loaded
+        if self._splits is None:
+            self._splits = load_splits(self.dataset, self.dataset_config)
+        if name not in self._splits:
+            raise ValueError(
+                f"{split}_split={name!r} is not in the dataset {self.dataset!r}, which has the splits "
+                f"{', '.join(map(repr, self._splits))}: name one of them, or null for none."
+            )
+        place = str(Path(self.dataset) / (self.dataset_config or "") / name)
+        return DatasetSource(self._splits[name], self.text_column, place)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -164,88 +150,18 @@ class HuggingFaceText(LightningDataModule):
             self._vocabulary = TokenizerVocabulary(self.tokenizer)
         return self._vocabulary
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens, added ones included; a model's table may have more rows."""
-        return len(self.vocabulary)
+    def _tokenize(self, source: TextSource, split: Split) -> Tokens:
+        eos_id = self._eos_id()
+        description = f"Tokenizing {split} text"
+        return tokenize_subwords(source, self.tokenizer, eos_id, self.documents, self.cache_dir, description)
 
-    @property
-    def token_counts(self) -> Tensor:
-        """How often each id occurs in the training text, int64 ``[vocab_size]``."""
-        return self._cache("train").token_counts.clone()
-
-    def prepare_data(self) -> None:
-        """Tokenize all parts whose caches do not exist yet."""
-        # Every missing file is reported before the first minute is spent on one that exists.
-        present = [split for split in _SPLITS if self.files(split)]
-        for split in present:
-            self._cache(split)
-
-    def train_dataloader(self) -> BlockLoader:
-        """Give the training blocks."""
-        loader = self._loader("train")
-        loader.batches_per_epoch = self._batches_per_epoch
-        return loader
-
-    def val_dataloader(self) -> BlockLoader | list[Any]:
-        """Give the validation blocks; an empty list, which Lightning passes over, if there is no validation text."""
-        return self._loader("valid") if self.files("valid") else []
-
-    def test_dataloader(self) -> BlockLoader:
-        """Give the test blocks.
-
-        Raises:
-            ValueError: If there is no test text.
-        """
-        return self._loader("test")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Record in checkpoints which tokens the tables were trained with."""
-        return {"vocab_size": self.vocab_size, "vocabulary_fingerprint": self.vocabulary.fingerprint}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint was trained with these tokens.
-
-        Raises:
-            ValueError: If it was trained with others.
-        """
-        if state_dict != self.state_dict():
-            raise ValueError(
-                f"The checkpoint was trained with another tokenizer, of {state_dict.get('vocab_size')} tokens "
-                f"(fingerprint {str(state_dict.get('vocabulary_fingerprint'))[:12]}), but tokenizer="
-                f"{self.tokenizer_name!r} has {self.vocab_size} ({self.vocabulary.fingerprint[:12]}). Use the "
-                f"tokenizer of that training."
-            )
-
-    def _cache(self, split: Split) -> TokenCache:
-        if split not in self._caches:
-            eos_id = self._eos_id()  # a tokenizer that does not load is told before a dataset is
-            self._caches[split] = tokenize_source(
-                self._source(split),
-                self.tokenizer,
-                eos_id,
-                self.documents,
-                self.cache_dir,
-                description=f"Tokenizing {split} text",
-            )
-        return self._caches[split]
-
-    def _source(self, split: Split) -> TextSource:
-        files = self.files(split)
-        if not files:
-            argument = f"{split}_files" if self.dataset is None else f"{split}_split"
-            raise ValueError(f"{type(self).__name__} has no {split} text: name it with {argument}.")
-        if self.dataset is None:
-            return TextFileSource(files)
-        if self._splits is None:
-            self._splits = load_splits(self.dataset, self.dataset_config)
-        name = self.split_names[split]
-        if name not in self._splits:
-            raise ValueError(
-                f"{split}_split={name!r} is not in the dataset {self.dataset!r}, which has the splits "
-                f"{', '.join(map(repr, self._splits))}: name one of them, or null for none."
-            )
-        return DatasetSource(self._splits[name], self.text_column, str(files[0]))
+    def _loader(self, tokens: Tokens, split: Split, rank: int, world_size: int) -> ResumableLoader[Any]:
+        blocks = TokenBlocks(tokens.ids, self.block_size)
+        shuffle = split == "train" and self.shuffle_seed is not None
+        sampler = BlockSampler(blocks, shuffle, self.shuffle_seed or 0, rank, world_size)
+        return make_loader(
+            blocks, sampler, self.batch_size if split == "train" else self.eval_batch_size, self.num_workers
+        )
 
     def _eos_id(self) -> int:
         if self.eos_token is None:
@@ -263,18 +179,6 @@ class HuggingFaceText(LightningDataModule):
             )
         return int(eos_id)
 
-    def _loader(self, split: Split) -> BlockLoader:
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        blocks = TokenBlocks(self._cache(split).ids(), self.block_size)
-        shuffle = split == "train" and self.shuffle_seed is not None
-        sampler = BlockSampler(blocks, shuffle, self.shuffle_seed or 0, rank, world_size)
-        batch_size = self.batch_size if split == "train" else self.eval_batch_size
-        return make_block_loader(sampler, blocks, batch_size, self.num_workers)
-
-    def _batches_per_epoch(self) -> float:
-        return float("inf") if self.trainer is None else self.trainer.num_training_batches
-
 
 def _check_source(dataset: str | None, files: dict[Split, str | list[str] | None]) -> None:
     given = [f"{split}_files" for split, patterns in files.items() if patterns is not None]
@@ -285,13 +189,3 @@ def _check_source(dataset: str | None, files: dict[Split, str | list[str] | None
         )
     if dataset is None and files["train"] is None:
         raise ValueError("There is no text: name files with train_files, or a dataset with dataset.")
-
-
-def _check_sizes(block_size: int, batch_size: int, eval_batch_size: int | None, num_workers: int) -> None:
-    if block_size < 2:
-        raise ValueError(f"block_size={block_size}: it must be at least 2, one token to read and one to predict.")
-    for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: it must be at least 1.")
-    if num_workers < 0:
-        raise ValueError(f"num_workers={num_workers}: it must be 0 or more.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from lightning_embcompress.data.text import TextFormat, find_files
-from lightning_embcompress.data.token_stream import Split, TokenStreamDataModule
+from lightning_embcompress.data.sources import Split, TextSource
+from lightning_embcompress.data.token_stream import TokenStreamDataModule
 from lightning_embcompress.data.vocabulary import Vocabulary, read_vocabulary_file
 
 _TEST_FILES = "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
@@ -33,14 +34,10 @@ class OneBillionWord(TokenStreamDataModule):
             that occur three times: ``min_count=3``).
         begin_token: What is read before the first word of a sentence; ``None`` to read ``end_token`` there.
         end_token: What is predicted after the last word of a sentence.
-        unk_token: See :class:`~lightning_embcompress.data.TokenStreamDataModule`, as for all arguments below.
         batch_size: Streams per process.
-        eval_batch_size: Streams in validation and test.
         sequence_length: Steps of a batch; 20 in Jozefowicz et al. (2016).
-        num_workers: Processes that read ahead.
-        cache_dir: Where ids are kept: about 3.2 GB for the whole benchmark.
-        min_count: Counted vocabulary: the least count.
-        max_vocab_size: Counted vocabulary: the largest size.
+        options: The other arguments of :class:`~lightning_embcompress.data.TokenStreamDataModule`. The cache takes
+            about 3.2 GB for the whole benchmark.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -51,6 +48,9 @@ class OneBillionWord(TokenStreamDataModule):
         (128, 20)
     """
 
+    # The first word of the corpus is a target like the first word of any other sentence.
+    predict_first_token = True
+
     def __init__(
         self,
         data_dir: str | Path,
@@ -60,42 +60,23 @@ class OneBillionWord(TokenStreamDataModule):
         vocabulary_file: str | Path | None = None,
         begin_token: str | None = "<S>",
         end_token: str = "</S>",
-        unk_token: str = "<UNK>",
         batch_size: int = 128,
-        eval_batch_size: int | None = None,
         sequence_length: int = 20,
-        num_workers: int = 0,
-        cache_dir: str | Path | None = None,
-        min_count: int = 1,
-        max_vocab_size: int | None = None,
+        **options: Any,
     ) -> None:
         """Check and keep the arguments."""
         super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            sequence_length=sequence_length,
-            num_workers=num_workers,
-            cache_dir=cache_dir,
-            vocabulary_file=vocabulary_file,
-            min_count=min_count,
-            max_vocab_size=max_vocab_size,
-            unk_token=unk_token,
-            eos_token=end_token,
-            bos_token=begin_token,
-            text_format=TextFormat(tokenizer="whitespace"),
+            batch_size=batch_size, sequence_length=sequence_length, vocabulary_file=vocabulary_file, **options
         )
+        self.eos_token = end_token
+        self.bos_token = begin_token
         self.data_dir = Path(data_dir).expanduser()
         self.train_files = train_files
         self.valid_files = valid_files
         self.test_files = test_files
-        # The first word of the corpus is a target like the first word of any other sentence.
-        self.predict_first_token = True
 
-    def files(self, split: Split) -> list[Path]:
-        """Give the files of one part of the benchmark; none if it has no such part.
-
-        Args:
-            split: ``"train"``, ``"valid"`` or ``"test"``.
+    def source(self, split: Split) -> TextSource | None:
+        """Give the files of one part of the benchmark.
 
         Raises:
             FileNotFoundError: If ``data_dir`` does not exist, or a pattern matches no file in it.
@@ -109,14 +90,11 @@ class OneBillionWord(TokenStreamDataModule):
         patterns = {"train": self.train_files, "valid": self.valid_files, "test": self.test_files}[split]
         if patterns is None and split == "test" and (self.data_dir / _TEST_FILES).is_file():
             patterns = _TEST_FILES
-        return [] if patterns is None else find_files(patterns, f"{split}_files", self.data_dir)
+        return self._file_source(split, patterns, self.data_dir)
 
-    def _find_vocabulary_file(self, path: str | Path) -> Path:
-        path = Path(path).expanduser()
-        return self.data_dir / path if (self.data_dir / path).is_file() else path
-
-    def _vocabulary_from_file(self, path: Path) -> Vocabulary:
+    def _read_vocabulary(self, path: Path) -> Vocabulary:
+        path = self.data_dir / path if (self.data_dir / path).is_file() else path
         words, _ = read_vocabulary_file(path)
         if self.bos_token is not None and self.eos_token not in words and self.bos_token in words:
             self.eos_token = self.bos_token
-        return super()._vocabulary_from_file(path)
+        return super()._read_vocabulary(path)

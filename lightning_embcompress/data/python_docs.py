@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
-from lightning_embcompress.data.store import CacheEntry
+from lightning_embcompress.data.cache import cached
+from lightning_embcompress.data.sources import DatasetSource, Split, TextSource
 from lightning_embcompress.data.text import TextFormat
-from lightning_embcompress.data.token_stream import Split, TokenStreamDataModule
+from lightning_embcompress.data.token_stream import TokenStreamDataModule
 from lightning_embcompress.utils.progress import progress_bar
 
 # Not the library's own documentation, or not meant to be read: tests, other people's packages, fixtures with
@@ -24,6 +26,7 @@ _TOPICS = ("pydoc_data", "topics.py")
 _STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 # Raised whenever the same Python would give another text, so that old caches are not used.
 _EXTRACTION_VERSION = 1
+_LINES_OF_A_ROW = 10_000
 
 
 def python_files(root: Path) -> list[Path]:
@@ -93,15 +96,7 @@ class PythonDocs(TokenStreamDataModule):
             another one in each environment.
         lowercase: Whether text is lower-cased.
         eos_token: The token at the end of each paragraph; ``null`` for none.
-        unk_token: The token for words outside the vocabulary.
-        batch_size: See :class:`~lightning_embcompress.data.TokenStreamDataModule`, as for all arguments below.
-        eval_batch_size: Streams in validation and test.
-        sequence_length: Steps of a batch.
-        num_workers: Processes that read ahead.
-        cache_dir: Where text and ids are kept.
-        vocabulary_file: A list of words, in the order of their ids; ``None`` counts the training text.
-        min_count: Counted vocabulary: the least count.
-        max_vocab_size: Counted vocabulary: the largest size.
+        options: The arguments of :class:`~lightning_embcompress.data.TokenStreamDataModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -117,68 +112,44 @@ class PythonDocs(TokenStreamDataModule):
         include_installed: bool = False,
         lowercase: bool = False,
         eos_token: str | None = "</S>",
-        unk_token: str = "<UNK>",
-        batch_size: int = 20,
-        eval_batch_size: int | None = None,
-        sequence_length: int = 35,
-        num_workers: int = 0,
-        cache_dir: str | Path | None = None,
-        vocabulary_file: str | Path | None = None,
-        min_count: int = 1,
-        max_vocab_size: int | None = None,
+        **options: Any,
     ) -> None:
         """Check and keep the arguments."""
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            sequence_length=sequence_length,
-            num_workers=num_workers,
-            cache_dir=cache_dir,
-            vocabulary_file=vocabulary_file,
-            min_count=min_count,
-            max_vocab_size=max_vocab_size,
-            unk_token=unk_token,
-            eos_token=eos_token,
-            text_format=TextFormat(tokenizer="words", lowercase=lowercase, line_ends=eos_token is not None),
-        )
+        super().__init__(**options)
+        self.eos_token = eos_token
+        self.text_format = TextFormat(tokenizer="words", lowercase=lowercase, line_ends=eos_token is not None)
         self.include_installed = include_installed
-        self._texts: dict[Split, Path] | None = None
+        self._rows: Any = None
 
-    def files(self, split: Split) -> list[Path]:
-        """Give the file with the text of one part of the corpus, which is extracted at the first use.
-
-        Args:
-            split: ``"train"``, ``"valid"`` or ``"test"``.
+    def source(self, split: Split) -> TextSource:
+        """Give the text of one part of the corpus, which is extracted at the first use.
 
         Raises:
             ValueError: If this Python has no sources of its standard library.
         """
-        if self._texts is None:
-            self._texts = self._extract()
-        return [self._texts[split]]
+        if self._rows is None:
+            self._rows = self._extract()
+        splits = self._rows["split"]
+        rows = self._rows.select([number for number, found in enumerate(splits) if found == split])
+        return DatasetSource(rows, "text", f"{split} text of PythonDocs")
 
-    def _extract(self) -> dict[Split, Path]:
+    def _extract(self) -> Any:
+        library = sysconfig.get_path("stdlib")
         roots = _installed_roots() if self.include_installed else []
         settings = {
             "extraction_version": _EXTRACTION_VERSION,
             "python": [platform.python_implementation(), platform.python_version()],
-            "standard_library": sysconfig.get_path("stdlib"),
+            "standard_library": library,
             "installed": [str(root) for root in roots],
             "packages": _installed_packages() if self.include_installed else [],
         }
-        suffixes: dict[Split, str] = {"train": ".train.txt", "valid": ".valid.txt", "test": ".test.txt"}
-        entry = CacheEntry(self.cache_dir, "python-docs", settings, [], tuple(suffixes.values()))
-        with entry.locked():
-            if entry.read() is None:
-                texts = extract_documentation(Path(sysconfig.get_path("stdlib")), roots)
-                try:
-                    for split, suffix in suffixes.items():
-                        entry.temporary(suffix).write_text("".join(texts[split]), encoding="utf-8", newline="\n")
-                    entry.commit({"paragraphs": {split: len(lines) for split, lines in texts.items()}})
-                except BaseException:
-                    entry.discard()
-                    raise
-        return {split: entry.path(suffix).resolve() for split, suffix in suffixes.items()}
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for split, lines in extract_documentation(Path(library), roots).items():
+                for start in range(0, len(lines), _LINES_OF_A_ROW):
+                    yield {"split": split, "text": "".join(lines[start : start + _LINES_OF_A_ROW])}
+
+        return cached("python-docs", settings, [], rows, self.cache_dir)
 
 
 def extract_documentation(standard_library: Path, installed: Iterable[Path] = ()) -> dict[Split, list[str]]:

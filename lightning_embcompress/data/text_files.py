@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lightning_embcompress.data.text import TextFormat, find_files
-from lightning_embcompress.data.token_stream import Split, TokenStreamDataModule
+from lightning_embcompress.data.sources import Split, TextSource
+from lightning_embcompress.data.text import TextFormat
+from lightning_embcompress.data.token_stream import TokenStreamDataModule
 
 
 class TextFiles(TokenStreamDataModule):
@@ -23,15 +23,7 @@ class TextFiles(TokenStreamDataModule):
             visible character as a token of its own.
         eos_token: The token at the end of each line, empty lines included; ``null`` for none, as for text whose lines
             are only there to fit a page.
-        unk_token: The token for words outside the vocabulary.
-        batch_size: See :class:`~lightning_embcompress.data.TokenStreamDataModule`, as for all arguments below.
-        eval_batch_size: Streams in validation and test.
-        sequence_length: Steps of a batch.
-        num_workers: Processes that read ahead.
-        cache_dir: Where ids are kept.
-        vocabulary_file: A list of words, in the order of their ids; ``None`` counts the training text.
-        min_count: Counted vocabulary: the least count.
-        max_vocab_size: Counted vocabulary: the largest size.
+        options: The arguments of :class:`~lightning_embcompress.data.TokenStreamDataModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -52,43 +44,17 @@ class TextFiles(TokenStreamDataModule):
         lowercase: bool = False,
         tokenizer: Literal["whitespace", "words"] = "whitespace",
         eos_token: str | None = "</S>",
-        unk_token: str = "<UNK>",
-        batch_size: int = 20,
-        eval_batch_size: int | None = None,
-        sequence_length: int = 35,
-        num_workers: int = 0,
-        cache_dir: str | Path | None = None,
-        vocabulary_file: str | Path | None = None,
-        min_count: int = 1,
-        max_vocab_size: int | None = None,
+        **options: Any,
     ) -> None:
         """Check and keep the arguments."""
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            sequence_length=sequence_length,
-            num_workers=num_workers,
-            cache_dir=cache_dir,
-            vocabulary_file=vocabulary_file,
-            min_count=min_count,
-            max_vocab_size=max_vocab_size,
-            unk_token=unk_token,
-            eos_token=eos_token,
-            text_format=TextFormat(tokenizer=tokenizer, lowercase=lowercase, line_ends=eos_token is not None),
-        )
+        super().__init__(**options)
+        self.eos_token = eos_token
+        self.text_format = TextFormat(tokenizer=tokenizer, lowercase=lowercase, line_ends=eos_token is not None)
         self.train_files = train_files
         self.valid_files = valid_files
         self.test_files = test_files
 
-    def files(self, split: Split) -> list[Path]:
-        """Give the files of one part of the corpus; none if it has no such part.
-
-        Args:
-            split: ``"train"``, ``"valid"`` or ``"test"``.
-
-        Raises:
-            FileNotFoundError: If a pattern matches no file.
-            ValueError: If the files are all empty.
-        """
+    def source(self, split: Split) -> TextSource | None:
+        """Give the files of one part of the corpus."""
         patterns = {"train": self.train_files, "valid": self.valid_files, "test": self.test_files}[split]
-        return [] if patterns is None else find_files(patterns, f"{split}_files")
+        return self._file_source(split, patterns)

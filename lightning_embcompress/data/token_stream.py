@@ -1,33 +1,30 @@
-"""What all data modules of plain text share: vocabulary, cache and windows."""
+"""Words of plain text as streams, for models that carry their state along."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lightning import LightningDataModule
 from torch import Tensor
 
-from lightning_embcompress.data.cache import TokenCache, count_words, tokenize_files
-from lightning_embcompress.data.store import default_cache_dir
+from lightning_embcompress.data.loading import ResumableLoader, make_loader
+from lightning_embcompress.data.module import TextDataModule
+from lightning_embcompress.data.sources import Split, TextSource
 from lightning_embcompress.data.text import TextFormat
-from lightning_embcompress.data.vocabulary import Vocabulary, read_vocabulary_file
-from lightning_embcompress.data.windows import TokenWindows, WindowLoader, make_loader
-
-Split = Literal["train", "valid", "test"]
-_SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+from lightning_embcompress.data.tokenized import Tokens, tokenize_words
+from lightning_embcompress.data.vocabulary import Vocabulary
+from lightning_embcompress.data.windows import TokenWindows, WindowSampler
 
 
-class TokenStreamDataModule(LightningDataModule, ABC):
-    """Text files as streams of token ids, cut into windows for a model that carries its state along.
+class TokenStreamDataModule(TextDataModule):
+    """Text as streams of token ids, cut into windows for a model that carries its state along.
 
     A batch is a pair of inputs and targets, int64 ``[batch_size, sequence_length]``; the target is the next token, and
     each batch continues the streams of the batch before it (:class:`~lightning_embcompress.data.windows.TokenWindows`).
     In distributed training every process has ``batch_size`` streams of its own.
 
     The text is tokenized once, into a cache that training maps into memory. ``vocabulary``, ``vocab_size`` and
-    ``token_counts`` can be used at any time: they prepare what they need. Subclasses say in :meth:`files` where the
+    ``token_counts`` can be used at any time: they prepare what they need. Subclasses say in :meth:`source` where the
     text is.
 
     Args:
@@ -43,18 +40,27 @@ class TokenStreamDataModule(LightningDataModule, ABC):
         min_count: Counted vocabulary: words that occur less often become ``unk_token``.
         max_vocab_size: Counted vocabulary: at most this many words, special tokens included.
         unk_token: The word for words outside the vocabulary.
-        eos_token: The word at the end of each line; ``None`` for none.
-        bos_token: The word that is read in place of ``eos_token`` before the first word of a line; ``None`` to read
-            ``eos_token`` there.
-        text_format: How lines are cut into words.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
+    vocabulary_options = "vocabulary_file, training files, min_count and max_vocab_size"
+
+    text_format = TextFormat()
+    """How lines are cut into words."""
+
+    eos_token: str | None = "</S>"
+    """The word at the end of each line; ``None`` for none."""
+
+    bos_token: str | None = None
+    """The word that is read in place of ``eos_token`` before the first word of a line; ``None`` to read that."""
+
+    predict_first_token = False
+    """Whether the first word of the text is a target, too."""
+
     def __init__(
         self,
-        *,
         batch_size: int = 20,
         eval_batch_size: int | None = None,
         sequence_length: int = 35,
@@ -64,68 +70,31 @@ class TokenStreamDataModule(LightningDataModule, ABC):
         min_count: int = 1,
         max_vocab_size: int | None = None,
         unk_token: str = "<UNK>",
-        eos_token: str | None = "</S>",
-        bos_token: str | None = None,
-        text_format: TextFormat | None = None,
     ) -> None:
         """Check and keep the arguments."""
-        super().__init__()
-        at_least_one = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "sequence_length": sequence_length,
-            "min_count": min_count,
-            "max_vocab_size": max_vocab_size,
-        }
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: it must be at least 1.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers}: it must be 0 or more.")
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        sizes = {"sequence_length": sequence_length, "min_count": min_count, "max_vocab_size": max_vocab_size}
+        super().__init__(sizes, batch_size, eval_batch_size, num_workers, cache_dir)
         self.sequence_length = sequence_length
-        self.num_workers = num_workers
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.vocabulary_file = vocabulary_file
         self.min_count = min_count
         self.max_vocab_size = max_vocab_size
         self.unk_token = unk_token
-        self.eos_token = eos_token
-        self.bos_token = bos_token
-        self.text_format = text_format or TextFormat(line_ends=eos_token is not None)
-        self.predict_first_token = False
         self._vocabulary: Vocabulary | None = None
-        self._caches: dict[Split, TokenCache] = {}
-        self._windows: dict[Split, TokenWindows] = {}
+        self._words: dict[Split, Tokens] = {}
 
     def __str__(self) -> str:
         """Name the sizes. Lightning's own description would count and tokenize text, also within an error message."""
         return f"{type(self).__name__}(batch_size={self.batch_size}, sequence_length={self.sequence_length})"
 
-    @abstractmethod
-    def files(self, split: Split) -> list[Path]:
-        """Give the files of one part of the corpus; none if it has no such part.
-
-        Args:
-            split: ``"train"``, ``"valid"`` or ``"test"``.
-
-        Raises:
-            FileNotFoundError: If a pattern matches no file.
-            ValueError: If the files are all empty.
-        """
-
     @property
     def vocabulary(self) -> Vocabulary:
         """The words and their ids; read or counted at the first use."""
         if self._vocabulary is None:
-            self._vocabulary = self._build_vocabulary()
+            if self.vocabulary_file is not None:
+                self._vocabulary = self._read_vocabulary(Path(self.vocabulary_file).expanduser())
+            else:
+                self._vocabulary = self._count_vocabulary()
         return self._vocabulary
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of words in the vocabulary, special tokens included."""
-        return len(self.vocabulary)
 
     @property
     def token_counts(self) -> Tensor:
@@ -133,84 +102,17 @@ class TokenStreamDataModule(LightningDataModule, ABC):
 
         A ``bos_token`` that is read in place of ``eos_token`` counts as often as that.
         """
-        counts = self._cache("train").token_counts.clone()
+        counts = super().token_counts
         if self._replace_inputs is not None:
             eos_id, bos_id = self._replace_inputs
             counts[bos_id] += counts[eos_id]
         return counts
 
-    def prepare_data(self) -> None:
-        """Build the vocabulary and the caches of all parts, where they do not exist yet."""
-        # Every missing file is reported before the first minute is spent on one that exists.
-        present = [split for split in _SPLITS if self.files(split)]
-        for split in present:
-            self._cache(split)
+    def _read_vocabulary(self, path: Path) -> Vocabulary:
+        return Vocabulary.from_file(path, unk_token=self.unk_token, eos_token=self.eos_token, bos_token=self.bos_token)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Open the caches that a stage needs.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"``, or ``None`` for all.
-
-        Raises:
-            ValueError: If a part is too short for its batch size, or the stage's part of the corpus does not exist.
-        """
-        needed: dict[str | None, tuple[Split, ...]] = {
-            "fit": ("train", "valid"),
-            "validate": ("valid",),
-            "test": ("test",),
-            None: _SPLITS,
-        }
-        for split in needed.get(stage, ()):
-            if self.files(split) or (stage, split) in (("validate", "valid"), ("test", "test")):
-                self._open(split)
-
-    def train_dataloader(self) -> WindowLoader:
-        """Give the training windows."""
-        loader = make_loader(self._open("train"), self.num_workers)
-        loader.batches_per_epoch = self._batches_per_epoch
-        return loader
-
-    def val_dataloader(self) -> WindowLoader | list[Any]:
-        """Give the validation windows; an empty list, which Lightning passes over, if there is no validation text."""
-        return make_loader(self._open("valid"), self.num_workers) if self.files("valid") else []
-
-    def test_dataloader(self) -> WindowLoader:
-        """Give the test windows.
-
-        Raises:
-            ValueError: If there is no test text.
-        """
-        return make_loader(self._open("test"), self.num_workers)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Record in checkpoints which vocabulary the tables were trained with."""
-        return {"vocab_size": self.vocab_size, "vocabulary_fingerprint": self.vocabulary.fingerprint}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint was trained with this vocabulary.
-
-        Raises:
-            ValueError: If it was trained with another one.
-        """
-        found = {"vocab_size": self.vocab_size, "vocabulary_fingerprint": self.vocabulary.fingerprint}
-        expected = {key: state_dict.get(key) for key in found}
-        if found != expected:
-            source = f"vocabulary_file={str(self.vocabulary_file)!r}" if self.vocabulary_file else "the counted words"
-            raise ValueError(
-                f"The checkpoint was trained with another vocabulary: it expects {expected['vocab_size']} words "
-                f"(fingerprint {str(expected['vocabulary_fingerprint'])[:12]}), but {type(self).__name__} has "
-                f"{found['vocab_size']} ({str(found['vocabulary_fingerprint'])[:12]}) from {source}. Use the "
-                f"vocabulary_file, training files, min_count and max_vocab_size of that training."
-            )
-
-    def _build_vocabulary(self) -> Vocabulary:
-        if self.vocabulary_file is not None:
-            return self._vocabulary_from_file(self._find_vocabulary_file(self.vocabulary_file))
-        files = self._required_files("train")
-        counts = count_words(
-            files, self.text_format, self.cache_dir, eos_token=self.eos_token, min_tokens=2 * self.batch_size
-        )
+    def _count_vocabulary(self) -> Vocabulary:
+        counts = self._count_words("train").word_counts(self.eos_token)
         if self.bos_token is not None and self.bos_token != self.eos_token and self.eos_token is not None:
             counts[self.bos_token] = counts.get(self.bos_token, 0) + counts[self.eos_token]
         return Vocabulary.from_counts(
@@ -222,61 +124,37 @@ class TokenStreamDataModule(LightningDataModule, ABC):
             bos_token=self.bos_token,
         )
 
-    def _find_vocabulary_file(self, path: str | Path) -> Path:
-        return Path(path).expanduser()
+    def _count_words(self, split: Split, source: TextSource | None = None) -> Tokens:
+        if split not in self._words:
+            source = source or self._required(split)
+            found = tokenize_words(source, self.text_format, self.cache_dir, f"Reading {split} text")
+            least = 2 * self._streams(split)
+            if len(found.ids) + self.predict_first_token < least:
+                raise ValueError(
+                    f"{source.name}: only {len(found.ids)} tokens, but the batch size needs at least {least} (two for "
+                    "each stream): give more text, or lower batch_size (eval_batch_size for held-out text)."
+                )
+            self._words[split] = found
+        return self._words[split]
 
-    def _vocabulary_from_file(self, path: Path) -> Vocabulary:
-        words, counts = read_vocabulary_file(path)
-        try:
-            return Vocabulary(
-                words, counts, unk_token=self.unk_token, eos_token=self.eos_token, bos_token=self.bos_token
-            )
-        except ValueError as error:
-            raise ValueError(f"vocabulary_file={str(path)!r}: {error}") from None
-
-    def _required_files(self, split: Split) -> list[Path]:
-        files = self.files(split)
-        if not files:
-            raise ValueError(f"{type(self).__name__} has no {split} text: name its files with {split}_files.")
-        return files
+    def _tokenize(self, source: TextSource, split: Split) -> Tokens:
+        return self._count_words(split, source).in_vocabulary(self.vocabulary, self.predict_first_token)
 
     def _streams(self, split: Split) -> int:
         return self.batch_size if split == "train" else self.eval_batch_size
 
-    def _cache(self, split: Split) -> TokenCache:
-        if split not in self._caches:
-            files = self._required_files(split)
-            self._caches[split] = tokenize_files(
-                files,
-                self.vocabulary,
-                self.text_format,
-                self.cache_dir,
-                first_token=self.vocabulary.eos_token if self.predict_first_token else None,
-                min_tokens=2 * self._streams(split),
-                description=f"Tokenizing {split} text",
-            )
-        return self._caches[split]
-
-    def _open(self, split: Split) -> TokenWindows:
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        windows = self._windows.get(split)
-        # A data module may be used by one trainer after another, with other numbers of processes.
-        if windows is None or windows.num_streams != self._streams(split) * world_size:
-            windows = self._windows[split] = TokenWindows(
-                self._cache(split).ids(),
-                self._streams(split),
-                self.sequence_length,
-                replace_inputs=self._replace_inputs,
-                rank=rank,
-                world_size=world_size,
-            )
-        return windows
+    def _loader(self, tokens: Tokens, split: Split, rank: int, world_size: int) -> ResumableLoader[Any]:
+        windows = TokenWindows(
+            tokens.ids,
+            self._streams(split),
+            self.sequence_length,
+            replace_inputs=self._replace_inputs,
+            rank=rank,
+            world_size=world_size,
+        )
+        return make_loader(windows, WindowSampler(windows), None, self.num_workers)
 
     @property
     def _replace_inputs(self) -> tuple[int, int] | None:
         eos_id, bos_id = self.vocabulary.eos_id, self.vocabulary.bos_id
         return None if eos_id is None or bos_id is None or eos_id == bos_id else (eos_id, bos_id)
-
-    def _batches_per_epoch(self) -> float:
-        return float("inf") if self.trainer is None else self.trainer.num_training_batches

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from lightning_embcompress.data.resumable import MappedIds, ResumableLoader, ResumableSampler, make_resumable_loader
+from lightning_embcompress.data.loading import ResumableSampler
+from lightning_embcompress.data.tokenized import Ids, TokenStream
 
 Window = tuple[Tensor, Tensor]
 
 
-class TokenWindows(MappedIds[Window]):
+class TokenWindows(Dataset[Window]):
     """Windows over parallel streams: item ``t`` continues every stream where item ``t - 1`` ended.
 
     The ``N`` ids make ``N - 1`` pairs of a token and its successor. They are laid out as ``batch_size`` streams of
@@ -25,7 +26,7 @@ class TokenWindows(MappedIds[Window]):
     window is shorter where ``sequence_length`` does not divide ``P``; it is kept.
 
     Args:
-        ids: The stream, integers ``[N]``; a memory map is read window by window.
+        ids: The stream, integers ``[N]``, read window by window.
         batch_size: How many streams run in parallel.
         sequence_length: How many steps a window has.
         replace_inputs: ``(id, other)``: where ``id`` is an input, ``other`` is read in its place (see
@@ -53,7 +54,7 @@ class TokenWindows(MappedIds[Window]):
 
     def __init__(
         self,
-        ids: NDArray[np.integer[Any]],
+        ids: Ids | TokenStream,
         batch_size: int,
         sequence_length: int,
         *,
@@ -79,7 +80,7 @@ class TokenWindows(MappedIds[Window]):
         self.replace_inputs = replace_inputs
         self.num_streams = streams
         self.steps = (len(ids) - 1) // streams
-        self.rows = slice(rank * batch_size, (rank + 1) * batch_size)
+        self.rows = range(rank * batch_size, (rank + 1) * batch_size)
 
     def __len__(self) -> int:
         """The number of windows."""
@@ -96,12 +97,13 @@ class TokenWindows(MappedIds[Window]):
             raise IndexError(f"The window {index} is not in [0, {len(self)}).")
         start = index * self.sequence_length
         stop = min(start + self.sequence_length, self.steps)
-        total = self.num_streams * self.steps
-        parts = (
-            self.ids[shift : total + shift].reshape(self.num_streams, self.steps)[self.rows, start:stop]
-            for shift in (0, 1)
-        )
-        inputs, targets = (torch.from_numpy(part.astype(np.int64)) for part in parts)
+        starts, length = [row * self.steps + start for row in self.rows], stop + 1 - start
+        if isinstance(self.ids, TokenStream):
+            found = self.ids.read(starts, length)
+        else:
+            found = sliding_window_view(self.ids, length)[starts]
+        ids = torch.from_numpy(found.astype(np.int64))
+        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if self.replace_inputs is not None:
             old, new = self.replace_inputs
             inputs[inputs == old] = new
@@ -124,17 +126,3 @@ class WindowSampler(ResumableSampler):
     def order(self) -> Sequence[int]:
         """Give the numbers of the windows."""
         return range(len(self))
-
-
-WindowLoader: TypeAlias = ResumableLoader[Window]
-"""Gives windows one by one, and continues in the middle of an epoch when training is resumed there."""
-
-
-def make_loader(windows: TokenWindows, num_workers: int = 0) -> WindowLoader:
-    """Make the loader of some windows; a batch is one window.
-
-    Args:
-        windows: What to load.
-        num_workers: Processes that read ahead; 0 reads in the training process, which is fast enough for most models.
-    """
-    return make_resumable_loader(windows, WindowSampler(windows), batch_size=None, num_workers=num_workers)

@@ -1,4 +1,4 @@
-"""Loaders that continue in the middle of an epoch, over ids in a file that no process has to copy."""
+"""A loader that continues in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -6,37 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Item = TypeVar("Item")
-
-
-class MappedIds(Dataset[Item]):
-    """Data read from a stream of ids.
-
-    Attributes:
-        ids: Integers ``[N]``, in memory or a memory map.
-    """
-
-    ids: NDArray[np.integer[Any]]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Send the path of a memory map to worker processes: pickling it would send the whole corpus."""
-        state = self.__dict__.copy()
-        if isinstance(self.ids, np.memmap):
-            state["ids"] = (self.ids.filename, self.ids.dtype.str, self.ids.shape)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map the file again."""
-        self.__dict__.update(state)
-        if isinstance(state["ids"], tuple):
-            filename, dtype, shape = state["ids"]
-            self.ids = np.memmap(filename, dtype=dtype, mode="r", shape=shape)
 
 
 class ResumableSampler(DistributedSampler[int]):
@@ -74,8 +48,10 @@ class ResumableSampler(DistributedSampler[int]):
 class ResumableLoader(DataLoader[Item]):
     """A loader that continues in the middle of an epoch, in the same order, when training is resumed there.
 
-    Lightning saves its ``state_dict`` in checkpoints. Make it with :func:`make_resumable_loader`. Where Lightning puts
-    another sampler into a copy of it, as for ``overfit_batches``, every epoch starts at its beginning.
+    Lightning saves its ``state_dict`` in checkpoints. Where Lightning puts another sampler into a copy of it, as for
+    ``overfit_batches``, every epoch starts at its beginning. (torchdata's ``StatefulDataLoader`` loses its place to
+    the iterators that Lightning makes and does not use, repeats the end of an epoch, and refuses another number of
+    worker processes.)
     """
 
     batches_per_epoch: Callable[[], float] | None = None
@@ -125,9 +101,9 @@ class ResumableLoader(DataLoader[Item]):
         self.sampler.start = position * (self.batch_size or 1)
 
 
-def make_resumable_loader(
-    dataset: MappedIds[Item], sampler: ResumableSampler, batch_size: int | None, num_workers: int = 0
-) -> ResumableLoader[Item]:
+def make_loader(
+    dataset: Dataset[Item], sampler: ResumableSampler, batch_size: int | None, num_workers: int = 0
+) -> ResumableLoader[Any]:
     """Make a loader.
 
     Args:

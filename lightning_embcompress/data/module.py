@@ -1,0 +1,182 @@
+"""What all data modules share: splits, caches, loaders and the check of a checkpoint's vocabulary."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule
+from torch import Tensor
+
+from lightning_embcompress.data.cache import default_cache_dir, require_datasets
+from lightning_embcompress.data.loading import ResumableLoader
+from lightning_embcompress.data.sources import FileSource, Split, TextSource
+from lightning_embcompress.data.text import find_files
+from lightning_embcompress.data.tokenized import TokenizerVocabulary, Tokens
+from lightning_embcompress.data.vocabulary import Vocabulary
+
+_SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+class TextDataModule(LightningDataModule, ABC):
+    """Text that is tokenized once, into a cache that training maps into memory.
+
+    ``vocabulary``, ``vocab_size`` and ``token_counts`` can be used at any time: they prepare what they need.
+
+    Args:
+        sizes: Numbers that must be at least one, by the names of their arguments; ``None`` is not checked.
+        batch_size: See the subclasses, as for all arguments below.
+        eval_batch_size: The same for validation and test; ``None`` for ``batch_size``.
+        num_workers: How many processes read batches ahead.
+        cache_dir: Where ids are kept; ``None`` for ``$XDG_CACHE_HOME/lightning_embcompress``, or
+            ``~/.cache/lightning_embcompress``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MissingExtraError: If the package `datasets` is not installed.
+    """
+
+    vocabulary_options: str
+    """The arguments that decide the vocabulary."""
+
+    def __init__(
+        self,
+        sizes: dict[str, int | None],
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+        cache_dir: str | Path | None,
+    ) -> None:
+        """Check and keep the arguments."""
+        super().__init__()
+        require_datasets()  # said before anything else is done
+        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **sizes}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}: it must be 0 or more.")
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_workers = num_workers
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self._tokens: dict[Split, Tokens] = {}
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary | TokenizerVocabulary:
+        """The tokens and their ids."""
+
+    @abstractmethod
+    def source(self, split: Split) -> TextSource | None:
+        """Give the text of one part of the corpus; ``None`` if it has no such part.
+
+        Args:
+            split: ``"train"``, ``"valid"`` or ``"test"``.
+
+        Raises:
+            FileNotFoundError: If a pattern matches no file.
+            ValueError: If the files are all empty, or a dataset has no such part.
+        """
+
+    @abstractmethod
+    def _tokenize(self, source: TextSource, split: Split) -> Tokens: ...
+
+    @abstractmethod
+    def _loader(self, tokens: Tokens, split: Split, rank: int, world_size: int) -> ResumableLoader[Any]: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens in the vocabulary, special ones included."""
+        return len(self.vocabulary)
+
+    @property
+    def token_counts(self) -> Tensor:
+        """How often each id occurs in the training text, int64 ``[vocab_size]``."""
+        return self.tokens("train").counts.clone()
+
+    def tokens(self, split: Split) -> Tokens:
+        """Give one part of the corpus as ids.
+
+        Raises:
+            ValueError: If there is no such part.
+        """
+        if split not in self._tokens:
+            self._tokens[split] = self._tokenize(self._required(split), split)
+        return self._tokens[split]
+
+    def prepare_data(self) -> None:
+        """Tokenize all parts that are not in the cache yet."""
+        # Every missing file is reported before the first minute is spent on one that exists.
+        for split in [split for split in _SPLITS if self.source(split) is not None]:
+            self.tokens(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what a stage needs.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"``, or ``None`` for all.
+
+        Raises:
+            ValueError: If the stage's part of the corpus does not exist.
+        """
+        for split in {"fit": _SPLITS[:2], "validate": _SPLITS[1:2], "test": _SPLITS[2:], None: _SPLITS}.get(stage, ()):
+            if self.source(split) is not None or (stage, split) in (("validate", "valid"), ("test", "test")):
+                self._open(split)
+
+    def train_dataloader(self) -> ResumableLoader[Any]:
+        """Give the training batches."""
+        loader = self._open("train")
+        loader.batches_per_epoch = self._batches_per_epoch
+        return loader
+
+    def val_dataloader(self) -> ResumableLoader[Any] | list[Any]:
+        """Give the validation batches; an empty list, which Lightning passes over, if there is no validation text."""
+        return [] if self.source("valid") is None else self._open("valid")
+
+    def test_dataloader(self) -> ResumableLoader[Any]:
+        """Give the test batches.
+
+        Raises:
+            ValueError: If there is no test text.
+        """
+        return self._open("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Record in checkpoints which vocabulary the tables were trained with."""
+        return {"vocab_size": self.vocab_size, "vocabulary_fingerprint": self.vocabulary.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the checkpoint was trained with this vocabulary.
+
+        Raises:
+            ValueError: If it was trained with another one.
+        """
+        found = self.state_dict()
+        expected = {key: state_dict.get(key) for key in found}
+        if found != expected:
+            size, mark = expected.values()
+            raise ValueError(
+                f"The checkpoint was trained with another vocabulary: it expects {size} tokens (fingerprint "
+                f"{str(mark)[:12]}), but {self} has {self.vocab_size} ({self.vocabulary.fingerprint[:12]}). Use the "
+                f"{self.vocabulary_options} of that training."
+            )
+
+    def _file_source(
+        self, split: Split, patterns: str | list[str] | None, folder: Path | None = None
+    ) -> FileSource | None:
+        return None if patterns is None else FileSource(find_files(patterns, f"{split}_files", folder))
+
+    def _required(self, split: Split) -> TextSource:
+        source = self.source(split)
+        if source is None:
+            raise ValueError(f"{type(self).__name__} has no {split} text: name it with {split}_files.")
+        return source
+
+    def _open(self, split: Split) -> ResumableLoader[Any]:
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return self._loader(self.tokens(split), split, rank, world_size)
+
+    def _batches_per_epoch(self) -> float:
+        return float("inf") if self.trainer is None else self.trainer.num_training_batches
