@@ -102,8 +102,7 @@ class TokenWindows(Dataset[Window]):
             found = self.ids.read(starts, length)
         else:
             found = sliding_window_view(self.ids, length)[starts]
-        ids = torch.from_numpy(found.astype(np.int64))
-        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        inputs, targets = (torch.from_numpy(part.astype(np.int64)) for part in (found[:, :-1], found[:, 1:]))
         if self.replace_inputs is not None:
             old, new = self.replace_inputs
             inputs[inputs == old] = new

@@ -5,7 +5,7 @@ import pytest
 
 from lightning_embcompress.data import PythonDocs, python_docs
 from lightning_embcompress.data.python_docs import docstrings, extract_documentation, paragraphs, split_of, topics
-from lightning_embcompress.data.token_stream import Split
+from lightning_embcompress.data.sources import Split
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
@@ -67,7 +67,7 @@ def test_extraction(library: Path) -> None:
 
 
 def all_text(data: PythonDocs) -> str:
-    return "".join(data.files(split)[0].read_text(encoding="utf-8") for split in SPLITS)
+    return "".join(piece.text for split in SPLITS for piece in data.source(split).pieces("files", 1000))
 
 
 def test_installed_packages_are_an_option(library: Path, tmp_path: Path) -> None:
@@ -80,13 +80,10 @@ def test_installed_packages_are_an_option(library: Path, tmp_path: Path) -> None
     assert "An installed package.\n" in all_text(with_installed)
 
 
-def test_extracted_once_and_again_when_cut(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = PythonDocs(cache_dir=tmp_path / "cache").files("train")[0]
-    expected = path.read_bytes()
-    path.write_bytes(expected[:50])
-    assert PythonDocs(cache_dir=tmp_path / "cache").files("train")[0].read_bytes() == expected
+def test_extracted_once(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = all_text(PythonDocs(cache_dir=tmp_path / "cache"))
     monkeypatch.setattr(python_docs, "extract_documentation", None)
-    assert PythonDocs(cache_dir=tmp_path / "cache").files("train") == [path]
+    assert all_text(PythonDocs(cache_dir=tmp_path / "cache")) == expected
 
 
 def test_without_sources(library: Path, tmp_path: Path) -> None:
