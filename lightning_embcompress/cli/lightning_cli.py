@@ -21,6 +21,7 @@ from typing_extensions import override
 import lightning_embcompress.callbacks
 import lightning_embcompress.data
 import lightning_embcompress.modules  # noqa: F401
+from lightning_embcompress.data.module import TextDataModule
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import check_checkpoint_file
 
@@ -71,8 +72,7 @@ class RecipeTrainer(Trainer):
         if not from_data and not is_overridden("test_dataloader", model, LightningModule):
             return "there is no test data"
         # The data modules of this package have the hook, and raise in it where the recipe names no test files.
-        files = getattr(datamodule, "files", None)
-        if callable(files) and not files("test"):
+        if isinstance(datamodule, TextDataModule) and datamodule.source("test") is None:
             return "there is no test data"
         if not is_overridden("test_step", model, LightningModule):
             return f"{type(model).__name__} has no `test_step`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -192,6 +193,28 @@ def test_the_extra_is_named_where_it_is_missing(text: Path, monkeypatch: pytest.
     with pytest.raises(cache.MissingExtraError, match=r'pip install "lightning-embcompress\[text\]"'):
         build(text)
     assert not (text.parent / "cache").exists()
+
+
+def test_nothing_but_text_needs_datasets() -> None:
+    script = """
+import sys
+
+sys.modules.update(dict.fromkeys(["datasets", "pyarrow", "torchdata"]))  # as if they were not installed
+import lightning_embcompress.callbacks, lightning_embcompress.cli.main, lightning_embcompress.modules
+from lightning_embcompress import compress
+from lightning_embcompress.data import TextFiles
+from toys import LanguageModel
+
+model = LanguageModel()
+print(compress(model, "low_rank", ratio=2.0).tables[0].method)
+try:
+    TextFiles("text.txt")
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("low_rank")
+    assert "lightning-embcompress[text]" in done.stdout
 
 
 def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
