@@ -1,4 +1,4 @@
-"""What decoding needs of a softmax, straight from the tiles of its logits: the best tokens, samples, log-probabilities.
+"""What losses and decoding read from the tiles of a softmax's logits: normalizers, the best tokens, samples.
 
 Nothing is brought into the order of ids but what is returned, which for one state and a large vocabulary takes a good
 part of the time that the product does.
@@ -41,15 +41,7 @@ def decoding_rows(states: int) -> int:
 
 @torch.no_grad()
 def topk(tiles: Tiles, k: int) -> Best:
-    """The `k` tokens with the largest logits.
-
-    Args:
-        tiles: Of `[N, dim]` states.
-        k: How many.
-
-    Raises:
-        ValueError: If there are not so many tokens.
-    """
+    """The `k` tokens with the largest logits of every state, see `CompressedLinear.topk`."""
     vocab_size = tiles.tiles[-1].stop
     if not 1 <= k <= vocab_size:
         raise ValueError(f"k must be from 1 to the {vocab_size} tokens of the vocabulary, it is {k}")
@@ -63,31 +55,43 @@ def _ids(tiles: Tiles, rows: Tensor) -> Tensor:
     return rows if tiles.order is None else tiles.order[rows]
 
 
-@torch.no_grad()
-def log_prob(tiles: Tiles, ids: Tensor) -> Tensor:
-    """Logarithms of the probabilities of tokens, in nats.
+def normalizers(
+    tiles: Tiles, asked: Places, per_state: int = 1, adds: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read every logit once, for probabilities of some of them.
 
     Args:
         tiles: Of `[N, dim]` states.
-        ids: `[N, m]` tokens of every state.
+        asked: Where the tokens asked for are, the same number of every state.
+        per_state: That number.
+        adds: Whether logits are to be added up.
 
     Returns:
-        `[N, m]`, float32 at least.
+        Logarithms of the normalizers `[N]`, logits of the tokens `[N * per_state]`, and sums of all logits `[N]`, if
+        asked for, all float32 at least.
     """
-    vocab_size = tiles.tiles[-1].stop
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
-        raise ValueError(f"ids must be from 0 to {vocab_size - 1}, they go from {int(ids.min())} to {int(ids.max())}")
-    asked = Places.of(ids.flatten(), tiles)
     normalizer = scores = torch.empty(0)
+    total: Tensor | None = None
     for index, tile in enumerate(tiles.tiles):
         logits = tiles.logits(tile)
         if index == 0:
             normalizer = logits.new_full((len(logits),), -torch.inf, dtype=compute_dtype(logits.dtype))
-            scores = normalizer.new_empty(ids.numel())
+            scores = normalizer.new_zeros(len(asked.queries))
+            total = torch.zeros_like(normalizer) if adds else None
         queries, columns = asked.inside(index, tile)
-        states = torch.div(queries, max(1, ids.shape[1]), rounding_mode="floor")
+        states = torch.div(queries, per_state, rounding_mode="floor") if per_state > 1 else queries
         scores[queries] = logits[states, columns].to(scores.dtype)
-        add_log_sum_exp(normalizer, logits)
+        add_log_sum_exp(normalizer, logits, total)
+    return normalizer, scores, total
+
+
+@torch.no_grad()
+def log_prob(tiles: Tiles, ids: Tensor) -> Tensor:
+    """Log-probabilities of `[N, m]` tokens in nats, see `CompressedLinear.log_prob`."""
+    vocab_size = tiles.tiles[-1].stop
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        raise ValueError(f"ids must be from 0 to {vocab_size - 1}, they go from {int(ids.min())} to {int(ids.max())}")
+    normalizer, scores, _ = normalizers(tiles, Places.of(ids.flatten(), tiles), max(1, ids.shape[1]))
     return scores.view(ids.shape) - normalizer.unsqueeze(1)
 
 
@@ -99,22 +103,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw a token for every state.
-
-    Args:
-        tiles: Of `[N, dim]` states.
-        temperature: What logits are divided by.
-        top_k: Draw from so many of the likeliest tokens only.
-        top_p: Draw from the fewest of the likeliest tokens, of those that `top_k` leaves, whose probabilities add up to
-            so much.
-        generator: Where random numbers come from; None for that of the device.
-
-    Returns:
-        `[N]` int64.
-
-    Raises:
-        ValueError: If an argument is out of its range, or logits are no numbers.
-    """
+    """Draw a token for every state, see `CompressedLinear.sample`."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, it is {temperature}; for the likeliest tokens use topk")
     if top_p is not None and not 0 < top_p <= 1:

@@ -14,7 +14,6 @@ one tile; the price is a fourth product beside the three that every linear layer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, cast
 
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.layers.compressed import head_tiles
+from lightning_embcompress.layers.decoding import normalizers
 from lightning_embcompress.methods.kernels.choice import uncompiled
-from lightning_embcompress.methods.kernels.online_softmax import add_log_sum_exp, softmax_gradient
+from lightning_embcompress.methods.kernels.online_softmax import softmax_gradient
 from lightning_embcompress.methods.numerics.gram import compute_dtype
 from lightning_embcompress.methods.tiles import Places, Tile, Tiles
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
@@ -101,7 +101,10 @@ def fused_cross_entropy(
             f"targets must be from 0 to {vocab_size - 1}, or ignore_index={ignore_index}; they go from "
             f"{int(ids.min())} to {int(ids.max())}"
         )
-    losses = _tiled_losses(tiles, ids, label_smoothing)
+    function: Any = _TiledLosses
+    losses: Tensor = function.apply(
+        tiles.tiles, len(tiles.shared), Places.of(ids, tiles), label_smoothing, *tiles.shared, *tiles.owned
+    )
     if reduction == "sum":
         return losses.sum()
     if reduction == "mean":
@@ -130,33 +133,6 @@ def _tile_rows(hidden: Tensor) -> int:
     return max(_LEAST_ROWS, elements // max(1, len(hidden)))
 
 
-def _tiled_losses(tiles: Tiles, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The loss of every token, in nats.
-
-    Args:
-        tiles: Of `N` hidden states.
-        targets: `[N]` ids, none of them ignored.
-        label_smoothing: What of a target's mass is given to all tokens in equal parts.
-
-    Returns:
-        `[N]`, float32, float64 for float64 logits. It can be differentiated once.
-    """
-    function: Any = _TiledLosses
-    shared = len(tiles.shared)
-    losses: Tensor = function.apply(
-        tiles.tiles, shared, Places.of(targets, tiles), label_smoothing, *tiles.shared, *tiles.owned
-    )
-    return losses
-
-
-def _logits(tile: Tile, shared: Sequence[Tensor], owned: Sequence[Tensor]) -> Tensor:
-    return tile.logits(*(shared[place] for place in tile.reads), *owned)
-
-
-def _own(tile: Tile, owned: Sequence[Tensor]) -> list[Tensor]:
-    return [owned[place][start:stop] for place, start, stop in tile.owns]
-
-
 class _TiledLosses(torch.autograd.Function):
     """Losses of all tokens; the backward pass computes every tile once more."""
 
@@ -164,26 +140,14 @@ class _TiledLosses(torch.autograd.Function):
     def forward(
         ctx: Any, tiles: list[Tile], count: int, targets: Places, label_smoothing: float, *tensors: Tensor
     ) -> Tensor:
-        shared, owned = tensors[:count], tensors[count:]
-        tokens = len(targets.queries)
-        device = targets.queries.device
-        normalizer = scores = torch.empty(0, device=device)
-        total: Tensor | None = None
-        for index, tile in enumerate(tiles):
-            logits = _logits(tile, shared, _own(tile, owned))
-            if index == 0:
-                normalizer = logits.new_full((tokens,), -torch.inf, dtype=compute_dtype(logits.dtype))
-                scores = torch.zeros_like(normalizer)
-                total = torch.zeros_like(normalizer) if label_smoothing else None
-            found, columns = targets.inside(index, tile)
-            scores[found] = logits[found, columns].to(scores.dtype)
-            add_log_sum_exp(normalizer, logits, total)
+        everything = Tiles(tensors[:count], tensors[count:], tiles)
+        normalizer, scores, total = normalizers(everything, targets, adds=label_smoothing > 0)
         losses = normalizer - (1 - label_smoothing) * scores
         if total is not None:
             losses -= label_smoothing / tiles[-1].stop * total
         ctx.save_for_backward(normalizer, *tensors)
         ctx.tiles, ctx.count, ctx.targets, ctx.label_smoothing = tiles, count, targets, label_smoothing
-        ctx.autocast = _autocast(device.type)
+        ctx.autocast = _autocast(normalizer.device.type)
         return losses
 
     @staticmethod
@@ -206,11 +170,11 @@ class _TiledLosses(torch.autograd.Function):
         scale, unit = gradients[0].contiguous(), None
         for index, tile in enumerate(ctx.tiles):
             own = [
-                part.detach().requires_grad_(own_gradients[place] is not None)
-                for part, (place, *_) in zip(_own(tile, owned), tile.owns, strict=True)
+                owned[place][start:stop].detach().requires_grad_(own_gradients[place] is not None)
+                for place, start, stop in tile.owns
             ]
             with torch.enable_grad(), ctx.autocast:
-                logits = _logits(tile, shared, own)
+                logits = tile.logits(*(shared[place] for place in tile.reads), *own)
             leaves = [shared[place] for place in tile.reads if shared[place].requires_grad]
             leaves += [part for part in own if part.requires_grad]
             if not logits.requires_grad:
