@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.hooks import DataHooks, ModelHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_embcompress.calibration.statistics import Statistics
@@ -23,18 +23,12 @@ from lightning_embcompress.integrations.checkpoint import (
 )
 from lightning_embcompress.integrations.opening import register_module_class
 from lightning_embcompress.integrations.saved import save_compressed
-from lightning_embcompress.layers.chunked_loss import loss_of_head, loss_of_logits
-from lightning_embcompress.layers.distillation import (
-    Distillation,
-    TeacherScores,
-    check_distillation,
-)
-from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.base import LanguageModel, VocabularyModule
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
-from lightning_embcompress.modules.parts import Freeze, Parts, Seen, own_step, unfreeze, warn_of_frozen, watch
+from lightning_embcompress.modules.parts import Freeze, Parts, own_step, unfreeze, warn_of_frozen
 from lightning_embcompress.modules.sources import architecture_of, build, open_model
 from lightning_embcompress.modules.teacher import Teacher
+from lightning_embcompress.modules.terms import Terms
 
 # Hooks of Lightning's besides those of its two classes of hooks. Layers that are built late are there already.
 _HOOKS = {
@@ -157,14 +151,19 @@ class CompressedLanguageModel(VocabularyModule):
         model, weights, teacher, statistics = map(_plain_path, (model, weights, teacher, statistics))
         # As checkpoints of older versions call it.
         freeze = "backbone" if str(freeze) == "body" else freeze
-        check_distillation(teacher_top_k, temperature)
-        terms = {"cross_entropy": cross_entropy_weight, "distillation": distillation_weight}
-        terms["reconstruction"] = reconstruction_weight
-        rates = {"backbone_learning_rate": backbone_learning_rate, "factor_learning_rate": factor_learning_rate}
-        _check_values(terms, rates, freeze, reconstruction_rows, teacher_shares_backbone)
+        terms = Terms(
+            cross_entropy_weight,
+            distillation_weight,
+            reconstruction_weight,
+            teacher_top_k,
+            temperature,
+            reconstruction_rows,
+        )
+        rates = (backbone_learning_rate, factor_learning_rate)
+        _check_parts(freeze, rates, terms, teacher_shares_backbone)
         if architecture is None:
             # Of a checkpoint, a teacher that was given as a module is missing, and weights may have been set to 0.
-            _check_effect(terms, teacher, teacher_shares_backbone, reconstruction_rows, statistics)
+            _check_effect(terms, teacher, teacher_shares_backbone, statistics)
         opened = build(architecture) if model is None and architecture is not None else open_model(model, weights)
         if not opened.automatic_optimization:
             raise ValueError(
@@ -185,13 +184,9 @@ class CompressedLanguageModel(VocabularyModule):
             architecture=architecture_of(opened),
         )
         self.parts = parts
-        self.weights_of_terms = terms
-        # Whether the loss is what the model's own step gives.
-        self._is_plain = terms == {"cross_entropy": 1, "distillation": 0, "reconstruction": 0}
-        self.teacher_top_k, self.temperature = teacher_top_k, temperature
-        self.reconstruction_rows = reconstruction_rows
+        self.terms = terms
         self.freeze_part = freeze
-        self.learning_rates = (backbone_learning_rate, factor_learning_rate)
+        self.learning_rates = rates
         self.model = opened
         self.teacher = Teacher(opened, parts, teacher, teacher_shares_backbone, statistics)
         if isinstance(opened, LanguageModel):
@@ -225,7 +220,7 @@ class CompressedLanguageModel(VocabularyModule):
         super().setup(stage)
         if stage == "fit":
             self.parts.freeze(self.model, self.freeze_part)
-            self.teacher.open(self.model, self.weights_of_terms, self.trainer)
+            self.teacher.open(self.model, self.terms.distillation, self.terms.reconstruction, self.trainer)
 
     @override
     def teardown(self, stage: str) -> None:
@@ -239,7 +234,7 @@ class CompressedLanguageModel(VocabularyModule):
         return getattr(self.model, "monitored_loss", None)
 
     def _log_of_model(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if name == "train_loss" and not self._is_plain:
+        if name == "train_loss" and not self.terms.are_the_models_own:
             name = "train_cross_entropy"
         self.log(name, value, *args, **kwargs)
 
@@ -252,60 +247,11 @@ class CompressedLanguageModel(VocabularyModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the weighted sum of the terms, logged as ``train_loss``."""
-        weights = self.weights_of_terms
-        if self._is_plain or not self.model.training:
+        if self.terms.are_the_models_own or not self.model.training:
             return own_step(self.model, batch, batch_idx)
-        output = own = None
-        scores: TeacherScores | None = None
-        if weights["distillation"]:
-            # First: what it takes is gone again before the model's own graph is there.
-            scores = self.teacher.scores(batch, batch_idx, self.teacher_top_k, self.temperature)
-        apart = scores is not None and not isinstance(self.model, LanguageModel)
-        with watch(self.model, self.parts, head=apart) as seen:
-            if scores is not None and isinstance(self.model, LanguageModel):
-                loss = self._distilled(self.model, batch, scores)
-            else:
-                output = own_step(self.model, batch, batch_idx)
-                own = output.get("loss") if isinstance(output, Mapping) else output
-                if not isinstance(own, Tensor):
-                    # The module skips this step.
-                    return output
-                loss = weights["cross_entropy"] * own
-        if scores is not None and own is not None:
-            loss = loss + self._distillation_alone(own, seen, scores)
-        if weights["reconstruction"]:
-            # The same rows when a run is resumed, and others in every process.
-            seed = (self.global_step * 2**20 + batch_idx) * 2**12 + self.global_rank
-            term = self.teacher.reconstruction(self.model, seen.ids, self.reconstruction_rows, seed % 2**63)
-            self.log("train_reconstruction", term.detach(), batch_size=1)
-            loss = loss + weights["reconstruction"] * term
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=1)
-        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
-
-    def _distilled(self, model: LanguageModel, batch: Any, scores: TeacherScores) -> Tensor:
-        """Cross-entropy and distillation of a language model of this package, from the same logits."""
-        weights = (self.weights_of_terms["cross_entropy"], self.weights_of_terms["distillation"])
-        known = model.known_head(batch, "train")
-        if known is None:
-            logits, targets = model.scores(batch, "train")
-            found = loss_of_logits(logits, Distillation(targets, scores, self.temperature, *weights), overwrite=True)
-        else:
-            head, hidden, targets = known
-            found = loss_of_head(head, hidden, Distillation(targets, scores, self.temperature, *weights))
-        self.log("train_cross_entropy", found.terms[0], batch_size=1)
-        self.log("train_distillation", found.terms[1], batch_size=1)
-        return found.loss
-
-    def _distillation_alone(self, own_loss: Tensor, seen: Seen, scores: TeacherScores) -> Tensor:
-        """Distillation of the logits that the head gives once more: a module may have changed its own."""
-        hidden, head = seen.hidden_states(self.model), self.parts.head(self.model)
-        assert head is not None
-        # Which token it is makes no difference without the cross-entropy.
-        targets = torch.where(seen.is_scored(own_loss), 0, IGNORE_INDEX)
-        weight = self.weights_of_terms["distillation"]
-        found = loss_of_head(head, hidden, Distillation(targets, scores, self.temperature, 0.0, weight))
-        self.log("train_distillation", found.terms[1], batch_size=1)
-        return found.loss
+        # The same rows when a run is resumed, and others in every process.
+        seed = ((self.global_step * 2**20 + batch_idx) * 2**12 + self.global_rank) % 2**63
+        return self.terms.training_step(self.model, self.teacher, batch, batch_idx, seed, self.log)
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -404,38 +350,28 @@ def _plain_path(given: Any) -> Any:
     return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
-def _check_values(
-    weights: Mapping[str, float], rates: Mapping[str, float | None], freeze: str | None, rows: int | None, shares: bool
-) -> None:
-    """Refuse arguments that are out of range, or do not fit each other.
+def _check_parts(freeze: str | None, rates: tuple[float | None, float | None], terms: Terms, shares: bool) -> None:
+    """Refuse a part that cannot be frozen, or not for these terms.
 
     Args:
-        weights: Of the terms of the loss, by their names.
-        rates: Learning rates by their names; None for those of the optimizer.
         freeze: The part that is not trained.
-        rows: Rows that are drawn for the reconstruction.
+        rates: Learning rates of backbone and tables; None for that of the optimizer.
+        terms: Of the loss.
         shares: Whether the teacher's tables are read over the model's own backbone.
 
     Raises:
         ValueError: Naming the argument, its value and the remedy.
     """
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name}_weight={weight} must be 0 or more, and finite.")
-    if not any(weights.values()):
-        raise ValueError("All weights are 0, so that there is no loss: set cross_entropy_weight=1.")
-    for name, rate in rates.items():
+    for name, rate in zip(("backbone_learning_rate", "factor_learning_rate"), rates, strict=True):
         if rate is not None and not 0 <= rate < math.inf:
             raise ValueError(f"{name}={rate} must be 0 or more; leave it out for that of the optimizer.")
     if freeze not in (None, "backbone", "factors"):
         raise ValueError(f"freeze={freeze!r} must be 'backbone', 'factors' or None.")
-    if weights["reconstruction"] and freeze == "factors":
+    if terms.reconstruction and freeze == "factors":
         raise ValueError(
             "reconstruction_weight trains factors, but freeze='factors' leaves them as they are: set one of them to"
             " 0 or None."
         )
-    if rows is not None and rows < 1:
-        raise ValueError(f"reconstruction_rows={rows} must be at least 1; None takes the tokens of the batch.")
     if shares and freeze != "backbone":
         raise ValueError(
             f"teacher_shares_backbone=True with freeze={freeze!r}: the teacher is the dense tables over the model's own"
@@ -444,18 +380,17 @@ def _check_values(
         )
 
 
-def _check_effect(weights: Mapping[str, float], teacher: Any, shares: bool, rows: int | None, statistics: Any) -> None:
-    """Refuse arguments that change nothing, see `_check_values` for them.
+def _check_effect(terms: Terms, teacher: Any, shares: bool, statistics: Any) -> None:
+    """Refuse arguments that change nothing.
 
     Raises:
         ValueError: Naming the argument, its value and the remedy.
     """
-    taught = bool(weights["distillation"] or weights["reconstruction"])
-    compared = bool(weights["reconstruction"])
+    taught, compared = bool(terms.distillation or terms.reconstruction), bool(terms.reconstruction)
     for name, given, works, remedy in (
         ("teacher", teacher, taught, "distillation_weight=0 and reconstruction_weight=0: set one of them"),
         ("teacher_shares_backbone", shares or None, teacher is not None, "teacher=None: give the dense original"),
-        ("reconstruction_rows", rows, compared, "reconstruction_weight=0: set reconstruction_weight=1"),
+        ("reconstruction_rows", terms.rows, compared, "reconstruction_weight=0: set reconstruction_weight=1"),
         ("statistics", statistics, compared, "reconstruction_weight=0: set reconstruction_weight=1"),
     ):
         if given is not None and not works:

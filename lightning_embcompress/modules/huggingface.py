@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Mapping
@@ -14,10 +13,12 @@ import transformers
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from typing_extensions import override
+from typing_extensions import Self, override
 
+from lightning_embcompress.integrations.contents import one_line
 from lightning_embcompress.layers.full_softmax import full_softmax_loss, head_softmax_loss
-from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
+from lightning_embcompress.methods.config import nearest
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX, Perplexity
 from lightning_embcompress.modules.base import LanguageModel, Stage
 from lightning_embcompress.utils.storage import is_sharded
 
@@ -112,6 +113,21 @@ class HuggingFaceCausalLM(LanguageModel):
         self._head_is_last: bool | None = None
         if gradient_checkpointing:
             _checkpoint_activations(model)
+
+    @classmethod
+    def from_model(cls, model: Any, **training: Any) -> Self:
+        """Wrap a model of transformers as it is.
+
+        Args:
+            model: Any causal language model, compressed or not; it is not copied.
+            **training: Arguments of the class that are about training.
+        """
+        # On the meta device the model that is built from the configuration takes neither time nor memory.
+        with torch.device("meta"):
+            wrapper = cls(config=_recorded(model.config), **training)
+        wrapper.model = model
+        wrapper.val_perplexity, wrapper.test_perplexity = Perplexity(), Perplexity()
+        return wrapper
 
     @override
     def setup(self, stage: str) -> None:
@@ -306,7 +322,7 @@ def _load_pretrained(name: str, dtype: str) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"pretrained={name!r} cannot be loaded: give a directory that save_pretrained has written, or the name of "
-            f"a causal language model on the Hugging Face hub. What transformers says: {_one_line(error)}"
+            f"a causal language model on the Hugging Face hub. What transformers says: {one_line(error)}"
         ) from error
     # It comes in evaluation mode, in which Lightning would train it, without dropout.
     return model.train()
@@ -319,7 +335,7 @@ def _from_config(config: PretrainedConfig, dtype: str) -> Any:
     except Exception as error:  # every type finds out in its own way what it cannot be built from
         raise ValueError(
             f"config of type {config.model_type!r} gives no causal language model. What transformers says: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
 
 
@@ -332,10 +348,6 @@ def _checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> PretrainedConfig:
     """Make the configuration of a model from scratch."""
     if isinstance(config, str):
@@ -346,7 +358,7 @@ def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> Pre
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"config={config!r} cannot be read: give a mapping with model_type, a directory with config.json, or a "
-                f"name on the Hugging Face hub. What transformers says: {_one_line(error)}"
+                f"name on the Hugging Face hub. What transformers says: {one_line(error)}"
             ) from error
     given = dict(config)
     model_type = given.pop("model_type", None)
@@ -355,9 +367,8 @@ def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> Pre
     try:
         default = AutoConfig.for_model(model_type)
     except ValueError:
-        close = difflib.get_close_matches(str(model_type), transformers.CONFIG_MAPPING, n=3)
-        meant = f": did you mean {' or '.join(close)}?" if close else "."
-        raise ValueError(f"config.model_type={model_type!r} is not an architecture of transformers{meant}") from None
+        meant = nearest(str(model_type), transformers.CONFIG_MAPPING)
+        raise ValueError(f"config.model_type={model_type!r} is not an architecture of transformers{meant}.") from None
     if "transformers_version" not in given:
         # What a person wrote; a whole configuration may come from another version, with other keys.
         _check_keys(given, default)
@@ -376,7 +387,7 @@ def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> Pre
     try:
         return AutoConfig.for_model(model_type, **given)
     except Exception as error:  # every type checks its values in its own way
-        raise ValueError(f"config of type {model_type!r} is not valid: {_one_line(error)}") from error
+        raise ValueError(f"config of type {model_type!r} is not valid: {one_line(error)}") from error
 
 
 def _beyond(token_id: Any, rows: int) -> bool:
@@ -388,9 +399,7 @@ def _check_keys(given: Mapping[str, Any], default: PretrainedConfig) -> None:
     known = set(default.to_dict()) | set(default.attribute_map)
     for key in given:
         if key not in known and not hasattr(default, key):
-            close = difflib.get_close_matches(key, known, n=3)
-            meant = f": did you mean {' or '.join(close)}?" if close else "."
-            raise ValueError(f"config.{key} is not a key of {type(default).__name__}{meant}")
+            raise ValueError(f"config.{key} is not a key of {type(default).__name__}{nearest(key, known)}.")
 
 
 def _recorded(config: PretrainedConfig) -> dict[str, Any]:

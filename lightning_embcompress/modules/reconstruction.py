@@ -34,7 +34,7 @@ class Reconstruction:
         model: The model that is fine-tuned.
         paths: Of the layers in it that read the table.
         original: The layer that reads the table which they should be; only read.
-        statistics: Of the model; None for the plain error.
+        statistics: Of the model, or of a fine-tuning that holds it; None for the plain error.
 
     Raises:
         ValueError: If the original is of another shape, or the statistics are of another model.
@@ -55,6 +55,10 @@ class Reconstruction:
         self.device = torch.device("cpu")
         self.root: Tensor | None = None
         if statistics is not None:
+            held = [f"model.{path}" for path in paths]
+            if {*statistics.hidden, *statistics.gradients} & {*held}:
+                # They were collected from a module that holds the model.
+                model, paths = nn.ModuleDict({"model": model}), held
             # Only the shape is asked for.
             table = Table(tuple(paths), torch.empty(own, device="meta"))
             metric = metric_of(model, table, statistics)
@@ -115,24 +119,3 @@ class Reconstruction:
                 error = (change.square().sum(-1) * shares).sum()
                 return error / (rows.square().sum(-1) * shares).sum().clamp(min=1e-12)
             return 0.5 * ((change @ self.root).square().sum(-1) * shares).sum()
-
-
-def of_the_model(statistics: Statistics, prefix: str, paths: Sequence[str]) -> Statistics:
-    """Statistics by the paths of a model that were collected from a module which holds it.
-
-    Args:
-        statistics: Of the model, or of the module.
-        prefix: Of the paths in the module.
-        paths: Of the layers of the model.
-
-    Returns:
-        Themselves if they are those of the model.
-    """
-    kinds = ("hidden", "hidden_mean", "probabilities", "squared_probabilities", "gradients", "gradient_energies")
-    known = {path for kind in kinds for path in getattr(statistics, kind)}
-    if known & set(paths) or not any(path.startswith(prefix) for path in known):
-        return statistics
-    renamed = {
-        kind: {path.removeprefix(prefix): value for path, value in getattr(statistics, kind).items()} for kind in kinds
-    }
-    return Statistics(**{**vars(statistics), **renamed})

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -17,7 +16,6 @@ from torch import nn
 from lightning_embcompress.integrations.opening import load_weights, open_module, register_module_class
 from lightning_embcompress.integrations.sources import Source, find_source
 from lightning_embcompress.methods.specs import plain
-from lightning_embcompress.metrics.perplexity import Perplexity
 from lightning_embcompress.modules.base import VocabularyModule
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
@@ -62,7 +60,14 @@ def open_model(model: nn.Module | str | None, weights: str | None, name: str = "
         return _read(find_source(str(model)), name)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a LightningModule, a model of transformers or a path, not {model!r}.")
-    opened = _as_lightning(model, name)
+    opened = model
+    if not isinstance(opened, LightningModule):
+        if "" not in pretrained_models(model):
+            raise TypeError(
+                f"{name} is a {type(model).__name__}, which is neither a LightningModule nor a model of transformers:"
+                " wrap it in a LightningModule whose training_step computes its loss."
+            )
+        opened = apart_from_recipe(lambda: HuggingFaceCausalLM.from_model(model))
     if is_overridden("configure_model", opened):
         # Layers that are built late: their tables must be there.
         opened.configure_model()
@@ -127,22 +132,3 @@ def _read(source: Source, name: str) -> LightningModule:
     inner = getattr(opened, "model", None)
     # A fine-tuning of a model: what was fine-tuned is meant, and not its teacher or its losses.
     return inner if isinstance(inner, LightningModule) else opened
-
-
-def _as_lightning(model: nn.Module, name: str) -> LightningModule:
-    if isinstance(model, LightningModule):
-        return model
-    if "" not in pretrained_models(model):
-        raise TypeError(
-            f"{name} is a {type(model).__name__}, which is neither a LightningModule nor a model of transformers: wrap"
-            " it in a LightningModule whose training_step computes its loss."
-        )
-    given: Any = model
-    config = json.loads(given.config.to_json_string(use_diff=False))
-    config.pop("quantization_config", None)
-    # On the meta device the model that is built from the configuration takes neither time nor memory.
-    with torch.device("meta"):
-        wrapper = apart_from_recipe(lambda: HuggingFaceCausalLM(config=config))
-    wrapper.model = given
-    wrapper.val_perplexity, wrapper.test_perplexity = Perplexity(), Perplexity()
-    return wrapper

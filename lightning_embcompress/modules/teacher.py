@@ -21,7 +21,7 @@ from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.distillation import TeacherScores, joined_scores, teacher_scores
 from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.parts import Parts, own_step, watch
-from lightning_embcompress.modules.reconstruction import Reconstruction, of_the_model
+from lightning_embcompress.modules.reconstruction import Reconstruction
 from lightning_embcompress.modules.sources import open_model
 from lightning_embcompress.tables.replacement import put_back
 
@@ -78,27 +78,28 @@ class Teacher:
         """Not copied."""
         return self
 
-    def open(self, student: LightningModule, weights: Mapping[str, float], trainer: Trainer) -> None:
+    def open(self, student: LightningModule, distillation: float, reconstruction: float, trainer: Trainer) -> None:
         """Read and check the files, before anything is changed.
 
         Args:
             student: The model that is fine-tuned.
-            weights: Of the terms of its loss.
+            distillation: Weight of that term of its loss; 0 if it is not needed.
+            reconstruction: Weight of that term of its loss; 0 if it is not needed.
             trainer: That is about to fit it.
 
         Raises:
             FileNotFoundError: If a file is missing.
             ValueError: If the teacher or the statistics do not fit the student.
         """
-        self._distils, reconstructs = weights["distillation"] > 0, weights["reconstruction"] > 0
-        if not self._distils and not reconstructs:
+        self._distils = distillation > 0
+        if not distillation and not reconstruction:
             return
-        weight = "distillation_weight" if self._distils else "reconstruction_weight"
+        weight = "distillation_weight" if distillation else "reconstruction_weight"
         if self.given is None:
             raise ValueError(
-                f"{weight}={weights[weight.removesuffix('_weight')]:g} needs the dense original, but there is no"
-                f" teacher: give its path or a module as teacher, or set {weight}=0. One that was given as a module is"
-                " not kept in checkpoints: pass it again, as in load_from_checkpoint(path, teacher=model)."
+                f"{weight}={distillation or reconstruction:g} needs the dense original, but there is no teacher: give"
+                f" its path or a module as teacher, or set {weight}=0. One that was given as a module is not kept in"
+                " checkpoints: pass it again, as in load_from_checkpoint(path, teacher=model)."
             )
         if self.shares_backbone and self._distils:
             _check_backbone(student, trainer)
@@ -107,17 +108,15 @@ class Teacher:
                 f"{weight} works on one device and under DDP, not under {type(trainer.strategy).__name__}, which"
                 " shards the tables that are to be compared: use strategy='ddp'."
             )
-        if (self.model is not None or not self._distils) and (self._tables or not reconstructs):
+        if (self.model is not None or not self._distils) and (self._tables or not reconstruction):
             # Of an earlier fit.
             return
         opened = self._open(student) if self._opened is None else self._opened
         _check_fingerprints(opened, student, trainer)
-        if reconstructs:
+        if reconstruction:
             statistics = self.statistics
             if isinstance(statistics, str):
                 statistics = Statistics.load(statistics)
-            if statistics is not None:
-                statistics = of_the_model(statistics, "model.", self.parts.paths)
             self._tables = [
                 Reconstruction(student, paths, _layer(opened, paths[0]), statistics) for paths in self.parts.tables
             ]

@@ -252,7 +252,7 @@ def test_reconstruction_is_what_the_metric_says() -> None:
     renamed = Statistics(counts, gradients={"model.encoder": moments["encoder"]}, num_targets=9)
     arguments: dict[str, Any] = {"teacher": dense, "reconstruction_weight": 1.0, "statistics": renamed}
     tuned = CompressedLanguageModel(model, **arguments, tables=["encoder"])
-    tuned.teacher.open(tuned.model, tuned.weights_of_terms, SimpleNamespace(strategy=None))
+    tuned.teacher.open(tuned.model, 0.0, 1.0, SimpleNamespace(strategy=None))
     assert tuned.teacher.reconstruction(tuned.model, [torch.arange(30)], None, 0) > 0
 
 

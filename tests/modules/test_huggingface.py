@@ -339,7 +339,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"config": {"model_type": "gtp2"}}, "config.model_type='gtp2' is not an architecture.*did you mean.*gpt2"),
     (
         {"config": {"model_type": "gpt2", "n_layers": 2}},
-        "config.n_layers is not a key of GPT2Config: did you mean n_layer",
+        "config.n_layers is not a key of GPT2Config .did you mean 'n_layer'",
     ),
     ({"config": {"model_type": "gpt2", "n_layer": "x"}}, "config of type 'gpt2' (is not valid|gives no)"),
     ({"config": {"model_type": "t5"}}, "config of type 't5' gives no causal language model"),
