@@ -64,7 +64,7 @@ class TensorTrainMatrix(FoldedTable[TensorTrainMatrixConfig]):
         ]
 
     def _scattered_rows(self, ids: Tensor, *factors: Tensor) -> Tensor:
-        return scattered_rows(factors, torch.unravel_index(ids, self.vocab_shape))[:, : self.dim]
+        return scattered_rows(factors, ids)[:, : self.dim]
 
     @classmethod
     def sizes(cls, vocab_size: int, dim: int, options: TensorTrainMatrixConfig) -> Sizes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import tensorly
 import torch
@@ -61,25 +62,59 @@ def aligned_cores(cores: Sequence[Tensor], references: Sequence[Tensor]) -> list
     return [*turned, torch.einsum("qr,rijs->qijs", rotation, cores[-1])]
 
 
-def scattered_rows(cores: Sequence[Tensor], digits: Sequence[Tensor]) -> Tensor:
-    """Rows of ids, those with the same digit multiplied with its slice of a core in one product.
+def scattered_rows(cores: Sequence[Tensor], ids: Tensor) -> Tensor:
+    """Rows of distinct ids, where ids that share a beginning share the work for it.
+
+    Every id is a number with digits `i_1 … i_N`. Beginnings that continue with the same digit are multiplied with its
+    slice of a core in one product. The last two cores go together, so that the longest beginnings, which are the bulk
+    of it, are used while they are in the cache.
 
     Args:
         cores: `[R_{k-1}, I_k, J_k, R_k]`.
-        digits: As many times `[count]`, the digits of the ids.
+        ids: `[count]`, ascending and distinct.
 
     Returns:
         `[count, ∏ J_k]`.
     """
-    first, *others = cores
-    rows = first.squeeze(0).index_select(0, digits[0])
-    for core, digit in zip(others, digits[1:], strict=True):
-        left, modes, columns, right = core.shape
-        order = digit.argsort(stable=True)
-        parts = torch.split(rows.index_select(0, order), torch.bincount(digit, minlength=modes).tolist())
-        # Unbound once: the gradient of a slice would be as large as the core.
-        products = [
-            part.reshape(-1, left) @ own.reshape(left, -1) for part, own in zip(parts, core.unbind(1), strict=True)
-        ]
-        rows = torch.cat(products).reshape(len(digit), -1, right).index_select(0, order.argsort())
-    return rows.flatten(1)
+    if len(cores) == 1:
+        return cores[0].squeeze(3).squeeze(0).index_select(0, ids)
+    modes = [core.shape[1] for core in cores]
+    beginnings, rows = ids.new_zeros(1), cores[0].new_ones(1, 1, 1)
+    for level, core in enumerate(cores[:-1]):
+        extended = torch.unique_consecutive(ids // math.prod(modes[level + 1 :]))
+        parents = torch.searchsorted(beginnings, extended // modes[level])
+        digits, by_digit = (extended % modes[level]).sort(stable=True)
+        products = _extended(rows, core, parents[by_digit], torch.bincount(digits, minlength=modes[level]).tolist())
+        place = by_digit.argsort()
+        if level < len(cores) - 2:
+            beginnings, rows = extended, torch.cat(list(products)).index_select(0, place)
+    # The ids in the order of the digit before their last one, and which of the beginnings with that digit is theirs.
+    positions, by_position = place[torch.searchsorted(extended, ids // modes[-1])].sort()
+    endings = cores[-1].squeeze(3).transpose(0, 1).index_select(0, (ids % modes[-1])[by_position])
+    shares = torch.bincount(digits[positions], minlength=modes[-2]).tolist()
+    pieces, start = [], 0
+    for product, own, ending in zip(
+        products, torch.split(positions, shares), torch.split(endings, shares), strict=True
+    ):
+        pieces.append(torch.bmm(product.index_select(0, own - start), ending).flatten(1))
+        start += len(product)
+    return torch.cat(pieces).index_select(0, by_position.argsort())
+
+
+def _extended(rows: Tensor, core: Tensor, parents: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Products of beginnings with one more core, for every digit of it those that continue with the digit.
+
+    Args:
+        rows: `[beginnings, columns so far, R_{k-1}]`.
+        core: `[R_{k-1}, I_k, J_k, R_k]`.
+        parents: Which beginning is continued, sorted by the digit.
+        counts: How many are continued by each of the `I_k` digits.
+
+    Yields:
+        `[count, columns so far · J_k, R_k]` for every digit.
+    """
+    left, _, columns, right = core.shape
+    # Unbound once: the gradient of a slice would be as large as the core.
+    for some, part in zip(torch.split(parents, list(counts)), core.unbind(1), strict=True):
+        product = rows.index_select(0, some).reshape(len(some) * rows.shape[1], left) @ part.reshape(left, -1)
+        yield product.reshape(len(some), rows.shape[1] * columns, right)
