@@ -243,6 +243,8 @@ def test_from_a_real_shell(shell: Any, gpt2: Path) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    # Other packages that are installed, such as torchao, have warnings of their own.
+    said = [line for line in done.stderr.splitlines() if line.startswith(("embcompress", "Traceback"))]
+    assert (done.returncode, said) == (0, []), done.stderr
     assert "Written: out, out/report.json" in done.stdout
     assert shell.inspected("out")["tables"][0]["ratio"] >= 1.4

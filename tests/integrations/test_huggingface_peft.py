@@ -62,6 +62,7 @@ def test_adapters_train_merge_and_are_saved(folder: Path, tmp_path: Path) -> Non
 
 
 def test_adapters_of_transformers_itself_are_saved_alone(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", "0.22", reason="transformers itself takes no older peft")
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
     model.save_pretrained(tmp_path / "adapter")
