@@ -79,7 +79,7 @@ def test_one_billion_word_recipe_runs(benchmark_folder: Path, tmp_path: Path) ->
 
 def test_one_billion_word_recipe_can_compress_from_the_start(benchmark_folder: Path, tmp_path: Path) -> None:
     compression = {"ratio": 3, "groups": 5, "at_epoch": 0, "statistics_batches": 2}
-    callbacks = [{"class_path": "lightning_embcompress.callbacks.GroupReduce", "init_args": compression}]
+    callbacks = [{"class_path": "lightning_embcompress.callbacks.TransformCoding", "init_args": compression}]
     limits = {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
     Path("trial.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 1, **limits, "callbacks": callbacks}}))
     options = [

@@ -1,43 +1,206 @@
-"""The commands `compress`, `inspect`, `densify` and `sweep`: without writing Python."""
+"""The commands for models in files: `compress`, `inspect`, `densify` and `sweep`. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from lightning_embcompress.cli.arguments import parse
+from lightning_embcompress.cli.parsing import Command
+from lightning_embcompress.cli.sweep_record import can_hold_sweep
+from lightning_embcompress.cli.targets import check_target
+from lightning_embcompress.cli.usage import UsageError
+from lightning_embcompress.integrations.sources import Source, find_source
 
-__all__ = ["run"]
 
+@dataclass(frozen=True)
+class Compress(Command):
+    """Compress the embedding and softmax tables of a model in files.
 
-def run(command: str, arguments: Sequence[str]) -> int:
-    """Run one of the commands.
+    `source` decides what `target` is: a Hugging Face directory, which AutoModelForCausalLM.from_pretrained loads after
+    `import lightning_embcompress`; a Lightning checkpoint, for `embcompress test --ckpt_path` and load_from_checkpoint;
+    or a directory for load_compressed. report.json is written into it, or as NAME.report.json beside a checkpoint.
 
-    Args:
-        command: `"compress"`, `"inspect"`, `"densify"` or `"sweep"`.
-        arguments: What follows it on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: If the command line is wrong.
-        ValueError: If a file, a model or a request cannot be used. Nothing has been written then.
-        SystemExit: After `--help`.
+    Attributes:
+        source: A directory that save_pretrained has written, or the name of a model on the Hugging Face hub; a
+            checkpoint of Lightning's Trainer, of any LightningModule; or a directory that save_compressed has written.
+        target: The directory or file to make, of the same kind as source; must not exist, or be empty.
+        method: A method that `embcompress list` shows. Its options are shown by `--method NAME --help`.
+        ratio: Dense bytes over stored bytes: of all tables together where text or statistics say what errors cost, else
+            of every table.
+        size: In place of a ratio, bytes of all tables together, such as 80MB (MB = 1,000,000).
+        max_perplexity_increase: In place of a size, the most that the perplexity on text may grow by, such as 1%: the
+            smallest tables within it are searched for.
+        tables: Modules to compress; by default the embedding and the softmax.
+        tie: Whether a table that embedding and softmax share stays one.
+        text: Plain text in UTF-8, files or glob patterns: its first nine tenths are counted for methods that weight by
+            frequency, its last tenth is for the perplexity before and after. Tokenized once, into a cache.
+        statistics: What errors in the tables cost, as Statistics.save has written it; if there is no such file, it is
+            written from text. By default it follows from text for methods that use it, and is not kept.
+        tokenizer: Directory or hub name; by default the files in source.
+        counts_only: Whether tokens in text are counted, but no perplexity is measured, which is only possible for
+            causal language models of transformers.
+        dtype: Of the whole result; by default that of source.
+        overwrite: Whether target is replaced if it is a model already; it stays as it is until the new one is complete.
+        trust_source: Whether a checkpoint is read that holds more than tensors and plain values; it can then run code:
+            only for files that you trust.
+        options: Of the method.
     """
-    parsed = parse(command, arguments)
-    # Only now: they import torch, for which help and mistakes need not wait.
-    if command == "compress":
+
+    examples: ClassVar[str] = """\
+embcompress compress gpt2 gpt2-small --method tensor_train --max_rank 4 --text novels/*.txt
+embcompress compress last.ckpt small.ckpt --method group_reduce --ratio 6.6 --groups 20 --tables encoder decoder
+embcompress compress my_model my_model-4x --method low_rank --size 80MB --tie untie
+embcompress compress my_model my_model-1% --method auto --max_perplexity_increase 1% --text novels/*.txt
+"""
+    source: str
+    target: str
+    method: str = "transform_coding"
+    ratio: float | None = None
+    size: str | None = None
+    max_perplexity_increase: str | None = None
+    tables: list[str] | None = None
+    tie: Literal["keep", "untie", "auto"] = "keep"
+    text: list[str] | None = None
+    statistics: str | None = None
+    tokenizer: str | None = None
+    counts_only: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+    trust_source: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Compress."""
+        source, target = _places(self.source, self.target, self.overwrite)
         from lightning_embcompress.cli.compressing import run_compress
 
-        return run_compress(parsed)
-    if command == "inspect":
+        run_compress(self, source, target)
+
+
+@dataclass(frozen=True)
+class Inspect(Command):
+    """Show the tables of a model in files: how they are stored, their bytes, and their share of the model's bytes.
+
+    For a model that is not compressed: the tables that `embcompress compress` would take.
+
+    Attributes:
+        source: What `embcompress compress` takes as source.
+        json: Whether JSON is printed: what report.json has, and every table's share.
+        trust_source: Whether a checkpoint is read that can run code: only for files that you trust.
+    """
+
+    source: str
+    json: bool = False
+    trust_source: bool = False
+
+    def run(self) -> None:
+        """Show."""
+        source = find_source(self.source)
         from lightning_embcompress.cli.inspecting import run_inspect
 
-        return run_inspect(parsed)
-    if command == "sweep":
+        run_inspect(self, source)
+
+
+@dataclass(frozen=True)
+class Densify(Command):
+    """Make a compressed model in files an ordinary one again, of the same kind.
+
+    A Hugging Face directory or a Lightning checkpoint needs this package no longer then. Of what save_compressed has
+    written, the same with ordinary tables: model.safetensors with the state dict, and config.json with the second names
+    of tensors that have several ("aliases").
+
+    Attributes:
+        source: What `embcompress compress` has made.
+        target: The directory or file to make, of the same kind; must not exist, or be empty.
+        overwrite: Whether target is replaced if it is a model already; it stays as it is until the new one is complete.
+        trust_source: Whether a checkpoint is read that can run code: only for files that you trust.
+    """
+
+    source: str
+    target: str
+    overwrite: bool = False
+    trust_source: bool = False
+
+    def run(self) -> None:
+        """Make it dense."""
+        source, target = _places(self.source, self.target, self.overwrite)
+        from lightning_embcompress.cli.densifying import run_densify
+
+        run_densify(self, source, target)
+
+
+@dataclass(frozen=True)
+class Sweep(Command):
+    """Compress copies of a trained model by many methods to many sizes, and measure each, without training.
+
+    Perplexity against stored bytes, also by how frequent the tokens are, so that one sees who pays. The folder gets
+    sweep.json with every point as soon as it is known, and at the end sweep.csv and, where matplotlib is installed,
+    sweep.png, which marks the points that nothing smaller beats. Started again with the same model and text, it goes on
+    where it was interrupted, or adds what is newly asked for.
+
+    Attributes:
+        source: A causal language model of transformers: a directory that save_pretrained has written, or its name on
+            the hub.
+        folder: Where the points are written; must not exist, be empty, or have a sweep of the same model and text.
+        text: Plain text in UTF-8, files or glob patterns, for the perplexity: all of it with counts_text, else the last
+            tenth, and the rest is counted.
+        counts_text: Text that the model was trained on, for the token counts.
+        methods: What to try, each as METHOD or METHOD:NAME=VALUE,...; by default every method.
+        ratios: Dense bytes over stored bytes of the tables.
+        bits: Widths of plain quantization of the tables, 2 to 8.
+        match_bits: Whether every method is also tried at the very bytes of plain quantization.
+        bands: Last frequency rank of each band of tokens but the last one.
+        max_tokens: Measure no more than so many tokens.
+        tables: Modules to compress; by default the embedding and the softmax.
+        tokenizer: Directory or hub name; by default the files in source.
+        dtype: Of the model; by default that of source.
+    """
+
+    examples: ClassVar[str] = """\
+embcompress sweep my_model points --text valid.txt --counts_text train.txt --ratios 4 8 16 32 --bits 8 4 3 2
+embcompress sweep my_model points --text all.txt --ratios 20 --methods group_reduce:groups=20 product_quantization
+"""
+    source: str
+    folder: str
+    text: list[str] = field(default_factory=list)
+    counts_text: list[str] | None = None
+    methods: list[str] | None = None
+    ratios: list[float] = field(default_factory=lambda: [4.0, 8.0, 16.0, 32.0])
+    bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2])
+    match_bits: bool = False
+    bands: list[int] = field(default_factory=lambda: [100, 1_000, 10_000])
+    max_tokens: int | None = None
+    tables: list[str] | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def run(self) -> None:
+        """Measure."""
+        if not self.text:
+            raise UsageError("--text is missing: name the files to measure on")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UsageError(f"--max_tokens {self.max_tokens}: must be 1 or more")
+        source, folder = find_source(self.source), Path(self.folder).expanduser()
+        # The only command that writes into a folder instead of replacing it.
+        if not (folder.is_dir() and can_hold_sweep(folder)) and (problem := check_target(folder, source, None)):
+            raise UsageError(problem)
         from lightning_embcompress.cli.sweeping import run_sweep
 
-        return run_sweep(parsed)
-    from lightning_embcompress.cli.densifying import run_densify
+        run_sweep(self, source, folder)
 
-    return run_densify(parsed)
+
+COMMANDS: dict[str, type[Command]] = {one.__name__.lower(): one for one in (Compress, Inspect, Densify, Sweep)}
+
+
+def _places(source: str, target: str, overwrite: bool) -> tuple[Source, Path]:
+    """What a command starts from, and room for what it makes.
+
+    Raises:
+        UsageError: If the target is taken.
+    """
+    found, path = find_source(source), Path(os.path.expanduser(target))
+    if problem := check_target(path, found, overwrite):
+        raise UsageError(problem)
+    return found, path

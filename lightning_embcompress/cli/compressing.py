@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_embcompress.cli.arguments import Arguments, UsageError, in_shell_terms
 from lightning_embcompress.cli.statistics import WantedStatistics
 from lightning_embcompress.cli.targets import report_path
 from lightning_embcompress.cli.text import (
@@ -21,13 +21,18 @@ from lightning_embcompress.cli.text import (
     tokenizer_of,
     zipf_counts,
 )
+from lightning_embcompress.cli.usage import UsageError, in_shell_terms
 from lightning_embcompress.compression.budget import Request, check_budget, plan_requests
 from lightning_embcompress.compression.plan import compress, densify, plan_of
 from lightning_embcompress.compression.report import say, show_plan, show_requests, write_report
 from lightning_embcompress.integrations.opening import OpenedModel, open_model
+from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.methods.registry import get_method
+from lightning_embcompress.methods.registry import get_config
 from lightning_embcompress.utils.files import staged
+
+if TYPE_CHECKING:
+    from lightning_embcompress.cli.commands import Compress
 
 # Whatever a search for the size finds, no table of use cannot be made smaller by so much.
 _ANY_RATIO = 1.5
@@ -57,27 +62,35 @@ class _Text:
         return {"counted": self.tokens.num_counted, "measured": measured, "block_size": self.block_size}
 
 
-def run_compress(arguments: Arguments) -> int:
+def run_compress(given: Compress, source: Source, target: Path) -> None:
     """Compress a model.
 
+    Args:
+        given: The command line.
+        source: The model.
+        target: What is made, which can be written.
+
     Raises:
-        UsageError: If the method has no such option, or the size is not given in one way.
+        UsageError: If an option is out of its range, or the size is not given in one way.
         ValueError: If the request cannot be met. Nothing has been written then.
     """
-    given = arguments.given
-    _check_method(given.method, given.ratio, given.size, given.max_perplexity_increase, arguments.options)
-    tokenizer = _check_text(arguments)
-    wanted = WantedStatistics.of(arguments)
-    opened = open_model(arguments.source, given.dtype, given.trust_source, is_directory(given.tokenizer))
+    try:
+        config = get_config(given.method, **given.options)
+        check_budget(given.ratio, given.size, config, given.max_perplexity_increase)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    tokenizer = _check_text(given, source)
+    wanted = WantedStatistics.of(given, config)
+    opened = open_model(source, given.dtype, given.trust_source, is_directory(given.tokenizer))
     as_cast = "" if given.dtype is None else f" in {given.dtype}"
     megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
-    say(f"{arguments.source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
+    say(f"{source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
     try:
         tables = _start(opened, given.tables)
-        request: dict[str, Any] = {"tables": tables, "tie": given.tie, **arguments.options}
+        request: dict[str, Any] = {"tables": tables, "tie": given.tie}
         # A limit of the perplexity leaves the size open.
         ratio = _ANY_RATIO if given.max_perplexity_increase is not None else given.ratio
-        requests = plan_requests(opened.model, given.method, ratio, given.size, **request)
+        requests = plan_requests(opened.model, config, ratio, given.size, **request)
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
     text = _read_text(opened, tokenizer, requests, given.text, given.counts_only)
@@ -94,19 +107,25 @@ def run_compress(arguments: Arguments) -> int:
     perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
     if text is not None:
         perplexity["dense"] = text.perplexity(opened.model, "dense")
-    sizes = {"ratio": given.ratio, "size": given.size, "max_perplexity_increase": given.max_perplexity_increase}
     evaluate = None if text is None else text.evaluate
     plan = compress(
-        opened.model, given.method, **sizes, token_counts=counts, statistics=statistics, evaluate=evaluate, **request
+        opened.model,
+        config,
+        ratio=given.ratio,
+        size=given.size,
+        max_perplexity_increase=given.max_perplexity_increase,
+        token_counts=counts,
+        statistics=statistics,
+        evaluate=evaluate,
+        **request,
     )
     show_plan(plan, opened.model, "Compressed")
     if text is not None:
         perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
         _say_perplexity(perplexity, text, plan.predicted_loss)
-    extra = {"source": arguments.source.name, "token_counts": token_counts, "text": text and text.record()}
+    extra = {"source": source.name, "token_counts": token_counts, "text": text and text.record()}
     extra["statistics"] = None if statistics is None else {"targets": statistics.num_targets, "file": given.statistics}
-    _write(arguments, opened, perplexity, extra)
-    return 0
+    _write(source, target, opened, perplexity, extra)
 
 
 def type_name(opened: OpenedModel) -> str:
@@ -116,38 +135,15 @@ def type_name(opened: OpenedModel) -> str:
     return "a Lightning checkpoint" if opened.source.kind == "checkpoint" else "saved by save_compressed"
 
 
-def _check_method(
-    name: str, ratio: float | None, size: str | None, max_perplexity_increase: str | None, options: dict[str, Any]
-) -> None:
-    """Refuse what is wrong whatever the model is."""
-    try:
-        config = get_method(name).config
-        names = [field.name for field in fields(config)]
-        for option in options:
-            if option not in names:
-                listed = ", ".join(f"--{name}" for name in names) or "none"
-                raise ValueError(
-                    f"there is no option --{option}, neither of the command (embcompress compress --help) nor of the "
-                    f"method {name!r}, which has {listed}"
-                )
-        check_budget(ratio, size, config.from_options(**options), max_perplexity_increase)
-    except TypeError as error:
-        values = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise UsageError(f"an option of the method {name!r} is of the wrong type ({values}): {error}") from error
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _check_text(arguments: Arguments) -> str:
+def _check_text(given: Compress, source: Source) -> str:
     """The tokenizer for the text, if there is a text and it can be used."""
-    given = arguments.given
     if given.text is None:
         if given.counts_only:
             raise UsageError("--counts_only says what --text is for: name the files with --text")
         return ""
     if not given.counts_only:
-        check_measurable(arguments.source)
-    return tokenizer_of(arguments.source, given.tokenizer)
+        check_measurable(source)
+    return tokenizer_of(source, given.tokenizer)
 
 
 def _start(opened: OpenedModel, named: Sequence[str] | None) -> str | list[str]:
@@ -214,8 +210,9 @@ def _say_perplexity(perplexity: dict[str, Any], text: _Text, predicted_loss: flo
             say(f"The loss was predicted to grow by {predicted_loss:.4f} nats: measured {math.log(after / dense):+.4f}")
 
 
-def _write(arguments: Arguments, opened: OpenedModel, perplexity: dict[str, Any], extra: dict[str, Any]) -> None:
-    source, target = arguments.source, arguments.target
+def _write(
+    source: Source, target: Path, opened: OpenedModel, perplexity: dict[str, Any], extra: dict[str, Any]
+) -> None:
     report = report_path(target, source)
     with staged(target, directory=source.is_directory) as path:
         opened.write(path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.cli.arguments import Arguments, in_shell_terms
+from lightning_embcompress.cli.usage import in_shell_terms
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import show_inspection, table_report
 from lightning_embcompress.integrations.contents import model_class, quiet_transformers
@@ -19,19 +19,25 @@ from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.tables.replacement import Table, find_tables
 
+if TYPE_CHECKING:
+    from lightning_embcompress.cli.commands import Inspect
 
-def run_inspect(arguments: Arguments) -> int:
+
+def run_inspect(given: Inspect, source: Source) -> None:
     """Show a model.
+
+    Args:
+        given: The command line.
+        source: The model.
 
     Raises:
         ValueError: If it cannot be read.
     """
-    report = inspect_source(arguments.source, arguments.given.trust_source)
-    if arguments.given.json:
+    report = inspect_source(source, given.trust_source)
+    if given.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         show_inspection(report)
-    return 0
 
 
 def inspect_source(source: Source, trust: bool = False) -> dict[str, Any]:

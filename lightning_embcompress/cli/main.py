@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_embcompress import __version__
-from lightning_embcompress.cli.arguments import UsageError
-from lightning_embcompress.cli.commands import run as run_on_files
-from lightning_embcompress.cli.recipes_index import RecipeError, available_recipes, find_recipe, recipe_description
+from lightning_embcompress.cli.recipes_index import available_recipes, find_recipe, recipe_description
+from lightning_embcompress.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from lightning_embcompress.cli.lightning_cli import EmbcompressCLI
@@ -82,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("EMBCOMPRESS_TRACEBACK") == "1" or not _is_message(error):
             raise
         sys.stderr.write(f"embcompress: error: {error}\n")
-        return 2 if isinstance(error, RecipeError | UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -99,9 +98,13 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "list":
         return _list(arguments[1:])
     if command in _FILE_COMMANDS:
-        return run_on_files(command, arguments[1:])
+        from lightning_embcompress.cli.commands import COMMANDS
+        from lightning_embcompress.cli.parsing import parse
+
+        parse(COMMANDS[command], arguments[1:]).run()
+        return 0
     if command not in _TRAINER_COMMANDS:
-        raise RecipeError(_unknown_command(command))
+        raise UsageError(_unknown_command(command))
 
     arguments = [command, *_resolve_configs(_recipe_first(arguments[1:]) if command == "run" else arguments[1:])]
     # The current folder, as for a script of one's own: `class_path: my_module.MyModel` is found beside the recipe.
@@ -121,7 +124,7 @@ def _recipe_first(options: list[str]) -> list[str]:
     has_config = any(option in ("-c", "--config") or option.startswith("--config=") for option in options)
     if has_config or any(option in ("-h", "--help") or option.startswith("--model") for option in options):
         return options
-    raise RecipeError("`run` needs a recipe: embcompress run RECIPE.yaml|NAME [options]; `embcompress list` names some")
+    raise UsageError("`run` needs a recipe: embcompress run RECIPE.yaml|NAME [options]; `embcompress list` names some")
 
 
 def _resolve_configs(options: list[str]) -> list[str]:
@@ -181,7 +184,7 @@ def _is_message(error: Exception) -> bool:
     It is one where this package or Lightning raised it for a wrong value or file, and it passed through nobody
     else's code on its way: a traceback would then show nothing that the message does not say.
     """
-    if isinstance(error, RecipeError | UsageError):
+    if isinstance(error, UsageError):
         return True
     kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)
     if "lightning" in sys.modules:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from lightning_embcompress.cli.usage import UsageError
+
 _SUFFIXES = (".yaml", ".yml")
-
-
-class RecipeError(ValueError):
-    """A recipe that does not exist or is no recipe; the message is one line, written for the person who typed it."""
 
 
 def available_recipes() -> dict[str, Path]:
@@ -51,7 +49,7 @@ def find_recipe(recipe: str) -> Path:
         The path of an existing file that holds a YAML mapping.
 
     Raises:
-        RecipeError: If there is no such recipe or file, or the file is not a YAML mapping.
+        UsageError: If there is no such recipe or file, or the file is not a YAML mapping.
     """
     recipes = available_recipes()
     path = Path(recipe)
@@ -62,23 +60,23 @@ def find_recipe(recipe: str) -> Path:
         _check_mapping(path)
         return path
     if path.is_dir():
-        raise RecipeError(f"{recipe} is a folder; give the recipe's file, for example {path / 'recipe.yaml'}")
+        raise UsageError(f"{recipe} is a folder; give the recipe's file, for example {path / 'recipe.yaml'}")
     kind = "recipe file" if is_path else "recipe"
-    raise RecipeError(f"no {kind} {recipe!r}; {_suggestions(path.stem if is_path else recipe, list(recipes))}")
+    raise UsageError(f"no {kind} {recipe!r}; {_suggestions(path.stem if is_path else recipe, list(recipes))}")
 
 
 def _check_mapping(path: Path) -> None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not a text file: a recipe is a YAML file in UTF-8") from None
+        raise UsageError(f"{path} is not a text file: a recipe is a YAML file in UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise RecipeError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        raise UsageError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise RecipeError(
+        raise UsageError(
             f"{path} holds {found}, not a mapping: a recipe has the top-level keys of a LightningCLI configuration "
             "(seed_everything, trainer, model, data)"
         )

@@ -6,15 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
-from lightning_embcompress.cli.arguments import Arguments, UsageError
 from lightning_embcompress.cli.text import TokenizedText, block_size_of
+from lightning_embcompress.cli.usage import UsageError
 from lightning_embcompress.compression.report import say
-from lightning_embcompress.methods.registry import get_config
+from lightning_embcompress.methods.config import MethodConfig
+
+if TYPE_CHECKING:
+    from lightning_embcompress.cli.commands import Compress
 
 # Second moments of some thousand dimensions need no more; a pass over them takes as long as a few measurements.
 _MOST_TOKENS = 2**17
@@ -53,19 +56,17 @@ class WantedStatistics:
     file: Path | None
 
     @classmethod
-    def of(cls, arguments: Arguments) -> WantedStatistics | None:
+    def of(cls, given: Compress, config: MethodConfig) -> WantedStatistics | None:
         """What a command line asks for; None if errors are weighed otherwise.
 
         Raises:
             UsageError: If they are needed and cannot be had, or given and not used.
         """
-        given, options = arguments.given, arguments.options
         needs = (
             f"--max_perplexity_increase {given.max_perplexity_increase}"
             if given.max_perplexity_increase is not None
             else ""
         )
-        config = get_config(given.method, **options)
         if config.needs_metric:
             needs = needs or f"--method {given.method}"
         reads_text = given.text is not None and not given.counts_only

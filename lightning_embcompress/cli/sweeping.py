@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.cli.arguments import Arguments, in_shell_terms
 from lightning_embcompress.cli.statistics import collect_from_text
 from lightning_embcompress.cli.sweep import DEFAULT_METHODS, checksum, sweep
 from lightning_embcompress.cli.sweep_record import SWEEP_FILE, Point
 from lightning_embcompress.cli.sweep_report import show_sweep, write_sweep
 from lightning_embcompress.cli.text import block_size_of, check_measurable, read_text, tokenizer_of
+from lightning_embcompress.cli.usage import in_shell_terms
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import say
 from lightning_embcompress.integrations.opening import open_model
+from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.tables.replacement import find_tables
 
+if TYPE_CHECKING:
+    from lightning_embcompress.cli.commands import Sweep
 
-def run_sweep(arguments: Arguments) -> int:
+
+def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
     """Measure many ways to store the tables of a model of transformers, and write the points into a folder.
+
+    Args:
+        given: The command line.
+        source: The model.
+        folder: Which is free, or has a sweep.
 
     Raises:
         ValueError: If the model cannot be measured or is compressed already, a method, a ratio, a band or the text
             cannot be used, or the folder has the points of something else or cannot be written.
     """
-    given, source, folder = arguments.given, arguments.source, arguments.target
     check_measurable(source)
     tokenizer = tokenizer_of(source, given.tokenizer)
     model: Any = open_model(source, given.dtype).model
@@ -91,7 +100,6 @@ def run_sweep(arguments: Arguments) -> int:
     if len(written) < 2:
         say("No plot: it needs matplotlib (pip install matplotlib)")
     say(f"Written: {', '.join(map(str, [folder / SWEEP_FILE, *written]))}")
-    return 0
 
 
 def _say_point(point: Point) -> None:

@@ -7,10 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ import yaml
 
 from lightning_embcompress.cli import lightning_cli, recipes_index
 from lightning_embcompress.cli import main as cli
-from lightning_embcompress.methods.registry import Method
+from lightning_embcompress.methods.registry import METHODS
 
 TOYS = '''
 import torch
@@ -345,10 +343,8 @@ def test_names_of_shipped_recipes(toys: ModuleType, tmp_path: Path, monkeypatch:
 
 def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shipped(monkeypatch, tmp_path)
-    options = dataclass(type("Options", (), {"__annotations__": {"groups": "int", "weighted": "bool"}}))
-    factorization: Any = SimpleNamespace(config_class=options)
-    methods = {"group_reduce": Method(factorization, "A method of the test", fixed={"weighted": True})}
-    monkeypatch.setattr("lightning_embcompress.methods.registry.METHODS", methods, raising=False)
+    methods = {"low_rank": METHODS["low_rank"]}
+    monkeypatch.setattr("lightning_embcompress.methods.registry.METHODS", methods)
     assert cli.main(["list"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert [line for line in lines if line] == [
@@ -356,8 +352,8 @@ def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         "obw A toy that trains in no time",
         "quickstart A toy that trains in no time",
         "Methods, with their options",
-        "group_reduce A method of the test",
-        "--groups",
+        f"low_rank {METHODS['low_rank'].config.description}",
+        "--rank",
     ]
 
 

@@ -31,7 +31,7 @@ def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> Non
     (table,) = report["tables"]
     assert table["predicted_loss"] > 0
     model = AutoModelForCausalLM.from_pretrained(gpt2)
-    compress(model, "group_reduce", ratio=2, statistics=statistics)
+    compress(model, ratio=2, statistics=statistics)
     written = AutoModelForCausalLM.from_pretrained("out")
     assert plan_of(written) == plan_of(model)
     torch.testing.assert_close(dict(written.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
@@ -47,7 +47,7 @@ def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> Non
 
 
 def test_the_smallest_within_a_limit(shell: Any, gpt2: Path, text: Path) -> None:
-    words = ("--method", "group_reduce", "--max_perplexity_increase", "1%", "--text", text)
+    words = ("--max_perplexity_increase", "1%", "--text", text)
     assert shell("compress", gpt2, "out", *words) == 0
     assert "perplexity +1.00%" in shell.printed()
     report = _report("out")
@@ -71,7 +71,7 @@ def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> N
     statistics.save("cost.safetensors")
     torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}, "model.ckpt")
     assert shell("compress", "model.ckpt", "out.ckpt", "--size", "9kB", "--statistics", "cost.safetensors") == 0
-    compress(model, "group_reduce", size="9kB", statistics=statistics)
+    compress(model, size="9kB", statistics=statistics)
     written = torch.load("out.ckpt", weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(written), dict(model.state_dict()), rtol=0, atol=0)
 

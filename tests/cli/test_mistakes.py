@@ -23,9 +23,9 @@ from lightning_embcompress.utils.files import staged
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: SOURCE, TARGET (embcompress compress --help)"),
-        ("SOURCE out --ratio four", "argument --ratio: invalid float value: 'four'"),
-        ("SOURCE out --tie never", "argument --tie: invalid choice: 'never'"),
+        ("", "the following arguments are required: source, target (embcompress compress --help)"),
+        ("SOURCE out --ratio four", "--ratio 'four' must be float | None"),
+        ("SOURCE out --tie never", "--tie 'never' must be Literal['keep', 'untie', 'auto']"),
         ("SOURCE out more", "unrecognized arguments: more"),
         (
             "SOURCE out",
@@ -38,18 +38,15 @@ from lightning_embcompress.utils.files import staged
         ("SOURCE out --method group_reduse --ratio 2", "unknown method 'group_reduse' (did you mean 'group_reduce'?)"),
         (
             "SOURCE out --ration 2",
-            "there is no option --ration, neither of the command (embcompress compress --help) nor of the method "
-            "'group_reduce', which has --groups",
+            "there is no option --ration; did you mean --ratio? (embcompress compress --help lists them, of which the "
+            "method's are --groups, --refine_rounds, --bits)",
         ),
-        ("SOURCE out --ratio 2 --groups", "--groups needs a value"),
-        ("SOURCE out --ratio 2 --groups --overwrite", "--groups needs a value"),
+        ("SOURCE out --ratio 2 --groups", "--groups: expected one argument"),
+        ("SOURCE out --ratio 2 --groups --overwrite", "--groups: expected one argument"),
         ("SOURCE out --ratio 2 --groups 0", "groups must be 1 or more, or 'auto', it is 0"),
-        (
-            "SOURCE out --ratio 2 --refine_rounds few",
-            "an option of the method 'group_reduce' is of the wrong type (refine_rounds='few')",
-        ),
-        ("SOURCE out --ratio 2 --groups [1", "groups='[1': must be a value in YAML or JSON"),
-        ("SOURCE out --ratio 2 --option groups", "--option 'groups': must be NAME=VALUE"),
+        ("SOURCE out --ratio 2 --refine_rounds few", "--refine_rounds 'few' must be int"),
+        ("SOURCE out --ratio 2 --groups [1", "--groups '[1' must be int"),
+        ("SOURCE out --config absent.yaml", "absent.yaml"),
         ("SOURCE out --ratio 2 --counts_only", "--counts_only says what --text is for"),
         ("SOURCE SOURCE --ratio 2", "is not empty: choose another, or replace it with --overwrite"),
         ("SOURCE out.ckpt --ratio 2", "TARGET 'out.ckpt' is called like a file, but a directory is made of "),
@@ -68,7 +65,7 @@ def test_a_wrong_command_line(words: str, message: str, shell: Any, gpt2: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--ratio 1000", "cannot be stored in 38 bytes (1000x) by 'group_reduce' with these options: the smallest"),
+        ("--ratio 1000", "cannot be stored in 38 bytes (1000x) by 'transform_coding' with these options: the smallest"),
         (
             "--ratio 2 --tables transformer.wtf",
             "the model has no module 'transformer.wtf' (did you mean 'transformer.wte'",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_embcompress.cli import recipes_index
-from lightning_embcompress.cli.recipes_index import RecipeError, find_recipe
+from lightning_embcompress.cli.recipes_index import UsageError, find_recipe
 
 RECIPE = "# A toy that trains in no time\n\ntrainer:\n  max_epochs: 1 # a comment of its own\n"
 
@@ -64,7 +64,7 @@ def test_what_is_no_recipe_is_told_in_one_line(quickstart: Path, recipe: str, me
     Path("empty.yaml").write_text("# nothing\n")
     Path("broken.yaml").write_text("a: [1,\n")
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UsageError) as error:
         find_recipe(recipe)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
@@ -72,5 +72,5 @@ def test_what_is_no_recipe_is_told_in_one_line(quickstart: Path, recipe: str, me
 
 def test_without_shipped_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes_index, "available_recipes", dict)
-    with pytest.raises(RecipeError, match="no recipe 'quickstart'; this installation ships no recipes"):
+    with pytest.raises(UsageError, match="no recipe 'quickstart'; this installation ships no recipes"):
         find_recipe("quickstart")
