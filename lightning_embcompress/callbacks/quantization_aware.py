@@ -103,12 +103,9 @@ class QuantizationAware(ScheduledCallback):
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._prepared: list[str] | None = None
-        self._frozen = False
-        # An interruption may come between the change and its measurement.
-        self._measured = True
-        self._settings: dict[str, Any] | None = None
-        self._perplexity: dict[str, Any] = {"epoch": None, "before": None, "after": None}
+        # Of an interruption between the change and its measurement `measured` tells.
+        self._state: dict[str, Any] = {"prepared": None, "frozen": False, "measured": True, "settings": None}
+        self._state["perplexity"] = {"epoch": None, "before": None, "after": None}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -122,20 +119,11 @@ class QuantizationAware(ScheduledCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = {
-            "prepared": self._prepared,
-            "frozen": self._frozen,
-            "measured": self._measured,
-            "settings": self._settings,
-            "perplexity": self._perplexity,
-        }
-        return deepcopy(state)
+        return deepcopy(self._state)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = deepcopy(state_dict)
-        self._prepared, self._frozen, self._measured = state["prepared"], state["frozen"], state["measured"]
-        self._settings, self._perplexity = state["settings"], state["perplexity"]
+        self._state = deepcopy(state_dict)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -170,67 +158,64 @@ class QuantizationAware(ScheduledCallback):
         """Check before the first step what will be quantized, and go on with what was begun."""
         check_optimizers(trainer, type(self).__name__)
         _check_order(trainer, self)
-        if self._prepared is not None and not self._is_there(pl_module):
+        if self._state["prepared"] is not None and not self._is_there(pl_module):
             # The callback was used for another model before.
             self._start_anew()
-        if self._prepared is None:
+        if self._state["prepared"] is None:
             with failing_together():
                 self._check_request(trainer, pl_module)
         else:
-            if self._settings != self.settings:
+            if (begun := self._state["settings"]) != self.settings:
                 rank_zero_warn(
-                    f"quantization began with {self._settings}, and stays as it is: {self.settings} comes too late. "
-                    "Resume from a checkpoint of before it"
+                    f"quantization began with {begun}, and stays as it is: {self.settings} comes too late. Resume from "
+                    "a checkpoint of before it"
                 )
-            if self._frozen:
+            if self._state["frozen"]:
                 # Which parameters train is not kept in checkpoints.
                 self._freeze(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
 
     def _is_there(self, module: LightningModule) -> bool:
         """Whether what was prepared is what the model has; converted it cannot go on training."""
-        assert self._prepared is not None
         tables = {path: factors for paths, factors in compressed_tables(module) for path in paths}
-        backbone = backbone_of(module)
-        own = [tables[name] for name in self._prepared if name in tables]
-        packed = [name for name in self._prepared if name in tables and not tables[name].is_prepared]
-        if self.backbone is not None and backbone is not None and backbone.state == "packed":
+        own = [name for name in self._state["prepared"] if name in tables]
+        packed = [name for name in own if not tables[name].is_prepared]
+        backbone = None if self.backbone is None else backbone_of(module)
+        if backbone is not None and not backbone.is_prepared:
             packed.append(next(iter(backbone.weights)))
         if packed:
             raise ValueError(
                 f"{', '.join(map(repr, packed))} was converted, and has no numbers left to train: resume from a "
                 "checkpoint of the training, which is not converted"
             )
-        return len(own) == len(self._prepared) and (self.backbone is None or backbone is not None)
+        return own == self._state["prepared"] and (self.backbone is None or backbone is not None)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         if all(callback._compressed for callback in _compressing(trainer)):
             plan_qat(module, self.quantization, self.tables, self.backbone)
             return
         # Tables that are compressed first are dense now; what is there already can be checked.
-        there, dense = self._named_tables(module)
-        if there or self.backbone is not None:
-            plan_qat(module, self.quantization, there, self.backbone)
-        if dense:
-            find_tables(module, dense)
-
-    def _named_tables(self, module: LightningModule) -> tuple[list[str], list[str]]:
-        """Those of the tables that were asked for by name which are compressed, and the others."""
-        names = [self.tables] if isinstance(self.tables, str) else self.tables
         compressed = {path for paths, _ in compressed_tables(module) for path in paths}
-        named = [name for name in names if names != ["auto"]]
-        return [name for name in named if name in compressed], [name for name in named if name not in compressed]
+        names = self._names - {"auto"}
+        if (names & compressed) or self.backbone is not None:
+            plan_qat(module, self.quantization, sorted(names & compressed), self.backbone)
+        if names - compressed:
+            find_tables(module, sorted(names - compressed))
+
+    @property
+    def _names(self) -> set[str]:
+        return {self.tables} if isinstance(self.tables, str) else set(self.tables)
 
     @override
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
-        if self._prepared is None:
+        if self._state["prepared"] is None:
             return is_fast_dev_run(trainer) or epoch >= self.at_epoch
-        return not self._measured or self._freezes(trainer)
+        return not self._state["measured"] or self._freezes(trainer)
 
     def _freezes(self, trainer: Trainer) -> bool:
         freeze = self.freeze_observers_at
-        if self._frozen or freeze is None:
+        if self._state["frozen"] or freeze is None:
             return False
         return is_fast_dev_run(trainer) or trainer.current_epoch >= freeze
 
@@ -238,9 +223,9 @@ class QuantizationAware(ScheduledCallback):
     def _do_due(self, trainer: Trainer, module: LightningModule) -> None:
         # Drawn numbers would change what follows, and a resumed run does not draw them again.
         with isolate_rng():
-            if self._prepared is None:
+            if self._state["prepared"] is None:
                 self._prepare(trainer, module)
-            if not self._measured:
+            if not self._state["measured"]:
                 self._measure_change(trainer, module)
             if self._freezes(trainer):
                 with uninterrupted():
@@ -255,49 +240,34 @@ class QuantizationAware(ScheduledCallback):
         with uninterrupted():
             with changing_in_training(trainer, module, paths):
                 plan.carry_out(module)
-            self._prepared, self._measured, self._settings = plan.tables, False, self.settings
-            self._perplexity = {"epoch": trainer.current_epoch, "before": before, "after": None}
+            self._state |= {"prepared": plan.tables, "measured": False, "settings": self.settings}
+            self._state["perplexity"] = {"epoch": trainer.current_epoch, "before": before, "after": None}
 
     def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
-        own = set(self._prepared or ())
         for paths, factors in compressed_tables(module):
-            if own & set(paths):
+            if set(self._state["prepared"]) & set(paths):
                 factors.freeze_ranges()
         if self.backbone is not None:
             freeze_backbone_ranges(module)
-        self._frozen = True
+        self._state["frozen"] = True
         # DDP waits for gradients of what trained when it was made, and knows the buffers of then.
         rewrap(trainer)
 
     def _measure_change(self, trainer: Trainer, module: LightningModule) -> None:
-        value = self._measure(trainer, module, "quantized")
-        self._perplexity["after"] = value
-        self._measured = True
+        self._state["perplexity"]["after"] = self._measure(trainer, module, "quantized")
+        self._state["measured"] = True
         show_and_log(trainer, module, f"Quantized at epoch {trainer.current_epoch}")
         report = conversion_report(module)
-        self._say(report)
+        for entry in report["tables"]:
+            _say(f"Table {entry['name']!r} trains for {entry['dtype']}", entry)
+        if backbone := report["backbone"]:
+            _say(f"The backbone ({backbone['weights']} weights) trains for {backbone['dtype']}", backbone)
+        before, after = (self._state["perplexity"][name] for name in ("before", "after"))
+        known = before is not None and after is not None
         whole = report["model"]
+        _say("The whole model", whole, f"; validation perplexity {before:.2f} before, {after:.2f} now" if known else "")
         log(trainer, {"converted_bytes": whole["stored_bytes"], "converted_ratio": whole["ratio"]})
         write_run_report(trainer, module, self._perplexities(trainer))
-
-    def _say(self, report: dict[str, Any]) -> None:
-        said = [(f"Table {entry['name']!r} trains", entry) for entry in report["tables"]]
-        if report["backbone"]:
-            count = report["backbone"]["weights"]
-            said.append((f"Weights beside the tables ({count}) train", report["backbone"]))
-        for what, entry in said:
-            rank_zero_info(
-                f"{what} for {entry['dtype']}: {entry['stored_bytes'] / 1e6:.3f} MB once converted, "
-                f"{entry['ratio']:.2f}x less than dense"
-            )
-        value = self._perplexity
-        known = value["before"] is not None and value["after"] is not None
-        measured = f"; validation perplexity {value['before']:.2f} before, {value['after']:.2f} now" if known else ""
-        whole = report["model"]
-        rank_zero_info(
-            f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once converted, {whole['ratio']:.2f}x less than "
-            f"dense{measured}"
-        )
 
     def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:
         value = validation_perplexity(trainer, module, self.monitor, f"Perplexity, {name}")
@@ -315,14 +285,14 @@ class QuantizationAware(ScheduledCallback):
     @override
     def report_entries(self, module: LightningModule) -> dict[str, Any]:
         """Bits and bytes of what was quantized, as they will be once it is converted, and the perplexities."""
-        if self._prepared is None:
+        if self._state["prepared"] is None:
             return {}
-        return {"quantization": {**conversion_report(module), "perplexity": dict(self._perplexity)}}
+        return {"quantization": {**conversion_report(module), "perplexity": dict(self._state["perplexity"])}}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final model and write the report, unless a callback that compresses does."""
-        if self._prepared is None:
+        if self._state["prepared"] is None:
             rank_zero_warn(
                 f"training ended at epoch {trainer.current_epoch}, before at_epoch={self.at_epoch}: "
                 "nothing was quantized"
@@ -339,6 +309,11 @@ def _width(bits: str | int) -> int:
     if isinstance(bits, bool) or bits not in known:
         raise ValueError(f"bits must be from 2 to 8, as in 'int4', it is {bits!r}")
     return known[bits]
+
+
+def _say(what: str, entry: dict[str, Any], more: str = "") -> None:
+    size, ratio = entry["stored_bytes"] / 1e6, entry["ratio"]
+    rank_zero_info(f"{what}: {size:.3f} MB once converted, {ratio:.2f}x less than dense{more}")
 
 
 def _compressing(trainer: Trainer) -> list[EmbeddingCompression]:
@@ -358,8 +333,9 @@ def _check_order(trainer: Trainer, own: QuantizationAware) -> None:
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if other is own or not isinstance(other, QuantizationAware):
             continue
-        first, second = ({one.tables} if isinstance(one.tables, str) else set(one.tables) for one in (own, other))
-        shared = first & second or (first | second if "auto" in first | second and first and second else set())
+        shared, both = own._names & other._names, own._names | other._names
+        if "auto" in both and own._names and other._names:
+            shared = both
         if shared or (own.backbone is not None and other.backbone is not None):
-            what = f"the tables {sorted(shared)}" if shared else "the weights beside the tables"
+            what = f"the tables {sorted(shared)}" if shared else "the backbone"
             raise ValueError(f"two callbacks quantize {what}: give them different tables, and backbone to one of them")

@@ -1,9 +1,10 @@
-"""Linear and recurrent weights beside the tables in few bits: while they train, and as they are stored.
+"""The backbone in few bits: the linear and recurrent weights of a model beside its tables, in training and stored.
 
 A weight is parametrized (`torch.nn.utils.parametrize`): whoever reads it gets what will be stored. In training that is
 the parameter as it was, which optimizers know, rounded; converted it is packed integers with scales of 16 bits, or
-numbers of 16 bits, plain bytes in the state dict that no cast of the model changes. torchao's converted layers store
-four bits in a byte, a scale and an offset of five bytes for every group, and cannot be saved by safetensors.
+numbers of 16 bits, plain bytes in the state dict that no cast of the model changes. Linear layers are no exception:
+torchao (0.18, CPU) converts them to one int4 a byte, with five bytes of scale and offset a group, in tensors that
+safetensors does not save, and unties them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -44,7 +45,7 @@ _MOST_ROWS = 2**31
 
 @dataclass(frozen=True)
 class Backbone:
-    """Which weights beside the tables are quantized, and how.
+    """Which weights of the backbone are quantized, and how.
 
     Attributes:
         weights: Their shapes by their names, as `named_parameters` of the model has them that is not quantized.
@@ -55,6 +56,11 @@ class Backbone:
     weights: Mapping[str, tuple[int, ...]]
     storage: Storage
     state: State
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether they train, and can be packed."""
+        return self.state != "packed"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -141,7 +147,7 @@ def _vocabulary_sizes(model: nn.Module) -> set[int]:
 
 
 def plan_backbone(model: nn.Module, storage: Storage) -> Backbone:
-    """Which weights beside the tables will train as they will be in fewer bits, for `apply_backbone` to carry out.
+    """The backbone as it will train for fewer bits, for `apply_backbone` to carry out.
 
     The parameters then stay the same objects; their names become those of `torch.nn.utils.parametrize`, and in
     `parameters()` they come after the others of their layer.
@@ -156,41 +162,35 @@ def plan_backbone(model: nn.Module, storage: Storage) -> Backbone:
     Example:
         >>> model = nn.LSTM(8, 16)
         >>> apply_backbone(model, plan_backbone(model, Quantization(bits=8)))
-        >>> convert_backbone(model).state
-        'packed'
+        >>> convert_backbone(model)
+        True
     """
     if (there := backbone_of(model)) is not None:
-        done = "packed" if there.state == "packed" else "prepared for quantization"
-        raise ValueError(f"the weights beside the tables ({next(iter(there.weights))!r}, ...) are {done} already")
+        done = "prepared for quantization" if there.is_prepared else "packed"
+        raise ValueError(f"the backbone's weights ({next(iter(there.weights))!r}, ...) are {done} already")
     weights = backbone_weights(model)
     if not weights:
-        raise ValueError("the model has no linear or recurrent weights beside its tables")
+        raise ValueError("the model has no backbone: no linear or recurrent weights beside its tables")
     for name, weight in weights.items():
         check_storable(f"weight {name!r}", weight, storage)
     return Backbone({name: tuple(weight.shape) for name, weight in weights.items()}, storage, "fake")
 
 
-def convert_backbone(model: nn.Module) -> Backbone:
-    """Pack the weights that were prepared, in place: afterwards they do not train.
+def convert_backbone(model: nn.Module) -> bool:
+    """Pack the weights that are prepared, in place: afterwards they do not train.
 
-    Raises:
-        ValueError: If none is prepared.
+    Returns:
+        Whether there were any.
     """
-    backbone = backbone_of(model)
-    if backbone is None or backbone.state == "packed":
-        state = "they are packed already" if backbone is not None else "they were not prepared"
-        raise ValueError(f"there are no weights beside the tables to convert: {state}")
-    _install_all(model, readings(model), pack)
-    return replace(backbone, state="packed")
+    prepared = {name: kept for name, kept in readings(model).items() if isinstance(kept[0], FakeQuantizer)}
+    _install_all(model, prepared, pack)
+    return bool(prepared)
 
 
 @contextmanager
 def converted_backbone(model: nn.Module) -> Iterator[None]:
     """Pack the weights that are prepared for a while: afterwards the model is as it was, and goes on training."""
-    before, backbone = readings(model), backbone_of(model)
-    if backbone is None or backbone.state == "packed":
-        yield
-        return
+    before = readings(model)
     try:
         convert_backbone(model)
         yield
@@ -206,7 +206,7 @@ def freeze_backbone_ranges(model: nn.Module) -> None:
 
 
 def backbone_of(model: nn.Module) -> Backbone | None:
-    """Read off a model which of its weights beside the tables are quantized; None if none is."""
+    """Read off a model which weights of its backbone are quantized; None if none is."""
     lists = readings(model)
     if not lists:
         return None
@@ -255,7 +255,7 @@ def apply_backbone(model: nn.Module, backbone: Backbone | None) -> None:
 
 
 def restore_backbone(model: nn.Module) -> None:
-    """Make the weights beside the tables ordinary parameters again, with the values that are stored."""
+    """Make the backbone's weights ordinary parameters again, with the values that are stored."""
     _restore(model, fill=True)
 
 

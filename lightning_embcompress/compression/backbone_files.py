@@ -1,4 +1,4 @@
-"""Tensors of weights in few bits beside the tables, as they come from files."""
+"""Tensors of a backbone in few bits, as they come from files."""
 
 from __future__ import annotations
 

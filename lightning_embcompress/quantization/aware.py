@@ -49,8 +49,8 @@ def prepare_qat(
         quantization: How factors will be stored; None for 4 bits in groups of 64.
         tables: `"auto"` for all compressed tables, or paths of modules; dense tables among them are quantized as they
             are. With `backbone` there may be none, `[]`.
-        backbone: Dtype in which linear and recurrent weights beside the tables will be stored, `int8`, `int4`, ... in
-            the same groups, or `float16`, `bfloat16`; None to leave them as they are.
+        backbone: Dtype in which all other linear and recurrent weights will be stored, `int8`, `int4`, ... in groups
+            as above, or `float16`, `bfloat16`; None to leave them as they are.
 
     Returns:
         The plan of the model.
@@ -80,7 +80,7 @@ class Preparation:
         quantization: How factors will be stored.
         compressed: Compressed tables.
         dense: Dense tables, to be quantized as they are.
-        backbone: Weights beside the tables; None to leave them as they are.
+        backbone: The other linear and recurrent weights; None to leave them as they are.
     """
 
     quantization: Quantization
@@ -156,7 +156,7 @@ def _check_trainable(name: str, factors: Factorization[Any]) -> None:
 
 
 def convert_qat(model: nn.Module) -> Plan:
-    """Pack what was prepared, in place: afterwards tables and weights beside them are integers, and do not train.
+    """Pack what was prepared, in place: afterwards tables and backbone are integers, and do not train.
 
     Returns:
         The plan of the model.
@@ -165,10 +165,8 @@ def convert_qat(model: nn.Module) -> Plan:
         ValueError: If nothing is prepared: it was converted already, or never prepared.
     """
     check_whole(model, "converted")
-    changes, backbone = _conversions(model), backbone_of(model)
-    if backbone is not None and backbone.state != "packed":
-        convert_backbone(model)
-    elif not changes:
+    changes = _conversions(model)
+    if not convert_backbone(model) and not changes:
         packed = [modules[0] for modules, factors in compressed_tables(model) if factors.is_packed]
         state = f"{', '.join(map(repr, packed))} packed already" if packed else "nothing is prepared"
         raise ValueError(f"there is nothing to convert: {state}; call prepare_qat(model) before training")
@@ -243,23 +241,18 @@ def quantize_tables(
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether any table of a model, or weight beside them, trains for fewer bits, and can be converted."""
+    """Whether any table of a model, or its backbone, trains for fewer bits, and can be converted."""
     backbone = backbone_of(model)
-    beside = backbone is not None and backbone.state != "packed"
-    return beside or any(factors.is_prepared for _, factors in compressed_tables(model))
-
-
-def converted_plan(model: nn.Module) -> Plan:
-    """The plan of a model as it will be once it is converted: what is stored then, and how small it is."""
-    with converted(model):
-        return plan_of(model)
+    return (backbone is not None and backbone.is_prepared) or any(
+        factors.is_prepared for _, factors in compressed_tables(model)
+    )
 
 
 def conversion_report(model: nn.Module) -> dict[str, Any]:
     """What is quantized in a model, and the bytes that it takes once it is converted, as in `report.json`.
 
     Returns:
-        `tables`, an entry a table that is prepared or packed, `backbone` for weights beside them, or None, and `model`.
+        `tables`, an entry a table that is prepared or packed, `backbone`, or None, and `model`.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(2000, 64), nn.LSTM(64, 64))

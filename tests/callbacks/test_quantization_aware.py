@@ -203,7 +203,7 @@ def test_what_is_refused_before_the_first_step(foreign: SimpleNamespace, make_tr
         ("freeze_observers_at=7", QuantizationAware(tables="encoder", freeze_observers_at=7)),
         ("at_epoch asks for epoch 9", QuantizationAware(at_epoch=9)),
         ("two callbacks quantize the tables", QuantizationAware(), own),
-        ("two callbacks quantize the weights", own, QuantizationAware(tables=[], backbone="int8")),
+        ("two callbacks quantize the backbone", own, QuantizationAware(tables=[], backbone="int8")),
     ):
         assert expected in said(foreign.model(), *callbacks)
     model = foreign.model()
@@ -233,7 +233,7 @@ def test_dense_tables_the_log_and_a_converted_checkpoint(
     assert [(one["name"], one["dtype"], one["group_size"]) for one in table] == [("encoder", "int8", 16)]
     assert (backbone["dtype"], backbone["stored_bytes"]) == ("float16", 2 * 16 * 16)
     assert "Table 'encoder' trains for int8: 0.00" in caplog.text
-    assert "Weights beside the tables (1) train for float16: 0.001 MB once converted, 2.00x" in caplog.text
+    assert "The backbone (1 weights) trains for float16: 0.001 MB once converted, 2.00x" in caplog.text
     assert f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once converted" in caplog.text
     assert said["perplexity"]["final"] == pytest.approx(torch.tensor(_val_loss(make_trainer, foreign, model)).exp())
     unconverted = tmp_path / "training.ckpt"

@@ -19,7 +19,7 @@ from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.compression.report import table_report
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import LatentCodes, LowRank, Quantization, SharedBasisBlocks
-from lightning_embcompress.quantization.aware import convert_qat, converted_plan, prepare_qat, quantize_tables
+from lightning_embcompress.quantization.aware import convert_qat, converted, prepare_qat, quantize_tables
 from lightning_embcompress.tables.replacement import find_tables
 from toys import LanguageModel, falling_counts, gpt2
 
@@ -63,7 +63,8 @@ def test_the_life_of_a_model(method: str, tied: bool, tmp_path: Path) -> None:
     loaded = _model(tied)
     plan = load_compressed(tmp_path, loaded)
     torch.testing.assert_close(loaded(IDS), expected, rtol=1e-4, atol=1e-4)
-    assert plan == converted_plan(model)
+    with converted(model):
+        assert plan == plan_of(model)
     rest = sum(own.nbytes for own in (loaded.decoder.bias, *loaded.mix.parameters()))
     on_disk = (tmp_path / "model.safetensors").stat().st_size
     assert abs(on_disk - plan.stored_bytes - rest) < 0.1 * on_disk

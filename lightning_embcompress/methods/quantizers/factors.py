@@ -105,7 +105,7 @@ class FakeQuantizer(nn.Module):
         """All of the numbers as they will be stored."""
         if not isinstance(self.storage, Quantization):
             return rounded_to(weight, HALVES[self.storage])
-        if not weight.numel():
+        if not weight.numel() and self.scales is None:
             return weight
         numbers, kept = weight.reshape(self.matrix), self.scales is not None
         scales = self._scales_of(numbers) if self.scales is None else self._rounded(materialize(self.scales, sparse))
@@ -152,7 +152,8 @@ class FakeQuantizedFactor(FakeQuantizer):
         of = self.storage
         flat = place.reshape(-1)
         found = F.embedding(flat, weight, sparse=sparse)
-        if not found.numel():
+        # Scales that are trained get a gradient from no rows too, if of zeros, as DDP insists.
+        if not found.numel() and self.scales is None:
             return found.view(*place.shape, columns)
         group_rows, _ = group_shape(columns, of.group_size)
         group = torch.div(flat, group_rows, rounding_mode="floor")
