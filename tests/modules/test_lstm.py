@@ -175,7 +175,7 @@ def test_checkpoint_loads_and_knows_its_vocabulary(tmp_path: Path) -> None:
     assert saved["vocabulary"] == {"size": VOCAB_SIZE, "fingerprint": "abc"}
     assert "lstm_state" not in saved
     _trainer(tmp_path).validate(_model(projection_size=6), datamodule=Windows(), ckpt_path=path, verbose=False)
-    with pytest.raises(ValueError, match=r"fingerprint abc\).*fingerprint xyz.*vocabulary file the checkpoint"):
+    with pytest.raises(ValueError, match=r"fingerprint abc\).*fingerprint xyz"):
         _trainer(tmp_path).validate(model, datamodule=Windows(fingerprint="xyz"), ckpt_path=path)
     with pytest.raises(ValueError, match=r"vocabulary of 50 tokens.*vocab_size=60"):
         LSTMLanguageModel.load_from_checkpoint(path, vocab_size=60)
@@ -199,37 +199,31 @@ def middle(tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(path=tmp_path / "step=3.ckpt", losses=whole.values)
 
 
-def _resumed(middle: SimpleNamespace, state: Any) -> tuple[list[float], LSTMLanguageModel]:
+def _resumed(middle: SimpleNamespace, state: Any) -> list[float]:
+    """Losses of the rest of the epoch from another state."""
     path = middle.path.with_name("changed.ckpt")
     torch.save({**torch.load(middle.path, weights_only=True), "lstm_state": state}, path)
-    rest, model = Losses(), _model()
-    _trainer(path.parent, callbacks=[Skip(), rest]).fit(model, datamodule=Windows(), ckpt_path=path)
-    return rest.values, model
+    rest = Losses()
+    _trainer(path.parent, callbacks=[Skip(), rest]).fit(_model(), datamodule=Windows(), ckpt_path=path)
+    return rest.values
 
 
 def test_resuming_within_an_epoch_takes_up_the_state(middle: SimpleNamespace) -> None:
     state = torch.load(middle.path, weights_only=True)["lstm_state"]
     assert [part.shape for part in state] == [(2, 3, 12), (2, 3, 12)]
-    losses, _ = _resumed(middle, state)
-    assert losses == middle.losses[3:]
-    from_zero, _ = _resumed(middle, [torch.zeros_like(part) for part in state])
-    assert from_zero[0] != losses[0]
-
-
-@pytest.mark.parametrize("rows", [1, 6])
-def test_resuming_with_another_number_of_texts_starts_from_zero(middle: SimpleNamespace, rows: int) -> None:
-    state = torch.load(middle.path, weights_only=True)["lstm_state"]
-    from_zero, _ = _resumed(middle, [torch.zeros_like(part) for part in state])
-    changed = [part.repeat(1, 2, 1)[:, :rows] for part in state]
-    with pytest.warns(UserWarning, match=f"LSTM state of {rows} texts, but now there are 3 .*start from zero"):
-        losses, _ = _resumed(middle, changed)
-    assert losses == from_zero
+    assert _resumed(middle, state) == middle.losses[3:]
+    from_zero = _resumed(middle, [torch.zeros_like(part) for part in state])
+    assert from_zero[0] != middle.losses[3]
+    for rows in (1, 6):
+        changed = [part.repeat(1, 2, 1)[:, :rows] for part in state]
+        with pytest.warns(UserWarning, match=f"LSTM state of {rows} texts, but now there are 3"):
+            assert _resumed(middle, changed) == from_zero
 
 
 def test_a_damaged_state_is_refused(middle: SimpleNamespace) -> None:
     state = torch.load(middle.path, weights_only=True)["lstm_state"]
     for damaged in ({}, [], 3, state[:1], [*state, state[0]], [state[0], state[1][:1]], [part[0] for part in state]):
-        with pytest.raises(ValueError, match="LSTM state of the checkpoint.*damaged, or of another model"):
+        with pytest.raises(ValueError, match="LSTM state of the checkpoint"):
             _resumed(middle, damaged)
     with pytest.raises(ValueError, match=r"\[2, 3, 12\]\], but this model's are \[\[2, 'batch_size', 6\], \[2, 'b"):
         LSTMLanguageModel.load_from_checkpoint(middle.path, projection_size=6)
@@ -361,37 +355,38 @@ def test_a_run_that_compresses_resumes_from_after_the_last_step_of_an_epoch(tmp_
         torch.testing.assert_close(dict(resumed.state_dict()), whole, rtol=0, atol=0)
 
 
-def test_vocabulary_larger_than_the_tables(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"60 tokens.*vocab_size=50.*model with vocab_size=60"):
+def test_data_of_another_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"60 tokens.*vocab_size=50"):
         _trainer(tmp_path).fit(_model(), datamodule=Windows(vocab_size=60))
+    model = _model()
+    model.on_load_checkpoint({"vocabulary": {"size": VOCAB_SIZE, "fingerprint": "abc"}, "state_dict": {}})
+    with pytest.raises(ValueError, match="fingerprint abc, that of the data has xyz"):
+        _trainer(tmp_path).fit(model, datamodule=Windows(fingerprint="xyz"))
+    _trainer(tmp_path, fast_dev_run=True).fit(model, datamodule=Windows())
 
 
 def test_optimizer_and_scheduler_from_the_command_line(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        """
-        model:
-          vocab_size: 50
-          softmax: sampled
-          num_sampled: 20
-          optimizer:
-            class_path: torch.optim.Adagrad
-            init_args: {lr: 0.2, initial_accumulator_value: 1.0}
-          lr_scheduler:
-            class_path: torch.optim.lr_scheduler.StepLR
-            init_args: {step_size: 2, gamma: 0.5}
-          lr_scheduler_interval: step
-        """
-    )
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    scheduler = [
+        "lr_scheduler=StepLR",
+        "lr_scheduler.step_size=2",
+        "lr_scheduler.gamma=0.5",
+        "lr_scheduler_interval=step",
+    ]
+    optimizer = ["optimizer=Adagrad", "optimizer.lr=0.2", "softmax=sampled", "num_sampled=20", "hidden_size=16"]
+    arguments = [f"--model.{one}" for one in (*optimizer, *scheduler, "vocab_size=50")]
     cli = LightningCLI(
         LSTMLanguageModel,
         Windows,
-        args=["--config", str(config), "--model.hidden_size=16", f"--trainer.default_root_dir={tmp_path}"],
+        args=[*arguments, "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"],
         run=False,
         auto_configure_optimizers=False,
         save_config_callback=None,
-        trainer_defaults={**options, "enable_checkpointing": False, "max_epochs": 1},
+        trainer_defaults={
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "max_epochs": 1,
+        },
     )
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     (optimizer,) = cli.trainer.optimizers
@@ -415,12 +410,12 @@ def test_plateau_scheduler_watches_the_validation_loss(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"vocab_size": 0}, "vocab_size=0"),
-        ({"projection_size": 12}, "projection_size=12 must be smaller than hidden_size=12. Set it to 0"),
+        ({"projection_size": 12}, "projection_size=12"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"table_init_range": 0.0}, "table_init_range=0.0"),
-        ({"tie_weights": True}, "embedding_dim=8 .* 12. Set embedding_dim=12"),
-        ({"softmax": "hierarchical"}, "'hierarchical'"),
-        ({"softmax": "sampled", "num_sampled": 51}, "num_sampled=51 .* vocab_size=50. Lower it"),
+        ({"tie_weights": True}, "tie_weights=True"),
+        ({"softmax": "hierarchical"}, "softmax='hierarchical'"),
+        ({"softmax": "sampled", "num_sampled": 51}, "num_sampled=51"),
         ({"lstm_gradient_clip": 0.0}, "lstm_gradient_clip=0.0"),
     ],
 )
@@ -506,10 +501,10 @@ class Kinds(Callback):
 
 def test_what_sparse_gradients_cannot_do(tmp_path: Path) -> None:
     model = _model(sparse_gradients=True, optimizer=torch.optim.Adagrad)
-    with pytest.raises(ValueError, match="gradient_clip_val=1.0 cannot clip the tables' gradients"):
+    with pytest.raises(ValueError, match="gradient_clip_val=1.0"):
         _trainer(tmp_path, gradient_clip_val=1.0).fit(model, Windows())
     model.trainer = _trainer(tmp_path, strategy="ddp")
-    with pytest.raises(ValueError, match="sparse_gradients=True is for one device, not for DDPStrategy"):
+    with pytest.raises(ValueError, match="sparse_gradients=True .* DDPStrategy"):
         model.setup("fit")
     for optimizer, said in (
         (torch.optim.Adam, "Adam as it is set does not"),
@@ -521,10 +516,10 @@ def test_what_sparse_gradients_cannot_do(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_with_sparse_gradients_is_fine_tuned_by_adam(tmp_path: Path) -> None:
-    model = _model(softmax="sampled", num_sampled=10, sparse_gradients=True, optimizer=torch.optim.Adagrad)
     trainer = _trainer(tmp_path)
-    trainer.fit(model, Windows())
+    trainer.fit(
+        _model(softmax="sampled", num_sampled=10, sparse_gradients=True, optimizer=torch.optim.Adagrad), Windows()
+    )
     trainer.save_checkpoint(tmp_path / "dense.ckpt")
     tuned = CompressedLanguageModel(str(tmp_path / "dense.ckpt"))
     _trainer(tmp_path, gradient_clip_val=1.0).fit(tuned, Windows())
-    _trainer(tmp_path).fit(CompressedLanguageModel(str(tmp_path / "dense.ckpt")), Windows())
