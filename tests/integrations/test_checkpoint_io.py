@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,11 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_embcompress import compress, load_compressed, save_compressed
 from lightning_embcompress.compression.plan import plan_of
@@ -36,6 +36,7 @@ from lightning_embcompress.integrations.checkpoint_io import (
     use_atomic_checkpoints,
 )
 from lightning_embcompress.utils import files
+from toys import LanguageModel, loaders
 
 _MEGABYTES = 24
 
@@ -92,10 +93,11 @@ def _names(folder: Path) -> list[str]:
 
 
 def test_the_file_is_that_of_lightning(tmp_path: Path) -> None:
-    checkpoint = _checkpoint(3)
-    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "folder" / "last.ckpt")
+    # With a name as long as names can be.
+    checkpoint, name = _checkpoint(3), "ö" * 125 + ".ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "folder" / name)
     TorchCheckpointIO().save_checkpoint(checkpoint, tmp_path / "theirs.ckpt")
-    assert _names(tmp_path / "new" / "folder") == ["last.ckpt"]
+    assert _names(tmp_path / "new" / "folder") == [name]
     ours, theirs = (torch.load(path, weights_only=True) for path in sorted(tmp_path.rglob("*.ckpt")))
     torch.testing.assert_close(ours.pop("state_dict"), theirs.pop("state_dict"), rtol=0, atol=0)
     assert ours == theirs
@@ -126,9 +128,7 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.M
     io.save_checkpoint(_checkpoint(1), path)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_io.torch, "save", full)
-        with pytest.raises(
-            OSError, match=r"last.ckpt' could not be written, and what was there before is as it was"
-        ) as no:
+        with pytest.raises(OSError, match=r"last.ckpt' could not.*what was there before is as it was") as no:
             io.save_checkpoint(_checkpoint(2), path)
         assert no.value.errno == errno.ENOSPC
         with pytest.raises(OSError, match=r"new.ckpt' could not be written, and nothing was left there: .*MB are free"):
@@ -147,7 +147,7 @@ def test_files_that_cannot_grow(tmp_path: Path) -> None:
     io.save_checkpoint(_checkpoint(1), path)
     with (
         _small_files(2**18),
-        pytest.raises(OSError, match=r"last.ckpt' could not be written, and what was there before"),
+        pytest.raises(OSError, match=r"last.ckpt' .*what was there before"),
     ):
         io.save_checkpoint(_checkpoint(2), path)
     assert _names(tmp_path) == ["last.ckpt"]
@@ -158,7 +158,7 @@ def test_files_that_cannot_grow(tmp_path: Path) -> None:
     save_compressed(_model(1), folder)
     with (
         _small_files(2**14),
-        pytest.raises(OSError, match=r"safetensors' could not be written, and what was there before"),
+        pytest.raises(OSError, match=r"safetensors' .*what was there before"),
     ):
         save_compressed(_model(2), folder)
     assert _names(folder) == ["config.json", "model.safetensors"]
@@ -172,18 +172,17 @@ def test_files_that_cannot_grow(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["last.ckpt", "report.json", "saved"]
 
 
-def _save_forever(path: Path) -> None:
-    number = 2
-    while True:
-        AtomicCheckpointIO().save_checkpoint(_checkpoint(number, _MEGABYTES), path)
-        number += 1
+def _save_checkpoint(number: int, folder: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint(_checkpoint(number, _MEGABYTES), folder / "last.ckpt")
 
 
-def _save_compressed_forever(folder: Path) -> None:
-    number = 2
-    while True:
-        save_compressed(_model(number, 200_000), folder)
-        number += 1
+def _save_directory(number: int, folder: Path) -> None:
+    save_compressed(_model(number, 200_000), folder)
+
+
+def _save_forever(save: Callable[[int, Path], None], folder: Path) -> None:
+    for number in itertools.count(2):
+        save(number, folder)
 
 
 def _kill_while_writing(process: Any, folder: Path, least: int) -> bool:
@@ -203,36 +202,32 @@ def _kill_while_writing(process: Any, folder: Path, least: int) -> bool:
     raise AssertionError("the process wrote nothing")
 
 
-def test_a_kill_in_the_middle_of_saving(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint(_checkpoint(1, _MEGABYTES), path)
-    cut = 0
+@pytest.mark.parametrize(
+    ("save", "number", "names"),
+    [
+        (_save_checkpoint, lambda folder: _number(folder / "last.ckpt"), ["last.ckpt"]),
+        (_save_directory, lambda folder: _loaded_number(folder, 200_000), ["config.json", "model.safetensors"]),
+    ],
+    ids=["checkpoint", "directory"],
+)
+def test_a_kill_in_the_middle_of_saving(
+    save: Callable[[int, Path], None], number: Callable[[Path], int], names: list[str], tmp_path: Path
+) -> None:
+    save(1, tmp_path)
+    cut, size = 0, (tmp_path / names[-1]).stat().st_size
     for _ in range(20):
-        process = _child(_save_forever, path)
-        cut += _kill_while_writing(process, tmp_path, path.stat().st_size)
+        process = _child(_save_forever, save, tmp_path)
+        cut += _kill_while_writing(process, tmp_path, size)
         # Whole: the one before, or the one after if the kill came too late.
-        assert _number(path) >= 1
+        assert number(tmp_path) >= 1
         assert process.exitcode == -signal.SIGKILL
-        if cut == 3:
-            break
-    assert cut == 3
-    assert len(list(tmp_path.glob(".*.tmp"))) == 1
-    AtomicCheckpointIO().save_checkpoint(_checkpoint(9), path)
-    assert _names(tmp_path) == ["last.ckpt"]
-
-
-def test_a_kill_in_the_middle_of_saving_a_directory(tmp_path: Path) -> None:
-    save_compressed(_model(1, 200_000), tmp_path)
-    size = (tmp_path / "model.safetensors").stat().st_size
-    cut = 0
-    for _ in range(20):
-        cut += _kill_while_writing(_child(_save_compressed_forever, tmp_path), tmp_path, size)
-        assert _loaded_number(tmp_path, 200_000) >= 1
         if cut == 2:
             break
     assert cut == 2
-    save_compressed(_model(9), tmp_path)
-    assert _names(tmp_path) == ["config.json", "model.safetensors"]
+    assert list(tmp_path.glob(".*.tmp"))
+    save(9, tmp_path)
+    assert _names(tmp_path) == names
+    assert number(tmp_path) == 9
 
 
 def _save_and_die_at_rename(folder: Path, number: int) -> None:
@@ -255,9 +250,7 @@ def test_a_kill_at_either_rename(renamed: int, tmp_path: Path) -> None:
         assert _loaded_number(tmp_path) == 1
     else:
         model = nn.Sequential(nn.Embedding(2000, 16), nn.Linear(16, 4))
-        with pytest.raises(
-            ValueError, match=r"model.safetensors' .*not the one that config.json beside it was written"
-        ):
+        with pytest.raises(ValueError, match=r"model.safetensors' .*config.json"):
             load_compressed(tmp_path, model)
         assert type(model[0]) is nn.Embedding
     save_compressed(_model(3), tmp_path)
@@ -303,55 +296,8 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert _CheckpointConnector.hpc_save_path(str(tmp_path)) == str(tmp_path / "hpc_ckpt_4.ckpt")
 
 
-def test_names_as_long_as_names_can_be(tmp_path: Path) -> None:
-    path = tmp_path / ("ö" * 125 + ".ckpt")
-    AtomicCheckpointIO().save_checkpoint(_checkpoint(5), path)
-    assert _number(path) == 5
-
-
-class _Module(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def training_step(self, batch: Tensor, _: int) -> Tensor:
-        return self.layer(batch).sum()
-
-    def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(torch.ones(2, 2))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def _trainer(**changes: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return Trainer(**{**quiet, "max_epochs": 1, **changes})
-
-
-def test_a_trainer_uses_it_unless_it_was_told_otherwise(tmp_path: Path) -> None:
-    class Own(TorchCheckpointIO):
-        pass
-
-    trainer = _trainer(default_root_dir=tmp_path)
-    assert use_atomic_checkpoints(trainer)
-    first = trainer.strategy.checkpoint_io
-    assert use_atomic_checkpoints(trainer)
-    assert type(first) is AtomicCheckpointIO
-    assert trainer.strategy.checkpoint_io is first
-    trainer.fit(_Module())
-    (path,) = (tmp_path / "checkpoints").iterdir()
-    check_whole_file(path)
-    trainer.fit_loop.max_epochs = 2
-    model = _Module()
-    trainer.fit(model, ckpt_path=path)
-    assert trainer.current_epoch == 2
-    own = Own()
-    for plugin in (own, AsyncCheckpointIO(own)):
-        other = _trainer(plugins=[plugin])
-        assert not use_atomic_checkpoints(other)
-        assert other.strategy.checkpoint_io is plugin
-        assert getattr(plugin, "checkpoint_io", own) is own
+class _Own(TorchCheckpointIO):
+    """A way to write that somebody chose."""
 
 
 class _Wrapper(_WrappingCheckpointIO):
@@ -360,11 +306,16 @@ class _Wrapper(_WrappingCheckpointIO):
 
 @pytest.mark.parametrize(
     "make",
-    [AsyncCheckpointIO, lambda: AsyncCheckpointIO(TorchCheckpointIO()), lambda: AsyncCheckpointIO(_Wrapper())],
-    ids=["empty", "given", "nested"],
+    [
+        lambda: None,
+        AsyncCheckpointIO,
+        lambda: AsyncCheckpointIO(TorchCheckpointIO()),
+        lambda: AsyncCheckpointIO(_Wrapper()),
+    ],
+    ids=["none", "empty", "given", "nested"],
 )
-def test_a_trainer_that_writes_in_the_background_uses_it_too(
-    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trainer_uses_it_also_in_the_background(
+    make: Callable[[], Any], make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
     save = AtomicCheckpointIO.save_checkpoint
@@ -375,19 +326,31 @@ def test_a_trainer_that_writes_in_the_background_uses_it_too(
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", noting)
     plugin = make()
-    trainer = _trainer(default_root_dir=tmp_path, plugins=[plugin])
+    trainer = make_trainer(plugins=[plugin] if plugin else None, enable_checkpointing=True, max_epochs=1)
     assert use_atomic_checkpoints(trainer)
-    inner = plugin.checkpoint_io
+    writer = trainer.strategy.checkpoint_io
+    inner = getattr(writer, "checkpoint_io", None)
+    assert writer is plugin or type(writer) is AtomicCheckpointIO
+    # Twice is once.
     assert use_atomic_checkpoints(trainer)
-    assert trainer.strategy.checkpoint_io is plugin
-    assert plugin.checkpoint_io is inner
-    trainer.fit(_Module())
+    assert trainer.strategy.checkpoint_io is writer
+    assert getattr(writer, "checkpoint_io", None) is inner
+    trainer.fit(LanguageModel(), **loaders())
     (path,) = (tmp_path / "checkpoints").iterdir()
     check_whole_file(path)
     assert written == [path]
     trainer.fit_loop.max_epochs = 2
-    trainer.fit(_Module(), ckpt_path=path)
+    trainer.fit(LanguageModel(), **loaders(), ckpt_path=path)
     assert trainer.current_epoch == 2
+
+
+def test_what_somebody_chose_stays(make_trainer: Any) -> None:
+    own = _Own()
+    for plugin in (own, AsyncCheckpointIO(own)):
+        trainer = make_trainer(plugins=[plugin])
+        assert not use_atomic_checkpoints(trainer)
+        assert trainer.strategy.checkpoint_io is plugin
+        assert getattr(plugin, "checkpoint_io", own) is own
 
 
 @pytest.fixture
@@ -441,11 +404,8 @@ class _Runs:
 def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
     path, marker = tmp_path / "last.ckpt", tmp_path / "marker"
     torch.save({**_checkpoint(1), "hyper_parameters": _Runs(marker)}, path)
-    message = (
-        r"last.ckpt' holds more than tensors and plain values \(posix.system\), which can run code .*nothing was load"
-    )
     for read in (AtomicCheckpointIO().load_checkpoint, read_mapped):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"last.ckpt' .*posix.system"):
             read(path)
     assert not marker.exists()
     # It would have: only for those who say that they trust it.
