@@ -8,35 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from lightning_embcompress.compression.plan import Plan, compress
+from lightning_embcompress.compression.plan import Plan
 from lightning_embcompress.methods.registry import METHODS
+from toys import LanguageModel, compress_toy, falling_counts, gpt2
 
 VOCAB_SIZE, DIM = 203, 32
-COUNTS = (10_000 / torch.arange(1, VOCAB_SIZE + 1)).long()[torch.randperm(VOCAB_SIZE, generator=torch.Generator())]
+COUNTS = falling_counts(VOCAB_SIZE, seed=0)
 
 
-class Model(nn.Module):
-    """Ids to logits, tied, with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Embedding(VOCAB_SIZE, DIM, padding_idx=0)
-        self.mix = nn.Linear(DIM, DIM)
-        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
-        self.decoder.weight = self.encoder.weight
-
-    def forward(self, ids: Tensor) -> Any:
-        return self.decoder(torch.tanh(self.mix(self.encoder(ids))))
-
-
-def _compressed(method: str) -> tuple[Model, Plan]:
-    torch.manual_seed(0)
-    model = Model().eval()
-    chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.config())
-    return model, compress(model, method, size=max(smallest, VOCAB_SIZE * DIM * 4 // 3), token_counts=COUNTS)
+def _compressed(method: str) -> tuple[LanguageModel, Plan]:
+    model = LanguageModel(VOCAB_SIZE, DIM, tied=True, padding_idx=0).eval()
+    return model, compress_toy(model, method, token_counts=COUNTS)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -82,13 +65,8 @@ def test_onnx_runtime_gives_the_same(method: str, tmp_path: Path) -> None:
 
 
 def test_a_model_of_transformers_can_be_exported() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB_SIZE, n_embd=DIM, n_layer=1, n_head=2, n_positions=16, use_cache=False
-    )
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    compress(model, "group_reduce", ratio=3, token_counts=COUNTS, tables="auto")
+    model = gpt2(vocab_size=VOCAB_SIZE, use_cache=False)
+    compress_toy(model, "group_reduce", token_counts=COUNTS)
     ids = torch.randint(VOCAB_SIZE, (2, 8))
     exported = torch.export.export(model, (ids,), strict=False)
     with torch.no_grad():

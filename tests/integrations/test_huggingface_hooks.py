@@ -11,27 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from lightning_embcompress import compress, densify
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from toys import gpt2
 
 _VOCAB = 300
 _IDS = torch.randint(3, _VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
-def _build(**given: Any) -> Any:
-    torch.manual_seed(0)
-    tokens = {"vocab_size": _VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=64, **tokens, **given)).eval()
-
-
 def _compressed(**given: Any) -> Any:
-    model = _build(**given)
+    model = gpt2(**given)
     compress(model, "low_rank", ratio=1.5)
     return model
 
@@ -67,7 +61,7 @@ def test_a_copied_and_a_pickled_model_look_after_themselves(tmp_path: Path) -> N
 
 
 def test_nothing_outlives_compression(tmp_path: Path) -> None:
-    model = _build()
+    model = gpt2()
     attributes, config = set(vars(model)) | set(vars(model.transformer)), model.config.to_dict()
     ties, own_ties = dict(model.all_tied_weights_keys), model._tied_weights_keys
     compress(model, "low_rank", ratio=1.5)
@@ -103,8 +97,7 @@ def test_what_would_corrupt_a_table_is_refused(name: str, base: bool, loaded: bo
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
     part = model.transformer if base else model
     before, state = _run(model), dict(model.state_dict())
-    message = rf"{name} cannot change .* is stored as LowRank.*densify\(model\), call {name}, and compress it again"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{name} .*densify"):
         _REFUSED[name](part)
     assert model.state_dict().keys() == state.keys()
     assert torch.equal(_run(model), before)
@@ -114,36 +107,30 @@ def test_what_would_corrupt_a_table_is_refused(name: str, base: bool, loaded: bo
 
 
 def test_the_dense_side_of_a_partly_compressed_model_can_be_set(tmp_path: Path) -> None:
-    model = _build(tie_word_embeddings=False)
+    model = gpt2(tie_word_embeddings=False)
     compress(model, "low_rank", ratio=1.5, tables=["lm_head"])
     model.set_input_embeddings(nn.Embedding(_VOCAB, 32))
     _assert_loads(model, tmp_path)
-    with pytest.raises(ValueError, match="set_output_embeddings cannot change a compressed table"):
+    with pytest.raises(ValueError, match="set_output_embeddings"):
         model.set_output_embeddings(nn.Linear(32, _VOCAB))
-    with pytest.raises(ValueError, match="resize_token_embeddings cannot change a compressed table"):
+    with pytest.raises(ValueError, match="resize_token_embeddings"):
         model.resize_token_embeddings(_VOCAB + 10)
 
 
-class _Module(LightningModule):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-
 def test_a_model_inside_of_a_lightning_module(tmp_path: Path) -> None:
-    module = _Module(_build())
+    module = nn.ModuleDict({"model": gpt2()})
     plan = compress(module, "low_rank", ratio=1.5)
     assert plan.tables[0].modules == ("model.transformer.wte", "model.lm_head")
-    loaded = _assert_loads(module.model, tmp_path)
+    loaded = _assert_loads(module["model"], tmp_path)
     # Paths from where it is saved.
     assert plan_of(loaded).tables[0].modules == ("transformer.wte", "lm_head")
     densify(module)
-    module.model.save_pretrained(tmp_path)
+    module["model"].save_pretrained(tmp_path)
     assert "quantization_config" not in _config(tmp_path)
 
 
 def test_a_base_model_by_itself(tmp_path: Path) -> None:
-    model = _build()
+    model = gpt2()
     compress(model.transformer, "low_rank", ratio=1.5)
     assert plan_of(_assert_loads(model.transformer, tmp_path)).tables[0].modules == ("wte",)
     # And a part that is made dense by itself.
@@ -155,7 +142,7 @@ def test_a_base_model_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_state_dict_that_was_gathered_elsewhere(tmp_path: Path) -> None:
-    model = _build()
+    model = gpt2()
     compress(model, "group_reduce", ratio=1.5, token_counts=torch.arange(_VOCAB, 0, -1))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["transformer.ln_f.bias"] += 1
@@ -177,7 +164,7 @@ def test_a_failed_save_leaves_the_configuration_as_it_was(tmp_path: Path) -> Non
 def test_a_model_that_is_quantized_besides_is_not_saved_without_saying_so(tmp_path: Path) -> None:
     model = _compressed()
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    with pytest.raises(ValueError, match=r"quantized by bitsandbytes besides, and GPT2Config has room for one record"):
+    with pytest.raises(ValueError, match="bitsandbytes"):
         model.save_pretrained(tmp_path)
     assert model.config.quantization_config["quant_method"] == "bitsandbytes"
     assert list(tmp_path.iterdir()) == []

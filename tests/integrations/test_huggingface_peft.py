@@ -7,24 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
-from lightning_embcompress import compress
 from lightning_embcompress.compression.plan import plan_of
+from toys import compress_toy, gpt2
 
 peft = pytest.importorskip("peft")
 
-_VOCAB = 300
-_IDS = torch.randint(3, _VOCAB, (4, 9), generator=torch.Generator().manual_seed(1))
+_IDS = torch.randint(3, 300, (4, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Directory of a compressed model."""
-    torch.manual_seed(0)
-    tokens = {"vocab_size": _VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=64, **tokens))
-    compress(model, "group_reduce", ratio=1.5, token_counts=torch.arange(_VOCAB, 0, -1))
+    model = gpt2()
+    compress_toy(model, "group_reduce", 1.5)
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
