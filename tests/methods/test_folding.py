@@ -154,62 +154,6 @@ def test_neighbours_share_what_their_first_digits_have_to_do(
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks"), [(CP, 3), (Tucker, [2, 2, 2]), (TensorTrainMatrix, [1, 2, 1])], ids=lambda part: str(part)
-)
-def test_structures_that_are_not_possible(kind: type[FoldedTable[Any]], ranks: Any) -> None:
-    dim_shape = [2, 2] if kind is TensorTrainMatrix else [4]
-    spec = {"kind": kind.kind, "vocab_size": 10, "dim": 4, "vocab_shape": [2, 5], "dim_shape": dim_shape}
-    spec[kind.size_name] = ranks
-    assert kind.from_spec(spec, torch.float32).structure() == spec
-    changes: list[tuple[str, Any]] = [
-        ("vocab_shape", [3, 3]),
-        ("vocab_shape", []),
-        ("vocab_shape", "2, 5"),
-        ("dim_shape", [2, 0]),
-        ("dim_shape", None),
-        *(("rank", bad) for bad in (0, 9, None, "2", 1.5) if kind is CP),
-        *(("ranks", bad) for bad in ([2, 2], [1, 20, 1], [0, 2, 2], [], "222", [2, 2, 2.0]) if kind is not CP),
-        *((("ranks", [1, 2, 3]),) if kind is Tucker else ()),
-        *((("dim_shape", [4]),) if kind is TensorTrainMatrix else ()),
-    ]
-    for name, bad in changes:
-        with pytest.raises(ValueError, match=name):
-            kind.from_spec({**spec, name: bad}, torch.float32)
-
-
-@pytest.mark.parametrize("kind", _KINDS)
-@pytest.mark.parametrize(
-    "given",
-    [{"vocab_shape": [3, 33]}, {"vocab_shape": []}, {"dim_shape": [3, 5]}, {"dim_shape": [4, -4]}],
-    ids=lambda given: str(given),
-)
-def test_shapes_that_do_not_fit(kind: type[FoldedTable[Any]], given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(given))):
-        kind.smallest_bytes(100, 16, 4, kind.config_class(**given))
-
-
-@pytest.mark.parametrize(
-    ("kind", "given"),
-    [
-        (CP, {"rank": 0}),
-        (CP, {"rank": 1000}),
-        (CP, {"max_iterations": 0}),
-        (Tucker, {"ranks": []}),
-        (Tucker, {"ranks": [2, 2, 20]}),
-        (Tucker, {"max_iterations": -1}),
-        (TensorTrainMatrix, {"max_rank": 0}),
-        (TensorTrainMatrix, {"max_rank": 1000}),
-        (TensorTrainMatrix, {"num_cores": 0}),
-        (TensorTrainMatrix, {"init": "zero"}),
-        (TensorTrainMatrix, {"dim_shape": [2, 2, 4], "vocab_shape": [10, 10]}),
-    ],
-)
-def test_options_that_are_out_of_their_range(kind: type[FoldedTable[Any]], given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(given))):
-        kind.smallest_bytes(100, 16, 4, kind.config_class(**given))
-
-
-@pytest.mark.parametrize(
     ("kind", "dim_shape"), [(CP, [3, 4]), (Tucker, [3, 4]), (TensorTrainMatrix, [3, 2, 2])], ids=lambda part: str(part)
 )
 def test_shapes_that_are_given_are_used(kind: type[FoldedTable[Any]], dim_shape: list[int]) -> None:
@@ -231,12 +175,6 @@ def test_cp_of_a_table_of_zeros_can_be_trained() -> None:
     assert any(parameter.grad.abs().sum() > 0 for parameter in factors.parameters())
     target = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
     assert factors.refined(target, 100 * 16).weighted_error(target, torch.ones(100)) < 0.9
-
-
-def test_tucker_of_a_table_of_zeros() -> None:
-    factors = Tucker.decompose(torch.zeros(100, 16), 100 * 16)
-    assert factors.materialize().abs().max() == 0
-    assert all(parameter.isfinite().all() for parameter in factors.refined(torch.zeros(100, 16), 1600).parameters())
 
 
 def test_ranks_of_tucker_are_to_the_modes_as_one_number() -> None:

@@ -44,17 +44,29 @@ def test_options_that_fix_the_size_are_known_as_such(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("method", "given"),
     [
-        ({"groups": 0}, "groups must be 1 or more, or 'auto', it is 0"),
-        ({"refine_rounds": -1}, "refine_rounds must be 0 or more, it is -1"),
-        ({"move_fraction": 0}, "move_fraction must be above 0 and at most 1, it is 0"),
-        ({"move_fraction": 1.5}, "move_fraction must be above 0 and at most 1, it is 1.5"),
+        *(("cp", given) for given in ({"rank": 0}, {"rank": 1000}, {"max_iterations": 0}, {"vocab_shape": [3, 33]})),
+        *(("group_reduce", given) for given in ({"groups": 0}, {"groups": 101}, {"refine_rounds": -1})),
+        *(("group_reduce", given) for given in ({"move_fraction": 0}, {"move_fraction": 1.5}, {"grouping": "random"})),
+        *(("low_rank", given) for given in ({"rank": 0}, {"rank": 17})),
+        *(("product_quantization", given) for given in ({"subspaces": 0}, {"subspaces": 17}, {"max_iterations": 0})),
+        *(("product_quantization", {"bits": 4, "rare_bits": bits}) for bits in (-1, 4)),
+        *(("product_quantization", given) for given in ({"bits": 0}, {"bits": 16}, {"rare_bits": 8})),
+        *(("product_quantization", given) for given in ({"rare_fraction": 1.0}, {"metric_rounds": -1})),
+        *(
+            ("tensor_train", given)
+            for given in ({"max_rank": 0}, {"max_rank": 5}, {"shape": [4, 0]}, {"shape": [3, 5]})
+        ),
+        *(("tensor_train_matrix", given) for given in ({"max_rank": 0}, {"max_rank": 1000}, {"num_cores": 0})),
+        *(("tensor_train_matrix", given) for given in ({"vocab_shape": [9, 9], "dim_shape": [2, 2, 4]}, {"init": "0"})),
+        *(("tucker", given) for given in ({"ranks": []}, {"ranks": [2, 2, 20]}, {"max_iterations": -1})),
+        *(("tucker", given) for given in ({"dim_shape": [3, 5]}, {"dim_shape": [4, -4]}, {"vocab_shape": []})),
     ],
 )
-def test_options_out_of_range(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        get_config("group_reduce", **given)
+def test_options_that_do_not_fit_are_named(method: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=list(given)[-1]):
+        get_method(method).factorization.smallest_bytes(100, 16, 4, get_config(method, **given))
 
 
 def test_number_of_groups() -> None:
@@ -62,5 +74,3 @@ def test_number_of_groups() -> None:
     assert GroupReduceConfig().groups_for(30_001) == 20
     assert GroupReduceConfig().groups_for(3) == 3
     assert GroupReduceConfig(groups=7).groups_for(30_001) == 7
-    with pytest.raises(ValueError, match="groups must be at most the 3 rows of the table, it is 4"):
-        GroupReduceConfig(groups=4).groups_for(3)

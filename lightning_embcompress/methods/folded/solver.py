@@ -12,7 +12,7 @@ from tensorly.decomposition import parafac
 from tensorly.decomposition import tucker as tensorly_tucker
 from torch import Tensor
 
-from lightning_embcompress.methods.numerics.thin_svd import thin_svd
+from lightning_embcompress.methods.numerics.gram import thin_svd
 
 # Change of the relative error below which iterations stop.
 _TOLERANCE = 1e-4

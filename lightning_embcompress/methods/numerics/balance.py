@@ -31,8 +31,6 @@ def balanced_factors(
     weights: Sequence[Tensor] | None = None,
     *,
     exponent: float = 0.5,
-    rotate: bool = True,
-    seed: int = 0,
 ) -> tuple[list[Tensor], Tensor]:
     """Factors of the same products that lose less when they are rounded, see the top of the module.
 
@@ -47,8 +45,6 @@ def balanced_factors(
         exponent: Standard deviations of components become `λ^((1 − exponent) / 2)`: 0 lets an error cost the same in
             all, 1 makes all as large, 0.5 is best if values are rounded one by one. With `solvers.error_feedback`,
             which turns differences in cost to account, 0.7 has been measured to be.
-        rotate: Whether components are rotated into each other; False for the scales alone.
-        seed: Of the rotation.
 
     Returns:
         New coefficients of every block and the new basis, in their dtypes.
@@ -84,16 +80,15 @@ def balanced_factors(
     forward, inverse = torch.eye(rank, dtype=torch.float64), torch.eye(rank, dtype=torch.float64)
 
     def compute(_: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         for start, end in zip([0, *ends], ends, strict=False):
             run = slice(start, end)
             energy = sum(moment[run, run] for moment in moments if len(moment) >= end)
             assert isinstance(energy, Tensor)
             forward[run, run], inverse[run, run] = _balancing(energy, cost[run, run], exponent)
-            if rotate:
-                rotation = _rotation(end - start, generator)
-                forward[run, run] = forward[run, run] @ rotation
-                inverse[run, run] = rotation.T @ inverse[run, run]
+            rotation = _rotation(end - start, generator)
+            forward[run, run] = forward[run, run] @ rotation
+            inverse[run, run] = rotation.T @ inverse[run, run]
 
     # One process decomposes it: rounding may differ between processors.
     deal([[forward, inverse]], [1.0], compute)
@@ -124,6 +119,5 @@ def _balancing(energy: Tensor, cost: Tensor, exponent: float) -> tuple[Tensor, T
 
 def _rotation(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix."""
-    normal = torch.randn(size, size, dtype=torch.float64, generator=generator)
-    rotation: Tensor = torch.linalg.qr(normal).Q
+    rotation: Tensor = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
     return rotation

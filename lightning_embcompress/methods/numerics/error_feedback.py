@@ -146,7 +146,6 @@ def quantize_factors(
     basis_bits: int = 8,
     group_size: int = 64,
     scale_dtype: torch.dtype = torch.float16,
-    seed: int = 0,
 ) -> IntegerFactors:
     """Quantize a trained product `U_b B` without training: what loses least of all that has been compared.
 
@@ -162,7 +161,6 @@ def quantize_factors(
         basis_bits: Bits of a value of the basis, 2 to 8. There are few of them, and all rows share what they lose.
         group_size: Values that share a scale.
         scale_dtype: Dtype of the scales.
-        seed: Of the rotation.
 
     Raises:
         ValueError: If an argument is out of its range, a factor is not finite or does not fit the others.
@@ -175,7 +173,7 @@ def quantize_factors(
         >>> bool((table - coefficients @ basis).norm() < 0.02 * table.norm())
         True
     """
-    moved, turned = balanced_factors(coefficients, basis, matrix, weights, exponent=_EXPONENT, seed=seed)
+    moved, turned = balanced_factors(coefficients, basis, matrix, weights, exponent=_EXPONENT)
     basis_scales = group_scales(turned, basis_bits, group_size, scale_dtype, search=True)
     basis_codes = to_codes(turned, basis_scales, basis_bits, group_size)
     stored = from_codes(basis_codes, basis_scales, basis_bits, group_size, torch.float64).cpu()

@@ -7,7 +7,7 @@ of `2 V d²` operations over the rows replaces an SVD of the `V × d` table, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -215,6 +215,29 @@ def top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
         return gram.new_zeros(0, gram.shape[0])
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
     return vectors[:, -rank:].flip(1).T.contiguous()
+
+
+def thin_svd(matrix: Tensor, n_eigenvecs: int, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets of a matrix that is much longer one way than the other, through its Gram matrix.
+
+    An SVD of the unfoldings of a table would take minutes. The signature is that of TensorLy's SVDs.
+
+    Args:
+        matrix: `[m, n]`, float32 or float64.
+        n_eigenvecs: How many, at most `min(m, n)`.
+
+    Returns:
+        Left vectors `[m, count]`, values `[count]` and right vectors `[count, n]`.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        right, values, left = thin_svd(matrix.T, n_eigenvecs)
+        return left.T, values, right.T
+    gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+    add_gram(gram, matrix.T, gram.new_ones(matrix.shape[1]))
+    vectors = top_eigenvectors(gram, n_eigenvecs).to(matrix.dtype)
+    products = vectors @ matrix
+    values = products.norm(dim=1)
+    return vectors.T, values, products / values.clamp(min=torch.finfo(matrix.dtype).tiny)[:, None]
 
 
 def warm_eigenvectors(gram: Tensor, rank: int, basis: Tensor, iterations: int = 2, oversampling: int = 8) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from tensorly.decomposition import tensor_train_matrix
 from torch import Tensor
 
-from lightning_embcompress.methods.numerics.thin_svd import thin_svd
+from lightning_embcompress.methods.numerics.gram import thin_svd
 from lightning_embcompress.methods.tensor_train.solver import train_ranks
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import tensorly as tl
 import torch
@@ -105,13 +104,6 @@ def test_cp_of_any_shape_and_rank(shape: list[int], data: st.DataObject) -> None
     assert _error(tensor, factors) <= 1.001
 
 
-@pytest.mark.parametrize("start", [None, [torch.ones(4, 2), torch.ones(3, 2)]])
-def test_cp_of_a_tensor_of_zeros(start: list[Tensor] | None) -> None:
-    factors = cp(torch.zeros(4, 3), 2, start)
-    assert factors[-1].abs().max() == 0
-    assert factors[0].abs().max() > 0
-
-
 @pytest.mark.parametrize(
     ("shape", "ranks"), [((12, 13, 8), (5, 6, 4)), ((9, 20), (3, 3)), ((5, 6, 4, 3), (2, 3, 2, 2))]
 )
@@ -171,26 +163,3 @@ def test_ranks_of_tucker_that_have_a_meaning() -> None:
     assert possible_tucker_ranks([7], [5]) == [1]
     assert possible_tucker_ranks([1, 1, 9], [1, 1, 9]) == [1, 1, 1]
     assert math.prod(possible_tucker_ranks([3, 3], [0, -2])) == 1
-
-
-@pytest.mark.parametrize("solve", [cp, tucker])
-def test_nothing_global_changes(solve: object) -> None:
-    tensor, backend = _tensor(6, 7, 5), tl.get_backend()
-    torch.manual_seed(1)
-    np.random.seed(1)
-    state, drawn, before = torch.get_rng_state(), np.random.RandomState(1).random_sample(2), tensor.clone()
-    first, again = (
-        (cp(tensor, 3), cp(tensor, 3)) if solve is cp else (tucker(tensor, [2, 3, 2]), tucker(tensor, [2, 3, 2]))
-    )
-    assert torch.equal(torch.get_rng_state(), state)
-    assert np.array_equal(np.random.random_sample(2), drawn)
-    assert torch.equal(tensor, before)
-    assert tl.get_backend() == backend
-    assert torch.equal(first[0], again[0])
-
-
-@pytest.mark.parametrize("max_iterations", [1, 5, 400])
-def test_progress_of_cp_adds_up(max_iterations: int) -> None:
-    shares: list[float] = []
-    cp(_tensor(6, 7, 5), 3, max_iterations=max_iterations, advance=shares.append)
-    assert sum(shares) == pytest.approx(1)

@@ -11,7 +11,6 @@ from tensorly.tenalg import svd_interface
 from torch import Tensor
 
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, weighted_low_rank
-from lightning_embcompress.methods.numerics import gram
 from lightning_embcompress.methods.numerics.gram import project, row_weights
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 
@@ -49,18 +48,6 @@ def test_reaches_the_tail_of_the_singular_values(dtype: torch.dtype, rank: int) 
     assert achieved >= best * (1 - 1e-12)
 
 
-def test_no_other_subspace_is_better() -> None:
-    table, weights = _table(80, 12), row_weights(_counts(80), 80)
-    coefficients, basis = weighted_low_rank(table, 4, weights)
-    achieved = _weighted_norm(table - coefficients @ basis, weights)
-    for seed in range(50):
-        generator = torch.Generator().manual_seed(seed)
-        # Half of them close to the solution, where a wrong weighting would lose by little.
-        noise = torch.randn(4, 12, generator=generator, dtype=torch.float64)
-        other = torch.linalg.qr((basis + 0.05 * noise if seed % 2 else noise).T).Q.T
-        assert _weighted_norm(table - table @ other.T @ other, weights) > achieved
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(90, 10), (10, 10), (6, 14)])
 def test_equals_tensorly(shape: tuple[int, int], weighted: bool) -> None:
@@ -72,35 +59,6 @@ def test_equals_tensorly(shape: tuple[int, int], weighted: bool) -> None:
         expected = ((left * values) @ right) / root
     coefficients, basis = weighted_low_rank(table, 3, weights)
     torch.testing.assert_close(coefficients @ basis, expected, rtol=0, atol=1e-9)
-
-
-def test_basis_is_orthonormal_and_coefficients_are_projections() -> None:
-    table, weights = _table(50, 9, torch.float32), row_weights(_counts(50), 50)
-    coefficients, basis = weighted_low_rank(table, 5, weights)
-    torch.testing.assert_close(basis @ basis.T, torch.eye(5), rtol=0, atol=1e-5)
-    torch.testing.assert_close(coefficients, table @ basis.T)
-
-
-@pytest.mark.parametrize("rank", [0, 1, 3])
-def test_table_of_zeros(rank: int) -> None:
-    coefficients, basis = weighted_low_rank(torch.zeros(20, 6), rank, torch.ones(20).double())
-    assert torch.equal(coefficients @ basis, torch.zeros(20, 6))
-
-
-def test_zero_and_duplicated_rows() -> None:
-    table = _table(30, 8)
-    table[5] = 0
-    table[10:20] = table[3]
-    coefficients, basis = weighted_low_rank(table, 4, torch.ones(30).double())
-    approximation = coefficients @ basis
-    assert torch.equal(approximation[5], torch.zeros(8).double())
-    assert (approximation[10:20] - approximation[3]).abs().max() < 1e-12
-
-
-def test_full_rank_of_a_short_table_is_exact() -> None:
-    table = _table(5, 20)
-    coefficients, basis = weighted_low_rank(table, 5, row_weights(_counts(5), 5))
-    torch.testing.assert_close(coefficients @ basis, table, rtol=0, atol=1e-9)
 
 
 def test_rows_that_never_occur_do_not_disturb_those_that_do() -> None:
@@ -121,14 +79,6 @@ def test_rows_that_never_occur_get_the_directions_that_are_left() -> None:
     counts = torch.cat([torch.full((20,), 7.0), torch.zeros(20)])
     coefficients, basis = weighted_low_rank(table, 3, row_weights(counts, 40))
     torch.testing.assert_close(coefficients @ basis, table, rtol=0, atol=1e-6)
-
-
-def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    table, weights = _table(101, 8), row_weights(_counts(101), 101)
-    whole = weighted_low_rank(table, 3, weights)
-    monkeypatch.setattr(gram, "_CHUNK_ELEMENTS", 8 * 7)
-    in_parts = weighted_low_rank(table, 3, weights)
-    torch.testing.assert_close(in_parts[0] @ in_parts[1], whole[0] @ whole[1], rtol=0, atol=1e-12)
 
 
 def test_projects_some_rows() -> None:
@@ -160,16 +110,6 @@ def test_in_a_metric_reaches_the_tail_of_the_singular_values(dtype: torch.dtype,
     best = float(singular_values[rank:].square().sum().sqrt())
     lost = metric.loss(table.double(), coefficients.double() @ basis.double())
     assert (2 * lost) ** 0.5 == pytest.approx(best, abs=_TOLERANCE[dtype] * float(singular_values.norm()))
-
-
-@pytest.mark.parametrize("shape", [(90, 10), (10, 10), (6, 14)])
-def test_in_a_metric_equals_the_svd(shape: tuple[int, int]) -> None:
-    table, metric = _table(*shape), _metric(*shape)
-    left = metric.weights.sqrt().unsqueeze(1)
-    factors = torch.linalg.svd(left * table @ metric.root, full_matrices=False)
-    expected = (factors.U[:, :4] * factors.S[:4]) @ factors.Vh[:4] @ metric.inverse_root / left
-    coefficients, basis = low_rank_in_metric(table, 4, metric)
-    torch.testing.assert_close(coefficients @ basis, expected, rtol=0, atol=1e-8)
 
 
 def test_in_a_metric_that_sees_all_directions_alike_it_is_weighted_low_rank() -> None:

@@ -77,14 +77,6 @@ def test_pieces_of_a_long_matrix_are_as_one() -> None:
     assert torch.equal(codes[tail:], round_with_feedback(weight[tail:], scales[20_000:], cost, 4, 64))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes(dtype: torch.dtype) -> None:
-    weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    scales = group_scales(weight, 4, 64)
-    codes = round_with_feedback(weight, scales, _cost(64), 4, 64)
-    assert torch.equal(codes, round_with_feedback(weight.float(), scales, _cost(64), 4, 64))
-
-
 def test_degenerate_costs_and_matrices() -> None:
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     scales = group_scales(weight, 4, 64)

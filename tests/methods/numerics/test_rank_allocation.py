@@ -56,20 +56,6 @@ def test_more_frequent_blocks_of_equal_size_get_no_lower_rank(frequencies: list[
     assert in_order == sorted(ranks, reverse=True)
 
 
-def test_ranks_are_proportional_where_nothing_clips() -> None:
-    ranks = proportional_ranks([8.0, 4.0, 2.0], [1000] * 3, dim=200, max_elements=70 * 1200)
-    assert ranks == [40, 20, 10]
-
-
-def test_budget_for_everything_gives_full_ranks() -> None:
-    assert proportional_ranks([5.0, 1.0, 0.0], [10, 30, 3], dim=20, max_elements=43 * 20) == [10, 20, 3]
-
-
-def test_blocks_that_never_occur_share_what_is_left() -> None:
-    ranks = proportional_ranks([0.0, 0.0], [50, 50], dim=10, max_elements=2 * 4 * 60)
-    assert ranks == [4, 4]
-
-
 def test_budget_below_rank_one() -> None:
     smallest = smallest_elements([50, 50], 10)
     assert proportional_ranks([2.0, 1.0], [50, 50], 10, smallest) == [1, 1]

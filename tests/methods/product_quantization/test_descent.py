@@ -173,21 +173,3 @@ def test_no_change_of_one_code_lowers_the_loss() -> None:
             other = codes.clone()
             other[:, subspace] = code
             assert torch.all(losses(other) >= own - 1e-12)
-
-
-def test_as_many_centroids_as_rows_are_exact() -> None:
-    table, metric = _table(30, 6, torch.float32), _metric(30, 6)
-    for subspaces in (1, 4, 6):
-        codebook, codes = product_quantization(table, metric.weights, subspaces, 30, metric=metric)
-        descend(table, metric, codebook, codes)
-        torch.testing.assert_close(gather_rows(codebook, codes), table, rtol=0, atol=1e-4)
-
-
-def test_no_rounds_change_nothing() -> None:
-    table, metric = _table(50, 6), _metric(50, 6)
-    found = product_quantization(table, metric.weights, 3, 5, metric=metric)
-    before = [part.clone() for part in found]
-    shares: list[float] = []
-    descend(table, metric, *found, rounds=0, advance=shares.append)
-    assert shares == [1.0]
-    assert all(torch.equal(one, other) for one, other in zip(found, before, strict=True))

@@ -221,47 +221,6 @@ def test_damaged_codes_are_refused() -> None:
         three.load_state_dict({**state, "packed_codes": state["packed_codes"][:-1]})
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"subspaces": 0}, r"subspaces must be 1 or more, it is 0"),
-        ({"max_iterations": 0}, r"max_iterations must be 1 or more, it is 0"),
-        ({"metric_rounds": -1}, r"metric_rounds must be 0 or more, it is -1"),
-        ({"bits": 0}, r"bits must be from 1 to 15, it is 0"),
-        ({"bits": 16}, r"bits must be from 1 to 15, it is 16"),
-        ({"rare_bits": 8}, r"rare_bits must be from 0 to 7, below those of other codes, it is 8"),
-        ({"bits": 4, "rare_bits": -1}, r"rare_bits must be from 0 to 3, below those of other codes, it is -1"),
-        ({"rare_fraction": 1.0}, r"rare_fraction must be above 0 and below 1, it is 1.0"),
-        ({"subspaces": 17}, r"subspaces must be at most the 16 columns of the table, it is 17"),
-    ],
-)
-def test_options_that_do_not_fit(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ProductQuantization.smallest_bytes(100, 16, 4, ProductQuantizationConfig(**given))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"subspaces": 5},
-        {"subspaces": None},
-        {"centroids": 0},
-        {"centroids": 11},
-        {"rare_centroids": 3},
-        {"rare_tokens": 3},
-        {"rare_tokens": 11, "rare_centroids": 2},
-        {"rare_tokens": 3, "rare_centroids": 5},
-        {"rare_tokens": 3, "rare_centroids": "2"},
-    ],
-)
-def test_structures_that_are_not_possible(change: dict[str, Any]) -> None:
-    spec = {"kind": "product_quantization", "vocab_size": 10, "dim": 4, "subspaces": 4, "centroids": 4}
-    ProductQuantization.from_spec(spec, torch.float32)
-    ProductQuantization.from_spec({**spec, "rare_tokens": 3, "rare_centroids": 2}, torch.float32)
-    with pytest.raises(ValueError, match="subspaces|centroids|rare"):
-        ProductQuantization.from_spec({**spec, **change}, torch.float32)
-
-
 def _metric(vocab_size: int, dim: int) -> Metric:
     mixed = torch.randn(dim, dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     mixed = mixed * torch.logspace(0, -1, dim, dtype=torch.float64)
@@ -285,15 +244,6 @@ def test_the_metric_lowers_the_loss(dtype: torch.dtype, rare_bits: int | None) -
     assert losses[1] < 0.95 * losses[0]
     assert losses[2] < 0.8 * losses[1]
     assert losses[3] < losses[2]
-
-
-def test_who_is_rare_depends_on_counts_with_a_metric_too() -> None:
-    table, metric = _table(300, 8), _metric(300, 8)
-    options = ProductQuantizationConfig(subspaces=4, bits=5, rare_bits=2)
-    plain = ProductQuantization.decompose(table, 10**6, _counts(300), options)
-    factors = ProductQuantization.decompose(table, 10**6, _counts(300), options, metric=metric)
-    assert torch.equal(factors.is_rare, plain.is_rare)
-    assert int(factors.codes[factors.is_rare].max()) < 4
 
 
 def test_refining_in_the_metric() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,15 +147,6 @@ def test_rows_of_high_weight_come_first() -> None:
     assert _error(weight, torch.ones(600), plain) < _error(weight, torch.ones(600), weighted)
 
 
-def test_rows_that_never_occur_do_not_disturb_those_that_do() -> None:
-    weight = _random(80, 4)
-    counts = torch.cat([torch.arange(40, 0, -1), torch.zeros(40, dtype=torch.long)])
-    codebook, codes = product_quantization(weight, row_weights(counts, 80), 2, 8)
-    alone = product_quantization(weight[:40], row_weights(counts[:40], 40), 2, 8)
-    both = _error(weight[:40], counts[:40], (codebook, codes[:40]))
-    assert both == pytest.approx(_error(weight[:40], counts[:40], alone), rel=0.15)
-
-
 @pytest.mark.parametrize("columns", [1, 2])
 def test_centroids_without_rows_are_moved(columns: int) -> None:
     weight = _random(100, columns)
@@ -165,15 +155,6 @@ def test_centroids_without_rows_are_moved(columns: int) -> None:
     assert len(codes.unique()) == 8
     fresh = product_quantization(weight, torch.ones(100), 1, 8, max_iterations=20)
     assert _error(weight, torch.ones(100), (codebook, codes)) <= 1.25 * _error(weight, torch.ones(100), fresh)
-
-
-@pytest.mark.parametrize("subspaces", [1, 2])
-def test_tables_of_zeros_and_of_few_different_rows(subspaces: int) -> None:
-    codebook, codes = product_quantization(torch.zeros(20, 2), torch.ones(20), subspaces, 5)
-    assert codebook.abs().max() == 0
-    weight = _random(3, 2, dtype=torch.float32).repeat(10, 1)
-    found = product_quantization(weight, torch.ones(30), subspaces, 5)
-    assert _error(weight, torch.ones(30), found) < 1e-9
 
 
 def test_rare_rows_share_the_first_centroids() -> None:
@@ -225,41 +206,3 @@ def test_starting_centroids_are_different_rows() -> None:
     for part, points in zip(_parts(starts, 4), _parts(weight, 4), strict=True):
         # Each row once, whatever the order.
         assert torch.equal(part[part[:, 0].argsort()], points[points[:, 0].argsort()])
-
-
-def test_starting_centroids_of_a_group_come_from_those_that_may_use_them() -> None:
-    weight = torch.arange(40, dtype=torch.float64).unsqueeze(1)
-    groups = Groups([torch.arange(10), torch.arange(10, 40)], [12, 5])
-    sample = solver._Sampled(groups, torch.ones(40).double())
-    spaces = [solver.Space(slice(0, 1), None, weight)]
-    starts = solver._starting_codebook(weight, torch.arange(40), sample, spaces, 12, torch.Generator().manual_seed(0))
-    assert starts[5:].max() < 10
-    assert starts[:5].max() > 10
-
-
-@pytest.mark.parametrize("subspaces", [1, 3, 5])
-def test_progress_adds_up_and_nothing_global_changes(subspaces: int) -> None:
-    weight, shares = _random(90, 5, dtype=torch.float32), []
-    torch.manual_seed(1)
-    np.random.seed(1)
-    state, drawn, before = torch.get_rng_state(), np.random.RandomState(1).random_sample(2), weight.clone()
-    first = product_quantization(weight, _zipf(90), subspaces, 9, advance=shares.append)
-    assert len(shares) == subspaces
-    assert sum(shares) == pytest.approx(1)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert np.array_equal(np.random.random_sample(2), drawn)
-    assert torch.equal(weight, before)
-    torch.manual_seed(2)
-    again = product_quantization(weight, _zipf(90), subspaces, 9)
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-
-
-@given(st.integers(1, 40), st.data())
-@settings(deadline=None, max_examples=40)
-def test_subspaces_cover_the_columns_evenly(dim: int, data: st.DataObject) -> None:
-    subspaces = data.draw(st.integers(1, dim))
-    sizes = subspace_sizes(dim, subspaces)
-    assert len(sizes) == subspaces
-    assert sum(sizes) == dim
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] - sizes[-1] <= 1

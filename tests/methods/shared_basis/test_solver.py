@@ -242,10 +242,3 @@ def test_blocks_and_widths_that_are_kept() -> None:
 def test_metric_of_another_table_is_refused() -> None:
     with pytest.raises(ValueError, match="the metric is of a table of 600 x 24, the table has 10 x 3"):
         shared_basis(torch.zeros(10, 3), _metric(), _budget(2))
-
-
-def test_work_that_is_done_adds_up_to_one() -> None:
-    for rounds in (0, 1, 9):
-        done: list[float] = []
-        shared_basis(_table(), _metric(), _budget(8), 4, rounds, advance=done.append)
-        assert sum(done) == pytest.approx(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import tensorly as tl
@@ -18,7 +17,6 @@ from lightning_embcompress.methods.tensor_train.factorization import TensorTrain
 from lightning_embcompress.methods.tensor_train.solver import (
     core_sizes,
     tensor_train,
-    train_halves,
     train_logits,
     train_ranks,
     train_rows,
@@ -119,60 +117,6 @@ def test_rows_and_logits_are_those_of_the_cores(problem: tuple[list[int], int, i
     assert (logits - hidden @ rows.T).norm() <= _TOLERANCE[dtype] * scale
 
 
-def test_halves_multiply_to_the_rows() -> None:
-    shape, ranks = [2, 3, 2, 2, 3], train_ranks([2, 3, 2, 2, 3], 4)
-    cores = tensor_train(_random(6, 72), shape, ranks)
-    first, second = train_halves(cores, shape, ranks)
-    assert first.shape == (12, ranks[3], 6)
-    assert second.shape == (ranks[3], 6, 6)
-    rows = torch.einsum("art,rbt->tab", first, second).flatten(1)
-    torch.testing.assert_close(rows, train_rows(cores, shape, ranks, 72), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_full_ranks_are_exact(dtype: torch.dtype) -> None:
-    vectors = _random(9, 60, dtype=dtype)
-    ranks = train_ranks([4, 4, 4], 100)
-    assert ranks == [1, 4, 4, 1]
-    rows = train_rows(tensor_train(vectors, [4, 4, 4], ranks), [4, 4, 4], ranks, 60)
-    assert (rows - vectors).norm() <= _TOLERANCE[dtype] * vectors.norm()
-
-
-@pytest.mark.parametrize("max_rank", [1, 3])
-def test_rows_of_zeros_and_of_equal_entries(max_rank: int) -> None:
-    vectors = torch.stack([torch.zeros(12), torch.ones(12), torch.zeros(12), torch.full((12,), 1e-30)])
-    ranks = train_ranks([2, 2, 3], max_rank)
-    cores = tensor_train(vectors, [2, 2, 3], ranks)
-    assert cores.isfinite().all()
-    rows = train_rows(cores, [2, 2, 3], ranks, 12)
-    assert rows[0].abs().max() == rows[2].abs().max() == 0
-    torch.testing.assert_close(rows, vectors, rtol=1e-5, atol=1e-35)
-
-
-def test_no_rows() -> None:
-    ranks = train_ranks([2, 2, 3], 2)
-    cores = tensor_train(torch.empty(0, 12), [2, 2, 3], ranks)
-    assert cores.shape == (0, sum(core_sizes([2, 2, 3], ranks)))
-    assert train_rows(cores, [2, 2, 3], ranks, 12).shape == (0, 12)
-
-
-def test_rows_do_not_depend_on_their_neighbours() -> None:
-    vectors = _random(20, 64, dtype=torch.float32)
-    ranks = train_ranks([2] * 6, 3)
-    together = train_rows(tensor_train(vectors, [2] * 6, ranks), [2] * 6, ranks, 64)
-    alone = torch.cat([train_rows(tensor_train(v, [2] * 6, ranks), [2] * 6, ranks, 64) for v in vectors.split(1)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes_are_solved_in_float32(dtype: torch.dtype) -> None:
-    vectors = _random(5, 64, dtype=dtype)
-    ranks = train_ranks([2] * 6, 3)
-    cores = tensor_train(vectors, [2] * 6, ranks)
-    assert cores.dtype == torch.float32
-    assert torch.equal(cores, tensor_train(vectors.float(), [2] * 6, ranks))
-
-
 @pytest.mark.parametrize(
     ("max_rank", "floats", "ratio"),
     [(1, 20, 38.4), (2, 72, None), (3, 140, None), (4, 232, 3.31), (5, 320, None), (6, 424, None), (8, 680, None)],
@@ -188,41 +132,6 @@ def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> Non
     assert factors.stored_bytes() == smallest
     if ratio is not None:
         assert round(768 / floats, 2) == ratio
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"max_rank": 0}, r"max_rank must be 1 or more, it is 0"),
-        ({"shape": []}, r"shape must be sizes of 1 or more, it is \[\]"),
-        ({"shape": [4, 0]}, r"shape must be sizes of 1 or more, it is \[4, 0\]"),
-        ({"shape": [3, 5]}, r"shape \[3, 5\] has a product of 15: it must be at least the 16 columns of the table"),
-        ({"max_rank": 5}, r"max_rank must be at most 4 for vectors folded to 2 x 2 x 2 x 2, it is 5"),
-    ],
-)
-def test_options_that_do_not_fit(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TensorTrain.smallest_bytes(100, 16, 4, TensorTrainConfig(**given))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"shape": [2, 2]},
-        {"shape": []},
-        {"ranks": [1, 2, 2, 1]},
-        {"ranks": [1, 2, 5, 2, 1]},
-        {"ranks": [1, 0, 1, 1, 1]},
-        {"ranks": [2, 2, 2, 2, 1]},
-        {"ranks": "1, 2"},
-        {"shape": None},
-    ],
-)
-def test_structures_that_are_not_possible(change: dict[str, Any]) -> None:
-    spec = {"kind": "tensor_train", "vocab_size": 9, "dim": 16, "shape": [2] * 4, "ranks": [1, 2, 3, 2, 1]}
-    TensorTrain.from_spec(spec, torch.float32)
-    with pytest.raises(ValueError, match="shape|ranks"):
-        TensorTrain.from_spec({**spec, **change}, torch.float32)
 
 
 def test_refining_keeps_the_signs_of_every_core() -> None:
