@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import toys
 from lightning_embcompress import EmbeddingCompression, QuantizationAware, compress
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
@@ -31,7 +32,7 @@ from lightning_embcompress.layers.distillation import Distillation, teacher_scor
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
 from lightning_embcompress.modules.reconstruction import Reconstruction
-from lightning_embcompress.quantization.aware import prepare_qat
+from lightning_embcompress.quantization.aware import prepare_qat, quantize_tables
 from lightning_embcompress.tables.replacement import find_tables
 from toys import Losses, quiet_trainer
 
@@ -382,11 +383,21 @@ def test_models_and_teachers_that_cannot_work(start: SimpleNamespace, tmp_path: 
     _tuned(start).save_compressed(tmp_path / "saved")
     with pytest.raises(ValueError, match="and the directory as weights"):
         CompressedLanguageModel(str(tmp_path / "saved"))
+    packed = _tuned(start).model
+    quantize_tables(packed, Quantization(8))
+    with pytest.raises(ValueError, match="'encoder', 'decoder' have no parameters"):
+        _tuned(start, packed)
+    packed.lstm.requires_grad_(False)
+    with pytest.raises(ValueError, match="freeze='factors' leaves nothing to train"):
+        _tuned(start, packed, freeze="factors")
     # What is found when training starts: before anything of it.
+    other_names = toys.LanguageModel(WORDS, DIM)
+    other_names.embedding, other_names.encoder = other_names.encoder, None
     cases: list[tuple[CompressedLanguageModel, type[Exception], str]] = [
         (_tuned(start, distillation_weight=1.0), ValueError, "distillation_weight=1 needs the dense original"),
         (_tuned(start, reconstruction_weight=1.0, teacher="a/b.ckpt"), FileNotFoundError, "no file or directory"),
         (_tuned(start, teacher=_lstm(WORDS, projection_size=6), reconstruction_weight=1.0), ValueError, "58 x 6"),
+        (_tuned(start, teacher=other_names, reconstruction_weight=1.0), ValueError, "no layer 'encoder'"),
     ]
     other = torch.load(start.folder / "dense.ckpt", weights_only=True)
     other["vocabulary"]["fingerprint"] = "of another text"

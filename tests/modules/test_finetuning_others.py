@@ -77,6 +77,20 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(into.state_dict()), dict(second.state_dict()), rtol=0, atol=0)
 
 
+def test_logits_that_a_model_changes_are_distilled_as_they_are(tmp_path: Path) -> None:
+    config = {"model_type": "gemma2", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"head_dim": 8, "num_key_value_heads": 2, "intermediate_size": 24, "final_logit_softcapping": 2.0}
+    dense, small = (HuggingFaceCausalLM(config=config, vocab_size=VOCAB_SIZE) for _ in range(2))
+    before, batch = copy.deepcopy(small), next(iter(DataLoader(_blocks(), batch_size=8)))  # type: ignore[arg-type]
+    model = CompressedLanguageModel(small, teacher=dense, distillation_weight=0.5, temperature=2.0, optimizer=_sgd)
+    trainer = quiet_trainer(tmp_path, max_steps=1, max_epochs=None)
+    trainer.fit(model, DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
+    logits, targets = before.scores(batch, "train")
+    scores = teacher_scores(dense.scores(batch, "train")[0], 128, 2.0)
+    found = loss_of_logits(logits, Distillation(targets, scores, 2.0, 1.0, 0.5))
+    assert trainer.callback_metrics["train_loss"].item() == pytest.approx(found.loss.item(), rel=1e-5)
+
+
 class Foreign(LanguageModel):
     """Knows nothing of this package: it has data and hooks of its own, and a token that is no target."""
 
