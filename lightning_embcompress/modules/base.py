@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
 from lightning_embcompress.layers.chunked_loss import token_chunks
-from lightning_embcompress.layers.full_softmax import full_softmax_loss as full_softmax_loss
+from lightning_embcompress.layers.full_softmax import full_softmax_loss
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity, token_negative_log_likelihood
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.methods.numerics.metric import smoothed_frequencies
-from lightning_embcompress.modules.parts import table_rows, table_shape
+from lightning_embcompress.modules.finetuning.parts import table_rows, table_shape
 from lightning_embcompress.tables.replacement import Table
 
 

@@ -20,9 +20,9 @@ from lightning_embcompress.layers.chunked_loss import token_chunks
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.distillation import TeacherScores, joined_scores, teacher_scores
 from lightning_embcompress.modules.base import LanguageModel
-from lightning_embcompress.modules.parts import Parts, own_step, watch
-from lightning_embcompress.modules.reconstruction import Reconstruction
-from lightning_embcompress.modules.sources import open_model
+from lightning_embcompress.modules.finetuning.architecture import open_model
+from lightning_embcompress.modules.finetuning.parts import Parts, own_step, watch
+from lightning_embcompress.modules.finetuning.reconstruction import Reconstruction
 from lightning_embcompress.tables.replacement import put_back
 
 # Of a model that was stored in float16, a parameter of the backbone differs by less from what it was.

@@ -24,11 +24,11 @@ from lightning_embcompress.integrations.checkpoint import (
 from lightning_embcompress.integrations.opening import register_module_class
 from lightning_embcompress.integrations.saved import save_compressed
 from lightning_embcompress.modules.base import LanguageModel, VocabularyModule
+from lightning_embcompress.modules.finetuning.architecture import architecture_of, build, open_model
+from lightning_embcompress.modules.finetuning.parts import Freeze, Parts, own_step, unfreeze, warn_of_frozen
+from lightning_embcompress.modules.finetuning.teacher import Teacher
+from lightning_embcompress.modules.finetuning.terms import Terms
 from lightning_embcompress.modules.huggingface import HuggingFaceCausalLM
-from lightning_embcompress.modules.parts import Freeze, Parts, own_step, unfreeze, warn_of_frozen
-from lightning_embcompress.modules.sources import architecture_of, build, open_model
-from lightning_embcompress.modules.teacher import Teacher
-from lightning_embcompress.modules.terms import Terms
 
 # Hooks of Lightning's besides those of its two classes of hooks. Layers that are built late are there already.
 _HOOKS = {
@@ -49,7 +49,7 @@ class CompressedLanguageModel(VocabularyModule):
       and all others together (:mod:`lightning_embcompress.layers.distillation`). The full softmax is computed for it,
       also where the model trains by a sampled one;
     * reconstruction: how far the factors are from the teacher's tables, in the metric of the loss where there are
-      ``statistics`` (:mod:`lightning_embcompress.modules.reconstruction`). Without weights it keeps factors
+      ``statistics`` (:mod:`lightning_embcompress.modules.finetuning.reconstruction`). Without weights it keeps factors
       from drifting; alone it is a decomposition by gradient descent.
 
     Nothing of the teacher is trained, or kept in checkpoints but its path: a run that is resumed finds it there again,

@@ -15,8 +15,8 @@ from lightning_embcompress.layers.chunked_loss import ChunkedLoss, loss_of_head,
 from lightning_embcompress.layers.distillation import Distillation, TeacherScores, check_distillation
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.modules.base import LanguageModel
-from lightning_embcompress.modules.parts import Parts, Seen, own_step, watch
-from lightning_embcompress.modules.teacher import Teacher
+from lightning_embcompress.modules.finetuning.parts import Parts, Seen, own_step, watch
+from lightning_embcompress.modules.finetuning.teacher import Teacher
 
 
 @dataclass(frozen=True)
