@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 from lightning_embcompress.data.blocks import IGNORE_INDEX, Block, TokenBlocks
 from lightning_embcompress.data.cache import default_cache_dir
-from lightning_embcompress.data.sources import FileSource
+from lightning_embcompress.data.sources import text_files
 from lightning_embcompress.data.text import find_files
 from lightning_embcompress.data.tokenized import Ids, load_tokenizer, tokenize_subwords
 from lightning_embcompress.integrations.contents import model_class
@@ -158,7 +158,7 @@ def read_text(patterns: Sequence[str], tokenizer: str, measure_all: bool = False
         FileNotFoundError: If a pattern matches no file.
         ValueError: If the text cannot be read or is too short, or there is no such tokenizer.
     """
-    source, loaded = FileSource(find_files(patterns, "--text")), load_tokenizer(tokenizer)
+    source, loaded = text_files(find_files(patterns, "--text")), load_tokenizer(tokenizer)
     eos_id = loaded.eos_token_id if isinstance(loaded.eos_token_id, int) else None
     tokens = tokenize_subwords(source, loaded, eos_id, "files", default_cache_dir(), "Tokenizing the text")
     return TokenizedText(tokens.ids[:], measure_all)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_embcompress.data.loading import ResumableSampler
 from lightning_embcompress.data.tokenized import Ids, TokenStream
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX as IGNORE_INDEX
 
@@ -26,7 +24,7 @@ class TokenBlocks(Dataset[Block]):
     length, and the labels of what the block before has predicted already are -100. No block is padded.
 
     Args:
-        ids: The stream, integers ``[N]``, read block by block.
+        ids: The stream, integers ``[N]`` read block by block.
         block_size: How many tokens a block has; a stream that is shorter is one block.
 
     Raises:
@@ -42,10 +40,10 @@ class TokenBlocks(Dataset[Block]):
 
     def __init__(self, ids: Ids | TokenStream, block_size: int) -> None:
         """Check and keep the arguments."""
-        if block_size < 2:
-            raise ValueError(f"block_size={block_size}: it must be at least 2, one token to read and one to predict.")
-        if len(ids) < 2:
-            raise ValueError(f"{len(ids)} tokens are too few: a block needs one to read and one to predict.")
+        if min(block_size, len(ids)) < 2:
+            raise ValueError(
+                f"block_size={block_size} of {len(ids)} tokens: a block needs one token to read and one to predict."
+            )
         self.ids = ids
         self.block_size = min(block_size, len(ids))
 
@@ -76,35 +74,3 @@ class TokenBlocks(Dataset[Block]):
         labels = input_ids.clone()
         labels[: self.block_size if is_filler else wanted - start + (wanted > start)] = IGNORE_INDEX
         return {"input_ids": input_ids, "labels": labels}
-
-
-class BlockSampler(ResumableSampler):
-    """The blocks of one process: all once over all processes, shuffled anew in each epoch.
-
-    Unlike :class:`~torch.utils.data.DistributedSampler` it repeats no block where processes do not divide the blocks
-    evenly, which would count text twice: what is missing is filled with blocks in which nothing is predicted.
-
-    Args:
-        dataset: The blocks.
-        shuffle: Whether their order is drawn, from ``seed`` and the number of the epoch.
-        seed: Of the order.
-        rank: Which part to give, in distributed training.
-        world_size: How many processes there are.
-    """
-
-    fixed_by = "text, tokenizer, batch_size and block_size"
-
-    def __init__(self, dataset: TokenBlocks, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        """Keep the arguments."""
-        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
-        self.num_blocks = len(dataset)
-
-    def order(self) -> Sequence[int]:
-        """Give the numbers of the blocks."""
-        order = torch.arange(self.num_blocks)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = order[torch.randperm(self.num_blocks, generator=generator)]
-        fillers = torch.full((len(self) * self.num_replicas - self.num_blocks,), self.num_blocks)
-        numbers: list[int] = torch.cat([order, fillers])[self.rank :: self.num_replicas].tolist()
-        return numbers

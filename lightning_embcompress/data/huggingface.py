@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_embcompress.data.blocks import BlockSampler, TokenBlocks
-from lightning_embcompress.data.loading import ResumableLoader, make_loader
-from lightning_embcompress.data.module import TextDataModule
-from lightning_embcompress.data.sources import DatasetSource, Split, TextSource, load_splits
+from lightning_embcompress.data.blocks import TokenBlocks
+from lightning_embcompress.data.loading import ResumableLoader, ResumableSampler, make_loader
+from lightning_embcompress.data.module import TextDataModule, check_least
+from lightning_embcompress.data.sources import Split, TextSource, dataset_rows, load_splits
 from lightning_embcompress.data.tokenized import TokenizerVocabulary, Tokens, load_tokenizer, tokenize_subwords
 
 
@@ -47,12 +48,10 @@ class HuggingFaceText(TextDataModule):
         eos_token: A token of the tokenizer; ``None`` for what it says itself.
         block_size: Tokens in a block, at most what the model has positions for.
         batch_size: Blocks in a batch, per process.
-        eval_batch_size: The same for validation and test; ``None`` for ``batch_size``.
         shuffle_seed: Of the order of the training blocks, together with the number of the epoch; ``None`` leaves them
             in the order of the text.
-        num_workers: How many processes read batches ahead; 0 reads in the training process.
-        cache_dir: Where ids are kept; ``None`` for ``$XDG_CACHE_HOME/lightning_embcompress``, or
-            ``~/.cache/lightning_embcompress``.
+        options: ``eval_batch_size``, ``num_workers`` and ``cache_dir`` of
+            :class:`~lightning_embcompress.data.module.TextDataModule`.
 
     Raises:
         ValueError: If an argument is out of range, or not exactly one of ``train_files`` and ``dataset`` is given.
@@ -81,17 +80,14 @@ class HuggingFaceText(TextDataModule):
         eos_token: str | None = None,
         block_size: int = 512,
         batch_size: int = 8,
-        eval_batch_size: int | None = None,
         shuffle_seed: int | None = 0,
-        num_workers: int = 0,
-        cache_dir: str | Path | None = None,
+        **options: Any,
     ) -> None:
         """Check and keep the arguments."""
-        super().__init__({}, batch_size, eval_batch_size, num_workers, cache_dir)
+        super().__init__(batch_size, **options)
+        check_least(2, block_size=block_size)
         files: dict[Split, str | list[str] | None] = {"train": train_files, "valid": valid_files, "test": test_files}
         _check_source(dataset, files)
-        if block_size < 2:
-            raise ValueError(f"block_size={block_size}: it must be at least 2, one token to read and one to predict.")
         if documents not in (None, "files", "lines"):
             raise ValueError(f"documents={documents!r} is not known: use 'files' or 'lines', or null for the default.")
         self.tokenizer_name = tokenizer
@@ -104,9 +100,6 @@ class HuggingFaceText(TextDataModule):
         self.eos_token = eos_token
         self.block_size = block_size
         self.shuffle_seed = shuffle_seed
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._vocabulary: TokenizerVocabulary | None = None
-        self._splits: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         """Name the text. Lightning's own description would load and tokenize it, also within an error message."""
@@ -125,30 +118,28 @@ class HuggingFaceText(TextDataModule):
         name = self.split_names[split]
         if name is None:
             return None
-        _ = self.tokenizer  # one that does not load is told before a dataset is loaded
-        if self._splits is None:
-            self._splits = load_splits(self.dataset, self.dataset_config)
-        if name not in self._splits:
+        if name not in self._rows:
             raise ValueError(
                 f"{split}_split={name!r} is not in the dataset {self.dataset!r}, which has the splits "
-                f"{', '.join(map(repr, self._splits))}: name one of them, or null for none."
+                f"{', '.join(map(repr, self._rows))}: name one of them, or null for none."
             )
         place = str(Path(self.dataset) / (self.dataset_config or "") / name)
-        return DatasetSource(self._splits[name], self.text_column, place)
+        return dataset_rows(self._rows[name], self.text_column, place)
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; loaded at the first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
+        return load_tokenizer(self.tokenizer_name)
 
-    @property
+    @cached_property
     def vocabulary(self) -> TokenizerVocabulary:
         """The tokens, by their number and a fingerprint."""
-        if self._vocabulary is None:
-            self._vocabulary = TokenizerVocabulary(self.tokenizer)
-        return self._vocabulary
+        return TokenizerVocabulary(self.tokenizer)
+
+    @cached_property
+    def _rows(self) -> dict[str, Any]:
+        _ = self.tokenizer  # one that does not load is told before a dataset is loaded
+        return load_splits(str(self.dataset), self.dataset_config)
 
     def _tokenize(self, source: TextSource, split: Split) -> Tokens:
         eos_id = self._eos_id()
@@ -158,10 +149,9 @@ class HuggingFaceText(TextDataModule):
     def _loader(self, tokens: Tokens, split: Split, rank: int, world_size: int) -> ResumableLoader[Any]:
         blocks = TokenBlocks(tokens.ids, self.block_size)
         shuffle = split == "train" and self.shuffle_seed is not None
-        sampler = BlockSampler(blocks, shuffle, self.shuffle_seed or 0, rank, world_size)
-        return make_loader(
-            blocks, sampler, self.batch_size if split == "train" else self.eval_batch_size, self.num_workers
-        )
+        fixed_by = "text, tokenizer, batch_size and block_size"
+        sampler = ResumableSampler(len(blocks), fixed_by, shuffle, self.shuffle_seed or 0, rank, world_size)
+        return make_loader(blocks, sampler, self.batch_size_of(split), self.num_workers)
 
     def _eos_id(self) -> int:
         if self.eos_token is None:

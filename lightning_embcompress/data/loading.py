@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,18 +15,29 @@ Item = TypeVar("Item")
 class ResumableSampler(DistributedSampler[int]):
     """An order of items that can begin in its middle.
 
-    It is a :class:`~torch.utils.data.DistributedSampler` so that Lightning does not put its own in this place.
-    """
+    It is a :class:`~torch.utils.data.DistributedSampler` so that Lightning does not put its own in this place. Unlike
+    that, it repeats no item where processes do not divide the items evenly, which would count text twice: what is
+    missing is the item number ``num_items``, in which nothing is predicted.
 
-    fixed_by: ClassVar[str]
-    """What decides how many batches an epoch has, in words."""
+    Args:
+        num_items: How many items there are.
+        fixed_by: What decides how many batches an epoch has, in words.
+        shuffle: Whether the order is drawn, from ``seed`` and the number of the epoch.
+        seed: Of the order.
+        rank: Which part to give, in distributed training.
+        world_size: How many processes there are; 1 if each has items of its own.
+    """
 
     start = 0
     """How many items are left out, the next time only."""
 
-    @abstractmethod
-    def order(self) -> Sequence[int]:
-        """Give the numbers of all items of this process, in the order of the epoch."""
+    def __init__(
+        self, num_items: int, fixed_by: str, shuffle: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Keep the arguments."""
+        super().__init__(range(num_items), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
+        self.num_items = num_items
+        self.fixed_by = fixed_by
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch.
@@ -42,7 +52,12 @@ class ResumableSampler(DistributedSampler[int]):
         # A generator: nothing may be consumed before the first item is drawn. With worker processes, torch makes two
         # iterators and uses the second.
         start, self.start = self.start, 0
-        yield from self.order()[start:]
+        order = torch.arange(self.num_items)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = order[torch.randperm(self.num_items, generator=generator)]
+        fillers = torch.full((len(self) * self.num_replicas - self.num_items,), self.num_items)
+        yield from torch.cat([order, fillers])[self.rank :: self.num_replicas][start:].tolist()
 
 
 class ResumableLoader(DataLoader[Item]):

@@ -11,12 +11,23 @@ from torch import Tensor
 
 from lightning_embcompress.data.cache import default_cache_dir, require_datasets
 from lightning_embcompress.data.loading import ResumableLoader
-from lightning_embcompress.data.sources import FileSource, Split, TextSource
+from lightning_embcompress.data.sources import Split, TextSource, text_files
 from lightning_embcompress.data.text import find_files
 from lightning_embcompress.data.tokenized import TokenizerVocabulary, Tokens
 from lightning_embcompress.data.vocabulary import Vocabulary
 
 _SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+def check_least(least: int, **arguments: int | None) -> None:
+    """Check arguments by their names; ``None`` is not checked.
+
+    Raises:
+        ValueError: If one is smaller.
+    """
+    for name, value in arguments.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: it must be at least {least}.")
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -25,10 +36,9 @@ class TextDataModule(LightningDataModule, ABC):
     ``vocabulary``, ``vocab_size`` and ``token_counts`` can be used at any time: they prepare what they need.
 
     Args:
-        sizes: Numbers that must be at least one, by the names of their arguments; ``None`` is not checked.
-        batch_size: See the subclasses, as for all arguments below.
+        batch_size: Per process; of what, the subclasses say.
         eval_batch_size: The same for validation and test; ``None`` for ``batch_size``.
-        num_workers: How many processes read batches ahead.
+        num_workers: How many processes read batches ahead; 0 reads in the training process.
         cache_dir: Where ids are kept; ``None`` for ``$XDG_CACHE_HOME/lightning_embcompress``, or
             ``~/.cache/lightning_embcompress``.
 
@@ -42,20 +52,16 @@ class TextDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
-        sizes: dict[str, int | None],
         batch_size: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        cache_dir: str | Path | None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        cache_dir: str | Path | None = None,
     ) -> None:
         """Check and keep the arguments."""
         super().__init__()
         require_datasets()  # said before anything else is done
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **sizes}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: it must be at least 1.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers}: it must be 0 or more.")
+        check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
@@ -94,6 +100,10 @@ class TextDataModule(LightningDataModule, ABC):
     def token_counts(self) -> Tensor:
         """How often each id occurs in the training text, int64 ``[vocab_size]``."""
         return self.tokens("train").counts.clone()
+
+    def batch_size_of(self, split: Split) -> int:
+        """Give the batch size of one part of the corpus."""
+        return self.batch_size if split == "train" else self.eval_batch_size
 
     def tokens(self, split: Split) -> Tokens:
         """Give one part of the corpus as ids.
@@ -164,8 +174,8 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _file_source(
         self, split: Split, patterns: str | list[str] | None, folder: Path | None = None
-    ) -> FileSource | None:
-        return None if patterns is None else FileSource(find_files(patterns, f"{split}_files", folder))
+    ) -> TextSource | None:
+        return None if patterns is None else text_files(find_files(patterns, f"{split}_files", folder))
 
     def _required(self, split: Split) -> TextSource:
         source = self.source(split)

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning_embcompress.data.sources import Split, TextSource
 from lightning_embcompress.data.token_stream import TokenStreamDataModule
-from lightning_embcompress.data.vocabulary import Vocabulary, read_vocabulary_file
 
 _TEST_FILES = "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
 
@@ -71,6 +70,8 @@ class OneBillionWord(TokenStreamDataModule):
         self.eos_token = end_token
         self.bos_token = begin_token
         self.data_dir = Path(data_dir).expanduser()
+        if vocabulary_file is not None and (self.data_dir / vocabulary_file).is_file():
+            self.vocabulary_file = self.data_dir / vocabulary_file
         self.train_files = train_files
         self.valid_files = valid_files
         self.test_files = test_files
@@ -91,10 +92,3 @@ class OneBillionWord(TokenStreamDataModule):
         if patterns is None and split == "test" and (self.data_dir / _TEST_FILES).is_file():
             patterns = _TEST_FILES
         return self._file_source(split, patterns, self.data_dir)
-
-    def _read_vocabulary(self, path: Path) -> Vocabulary:
-        path = self.data_dir / path if (self.data_dir / path).is_file() else path
-        words, _ = read_vocabulary_file(path)
-        if self.bos_token is not None and self.eos_token not in words and self.bos_token in words:
-            self.eos_token = self.bos_token
-        return super()._read_vocabulary(path)

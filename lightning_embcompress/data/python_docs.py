@@ -9,12 +9,13 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from lightning_embcompress.data.cache import cached
-from lightning_embcompress.data.sources import DatasetSource, Split, TextSource
+from lightning_embcompress.data.sources import Split, TextSource, dataset_rows
 from lightning_embcompress.data.text import TextFormat
 from lightning_embcompress.data.token_stream import TokenStreamDataModule
 from lightning_embcompress.utils.progress import progress_bar
@@ -119,7 +120,6 @@ class PythonDocs(TokenStreamDataModule):
         self.eos_token = eos_token
         self.text_format = TextFormat(tokenizer="words", lowercase=lowercase, line_ends=eos_token is not None)
         self.include_installed = include_installed
-        self._rows: Any = None
 
     def source(self, split: Split) -> TextSource:
         """Give the text of one part of the corpus, which is extracted at the first use.
@@ -127,13 +127,12 @@ class PythonDocs(TokenStreamDataModule):
         Raises:
             ValueError: If this Python has no sources of its standard library.
         """
-        if self._rows is None:
-            self._rows = self._extract()
         splits = self._rows["split"]
         rows = self._rows.select([number for number, found in enumerate(splits) if found == split])
-        return DatasetSource(rows, "text", f"{split} text of PythonDocs")
+        return dataset_rows(rows, "text", f"{split} text of PythonDocs")
 
-    def _extract(self) -> Any:
+    @cached_property
+    def _rows(self) -> Any:
         library = sysconfig.get_path("stdlib")
         roots = _installed_roots() if self.include_installed else []
         settings = {

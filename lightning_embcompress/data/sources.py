@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from lightning_embcompress.data.cache import require_datasets
 from lightning_embcompress.data.text import read_blocks
@@ -30,54 +31,33 @@ class Piece(NamedTuple):
     amount: float
 
 
-class TextSource(Protocol):
-    """One part of a corpus."""
+@dataclass(frozen=True)
+class TextSource:
+    """One part of a corpus.
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-
-    @property
-    def size(self) -> float:
-        """How much there is, in the unit of :attr:`Piece.amount`."""
-
-    def describe(self) -> tuple[list[str], list[Any]]:
-        """Say which text it is, and by what a change of it is noticed, as plain JSON values."""
-
-    def pieces(self, documents: Documents, characters: int) -> Iterator[Piece]:
-        """Read the text in pieces of about so many characters."""
-
-
-class FileSource:
-    """UTF-8 text files.
-
-    Args:
-        files: Read in this order.
+    Attributes:
+        name: What messages call it.
+        identity: Which text it is.
+        state: By what a change of the text is noticed, as plain JSON values.
+        size: How much there is, in the unit of :attr:`Piece.amount`.
+        pieces: Reads it, called with what a document is and about how many characters a piece has.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Keep the arguments."""
-        self.files = list(files)
-        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        self.name = f"{str(files[0])!r}{others}"
+    name: str
+    identity: list[str]
+    state: list[Any]
+    size: float
+    pieces: Callable[[Documents, int], Iterator[Piece]]
 
-    @property
-    def size(self) -> float:
-        """How many bytes there are."""
-        return float(sum(path.stat().st_size for path in self.files))
 
-    def describe(self) -> tuple[list[str], list[Any]]:
-        """Give the paths, and sizes and times of modification."""
-        states = [path.stat() for path in self.files]
-        return [str(path) for path in self.files], [[state.st_size, state.st_mtime_ns] for state in states]
+def text_files(files: Sequence[Path]) -> TextSource:
+    """Read UTF-8 text files in this order; an empty one is no document.
 
-    def pieces(self, documents: Documents, characters: int) -> Iterator[Piece]:
-        """Read the text; an empty file is no document.
+    Sizes and times of modification tell whether they have changed.
+    """
 
-        Raises:
-            ValueError: If a file is not UTF-8.
-        """
-        for path in self.files:
+    def pieces(documents: Documents, characters: int) -> Iterator[Piece]:
+        for path in files:
             held: Piece | None = None
             for text, num_bytes in read_blocks(path, characters):
                 if documents == "lines":
@@ -91,9 +71,19 @@ class FileSource:
             if held is not None:
                 yield held._replace(ends_document=True)
 
+    others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    states = [path.stat() for path in files]
+    return TextSource(
+        f"{str(files[0])!r}{others}",
+        [str(path) for path in files],
+        [[state.st_size, state.st_mtime_ns] for state in states],
+        sum(state.st_size for state in states),
+        pieces,
+    )
 
-class DatasetSource:
-    """Some rows of a dataset, a text in each.
+
+def dataset_rows(rows: Any, text_column: str, name: str) -> TextSource:
+    """Read a text from each row of a dataset, whose fingerprint tells whether it has changed.
 
     Args:
         rows: A `datasets.Dataset`.
@@ -101,51 +91,33 @@ class DatasetSource:
         name: What messages call it.
 
     Raises:
-        ValueError: If there is no such column.
+        ValueError: If there is no such column; while reading, if a row is not text.
     """
+    if text_column not in rows.column_names:
+        raise ValueError(
+            f"text_column={text_column!r} is not in {name}, which has the columns "
+            f"{', '.join(map(repr, rows.column_names))}: name one of them"
+        )
 
-    def __init__(self, rows: Any, text_column: str, name: str) -> None:
-        """Check and keep the arguments."""
-        if text_column not in rows.column_names:
-            raise ValueError(
-                f"text_column={text_column!r} is not in {name}, which has the columns "
-                f"{', '.join(map(repr, rows.column_names))}: name one of them"
-            )
-        self.rows = rows
-        self.text_column = text_column
-        self.name = name
-
-    @property
-    def size(self) -> float:
-        """How many rows there are."""
-        return float(len(self.rows))
-
-    def describe(self) -> tuple[list[str], list[Any]]:
-        """Give the name, and the fingerprint that `datasets` gives to the content."""
-        return [self.name, self.text_column], [len(self.rows), str(self.rows._fingerprint)]
-
-    def pieces(self, documents: Documents, characters: int) -> Iterator[Piece]:
-        """Read the text.
-
-        Raises:
-            ValueError: If a row is not text.
-        """
+    def pieces(documents: Documents, characters: int) -> Iterator[Piece]:
         held: list[str] = []
         length = 0
-        for number, row in enumerate(self.rows):
-            text = row[self.text_column]
+        for number, row in enumerate(rows):
+            text = row[text_column]
             if not isinstance(text, str):
-                raise ValueError(f"row {number} of {self.name}: {self.text_column!r} is {text!r}, which is no text")
+                raise ValueError(f"row {number} of {name}: {text_column!r} is {text!r}, which is no text")
             if documents == "lines":
                 if text.strip():
                     yield Piece(text, True, 1)
                 continue
             held.append(text if text.endswith("\n") else text + "\n")
             length += len(text)
-            is_last = number + 1 == len(self.rows)
+            is_last = number + 1 == len(rows)
             if length >= characters or is_last:
                 yield Piece("".join(held), is_last, len(held))
                 held, length = [], 0
+
+    return TextSource(name, [name, text_column], [len(rows), str(rows._fingerprint)], len(rows), pieces)
 
 
 def load_splits(dataset: str, config: str | None) -> dict[str, Any]:

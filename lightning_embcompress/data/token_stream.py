@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_embcompress.data.loading import ResumableLoader, make_loader
-from lightning_embcompress.data.module import TextDataModule
+from lightning_embcompress.data.loading import ResumableLoader, ResumableSampler, make_loader
+from lightning_embcompress.data.module import TextDataModule, check_least
 from lightning_embcompress.data.sources import Split, TextSource
 from lightning_embcompress.data.text import TextFormat
 from lightning_embcompress.data.tokenized import Tokens, tokenize_words
 from lightning_embcompress.data.vocabulary import Vocabulary
-from lightning_embcompress.data.windows import TokenWindows, WindowSampler
+from lightning_embcompress.data.windows import TokenWindows
 
 
 class TokenStreamDataModule(TextDataModule):
@@ -23,23 +24,19 @@ class TokenStreamDataModule(TextDataModule):
     each batch continues the streams of the batch before it (:class:`~lightning_embcompress.data.windows.TokenWindows`).
     In distributed training every process has ``batch_size`` streams of its own.
 
-    The text is tokenized once, into a cache that training maps into memory. ``vocabulary``, ``vocab_size`` and
-    ``token_counts`` can be used at any time: they prepare what they need. Subclasses say in :meth:`source` where the
-    text is.
+    Subclasses say in :meth:`source` where the text is.
 
     Args:
-        batch_size: How many streams are trained on in parallel, per process.
-        eval_batch_size: The same for validation and test; ``None`` for ``batch_size``. Up to
-            ``eval_batch_size - 1`` of the last tokens are not evaluated; with 1 every token is.
+        batch_size: How many streams are trained on in parallel, per process. As many less one of the last tokens are
+            not used; with ``eval_batch_size=1`` every token is evaluated.
         sequence_length: How many steps a batch has.
-        num_workers: How many processes read batches ahead; 0 reads in the training process.
-        cache_dir: Where ids are kept; ``None`` for ``$XDG_CACHE_HOME/lightning_embcompress``, or
-            ``~/.cache/lightning_embcompress``.
         vocabulary_file: One ``word`` or ``word count`` on each line, ids in the order of the file; ``None`` to count
             the training text. With a file, ``min_count`` and ``max_vocab_size`` are not used.
         min_count: Counted vocabulary: words that occur less often become ``unk_token``.
         max_vocab_size: Counted vocabulary: at most this many words, special tokens included.
         unk_token: The word for words outside the vocabulary.
+        options: ``eval_batch_size``, ``num_workers`` and ``cache_dir`` of
+            :class:`~lightning_embcompress.data.module.TextDataModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -62,39 +59,41 @@ class TokenStreamDataModule(TextDataModule):
     def __init__(
         self,
         batch_size: int = 20,
-        eval_batch_size: int | None = None,
         sequence_length: int = 35,
-        num_workers: int = 0,
-        cache_dir: str | Path | None = None,
         vocabulary_file: str | Path | None = None,
         min_count: int = 1,
         max_vocab_size: int | None = None,
         unk_token: str = "<UNK>",
+        **options: Any,
     ) -> None:
         """Check and keep the arguments."""
-        sizes = {"sequence_length": sequence_length, "min_count": min_count, "max_vocab_size": max_vocab_size}
-        super().__init__(sizes, batch_size, eval_batch_size, num_workers, cache_dir)
+        super().__init__(batch_size, **options)
+        check_least(1, sequence_length=sequence_length, min_count=min_count, max_vocab_size=max_vocab_size)
         self.sequence_length = sequence_length
         self.vocabulary_file = vocabulary_file
         self.min_count = min_count
         self.max_vocab_size = max_vocab_size
         self.unk_token = unk_token
-        self._vocabulary: Vocabulary | None = None
         self._words: dict[Split, Tokens] = {}
 
     def __str__(self) -> str:
         """Name the sizes. Lightning's own description would count and tokenize text, also within an error message."""
         return f"{type(self).__name__}(batch_size={self.batch_size}, sequence_length={self.sequence_length})"
 
-    @property
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         """The words and their ids; read or counted at the first use."""
-        if self._vocabulary is None:
-            if self.vocabulary_file is not None:
-                self._vocabulary = self._read_vocabulary(Path(self.vocabulary_file).expanduser())
-            else:
-                self._vocabulary = self._count_vocabulary()
-        return self._vocabulary
+        special: dict[str, Any] = {
+            "unk_token": self.unk_token,
+            "eos_token": self.eos_token,
+            "bos_token": self.bos_token,
+        }
+        if self.vocabulary_file is not None:
+            return Vocabulary.from_file(Path(self.vocabulary_file).expanduser(), **special)
+        counts = self._count_words("train").word_counts(self.eos_token)
+        if self.bos_token is not None and self.bos_token != self.eos_token and self.eos_token is not None:
+            counts[self.bos_token] = counts.get(self.bos_token, 0) + counts[self.eos_token]
+        return Vocabulary.from_counts(counts, min_count=self.min_count, max_size=self.max_vocab_size, **special)
 
     @property
     def token_counts(self) -> Tensor:
@@ -108,27 +107,11 @@ class TokenStreamDataModule(TextDataModule):
             counts[bos_id] += counts[eos_id]
         return counts
 
-    def _read_vocabulary(self, path: Path) -> Vocabulary:
-        return Vocabulary.from_file(path, unk_token=self.unk_token, eos_token=self.eos_token, bos_token=self.bos_token)
-
-    def _count_vocabulary(self) -> Vocabulary:
-        counts = self._count_words("train").word_counts(self.eos_token)
-        if self.bos_token is not None and self.bos_token != self.eos_token and self.eos_token is not None:
-            counts[self.bos_token] = counts.get(self.bos_token, 0) + counts[self.eos_token]
-        return Vocabulary.from_counts(
-            counts,
-            min_count=self.min_count,
-            max_size=self.max_vocab_size,
-            unk_token=self.unk_token,
-            eos_token=self.eos_token,
-            bos_token=self.bos_token,
-        )
-
     def _count_words(self, split: Split, source: TextSource | None = None) -> Tokens:
         if split not in self._words:
             source = source or self._required(split)
             found = tokenize_words(source, self.text_format, self.cache_dir, f"Reading {split} text")
-            least = 2 * self._streams(split)
+            least = 2 * self.batch_size_of(split)
             if len(found.ids) + self.predict_first_token < least:
                 raise ValueError(
                     f"{source.name}: only {len(found.ids)} tokens, but the batch size needs at least {least} (two for "
@@ -140,19 +123,18 @@ class TokenStreamDataModule(TextDataModule):
     def _tokenize(self, source: TextSource, split: Split) -> Tokens:
         return self._count_words(split, source).in_vocabulary(self.vocabulary, self.predict_first_token)
 
-    def _streams(self, split: Split) -> int:
-        return self.batch_size if split == "train" else self.eval_batch_size
-
     def _loader(self, tokens: Tokens, split: Split, rank: int, world_size: int) -> ResumableLoader[Any]:
         windows = TokenWindows(
             tokens.ids,
-            self._streams(split),
+            self.batch_size_of(split),
             self.sequence_length,
             replace_inputs=self._replace_inputs,
             rank=rank,
             world_size=world_size,
         )
-        return make_loader(windows, WindowSampler(windows), None, self.num_workers)
+        # Every process gets all of its windows: dealing them out would leave no process a stream without gaps.
+        sampler = ResumableSampler(len(windows), "text, batch_size and sequence_length")
+        return make_loader(windows, sampler, None, self.num_workers)
 
     @property
     def _replace_inputs(self) -> tuple[int, int] | None:

@@ -155,7 +155,6 @@ def tokenize_words(source: TextSource, text_format: TextFormat, cache_dir: Path,
         ValueError: If a file is not UTF-8.
         OSError: If the cache's folder cannot be written.
     """
-    name, state = source.describe()
 
     def parts() -> Iterator[tuple[Ids, list[str]]]:
         numbers = _Numbers()
@@ -166,8 +165,8 @@ def tokenize_words(source: TextSource, text_format: TextFormat, cache_dir: Path,
                 numbers.new = []
                 advance(piece.amount)
 
-    settings = {"source": name, "format": asdict(text_format)}
-    return Tokens.of(cached("words", settings, state, lambda: _rows(parts(), np.int32), cache_dir))
+    settings = {"source": source.identity, "format": asdict(text_format)}
+    return Tokens.of(cached("words", settings, source.state, lambda: _rows(parts(), np.int32), cache_dir))
 
 
 def tokenize_subwords(
@@ -192,7 +191,6 @@ def tokenize_subwords(
         ValueError: If a file is not UTF-8, or there are fewer than two tokens.
         OSError: If the cache's folder cannot be written.
     """
-    name, state = source.describe()
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     end = [] if eos_id is None else [eos_id]
 
@@ -207,8 +205,8 @@ def tokenize_subwords(
                 yield np.array(ids, dtype=dtype), []
                 advance(sum(piece.amount for piece in pieces))
 
-    settings = {"source": name, "tokenizer": _rules(tokenizer), "eos_id": eos_id, "documents": documents}
-    rows = cached("subwords", settings, state, lambda: _rows(parts(), dtype, len(tokenizer)), cache_dir)
+    settings = {"source": source.identity, "tokenizer": _rules(tokenizer), "eos_id": eos_id, "documents": documents}
+    rows = cached("subwords", settings, source.state, lambda: _rows(parts(), dtype, len(tokenizer)), cache_dir)
     tokens = Tokens.of(rows)
     if len(tokens.ids) < 2:
         raise ValueError(f"{description}: only {len(tokens.ids)} tokens, too few to predict any. Give more text.")

@@ -76,10 +76,6 @@ class Vocabulary:
         """Whether the word has an id of its own."""
         return word in self.ids
 
-    def __repr__(self) -> str:
-        """Size and first words."""
-        return f"Vocabulary({len(self)} words: {', '.join(map(repr, self.words[:3]))}, ...)"
-
     @property
     def unk_id(self) -> int:
         """The id of every word outside the vocabulary."""
@@ -112,9 +108,8 @@ class Vocabulary:
             IndexError: If an id is not in ``[0, vocab_size)``.
         """
         ids = list(ids)
-        for index in ids:
-            if not 0 <= index < len(self.words):
-                raise IndexError(f"The id {index} is outside the vocabulary of {len(self.words)} words.")
+        if ids and not 0 <= min(ids) <= max(ids) < len(self):
+            raise IndexError(f"Ids from {min(ids)} to {max(ids)} are outside the vocabulary of {len(self)} words.")
         return [self.words[index] for index in ids]
 
     @classmethod
@@ -182,39 +177,30 @@ class Vocabulary:
         """Read a vocabulary file: a word on each line, or a word and its count; ids follow the order of the file.
 
         Nothing is added: the ids of a file are what trained tables were made with, and one more word would shift or
-        lengthen them. A file without ``unk_token`` or ``eos_token`` is therefore an error.
+        lengthen them. A file without ``unk_token`` or ``eos_token`` is therefore an error; only where it has a
+        ``bos_token`` and no ``eos_token``, the one both begins and ends sentences.
 
         Args:
-            path: UTF-8 text.
+            path: UTF-8 text. The first line decides whether the lines hold counts.
             unk_token: See the class.
             eos_token: See the class.
             bos_token: See the class.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is empty, a line is malformed or repeated (the message names it), or a special
-                token is missing.
+            ValueError: If the file is not UTF-8, is empty, a line is malformed or repeated (the message names it), or a
+                special token is missing.
         """
-        words, counts = read_vocabulary_file(path)
+        words, counts = _read_words(Path(path))
+        if bos_token in words and eos_token not in words:
+            eos_token = bos_token
         try:
             return cls(words, counts, unk_token=unk_token, eos_token=eos_token, bos_token=bos_token)
         except ValueError as error:
             raise ValueError(f"vocabulary_file={str(path)!r}: {error}") from None
 
 
-def read_vocabulary_file(path: str | Path) -> tuple[list[str], Tensor | None]:
-    """Read the words and, where the file has them, the counts (int64 ``[vocab_size]``) of a vocabulary file.
-
-    The first line decides whether the lines hold counts.
-
-    Args:
-        path: UTF-8 text, ``word`` or ``word count`` on each line.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not UTF-8, is empty, or has a malformed or repeated line; the message names it.
-    """
-    path = Path(path)
+def _read_words(path: Path) -> tuple[list[str], Tensor | None]:
     where = f"vocabulary_file={str(path)!r}"
     if not path.is_file():
         raise FileNotFoundError(f"{where} is not a file: give the path of a file with one word on each line.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_embcompress.data.loading import ResumableSampler
 from lightning_embcompress.data.tokenized import Ids, TokenStream
 
 Window = tuple[Tensor, Tensor]
@@ -107,21 +105,3 @@ class TokenWindows(Dataset[Window]):
             old, new = self.replace_inputs
             inputs[inputs == old] = new
         return inputs, targets
-
-
-class WindowSampler(ResumableSampler):
-    """All windows in their order.
-
-    Every process gets all of its windows: they already differ from process to process, and dealing them out would leave
-    no process a stream without gaps.
-    """
-
-    fixed_by = "text, batch_size and sequence_length"
-
-    def __init__(self, dataset: TokenWindows) -> None:
-        """Check and keep the arguments."""
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
-
-    def order(self) -> Sequence[int]:
-        """Give the numbers of the windows."""
-        return range(len(self))

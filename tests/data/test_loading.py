@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from lightning_embcompress.data.blocks import BlockSampler, TokenBlocks
-from lightning_embcompress.data.loading import ResumableLoader, make_loader
-from lightning_embcompress.data.windows import TokenWindows, WindowSampler
+from lightning_embcompress.data.blocks import TokenBlocks
+from lightning_embcompress.data.loading import ResumableLoader, ResumableSampler, make_loader
+from lightning_embcompress.data.windows import TokenWindows
 
 Make = Callable[..., ResumableLoader[Any]]
 
@@ -21,13 +21,13 @@ Make = Callable[..., ResumableLoader[Any]]
 def windows(num_workers: int = 0) -> ResumableLoader[Any]:
     """Nine batches."""
     data = TokenWindows(np.arange(100), 3, 4)
-    return make_loader(data, WindowSampler(data), None, num_workers)
+    return make_loader(data, ResumableSampler(len(data), "batch_size"), None, num_workers)
 
 
 def blocks(num_workers: int = 0) -> ResumableLoader[Any]:
     """Seven batches, the last one smaller."""
     data = TokenBlocks(np.arange(101), 5)
-    return make_loader(data, BlockSampler(data, shuffle=True, seed=3), 4, num_workers)
+    return make_loader(data, ResumableSampler(len(data), "block_size", shuffle=True, seed=3), 4, num_workers)
 
 
 both = pytest.mark.parametrize("make", [windows, blocks])
@@ -98,7 +98,7 @@ def test_states_that_do_not_fit() -> None:
     loader = windows()
     loader.load_state_dict({"position": 2})
     assert loader.state_dict() == {"epoch": 0, "position": 2}, "an older state without the epoch"
-    with pytest.raises(ValueError, match="saved after 50 batches.*same text, batch_size and sequence_length"):
+    with pytest.raises(ValueError, match="saved after 50 batches.*same batch_size"):
         loader.load_state_dict({"position": 50})
     replaced = ResumableLoader(loader.dataset, batch_size=None, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="saved after 2 batches.*SequentialSampler"):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_embcompress.data import cache, sources, tokenized
-from lightning_embcompress.data.sources import FileSource
+from lightning_embcompress.data.sources import text_files
 from lightning_embcompress.data.text import TextFormat
 from lightning_embcompress.data.tokenized import Tokens, tokenize_words
 from lightning_embcompress.data.vocabulary import Vocabulary
@@ -37,7 +37,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def build(text: Path, text_format: TextFormat | None = None) -> Tokens:
-    return tokenize_words(FileSource([text]), text_format or TextFormat(), text.parent / "cache", "Reading")
+    return tokenize_words(text_files([text]), text_format or TextFormat(), text.parent / "cache", "Reading")
 
 
 def ids_of(text: Path) -> list[int]:
@@ -156,7 +156,7 @@ def test_errors_leave_no_files(text: Path, tmp_path: Path) -> None:
         build(text)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
     with pytest.raises(OSError, match="cache_dir=.*choose another cache_dir"):
-        tokenize_words(FileSource([text]), TextFormat(), text / "below_a_file", "Reading")
+        tokenize_words(text_files([text]), TextFormat(), text / "below_a_file", "Reading")
 
 
 def _build_slowly(text: Path, builds: multiprocessing.Queue[int], result: multiprocessing.Queue[list[int]]) -> None:
