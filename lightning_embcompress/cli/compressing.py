@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_embcompress.cli.statistics import WantedStatistics
@@ -16,10 +17,8 @@ from lightning_embcompress.cli.text import (
     TokenizedText,
     block_size_of,
     check_measurable,
-    is_directory,
     read_text,
     tokenizer_of,
-    zipf_counts,
 )
 from lightning_embcompress.cli.usage import UsageError, in_shell_terms
 from lightning_embcompress.compression.budget import Request, check_budget, plan_requests
@@ -59,7 +58,7 @@ class _Text:
 
     def record(self) -> dict[str, Any]:
         measured = 0 if self.block_size is None else self.tokens.num_measured
-        return {"counted": self.tokens.num_counted, "measured": measured, "block_size": self.block_size}
+        return {"counted": len(self.tokens.counted), "measured": measured, "block_size": self.block_size}
 
 
 def run_compress(given: Compress, source: Source, target: Path) -> None:
@@ -81,7 +80,9 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
         raise UsageError(str(error)) from error
     tokenizer = _check_text(given, source)
     wanted = WantedStatistics.of(given, config)
-    opened = open_model(source, given.dtype, given.trust_source, is_directory(given.tokenizer))
+    folder = Path(given.tokenizer).expanduser() if given.tokenizer else None
+    beside = folder if folder and folder.is_dir() else None  # not a name on the hub
+    opened = open_model(source, given.dtype, given.trust_source, beside)
     as_cast = "" if given.dtype is None else f" in {given.dtype}"
     megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
     say(f"{source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
@@ -196,7 +197,7 @@ def _counts(text: _Text | None, requests: Sequence[Request]) -> tuple[Tensor | N
     if text is not None:
         return text.tokens.counts(vocab_size), "text"
     say("Token counts are assumed by Zipf's law in the order of the ids: for real ones give a text with --text")
-    return zipf_counts(vocab_size), "zipf by id"
+    return 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64), "zipf by id"
 
 
 def _say_perplexity(perplexity: dict[str, Any], text: _Text, predicted_loss: float | None) -> None:

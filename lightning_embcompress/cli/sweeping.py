@@ -49,20 +49,20 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         (vocab_size,) = {table.shape[0] for table in find_tables(model, tables)}
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
-    text = read_text(given.text, tokenizer, measure_all=given.counts_text is not None)
-    counted = text if given.counts_text is None else read_text(given.counts_text, tokenizer).all_counted()
+    text = read_text(given.text, tokenizer, 9 if given.counts_text is None else 0).limited(given.max_tokens)
+    counted = text if given.counts_text is None else read_text(given.counts_text, tokenizer, 10)
     for one in (text, counted):
         one.check_ids(vocab_size, tokenizer)
     counts, block_size = counted.counts(vocab_size), block_size_of(model)
     say(
-        f"{source.name}: {type(model).__name__}; perplexity on {text.limited(given.max_tokens):,} tokens, counts from "
+        f"{source.name}: {type(model).__name__}; perplexity on {text.num_measured:,} tokens, counts from "
         f"{int(counts.sum()):,}"
     )
     metric = PerplexityByFrequency(counts, given.bands)
 
     def evaluate(model: nn.Module) -> tuple[float, dict[str, float]]:
         metric.reset()
-        perplexity = text.perplexity(model, block_size, "Perplexity", given.max_tokens, metric)
+        perplexity = text.perplexity(model, block_size, "Perplexity", metric)
         return perplexity, {name: float(value) for name, value in metric.compute().items()}
 
     def statistics() -> Statistics:
@@ -74,7 +74,7 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         found.save(file)
         return found
 
-    ids = torch.from_numpy(text.measured_ids(given.max_tokens).astype("int64"))
+    ids = torch.from_numpy(text.measured.astype("int64"))
     targets = metric.band_of_token[ids[1:]].bincount(minlength=len(metric.names)).tolist()
     by_band = dict(zip(metric.names, targets, strict=True))
     data = {"text": checksum(ids), "tokens measured": len(ids) - 1, "block size": block_size}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,39 +29,35 @@ _LOGIT_ELEMENTS = 2**26
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 
 
+@dataclass(frozen=True)
 class TokenizedText:
-    """A text as ids: the first nine tenths to count, the last one to measure.
+    """A text as ids: a part to count, and a part to measure.
 
-    Args:
-        ids: The whole text, integers `[num_tokens]`.
-        measure_all: Whether all of it is to be measured but the first token, which nothing is before.
-
-    Raises:
-        ValueError: If it is too short for that.
+    Attributes:
+        counted: Ids to count, `[num_counted]`.
+        measured: Ids to measure, after the one from which the first of them is predicted, `[num_measured + 1]`.
 
     Example:
-        >>> text = TokenizedText(np.arange(30) % 3)
+        >>> text = TokenizedText(np.arange(27) % 3, np.arange(4) % 3)
         >>> text.counts(5), text.num_measured
         (tensor([9, 9, 9, 0, 0]), 3)
     """
 
-    def __init__(self, ids: Ids, measure_all: bool = False) -> None:
-        """Divide it."""
-        self.ids = ids
-        self.num_counted = min(1, len(ids) - 1) if measure_all else len(ids) * 9 // 10
-        self.num_measured = len(ids) - self.num_counted
-        if self.num_counted < 1:
-            raise ValueError(f"--text has only {len(ids)} tokens, of which no tenth is left to measure: give more")
+    counted: Ids
+    measured: Ids
+
+    @property
+    def num_measured(self) -> int:
+        """How many tokens are measured."""
+        return len(self.measured) - 1
+
+    def limited(self, max_tokens: int | None) -> TokenizedText:
+        """The same text, of which no more than some tokens are measured."""
+        return self if max_tokens is None else replace(self, measured=self.measured[: max_tokens + 1])
 
     def counts(self, vocab_size: int) -> Tensor:
         """How often each id occurs in the part to count, `[vocab_size]`."""
-        return torch.from_numpy(np.bincount(self.ids[: self.num_counted], minlength=vocab_size))
-
-    def all_counted(self) -> TokenizedText:
-        """The same text, of which everything is to be counted and nothing to be measured."""
-        whole = TokenizedText(self.ids)
-        whole.num_counted, whole.num_measured = len(self.ids), 0
-        return whole
+        return torch.from_numpy(np.bincount(self.counted, minlength=vocab_size))
 
     def check_ids(self, vocab_size: int, tokenizer: str) -> None:
         """Check that a table has a row for every id.
@@ -70,16 +65,12 @@ class TokenizedText:
         Raises:
             ValueError: If the text was cut by the tokenizer of another model.
         """
-        largest = int(self.ids.max())
+        largest = max(int(self.counted.max()), int(self.measured.max()))
         if largest >= vocab_size:
             raise ValueError(
                 f"tokenizer {tokenizer!r} gives the id {largest}, but the table has only {vocab_size} rows: give the "
                 "tokenizer of the model with --tokenizer"
             )
-
-    def limited(self, max_tokens: int | None) -> int:
-        """Tokens that are measured if no more than some are."""
-        return self.num_measured if max_tokens is None else min(max_tokens, self.num_measured)
 
     def counted_batches(self, block_size: int, vocab_size: int, max_tokens: int) -> list[Block]:
         """Blocks of the part to count, spread over all of it, in batches whose logits and gradients fit the memory.
@@ -92,35 +83,23 @@ class TokenizedText:
         Returns:
             `input_ids` and `labels` as a model of transformers takes them.
         """
-        blocks = TokenBlocks(self.ids[: self.num_counted], block_size)
+        blocks = TokenBlocks(self.counted, block_size)
         number = min(len(blocks), max(1, max_tokens // blocks.block_size))
         chosen = [index * len(blocks) // number for index in range(number)]
         return list(_batches(blocks, chosen, _LOGIT_ELEMENTS // 4 // vocab_size))
 
-    def measured_ids(self, max_tokens: int | None = None) -> Ids:
-        """The part to measure, after the one token from which its first one is predicted."""
-        return self.ids[self.num_counted - 1 : self.num_counted + self.limited(max_tokens)]
-
     @torch.inference_mode()
-    def perplexity(
-        self,
-        model: Any,
-        block_size: int,
-        title: str,
-        max_tokens: int | None = None,
-        metric: LikelihoodSums | None = None,
-    ) -> float:
+    def perplexity(self, model: Any, block_size: int, title: str, metric: LikelihoodSums | None = None) -> float:
         """Perplexity of a model of transformers on the part to measure, each of whose tokens is predicted once.
 
         Args:
             model: A causal language model.
             block_size: Tokens that it reads at once.
             title: What the progress bar says.
-            max_tokens: Only the first of the part to measure; None for all.
             metric: Adds up the likelihoods, starting from zero; one that does so by bands tells more than the result.
         """
         sums: Any = metric or Perplexity()
-        blocks = TokenBlocks(self.measured_ids(max_tokens), block_size)
+        blocks = TokenBlocks(self.measured, block_size)
         vocab_size = int(model.get_output_embeddings().out_features)
         was_training = model.training
         model.eval()
@@ -146,13 +125,13 @@ def _batches(blocks: TokenBlocks, numbers: Sequence[int], max_tokens: int) -> It
         yield default_collate([blocks[number] for number in numbers[start : start + size]])
 
 
-def read_text(patterns: Sequence[str], tokenizer: str, measure_all: bool = False) -> TokenizedText:
+def read_text(patterns: Sequence[str], tokenizer: str, counted_tenths: int = 9) -> TokenizedText:
     """Tokenize text files, into a cache; an end follows each, if the tokenizer has a token for it.
 
     Args:
         patterns: Files or glob patterns.
         tokenizer: A directory or the name of a model on the hub.
-        measure_all: See `TokenizedText`.
+        counted_tenths: How much of the text is counted, at least a token. The rest is measured.
 
     Raises:
         FileNotFoundError: If a pattern matches no file.
@@ -160,8 +139,9 @@ def read_text(patterns: Sequence[str], tokenizer: str, measure_all: bool = False
     """
     source, loaded = text_files(find_files(patterns, "--text")), load_tokenizer(tokenizer)
     eos_id = loaded.eos_token_id if isinstance(loaded.eos_token_id, int) else None
-    tokens = tokenize_subwords(source, loaded, eos_id, "files", default_cache_dir(), "Tokenizing the text")
-    return TokenizedText(tokens.ids[:], measure_all)
+    ids = tokenize_subwords(source, loaded, eos_id, "files", default_cache_dir(), "Tokenizing the text").ids[:]
+    num_counted = max(1, len(ids) * counted_tenths // 10)
+    return TokenizedText(ids[:num_counted], ids[num_counted - 1 :])
 
 
 def tokenizer_of(source: Source, given: str | None) -> str:
@@ -183,27 +163,25 @@ def check_measurable(source: Source) -> None:
     Raises:
         ValueError: If it cannot, with another way to measure it.
     """
-    counts_only = "to use --text for its token counts alone add --counts_only"
-    if source.kind == "checkpoint":
-        raise ValueError(
-            f"the perplexity of {source.name!r} cannot be measured with --text, because a checkpoint does not say how "
-            "its model reads text: measure with `embcompress test --config RECIPE --ckpt_path TARGET` or Trainer.test; "
-            + counts_only
-        )
-    if source.kind == "saved":
-        raise ValueError(
-            f"the perplexity of {source.name!r} cannot be measured with --text, because save_compressed does not write "
-            "how a model reads text: measure in Python after load_compressed(TARGET, model); " + counts_only
-        )
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    kind = model_class(source)
-    if kind is not AutoModelForCausalLM and kind.__name__ not in CAUSAL.values():
-        raise ValueError(
-            f"the perplexity of {source.name!r} cannot be measured with --text, because a {kind.__name__} is no causal "
-            "language model: measure its own task before and after; " + counts_only
-        )
+    if source.kind == "checkpoint":
+        reason = "a checkpoint does not say how its model reads text"
+        remedy = "measure with `embcompress test --config RECIPE --ckpt_path TARGET` or Trainer.test"
+    elif source.kind == "saved":
+        reason = "save_compressed does not write how a model reads text"
+        remedy = "measure in Python after load_compressed(TARGET, model)"
+    else:
+        kind = model_class(source)
+        if kind is AutoModelForCausalLM or kind.__name__ in CAUSAL.values():
+            return
+        reason = f"a {kind.__name__} is no causal language model"
+        remedy = "measure its own task before and after"
+    raise ValueError(
+        f"the perplexity of {source.name!r} cannot be measured with --text, because {reason}: {remedy}; to use --text "
+        "for its token counts alone add --counts_only"
+    )
 
 
 def block_size_of(model: Any) -> int:
@@ -211,19 +189,3 @@ def block_size_of(model: Any) -> int:
     config = model.config
     known = [value for key in _CONTEXT_KEYS if isinstance(value := getattr(config, key, None), int) and value > 1]
     return min(known[0] if known else _MAX_BLOCK_SIZE, _MAX_BLOCK_SIZE)
-
-
-def zipf_counts(vocab_size: int) -> Tensor:
-    """Counts by Zipf's law, `1 / (id + 1)`, as if ids were sorted by falling frequency.
-
-    Example:
-        >>> zipf_counts(3)
-        tensor([1.0000, 0.5000, 0.3333], dtype=torch.float64)
-    """
-    return 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
-
-
-def is_directory(name: str | None) -> Path | None:
-    """A tokenizer's directory, if that is what it is and not a name on the hub."""
-    path = None if name is None else Path(os.path.expanduser(name))
-    return path if path is not None and path.is_dir() else None

@@ -58,18 +58,14 @@ def text_files(files: Sequence[Path]) -> TextSource:
 
     def pieces(documents: Documents, characters: int) -> Iterator[Piece]:
         for path in files:
-            held: Piece | None = None
+            left = path.stat().st_size
             for text, num_bytes in read_blocks(path, characters):
-                if documents == "lines":
+                left -= num_bytes
+                if documents == "files":
+                    yield Piece(text, left == 0, num_bytes)
+                else:
                     lines = [line for line in text.split("\n") if line.strip()]
                     yield from (Piece(line, True, num_bytes / len(lines)) for line in lines)
-                    continue
-                # Held back by one: that a piece is the last of its file shows when there is no other.
-                if held is not None:
-                    yield held
-                held = Piece(text, False, num_bytes)
-            if held is not None:
-                yield held._replace(ends_document=True)
 
     others = f" and {len(files) - 1} more" if len(files) > 1 else ""
     states = [path.stat() for path in files]

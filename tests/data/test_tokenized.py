@@ -188,13 +188,6 @@ def test_one_of_two_processes_does_the_work(tmp_path: Path) -> None:
     assert builds.empty(), "both processes read the text"
 
 
-def test_the_extra_is_named_where_it_is_missing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(cache.MissingExtraError, match=r'pip install "lightning-embcompress\[text\]"'):
-        build(text)
-    assert not (text.parent / "cache").exists()
-
-
 def test_nothing_but_text_needs_datasets() -> None:
     script = """
 import sys

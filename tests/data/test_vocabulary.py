@@ -50,7 +50,7 @@ def test_fingerprint_depends_on_order_only() -> None:
 def test_decode_undoes_encode() -> None:
     vocabulary = Vocabulary(["a", "</S>", "<UNK>"])
     assert vocabulary.decode(vocabulary.encode(["a", "b", "</S>"])) == ["a", "<UNK>", "</S>"]
-    with pytest.raises(IndexError, match="id -1"):
+    with pytest.raises(IndexError, match="-1"):
         vocabulary.decode([-1])
 
 
