@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.methods.numerics.gram import row_chunks
+from lightning_embcompress.methods.quantizers.gradients import rounded_to, straight_through, with_sparse_gradient
 from lightning_embcompress.methods.quantizers.integer_quantizer import (
     fake_quantize,
     group_scales,
     group_shape,
-    narrowed,
     scales_shape,
     to_codes,
 )
@@ -321,7 +321,37 @@ class PackedFactor(Unpacker):
         return multiply_packed(hidden, self.codes, self.group_scales(), of.bits, self.matrix[1], of.group_size)
 
 
-Factor: TypeAlias = Tensor | FakeQuantizedFactor | PackedFactor
+class RoundedFactor:
+    """A matrix that is trained, and read by a rounding of its own, times a scale a column.
+
+    Args:
+        weight: `[n, columns]`.
+        rounded: What is read in the place of some rows; the gradient goes straight through.
+        scale: `[columns]`.
+    """
+
+    def __init__(self, weight: Tensor, rounded: Callable[[Tensor], Tensor], scale: Tensor) -> None:
+        """Keep them."""
+        self.weight, self.rounded, self.scale = weight, rounded, scale
+
+    def _read(self, numbers: Tensor) -> Tensor:
+        return straight_through(numbers, self.rounded) if numbers.numel() else numbers
+
+    def rows(self, place: Tensor, sparse: bool = False) -> Tensor:
+        """`[*, columns]` rows; no others are rounded."""
+        numbers = F.embedding(place.reshape(-1), self.weight, sparse=sparse)
+        return self._read(numbers).view(*place.shape, len(self.scale)) * self.scale
+
+    def materialize(self, sparse: bool = False) -> Tensor:
+        """All of it."""
+        return self._read(materialize(self.weight, sparse)) * self.scale
+
+    def multiply(self, hidden: Tensor) -> Tensor:
+        """`[*, n]`, the product of `[*, columns]` with all rows."""
+        return F.linear(hidden * self.scale, self._read(self.weight))
+
+
+Factor: TypeAlias = Tensor | FakeQuantizedFactor | PackedFactor | RoundedFactor
 """A parameter, or what stands in its place."""
 
 
@@ -338,7 +368,7 @@ def multiply(hidden: Tensor, factor: Factor) -> Tensor:
 def materialize(factor: Factor, sparse: bool = False) -> Tensor:
     """All of a factor: for those that are small, or about to leave; with a sparse gradient of all rows, if asked."""
     if isinstance(factor, Tensor):
-        return cast(Tensor, _SparseGradient.apply(factor)) if sparse else factor  # type: ignore[no-untyped-call]
+        return with_sparse_gradient(factor) if sparse else factor
     return factor.materialize(sparse)
 
 
@@ -372,37 +402,3 @@ def _as_numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
         # Of no columns: bytes of no strides cannot be seen as others.
         return data.new_empty(data.shape[0], data.shape[1] // 2, dtype=dtype)
     return data.view(dtype)
-
-
-class _SparseGradient(torch.autograd.Function):
-    """A tensor as it is; its gradient is a sparse one with all rows, which optimizers of sparse gradients take."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: Tensor) -> Tensor:
-        return factor.view_as(factor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        values = gradients[0].contiguous()
-        rows = torch.arange(len(values), device=values.device).unsqueeze(0)
-        return torch.sparse_coo_tensor(rows, values, values.shape, check_invariants=False, is_coalesced=True)
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-        return rounded(values.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def straight_through(values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a function of rounding makes of numbers; the gradient goes straight through (Bengio et al. 2013)."""
-    return cast(Tensor, _Straight.apply(values, rounded))  # type: ignore[no-untyped-call]
-
-
-def rounded_to(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers as they are in a narrower dtype, with the gradient to those that are trained."""
-    return straight_through(values, lambda wide: narrowed(wide, dtype).to(wide.dtype))

@@ -17,7 +17,7 @@ from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.products import balance_product, store_product
-from lightning_embcompress.methods.quantizers.factors import materialize, read_rows
+from lightning_embcompress.methods.quantizers.factors import Factor, materialize, read_rows
 from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.quantizers.quantization import Quantization, State
 from lightning_embcompress.methods.shared_basis.layout import (
@@ -162,6 +162,10 @@ class SharedBasisStorage(RowBlocks[ConfigT]):
         scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
         return basis, means, list(torch.split(scales, self.ranks))
 
+    def _factors(self, sparse: bool = False) -> Sequence[Factor]:
+        """Coefficients of every block, of floats."""
+        return list(self.coefficients)
+
     def _offsets(self) -> list[Tensor]:
         """Where the levels of every component of a block begin, int32."""
         starts = dict(zip(self.widths, accumulate((2**bits for bits in self.widths), initial=0), strict=False))
@@ -176,6 +180,7 @@ class SharedBasisStorage(RowBlocks[ConfigT]):
         basis, means, scales = self._read(sparse)
         codes = self._block_codes() if self.is_coded else []
         offsets = self._offsets() if self.is_coded else []
+        factors = [] if self.is_coded else self._factors(sparse)
         levels = materialize(self.levels, sparse) if self.is_coded else None
         rows = []
         for block, place in enumerate(places):
@@ -185,7 +190,7 @@ class SharedBasisStorage(RowBlocks[ConfigT]):
                 index = F.embedding(place, codes[block]).int() + offsets[block]
                 values = _looked_up(levels, index) * scales[block]
             else:
-                values = read_rows(self.coefficients[block], place, sparse)
+                values = read_rows(factors[block], place, sparse)
             rows.append(values @ basis[: self.ranks[block]] + means[block])
         return rows
 
@@ -212,7 +217,7 @@ class SharedBasisStorage(RowBlocks[ConfigT]):
         basis, means, _ = self._read()
         reduced = F.linear(hidden, basis)
         parts = [reduced[..., :rank] for rank in self.ranks]
-        return BlockProducts(hidden, list(self.coefficients), reduced, [0] * len(parts), parts, F.linear(hidden, means))
+        return BlockProducts(hidden, self._factors(), reduced, [0] * len(parts), parts, F.linear(hidden, means))
 
     def _coded_products(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """States, codes, offsets of their levels, and the constant of every block whose coefficients are codes."""

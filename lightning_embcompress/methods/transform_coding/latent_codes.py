@@ -7,19 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import Self
 
 from lightning_embcompress.methods.base import Factorization
-from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.quantizers.factors import materialize, read_rows, straight_through
+from lightning_embcompress.methods.quantizers.factors import RoundedFactor, materialize
+from lightning_embcompress.methods.quantizers.gradients import straight_through
 from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
-from lightning_embcompress.methods.shared_basis.factorization import (
-    SharedBasisBlocks,
-)
+from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks
 from lightning_embcompress.methods.shared_basis.layout import (
     SCALE_STEPS,
     as_stored,
@@ -27,12 +24,13 @@ from lightning_embcompress.methods.shared_basis.layout import (
     level_tables,
     nearest_codes,
 )
+from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage
 from lightning_embcompress.methods.specs import integer, positive_integers
 from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 
 
-class LatentCodes(RowBlocks[TransformCodingConfig]):
-    """`SharedBasisBlocks` with codes, while the codes are trained.
+class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
+    """`SharedBasisBlocks` with codes, while the codes are trained: as with floats, but read as they will be stored.
 
     Behind every code stands a number, and the nearest level is read in its place; behind basis and means, which are
     stored in 8 bits, and scales, in steps of `2^{1/16}`, too. All of these numbers are about as large as 1, so that one
@@ -62,7 +60,6 @@ class LatentCodes(RowBlocks[TransformCodingConfig]):
     kind = "latent_codes"
     config_class = TransformCodingConfig
     divides = True
-    levels: Tensor
     units: Tensor
 
     def __init__(
@@ -76,20 +73,11 @@ class LatentCodes(RowBlocks[TransformCodingConfig]):
         device: torch.device | None = None,
     ) -> None:
         """Build it empty."""
-        super().__init__(vocab_size, dim, sizes, device)
-        self.rank = rank
-        self.segments, self.ranks, self.widths = checked_segments(dim, rank, len(self.sizes), segments, is_coded=True)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
-
-        self.coefficients = nn.ParameterList(
-            parameter(size, count) for size, count in zip(self.sizes, self.ranks, strict=True)
-        )
-        self.basis = parameter(rank, dim)
-        self.means = parameter(len(self.sizes), dim)
-        self.log_scales = parameter(sum(self.ranks))
-        levels = torch.zeros(sum(2**bits for bits in self.widths), dtype=dtype, device=device)
+        coded, ranks, widths = checked_segments(dim, rank, len(sizes), segments, is_coded=True)
+        super().__init__(vocab_size, dim, rank, sizes, _floats(ranks), False, dtype, device)
+        self.segments, self.widths = coded, widths
+        self.log_scales = nn.Parameter(torch.zeros(sum(ranks), dtype=dtype, device=device))
+        levels = torch.zeros(sum(2**bits for bits in widths), dtype=dtype, device=device)
         self.register_buffer("levels", levels)
         # Of basis and means.
         self.register_buffer("units", torch.ones(2, dtype=dtype, device=device))
@@ -172,63 +160,37 @@ class LatentCodes(RowBlocks[TransformCodingConfig]):
         coded.provenance, coded.predicted_loss = dict(self.provenance), self.predicted_loss
         return coded.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
 
-    def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Basis, means and scales as they will be stored."""
+    def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         basis, means = (
             straight_through(materialize(own, sparse) * unit, as_stored)
             for unit, own in zip(self.units, (self.basis, self.means), strict=True)
         )
-        return basis, means, torch.exp2(straight_through(materialize(self.log_scales, sparse), _stored_logarithms))
+        return basis, means, []
 
-    def _values(self, numbers: Tensor, block: int) -> Tensor:
-        """Levels that are nearest to numbers of a block."""
+    def _factors(self, sparse: bool = False) -> list[RoundedFactor]:
         tables = level_tables(self.levels, self.widths)
 
-        def nearest(numbers: Tensor) -> Tensor:
-            parts = torch.split(numbers, [count for _, count in self.segments[block]], dim=1)
-            found = [
-                tables[bits][nearest_level(part.contiguous(), tables[bits])]
-                for part, (bits, _) in zip(parts, self.segments[block], strict=True)
-            ]
-            return torch.cat(found, dim=1)
+        def nearest(runs: Sequence[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+            def levels(numbers: Tensor) -> Tensor:
+                parts = torch.split(numbers, [count for _, count in runs], dim=1)
+                pairs = [(part.contiguous(), tables[bits]) for part, (bits, _) in zip(parts, runs, strict=True)]
+                return torch.cat([table[nearest_level(part, table)] for part, table in pairs], dim=1)
 
-        return straight_through(numbers, nearest) if numbers.numel() else numbers
+            return levels
+
+        scales = torch.exp2(straight_through(materialize(self.log_scales, sparse), _stored_logarithms))
+        blocks = zip(self.coefficients, self.segments, torch.split(scales, self.ranks), strict=True)
+        return [RoundedFactor(numbers, nearest(runs), scale) for numbers, runs, scale in blocks]
 
     def plain(self) -> tuple[SharedBasisBlocks, dict[str, Tensor]]:
         """See `Factorization.plain`: blocks whose coefficients are the levels times their scales."""
-        floats = [[(0, rank)] if rank else [] for rank in self.ranks]
-        device = torch.device("meta")
-        plain = SharedBasisBlocks(self.vocab_size, self.dim, self.rank, self.sizes, floats, False, self.dtype, device)
+        arguments = (self.vocab_size, self.dim, self.rank, self.sizes, _floats(self.ranks), False, self.dtype)
+        plain = SharedBasisBlocks(*arguments, torch.device("meta"))
         plain.packed_block_index, plain.position, plain.order = self.packed_block_index, self.position, self.order
         plain.in_order = self.in_order
-        basis, means, scales = self._read()
-        values = {"basis": basis, "means": means}
-        for block, (numbers, scale) in enumerate(zip(self.coefficients, torch.split(scales, self.ranks), strict=True)):
-            values[f"coefficients.{block}"] = self._values(numbers, block) * scale
-        return plain, values
-
-    def rows_of_blocks(self, places: Sequence[Tensor | None], sparse: bool = False) -> list[Tensor]:
-        """Rows of the table by their places in every block, see `RowBlocks.rows_of_blocks`."""
-        basis, means, scales = self._read(sparse)
-        rows = []
-        for block, (place, scale) in enumerate(zip(places, torch.split(scales, self.ranks), strict=True)):
-            if place is not None:
-                shape = (*place.shape, self.ranks[block])
-                numbers = read_rows(self.coefficients[block], place.reshape(-1), sparse)
-                values = self._values(numbers, block).view(shape) * scale
-                rows.append(values @ basis[: self.ranks[block]] + means[block])
-        return rows
-
-    def logits_in_storage_order(self, hidden: Tensor) -> Tensor:
-        """See `Factorization.logits_in_storage_order`: one product with the basis, then one a block."""
-        basis, means, scales = self._read()
-        reduced, constant = F.linear(hidden, basis), F.linear(hidden, means)
-        blocks = [
-            F.linear(reduced[..., :rank] * scale, self._values(self.coefficients[block], block))
-            + constant[..., block : block + 1]
-            for block, (rank, scale) in enumerate(zip(self.ranks, torch.split(scales, self.ranks), strict=True))
-        ]
-        return torch.cat(blocks, dim=-1)
+        basis, means, _ = self._read()
+        coefficients = {f"coefficients.{block}": own.materialize() for block, own in enumerate(self._factors())}
+        return plain, {"basis": basis, "means": means, **coefficients}
 
     @classmethod
     def smallest_bytes(
@@ -261,6 +223,11 @@ class LatentCodes(RowBlocks[TransformCodingConfig]):
     ) -> Self:
         """Solve again from the codes as they are, see `SharedBasisBlocks.refined`."""
         return self.of(self.converted().refined(target, max_bytes, token_counts, options, advance, metric))
+
+
+def _floats(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Segments of blocks whose coefficients are floats."""
+    return [[(0, rank)] if rank else [] for rank in ranks]
 
 
 def _stored_logarithms(logarithms: Tensor) -> Tensor:
