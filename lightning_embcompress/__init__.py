@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         EmbeddingCompression,
         GroupReduce,
         QuantizationAware,
+        SharedBasis,
         TensorTrain,
         TransformCoding,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "Plan",
     "Quantization",
     "QuantizationAware",
+    "SharedBasis",
     "Statistics",
     "TensorTrain",
     "TransformCoding",
@@ -67,7 +69,14 @@ __all__ = [
 
 _HOMES = {
     "calibration.statistics": ("Statistics", "collect_statistics"),
-    "callbacks": ("EmbeddingCompression", "GroupReduce", "QuantizationAware", "TensorTrain", "TransformCoding"),
+    "callbacks": (
+        "EmbeddingCompression",
+        "GroupReduce",
+        "QuantizationAware",
+        "SharedBasis",
+        "TensorTrain",
+        "TransformCoding",
+    ),
     "compression.plan": ("Plan", "apply_plan", "compress", "densify", "plan_of"),
     "compression.reference": ("open_reference",),
     "integrations.checkpoint": ("keep_structure", "load_from_checkpoint", "structure_from_checkpoint"),

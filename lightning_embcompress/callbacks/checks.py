@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
@@ -113,3 +115,41 @@ def check_optimizers(trainer: Trainer, name: str) -> None:
                 f"LBFGS keeps its history over all parameters in one vector, and {name} replaces some of them later: "
                 "use another optimizer, such as Adam, or compress() the model before training"
             )
+
+
+class Turn(NamedTuple):
+    """When one of the callbacks compresses and refines which modules, and where it keeps what they were."""
+
+    at_epoch: int
+    refine_at_epochs: Sequence[int]
+    modules: frozenset[str]
+    reference: Path | None = None
+
+
+def check_order(turns: Sequence[Turn]) -> None:
+    """Refuse callbacks that would compress a table at the same time, or refine one that another has compressed since.
+
+    Raises:
+        ValueError: Naming the table and the epochs.
+    """
+    ordered = sorted(turns, key=lambda turn: turn.at_epoch)
+    for index, first in enumerate(ordered):
+        for second in ordered[index + 1 :]:
+            if not first.modules & second.modules:
+                continue
+            name = min(first.modules & second.modules)
+            if first.at_epoch == second.at_epoch:
+                raise ValueError(
+                    f"two callbacks compress table {name!r} at epoch {first.at_epoch}: give them different tables, or "
+                    "one of them a later at_epoch"
+                )
+            if late := [epoch for epoch in first.refine_at_epochs if epoch >= second.at_epoch]:
+                raise ValueError(
+                    f"table {name!r} is to be refined at epoch {late[0]}, but another callback compresses it anew at "
+                    f"epoch {second.at_epoch}: let refine_at_epochs end before it"
+                )
+            if first.reference is not None and first.reference == second.reference:
+                raise ValueError(
+                    f"keep_reference={str(first.reference)!r} of two callbacks would keep table {name!r} as it is at "
+                    f"epochs {first.at_epoch} and {second.at_epoch} in the same file: name two folders"
+                )

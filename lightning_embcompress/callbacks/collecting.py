@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_embcompress.calibration.collector import Collector, find_layers, summed
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.passes import step_arguments, training_pass, validating
-from lightning_embcompress.compression.distribution import failing_together
+from lightning_embcompress.utils.division import failing_together
 
 
 def collect_in_training(

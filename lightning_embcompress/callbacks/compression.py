@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,38 +21,42 @@ from typing_extensions import override
 
 from lightning_embcompress.calibration.loss_metric import add_to_biases, corrections_of
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.callbacks.asked import Asked
-from lightning_embcompress.callbacks.checks import check_gradients, check_optimizers, check_trainer, is_fast_dev_run
-from lightning_embcompress.callbacks.counting import counts_for, known_counts
+from lightning_embcompress.callbacks.arguments import doc_of, init_of
+from lightning_embcompress.callbacks.checks import (
+    Turn,
+    check_gradients,
+    check_optimizers,
+    check_order,
+    check_trainer,
+    is_fast_dev_run,
+)
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
-from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
+from lightning_embcompress.callbacks.replacing import make_dense, replace_in_training, uninterrupted
 from lightning_embcompress.callbacks.reporting import (
     check_folder,
     log,
+    merged_perplexity,
     run_folder,
     show_and_log,
     show_loss,
     write_run_report,
 )
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
-from lightning_embcompress.callbacks.searching import search_smallest
-from lightning_embcompress.callbacks.several import Turn, check_order, make_dense, merged_perplexity
-from lightning_embcompress.callbacks.solving import (
-    Files,
-    check_residuals,
-    solve_again,
-    solve_requests,
-)
-from lightning_embcompress.compression.budget import Request, Tie, check_budget, check_counts
-from lightning_embcompress.compression.distribution import failing_together
+from lightning_embcompress.callbacks.solving import Files, check_residuals, keep_tables, solve_again
+from lightning_embcompress.callbacks.weighing import Weighing
+from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.reference import reference_file
-from lightning_embcompress.compression.report import show_requests
+from lightning_embcompress.compression.report import show_tasks
+from lightning_embcompress.compression.search import search
+from lightning_embcompress.compression.solution import Solution, solve
+from lightning_embcompress.compression.tasks import Tasks, Tie, check_counts, plan
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.registry import DEFAULT_METHOD, Factorization, get_config
-from lightning_embcompress.tables.replacement import put_back
+from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
+from lightning_embcompress.tables.replacement import find_tables, put_back
+from lightning_embcompress.utils.division import divided, failing_together
 from lightning_embcompress.utils.files import remove_abandoned
 
 
@@ -80,6 +87,7 @@ class EmbeddingCompression(ScheduledCallback):
         ratio: Dense bytes over stored bytes, for every table; of all tables together where errors are weighed by what
             the loss grows by. Some methods have an option that takes its place, such as `max_rank` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
+        bits_per_weight: Instead of a ratio, stored bits over the numbers of the dense tables: 4 is 8x of float32.
         max_perplexity_increase: Instead of a size, the most that the perplexity on the validation data may grow by when
             the tables are compressed, `1%` or `0.01`: the smallest tables within it are searched for.
         at_epoch: Epoch at whose start the tables are compressed; 0 is before the first step.
@@ -101,7 +109,8 @@ class EmbeddingCompression(ScheduledCallback):
         statistics_batches: Batches of training data, in each process, from which they are collected; 0 for none: then
             rows are weighted by frequency alone.
         refresh_statistics: Whether they are collected anew before every refinement.
-        **options: Fields of the config, where the method is given by its name (in YAML under `dict_kwargs`).
+        **options: Fields of the config, where the method is given by its name (in YAML under `dict_kwargs`; the
+            callbacks `GroupReduce`, `SharedBasis`, `TransformCoding` and `TensorTrain` have them as arguments).
 
     Raises:
         ValueError: If an argument is out of its range; when training starts, if the tables, the ratio or the epochs
@@ -117,6 +126,7 @@ class EmbeddingCompression(ScheduledCallback):
         *,
         ratio: float | None = None,
         size: str | int | None = None,
+        bits_per_weight: float | None = None,
         max_perplexity_increase: str | float | None = None,
         at_epoch: int = 0,
         refine_at_epochs: Sequence[int] = (),
@@ -132,23 +142,16 @@ class EmbeddingCompression(ScheduledCallback):
     ) -> None:
         """Check what can be checked without a model."""
         super().__init__()
-        config = get_config(method, **options)
-        check_budget(ratio, size, config, max_perplexity_increase)
-        if statistics is not None and token_counts is not None:
-            raise ValueError(
-                "give statistics or token_counts, not both: statistics have token counts of their own, those of "
-                "collect_statistics(..., token_counts=...)"
-            )
-        self._asked = Asked(
-            config,
-            ratio,
-            size,
-            max_perplexity_increase,
-            tables,
-            tie,
-            statistics,
-            statistics_batches,
-            refresh_statistics,
+        self.config = get_config(method, **options)
+        self.budget = Budget.of(
+            self.config,
+            ratio=ratio,
+            size=size,
+            bits_per_weight=bits_per_weight,
+            max_perplexity_increase=max_perplexity_increase,
+        )
+        self._weighing = Weighing(
+            self.config, self.budget, token_counts, statistics, statistics_batches, refresh_statistics
         )
         if at_epoch < 0:
             raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
@@ -159,10 +162,16 @@ class EmbeddingCompression(ScheduledCallback):
             )
         self.at_epoch = at_epoch
         self.refine_at_epochs = sorted(set(refine_at_epochs))
-        self.monitor = monitor
-        self.token_counts = token_counts
+        self.tables, self.tie, self.monitor = tables, tie, monitor
         self.keep_reference = None if keep_reference is None else Path(keep_reference)
         self._start_anew()
+
+    def __init_subclass__(cls, config: type[MethodConfig] | None = None, **arguments: Any) -> None:
+        """Give the callback of a method the fields of its config as arguments, in place of `method` and `options`."""
+        super().__init_subclass__(**arguments)
+        if config is not None:
+            cls.__init__ = init_of(EmbeddingCompression, config)  # type: ignore[method-assign]
+            cls.__doc__ = doc_of(cls, EmbeddingCompression, config)
 
     def _start_anew(self) -> None:
         self._compressed: list[dict[str, Any]] = []
@@ -184,9 +193,23 @@ class EmbeddingCompression(ScheduledCallback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            method=self._asked.config.method, at_epoch=self.at_epoch, tables=self._asked.tables
-        )
+        return self._key(type(self).__qualname__, self.config.method)
+
+    def _key(self, name: str, method: str) -> str:
+        # As `Callback._generate_state_key` makes it.
+        arguments = {"method": method, "at_epoch": self.at_epoch, "tables": self.tables}
+        return f"{name}{arguments!r}"
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note where training goes on from, and take the state of an older version, by the name it had there."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        states, former = checkpoint.get("callbacks", {}), self.config.formerly
+        if former and self.state_key not in states:
+            classes: list[type] = [EmbeddingCompression, *EmbeddingCompression.__subclasses__()]
+            keys = [self._key(cls.__qualname__, former) for cls in classes]
+            if known := [key for key in keys if key in states]:
+                states[self.state_key] = states[known[0]]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -241,7 +264,7 @@ class EmbeddingCompression(ScheduledCallback):
         by_others = any(callback._compressed for callback in _compressing(trainer) if callback is not self)
         if self._compressed:
             if not set(self.refine_at_epochs) <= set(self._refined):
-                check_residuals(pl_module, self._compressed, self._resumed_from)
+                check_residuals(pl_module, self._compressed, self.config, self._resumed_from)
             self._warn_of_other_settings()
         elif not (there and by_others):
             with failing_together():
@@ -250,38 +273,53 @@ class EmbeddingCompression(ScheduledCallback):
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         there = plan_of(module).tables
-        if there and self._asked.tables == "auto":
+        if there and self.tables == "auto":
             raise ValueError(
                 f"the tables {', '.join(repr(table.name) for table in there)} are compressed already, and not by this "
                 f"{type(self).__name__}: resume with the method, at_epoch and tables of the run that did it, remove "
                 "the callback, restore them with densify(model), or name other modules as tables"
             )
-        requests = self._asked.requests(module)
-        check_gradients(trainer, type(self).__name__, [request.table for request in requests])
-        self._asked.check(trainer, module, requests)
+        tasks = plan(module, self.config, self.budget, self.tables, self.tie, is_preview=True)
+        tables = [task.table for task in tasks]
+        check_gradients(trainer, type(self).__name__, tables)
+        self._weighing.check(trainer, module, tables)
         if len(_compressing(trainer)) > 1:
             check_order([callback._turn(module) for callback in _compressing(trainer) if not callback._compressed])
-        given = known_counts(trainer, requests, self._asked.counts_in_statistics(module, self.token_counts))
+        given = self._weighing.known_counts(trainer, module, tables)
         if given is not None:
-            check_counts(given, requests)
-        for request in requests:
-            kept = self.keep_reference and reference_file(self.keep_reference, request.table.name)
+            check_counts(tasks, given)
+        for table in tables:
+            kept = self.keep_reference and reference_file(self.keep_reference, table.name)
             if kept and kept.exists() and not trainer.ckpt_path:
                 raise ValueError(
                     f"keep_reference: {str(kept)!r} is there already, from another run, and would be lost: name "
                     "another folder, or remove it"
                 )
-        show_requests(requests, self._asked.by_loss(module), self._asked.max_perplexity_increase)
+        show_tasks(tasks, self.budget, self._weighing.by_loss(module))
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """Budget and options, as they are kept in checkpoints."""
+        return {**({} if self.budget is None else self.budget.given), **self.config.options}
 
     def _warn_of_other_settings(self) -> None:
-        if self._settings is not None and self._settings != self._asked.settings:
+        if self._settings is None:
+            return
+        # Older versions kept what was not given, too.
+        defaults = {field.name: field.default for field in fields(self.config)}
+        known = {
+            name: value
+            for name, value in self._settings.items()
+            if value is not None and (name in BUDGETS or value != defaults.get(name, value))
+        }
+        if known != self._asked:
             rank_zero_warn(
-                f"the tables were compressed with {self._settings}, and stay as they are: {self._asked.settings} comes "
-                "too late. Resume from before the compression, or add a callback that compresses them again"
+                f"{self._asked} is ignored: the tables were compressed with {known} already. Resume from before the "
+                "compression, or add a callback that compresses them again"
             )
 
     def _turn(self, module: LightningModule) -> Turn:
-        paths = frozenset(path for request in self._asked.requests(module) for path in request.table.modules)
+        paths = frozenset(path for table in find_tables(module, self.tables) for path in table.modules)
         return Turn(self.at_epoch, self.refine_at_epochs, paths, self.keep_reference)
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -348,58 +386,63 @@ class EmbeddingCompression(ScheduledCallback):
 
     def _compress(self, trainer: Trainer, module: LightningModule, files: Files) -> None:
         # Layers that another callback has compressed before.
-        before = make_dense(module, self._asked.tables)
+        before = make_dense(module, self.tables)
         try:
-            requests = self._asked.requests(module)
-            counts = counts_for(trainer, module, requests, self._asked.counts_in_statistics(module, self.token_counts))
+            tables = find_tables(module, self.tables)
+            paths = [path for table in tables for path in table.modules]
+            counts = self._weighing.find_counts(trainer, module, tables)
             self._perplexity["dense"] = self._measure(trainer, module, "dense")
-            statistics: Statistics | None = None
-            found: list[Factorization[Any]] = []
-            if self._asked.by_loss(module):
-                statistics = self._asked.find_statistics(trainer, module, requests, counts)
-                requests, found = self._in_loss(trainer, module, statistics, counts)
-            solved = solve_requests(requests, counts, trainer.current_epoch, files, found)
-            tables = [(table.entry["modules"], table.factors) for table in solved]
-            corrections = corrections_of(module, tables, statistics)
+            statistics = self._weighing.find_statistics(trainer, module, paths, counts)
+            with divided():
+                known = {"statistics": statistics, "token_counts": counts}
+                tasks = plan(module, self.config, self.budget, self.tables, self.tie, **known)
+            if self.budget is not None and self.budget.is_searched:
+                solution = self._search(trainer, module, tasks, self.budget)
+            else:
+                solution = solve(tasks, together=True)
+            solved = keep_tables(solution, trainer.current_epoch, files)
+            corrections = corrections_of(module, solution.tables, statistics)
         except BaseException:
             put_back(module, before)
             raise
-        chosen = {path for table in solved for path in table.entry["modules"]}
+        chosen = {path for paths, _ in solution.tables for path in paths}
         with uninterrupted():
             put_back(module, {path: layer for path, layer in before.items() if path not in chosen})
-            known = {path: layer for path, layer in before.items() if path in chosen}
-            replace_in_training(trainer, module, tables, known)
+            replaced = {path: layer for path, layer in before.items() if path in chosen}
+            replace_in_training(trainer, module, solution.tables, replaced)
             add_to_biases(module, corrections)
             self._compressed = [table.entry for table in solved]
             # Only a refinement reads them again.
-            self._counts, self._statistics = (counts, statistics) if files.keeps_residual else (None, None)
+            self._counts, self._statistics = (
+                (tasks[0].token_counts, statistics) if files.keeps_residual else (None,) * 2
+            )
             self._unmeasured = "compressed"
-            self._settings = self._asked.settings
+            self._settings = self._asked
         self._measure_change(trainer, module)
 
-    def _in_loss(
-        self, trainer: Trainer, module: LightningModule, statistics: Statistics, counts: Tensor | None
-    ) -> tuple[list[Request], list[Factorization[Any]]]:
-        """Requests with the metric of the loss and one budget, and what was found for them if they were tried."""
-        if self._asked.max_perplexity_increase is None:
-            return self._asked.requests_in_loss(module, statistics), []
-        shares = self._asked.shares_in_loss(module, statistics)
-
-        def perplexity() -> float | None:
-            return validation_perplexity(trainer, module, self.monitor, "Perplexity, compressed")
-
+    def _search(self, trainer: Trainer, module: LightningModule, tasks: Tasks, budget: Budget) -> Solution:
         dense = self._perplexity["dense"]
-        return search_smallest(
-            module, shares, counts, statistics, self._asked.max_perplexity_increase, dense, perplexity
-        )
+        if dense is None or not math.isfinite(dense):
+            raise ValueError(
+                f"max_perplexity_increase={budget.max_perplexity_increase!r} needs the perplexity on the validation "
+                f"data, and that of the model as it is is {'not known' if dense is None else dense}: name a logged "
+                "loss in nats per token as monitor, or give another budget instead"
+            )
+
+        def perplexity(module: Any) -> float:
+            value = validation_perplexity(trainer, module, self.monitor, "Perplexity, compressed")
+            return math.inf if value is None else value
+
+        # Handlers of signals may save at once; Ctrl-C raises, and everything is put back.
+        held = partial(uninterrupted, also_by_ctrl_c=False)
+        return search(module, tasks, budget, dense, perplexity, together=True, guard=held)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
         statistics = self._statistics
-        if statistics is not None and self._asked.refresh_statistics:
+        if statistics is not None and self._weighing.refresh_statistics:
             paths = [path for entry in self._compressed for path in entry["modules"]]
-            statistics = self._asked.collect(trainer, module, paths, self._counts)
-        config = self._asked.config
-        solved = solve_again(module, self._compressed, config, self._counts, epoch, files, statistics)
+            statistics = self._weighing.collect(trainer, module, paths, self._counts)
+        solved = solve_again(module, self._compressed, self.config, self._counts, epoch, files, statistics)
         tables = [(table.entry["modules"], table.factors) for table in solved]
         corrections = corrections_of(module, tables, statistics)
         with uninterrupted():

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_embcompress.compression.distribution import count_processes
+from lightning_embcompress.utils.division import count_processes
 from lightning_embcompress.utils.random_state import gather_over_processes, random_state, set_random_state
 
 RUN_KEY = "embcompress_run"

@@ -17,7 +17,6 @@ from lightning_embcompress.callbacks.replacing import changing_in_training, rewr
 from lightning_embcompress.callbacks.reporting import log, show_and_log, write_run_report
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
 from lightning_embcompress.compression.backbone import backbone_of, freeze_backbone_ranges
-from lightning_embcompress.compression.distribution import failing_together
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.layers.sizes import compressed_tables
@@ -25,6 +24,7 @@ from lightning_embcompress.methods.quantizers.quantization import storage_of
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import conversion_report, plan_qat
 from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.utils.division import failing_together
 
 
 class QuantizationAware(ScheduledCallback):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed import broadcast
 
 from lightning_embcompress.callbacks.optimizer import levels_of_adagrad, splice, start_anew
+from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import Factorization
-from lightning_embcompress.tables.replacement import replace_table
+from lightning_embcompress.tables.replacement import all_modules, replace_table, restore_dense
 
 
 def replace_in_training(
@@ -117,3 +118,21 @@ def uninterrupted(also_by_ctrl_c: bool = True) -> Iterator[None]:
         for number in dict.fromkeys(received):
             # Not by a call: the handler may be that of the system, which ends the process.
             signal.raise_signal(number)
+
+
+def make_dense(model: nn.Module, tables: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Turn compressed layers that are to be compressed again into dense ones.
+
+    Args:
+        model: The model.
+        tables: As for `find_tables`.
+
+    Returns:
+        All compressed layers the model had, by their paths, for `put_back`; none if it stays as it is.
+    """
+    layers = {path: layer for path, layer in all_modules(model).items() if isinstance(layer, CompressedLayer)}
+    names = [tables] if isinstance(tables, str) else tables
+    if not layers or (tables != "auto" and not layers.keys() & set(names)):
+        return {}
+    restore_dense(model)
+    return dict(layers)

@@ -81,8 +81,11 @@ def show_and_log(trainer: Trainer, module: LightningModule, title: str) -> None:
     plan = plan_of(module)
     show_plan(plan, module, title)
     values = {"tables_ratio": plan.ratio, "model_ratio": model_bytes(module)["ratio"]}
+    if plan.bits_per_weight is not None:
+        values["tables_bits_per_weight"] = plan.bits_per_weight
     for table in plan.tables:
         values[f"{table.name}/ratio"] = table.ratio
+        values[f"{table.name}/bits_per_weight"] = table.bits_per_weight
         if table.weighted_error is not None:
             values[f"{table.name}/weighted_error"] = table.weighted_error
         if table.predicted_loss is not None:
@@ -112,3 +115,13 @@ def show_loss(
         measured = f"measured {values['measured_loss']:+.4f} (perplexity {compressed / dense - 1:+.2%})"
     rank_zero_info(f"The loss was predicted to grow by {sum(known):.4f} nats: {measured}.")
     log(trainer, values)
+
+
+def merged_perplexity(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The perplexities of a run for `report.json`, of callbacks in the order in which they compress."""
+    merged = dict(steps[0])
+    for later in steps[1:]:
+        merged["compressed"] = later["compressed"]
+        merged["refined"] = [*merged["refined"], *later["refined"]]
+        merged["final"] = merged["final"] if later["final"] is None else later["final"]
+    return merged

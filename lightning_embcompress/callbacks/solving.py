@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.residual import find_table, open_table, places_of, write_residual, write_target
-from lightning_embcompress.compression.budget import Request
-from lightning_embcompress.compression.distribution import Job, failing_together, solve_together
 from lightning_embcompress.compression.reference import write_reference
+from lightning_embcompress.compression.solution import Solution, solve
+from lightning_embcompress.compression.tasks import Task
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.registry import Factorization
+from lightning_embcompress.methods.registry import Factorization, get_method
 from lightning_embcompress.tables.replacement import Table, check_finite
+from lightning_embcompress.utils.division import failing_together
 from lightning_embcompress.utils.random_state import gather_over_processes
 
 
@@ -62,30 +63,19 @@ class Solved:
     in_place_of: Factorization[Any] | None = None
 
 
-def solve_requests(
-    requests: Sequence[Request],
-    counts: Tensor | None,
-    epoch: int,
-    files: Files,
-    found: Sequence[Factorization[Any]] = (),
-) -> list[Solved]:
-    """Compress tables, and keep on the disk what will be needed of them; the model is not changed.
+def keep_tables(solution: Solution, epoch: int, files: Files) -> list[Solved]:
+    """Keep on the disk what will be needed of tables that are solved; the model is not changed.
 
     Args:
-        requests: What is to become of which table.
-        counts: `[vocab_size]` token counts.
+        solution: What was found.
         epoch: Of the compression.
         files: Where residuals and references go.
-        found: The factors, if the tables have been solved already.
     """
-    for request in requests:
-        check_finite(request.table)
-    found = found or solve_together([Job(request, request.table.weight, counts) for request in requests])
     solved = []
-    for request, factors in zip(requests, found, strict=True):
-        table = request.table
-        entry: dict[str, Any] = {"modules": list(table.modules), "max_bytes": request.max_bytes}
-        entry |= {"untied": request.untied, "residual": None, "checksum": None}
+    for task, factors in zip(solution.tasks, solution.factors, strict=True):
+        table = task.table
+        entry: dict[str, Any] = {"modules": list(table.modules), "max_bytes": task.max_bytes}
+        entry |= {"untied": task.untied, "residual": None, "checksum": None}
         if files.keeps_residual:
             entry |= _keep_residual(table, factors, epoch, files)
         with failing_together():
@@ -117,7 +107,7 @@ def solve_again(
     """
     owned = [factorization_of(module, entry) for entry in entries]
     with ExitStack() as stack:
-        jobs = []
+        tasks = []
         for entry, own in zip(entries, owned, strict=True):
             # Not the name of a residual: one of this epoch may be there, which a later checkpoint needs.
             path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.target"
@@ -134,31 +124,42 @@ def solve_again(
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             metric = None if statistics is None else metric_of(module, table, statistics)
-            request = Request(table, config, entry["max_bytes"], entry["untied"], metric)
+            table = replace(table, weight=table.weight.to(own.device))
             # A copy: the model changes when all tables are solved and their residuals are on the disk.
-            jobs.append(Job(request, table.weight.to(own.device), counts, start=deepcopy(own)))
+            tasks.append(Task(table, config, entry["max_bytes"], entry["untied"], metric, counts, start=deepcopy(own)))
         solved = []
-        for entry, own, job, factors in zip(entries, owned, jobs, solve_together(jobs), strict=True):
+        found = solve(tasks, together=True).factors
+        for entry, own, task, factors in zip(entries, owned, tasks, found, strict=True):
             # The residual before stays, for a run that is resumed from before this refinement.
             kept = {"residual": None, "checksum": None}
             if files.keeps_residual:
-                kept = _keep_residual(job.request.table, factors, epoch, files)
-            solved.append(Solved({**entry, **kept}, factors, own if factors is job.start else None))
+                kept = _keep_residual(task.table, factors, epoch, files)
+            solved.append(Solved({**entry, **kept}, factors, own if factors is task.start else None))
         return solved
 
 
-def check_residuals(module: nn.Module, entries: Sequence[dict[str, Any]], resumed_from: str | None) -> None:
+def check_residuals(
+    module: nn.Module, entries: Sequence[dict[str, Any]], config: MethodConfig, resumed_from: str | None
+) -> None:
     """Refuse to go on towards a refinement that cannot be done, and note where the residuals are now.
 
     Checkpoints from here on may be anywhere: they have to know where a folder was moved to.
 
     Raises:
         FileNotFoundError: If a residual is missing.
-        ValueError: If a residual is damaged or none was kept, or a table is not compressed any more.
+        ValueError: If a residual is damaged or none was kept, or a table is not compressed any more, or by another
+            method.
     """
+    kinds = {kind for one in config.candidates for kind in get_method(one.method).kinds}
     with failing_together():
         for entry in entries:
             own = factorization_of(module, entry)
+            if own.kind not in kinds:
+                method = own.provenance.get("method", own.kind)
+                raise ValueError(
+                    f"table {entry['modules'][0]!r} was compressed by {method!r} and cannot be refined by "
+                    f"{config.method!r}: use a callback of method {method!r}, or resume without refine_at_epochs"
+                )
             entry["residual"] = str(find_table(_places(entry, resumed_from), own, entry["checksum"]))
 
 

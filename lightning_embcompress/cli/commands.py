@@ -30,6 +30,7 @@ class Compress(Command):
         ratio: Dense bytes over stored bytes: of all tables together where text or statistics say what errors cost, else
             of every table.
         size: In place of a ratio, bytes of all tables together, such as 80MB (MB = 1,000,000).
+        bits_per_weight: In place of a ratio, stored bits over the numbers of the tables: 4 is 8x of float32.
         max_perplexity_increase: In place of a size, the most that the perplexity on text may grow by, such as 1%: the
             smallest tables within it are searched for.
         tables: Modules to compress; by default the embedding and the softmax.
@@ -59,6 +60,7 @@ embcompress compress my_model my_model-1% --method auto --max_perplexity_increas
     method: str = "transform_coding"
     ratio: float | None = None
     size: str | None = None
+    bits_per_weight: float | None = None
     max_perplexity_increase: str | None = None
     tables: list[str] | None = None
     tie: Literal["keep", "untie", "auto"] = "keep"

@@ -21,9 +21,10 @@ from lightning_embcompress.cli.text import (
     tokenizer_of,
 )
 from lightning_embcompress.cli.usage import UsageError, in_shell_terms
-from lightning_embcompress.compression.budget import Request, check_budget, plan_requests
+from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.plan import compress, densify, plan_of
-from lightning_embcompress.compression.report import say, show_plan, show_requests, write_report
+from lightning_embcompress.compression.report import say, show_plan, show_tasks, write_report
+from lightning_embcompress.compression.tasks import Task, plan
 from lightning_embcompress.integrations.opening import OpenedModel, open_model
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
@@ -32,9 +33,6 @@ from lightning_embcompress.utils.files import staged
 
 if TYPE_CHECKING:
     from lightning_embcompress.cli.commands import Compress
-
-# Whatever a search for the size finds, no table of use cannot be made smaller by so much.
-_ANY_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,10 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
         UsageError: If an option is out of its range, or the size is not given in one way.
         ValueError: If the request cannot be met. Nothing has been written then.
     """
+    sizes = {name: getattr(given, name) for name in BUDGETS}
     try:
         config = get_config(given.method, **given.options)
-        check_budget(given.ratio, given.size, config, given.max_perplexity_increase)
+        budget = Budget.of(config, **sizes)
     except ValueError as error:
         raise UsageError(str(error)) from error
     tokenizer = _check_text(given, source)
@@ -88,42 +87,30 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
     say(f"{source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
     try:
         tables = _start(opened, given.tables)
-        request: dict[str, Any] = {"tables": tables, "tie": given.tie}
-        # A limit of the perplexity leaves the size open.
-        ratio = _ANY_RATIO if given.max_perplexity_increase is not None else given.ratio
-        requests = plan_requests(opened.model, config, ratio, given.size, **request)
+        tasks = plan(opened.model, config, budget, tables, given.tie, is_preview=True)
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
-    text = _read_text(opened, tokenizer, requests, given.text, given.counts_only)
+    text = _read_text(opened, tokenizer, tasks, given.text, given.counts_only)
     counts: Tensor | None = None
     token_counts: str | None = "statistics"
     if wanted is None or not wanted.is_there:
-        counts, token_counts = _counts(text, requests)
+        counts, token_counts = _counts(text, tasks)
     statistics = None
     if wanted is not None:
         statistics = wanted.find(opened.model, None if text is None else text.tokens, counts, tables)
-        statistics.check([request.table for request in requests])
-    show_requests(requests, statistics is not None, given.max_perplexity_increase)
+        statistics.check([task.table for task in tasks])
+    show_tasks(tasks, budget, statistics is not None)
     perplexity: dict[str, Any] = dict.fromkeys(("dense", "compressed"))
     perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
     if text is not None:
         perplexity["dense"] = text.perplexity(opened.model, "dense")
     evaluate = None if text is None else text.evaluate
-    plan = compress(
-        opened.model,
-        config,
-        ratio=given.ratio,
-        size=given.size,
-        max_perplexity_increase=given.max_perplexity_increase,
-        token_counts=counts,
-        statistics=statistics,
-        evaluate=evaluate,
-        **request,
-    )
-    show_plan(plan, opened.model, "Compressed")
+    known: dict[str, Any] = {"token_counts": counts, "statistics": statistics, "evaluate": evaluate}
+    done = compress(opened.model, config, **sizes, tables=tables, tie=given.tie, **known)
+    show_plan(done, opened.model, "Compressed")
     if text is not None:
         perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
-        _say_perplexity(perplexity, text, plan.predicted_loss)
+        _say_perplexity(perplexity, text, done.predicted_loss)
     extra = {"source": source.name, "token_counts": token_counts, "text": text and text.record()}
     extra["statistics"] = None if statistics is None else {"targets": statistics.num_targets, "file": given.statistics}
     _write(source, target, opened, perplexity, extra)
@@ -172,21 +159,21 @@ def _start(opened: OpenedModel, named: Sequence[str] | None) -> str | list[str]:
 
 
 def _read_text(
-    opened: OpenedModel, tokenizer: str, requests: Sequence[Request], patterns: Sequence[str] | None, counts_only: bool
+    opened: OpenedModel, tokenizer: str, tasks: Sequence[Task], patterns: Sequence[str] | None, counts_only: bool
 ) -> _Text | None:
     if patterns is None:
         return None
     tokens = read_text(patterns, tokenizer)
-    for request in requests:
-        tokens.check_ids(request.table.shape[0], tokenizer)
+    for task in tasks:
+        tokens.check_ids(task.table.shape[0], tokenizer)
     return _Text(tokens, tokenizer, None if counts_only else block_size_of(opened.model))
 
 
-def _counts(text: _Text | None, requests: Sequence[Request]) -> tuple[Tensor | None, str | None]:
+def _counts(text: _Text | None, tasks: Sequence[Task]) -> tuple[Tensor | None, str | None]:
     """Token counts for the tables, and where they are from, as in the report."""
-    if not any(request.config.needs_counts for request in requests):
+    if not any(task.config.needs_counts for task in tasks):
         return None, None
-    sizes = {request.table.shape[0]: request.table.name for request in requests}
+    sizes = {task.table.shape[0]: task.table.name for task in tasks}
     if len(sizes) > 1:
         listed = " and ".join(f"{name!r} ({size} rows)" for size, name in sizes.items())
         raise ValueError(

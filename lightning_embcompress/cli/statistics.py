@@ -71,10 +71,9 @@ class WantedStatistics:
             needs = needs or f"--method {given.method}"
         reads_text = given.text is not None and not given.counts_only
         if not config.uses_metric:
-            if given.statistics is not None or given.max_perplexity_increase is not None:
-                option = "--statistics" if given.statistics is not None else "--max_perplexity_increase"
+            if given.statistics is not None:
                 raise UsageError(
-                    f"{option} is for methods that weigh errors by what the loss grows by, and {given.method!r} "
+                    f"--statistics is for methods that weigh errors by what the loss grows by, and {given.method!r} "
                     "does not"
                 )
             return None

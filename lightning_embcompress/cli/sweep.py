@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.cli.sweep_record import Point, SweepRecord, locked_folder
-from lightning_embcompress.compression.budget import check_counts, plan_requests
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.compression.tasks import check_counts, plan
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import FullTable, Quantization, get_config
 from lightning_embcompress.quantization.aware import quantize_tables
@@ -228,15 +229,16 @@ def plan_trials(
     every = sorted({*ratios, *(integers.values() if match_bits else ())})
     for trial in named:
         assert trial.method is not None
-        fixed = get_config(trial.method, **trial.options).fixes_size
-        for ratio in [None] if fixed else every:
+        config = get_config(trial.method, **trial.options)
+        for ratio in [None] if config.fixes_size else every:
             note = ""
             try:
-                requests = plan_requests(model, trial.method, ratio, **{"tables": tables, **trial.options})
+                budget = Budget.of(config, ratio=ratio)
+                tasks = plan(model, config, budget, tables, is_preview=True)
             except ValueError as error:
                 note = str(error)
             else:
-                check_counts(token_counts, requests)
+                check_counts(tasks, token_counts)
             trials.append(replace(trial, ratio=ratio, note=note))
     return list({trial.key: trial for trial in trials}.values())
 

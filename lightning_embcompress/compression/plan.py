@@ -1,8 +1,7 @@
-"""Which tables of a model become what: decided, carried out, recorded as JSON, and rebuilt empty. No Lightning."""
+"""Compression plans: apply, serialize, rebuild."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,24 +17,11 @@ from lightning_embcompress.compression.backbone import (
     check_backbone,
     restore_backbone,
 )
-from lightning_embcompress.compression.budget import (
-    Request,
-    Tie,
-    check_budget,
-    check_tables_and_counts,
-    checked_requests,
-    parse_perplexity_increase,
-)
-from lightning_embcompress.compression.loss_budget import (
-    ANY_RATIO,
-    check_known,
-    check_predictable,
-    requests_in_loss,
-    shares_in_loss,
-    smallest_within,
-)
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.records import by_method_of_now, check_tables, dtype_of, shown
-from lightning_embcompress.compression.solution import Solution, put_in_place, solve_all, tried
+from lightning_embcompress.compression.search import search
+from lightning_embcompress.compression.solution import Solution, put_in_place, solve
+from lightning_embcompress.compression.tasks import Tie, plan
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import compressed_tables
 from lightning_embcompress.methods.config import MethodConfig
@@ -98,6 +84,16 @@ class TablePlan:
         return self.dense_bytes / self.stored_bytes
 
     @property
+    def weights(self) -> int:
+        """Numbers of the dense table; half of them of a table that became two."""
+        return self.dense_bytes // dtype_of(self.dtype).itemsize
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over numbers of the dense table."""
+        return 8 * self.stored_bytes / self.weights
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """How the factors were found, as a factorization keeps it."""
         return {
@@ -137,6 +133,11 @@ class Plan:
     def ratio(self) -> float:
         """Dense bytes over stored bytes of all tables together."""
         return self.dense_bytes / self.stored_bytes if self.tables else 1.0
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits over numbers of all dense tables together; None where there are none."""
+        return 8 * self.stored_bytes / sum(table.weights for table in self.tables) if self.tables else None
 
     @property
     def predicted_loss(self) -> float | None:
@@ -200,6 +201,7 @@ def compress(
     *,
     ratio: float | None = None,
     size: str | int | None = None,
+    bits_per_weight: float | None = None,
     max_perplexity_increase: str | float | None = None,
     tables: str | Sequence[str] = "auto",
     tie: Tie = "keep",
@@ -219,6 +221,7 @@ def compress(
         ratio: Dense bytes over stored bytes, for every table; with statistics, of all tables together. Some methods
             have an option that takes its place, such as `max_rank=4` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `"80MB"` (MB = 10⁶) or a number.
+        bits_per_weight: Instead of a ratio, stored bits over the numbers of the dense tables: 4 is 8x of float32.
         max_perplexity_increase: Instead of a size, the most that the perplexity may grow by, `"1%"` or `0.01`: the
             smallest model within it is searched for. Needs `statistics` and `evaluate`.
         tables: `"auto"`, or paths of modules, see `find_tables`.
@@ -247,52 +250,29 @@ def compress(
     """
     check_whole(model, "compressed")
     config = get_config(method, **options)
-    _check_loss(config, ratio, size, max_perplexity_increase, statistics, evaluate)
-    if statistics is None or not config.uses_metric:
-        requests, counts = checked_requests(model, token_counts, config, ratio, size, tables, tie)
-        return _replace(model, solve_all(requests, counts), None)
-    counts = statistics.token_counts
-    if max_perplexity_increase is None:
-        requests = requests_in_loss(model, statistics, config, ratio, size, tables, tie)
-        check_tables_and_counts(requests, counts)
-        return _replace(model, solve_all(requests, counts), statistics)
-    assert evaluate is not None
-    shares, _ = shares_in_loss(model, statistics, config, ANY_RATIO, None, tables, tie)
-    check_tables_and_counts(shares.requests, counts)
-    dense = math.log(evaluate(model))
-
-    def measure(requests: list[Request]) -> tuple[float, Solution]:
-        solved = solve_all(requests, counts)
-        with tried(model, solved, statistics):
-            return math.log(evaluate(model)) - dense, solved
-
-    solved, _ = smallest_within(parse_perplexity_increase(max_perplexity_increase), shares, measure)
-    return _replace(model, solved, statistics)
-
-
-def _check_loss(
-    config: MethodConfig,
-    ratio: Any,
-    size: Any,
-    max_perplexity_increase: Any,
-    statistics: Any,
-    evaluate: Any,
-) -> None:
-    check_known(config, statistics)
-    if max_perplexity_increase is None:
-        return
-    check_budget(ratio, size, config, max_perplexity_increase)
+    budget = Budget.of(
+        config,
+        ratio=ratio,
+        size=size,
+        bits_per_weight=bits_per_weight,
+        max_perplexity_increase=max_perplexity_increase,
+    )
+    if budget is None or not budget.is_searched:
+        return apply(
+            model, solve(plan(model, config, budget, tables, tie, statistics=statistics, token_counts=token_counts))
+        )
     if statistics is None or evaluate is None:
         raise ValueError(
             "max_perplexity_increase needs statistics, as collect_statistics(model, batches) gives them, to predict "
-            "sizes, and "
-            "evaluate, a function of the model that gives its perplexity on validation data, to verify them"
+            "sizes, and evaluate, a function of the model that gives its perplexity on validation data, to verify them"
         )
-    check_predictable(config)
+    tasks = plan(model, config, budget, tables, tie, statistics=statistics)
+    return apply(model, search(model, tasks, budget, evaluate(model), evaluate))
 
 
-def _replace(model: nn.Module, solved: Solution, statistics: Statistics | None) -> Plan:
-    put_in_place(model, solved, statistics)
+def apply(model: nn.Module, solution: Solution) -> Plan:
+    """Replace tables by what was found for them, in place; gives the plan that the model has now."""
+    put_in_place(model, solution)
     return plan_of(model)
 
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table as ScreenTable
 from torch import nn
 
-from lightning_embcompress.compression.budget import Request, parse_perplexity_increase
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import Plan, TablePlan, plan_of
+from lightning_embcompress.compression.tasks import Task
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.tables.replacement import all_modules
@@ -38,6 +39,7 @@ def table_report(model: nn.Module) -> list[dict[str, Any]]:
             "dense_bytes": table.dense_bytes,
             "stored_bytes": table.stored_bytes,
             "ratio": table.ratio,
+            "bits_per_weight": table.bits_per_weight,
             "parameter_ratio": table.spec["vocab_size"] * table.spec["dim"] / parameters[table.name],
             "weighted_error": table.weighted_error,
             "predicted_loss": table.predicted_loss,
@@ -75,44 +77,42 @@ def _finite(value: Any) -> Any:
 
 
 @rank_zero_only
-def show_requests(
-    requests: Sequence[Request], shares_budget: bool = False, max_perplexity_increase: str | float | None = None
-) -> None:
+def show_tasks(tasks: Sequence[Task], budget: Budget | None = None, shares_budget: bool = False) -> None:
     """Print what the tables are now and how small they will be.
 
     Args:
-        requests: What is to become of which table.
+        tasks: What is to become of which table.
+        budget: That they were planned for; None where the config fixes the sizes.
         shares_budget: Whether only all tables together have a size.
-        max_perplexity_increase: Relative increase of the perplexity that decides the size, if it does.
     """
-    screen = ScreenTable("table", "method", "shape", "MB now", "MB at most", "ratio", title="Tables to compress")
-    for request in requests:
-        now = request.table.weight.nbytes
-        screen.add_row(
-            " = ".join(request.table.modules),
-            request.config.method,
-            _shape(request.table.shape),
-            f"{now / 1e6:.3f}",
-            *([""] * 2 if shares_budget else [f"{request.max_bytes / 1e6:.3f}", f"{now / request.max_bytes:.2f}x"]),
-        )
+    columns = ("table", "method", "shape", "MB now", "MB at most", "ratio", "bits/\nweight")
+    screen = ScreenTable(*columns, title="Tables to compress")
+    for task in tasks:
+        sizes = [""] * 3 if shares_budget else _most([task])
+        now = f"{task.table.weight.nbytes / 1e6:.3f}"
+        screen.add_row(" = ".join(task.table.modules), task.config.method, _shape(task.table.shape), now, *sizes)
     if shares_budget:
-        now, most = (
-            sum(sizes) for sizes in zip(*((r.table.weight.nbytes, r.max_bytes) for r in requests), strict=True)
-        )
-        asked = [f"{most / 1e6:.3f}", f"{now / most:.2f}x"]
-        if max_perplexity_increase is not None:
-            asked = [f"perplexity {math.expm1(parse_perplexity_increase(max_perplexity_increase)):+.2%}", ""]
+        asked = _most(tasks)
+        if budget is not None and budget.is_searched:
+            asked = [f"perplexity {math.expm1(budget.max_loss):+.2%}", "", ""]
         screen.add_section()
-        screen.add_row("all together", "", "", f"{now / 1e6:.3f}", *asked)
+        now = f"{sum(task.dense_bytes for task in tasks) / 1e6:.3f}"
+        screen.add_row("all together", "", "", now, *asked)
     print_table(screen)
+
+
+def _most(tasks: Sequence[Task]) -> list[str]:
+    """Largest size, ratio and bits of tables together."""
+    most, dense = (sum(sizes) for sizes in zip(*((task.max_bytes, task.dense_bytes) for task in tasks), strict=True))
+    bits = 8 * most / sum(task.dense_bytes // task.table.weight.element_size() for task in tasks)
+    return [f"{most / 1e6:.3f}", f"{dense / most:.2f}x", f"{bits:.2f}"]
 
 
 @rank_zero_only
 def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
     """Print what the tables have become."""
-    screen = ScreenTable(
-        "table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "weighted error", title=title
-    )
+    columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "bits/\nweight")
+    screen = ScreenTable(*columns, "weighted error", title=title)
     shows_loss = any(table.predicted_loss is not None for table in plan.tables)
     if shows_loss:
         screen.add_column("predicted loss")
@@ -123,12 +123,13 @@ def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
             _shape((table.spec["vocab_size"], table.spec["dim"])),
             _structure(table),
             *_sizes({"dense_bytes": table.dense_bytes, "stored_bytes": table.stored_bytes, "ratio": table.ratio}),
+            f"{table.bits_per_weight:.2f}",
             "" if table.weighted_error is None else f"{table.weighted_error:.4f}",
             *(["" if table.predicted_loss is None else f"{table.predicted_loss:.4f}"] if shows_loss else []),
         )
     screen.add_section()
     total = [] if plan.predicted_loss is None else [f"{plan.predicted_loss:.4f}"]
-    screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "", *total)
+    screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "", "", *total)
     print_table(screen)
 
 
@@ -137,13 +138,13 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     """Print what `embcompress inspect` has found: tables, the whole model, and a note if there is one."""
     say(report["source"])
     if report["compressed"]:
-        columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "share")
+        columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "bits/\nweight", "share")
         screen = ScreenTable(*columns, title="Compressed tables")
         for table in report["tables"]:
             names, shape, share = " = ".join(table["modules"]), _shape(table["shape"]), f"{table['share']:.1%}"
-            screen.add_row(names, table["method"], shape, table["structure"], *_sizes(table), share)
+            screen.add_row(names, table["method"], shape, table["structure"], *_sizes(table), _bits(table), share)
         screen.add_section()
-        screen.add_row("whole model", "", "", "", *_sizes(report["model"]), "")
+        screen.add_row("whole model", "", "", "", *_sizes(report["model"]), "", "")
     else:
         screen = ScreenTable("table", "shape", "MB", "share", title="Tables to compress")
         for table in report["tables"]:
@@ -154,6 +155,10 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     print_table(screen)
     if report["note"]:
         say(f"No tables are chosen: {report['note']}")
+
+
+def _bits(entry: Mapping[str, Any]) -> str:
+    return f"{entry['bits_per_weight']:.2f}"
 
 
 def _sizes(entry: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -18,18 +18,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.compression.budget import Request, Tie, check_tables_and_counts, checked_requests
-from lightning_embcompress.compression.distribution import Job, count_processes, failing_together, solve_together
-from lightning_embcompress.compression.loss_budget import check_known, requests_in_loss
+from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.compression.report import show_plan
-from lightning_embcompress.compression.solution import put_in_place
+from lightning_embcompress.compression.solution import put_in_place, solve
+from lightning_embcompress.compression.tasks import Tie, plan
 from lightning_embcompress.integrations.checkpoint import keep_structure, structure_from_checkpoint
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
 from lightning_embcompress.tables.replacement import Table, find_tables
-from lightning_embcompress.utils.division import divided
+from lightning_embcompress.utils.division import count_processes, divided, failing_together
 from lightning_embcompress.utils.random_state import gather_over_processes
 from lightning_embcompress.utils.storage import is_sharded
 
@@ -43,13 +42,7 @@ def compress_or_restore(
     method: MethodConfig | str = DEFAULT_METHOD,
     *,
     ckpt_path: str | os.PathLike[str] | None = None,
-    ratio: float | None = None,
-    size: str | int | None = None,
-    tables: str | Sequence[str] = "auto",
-    tie: Tie = "keep",
-    token_counts: Any = None,
-    statistics: Statistics | None = None,
-    **options: Any,
+    **arguments: Any,
 ) -> Plan:
     """Compress the tables of a module before it is sharded, or give them the structure of a checkpoint.
 
@@ -68,14 +61,9 @@ def compress_or_restore(
         module: A module whose layers are there and not sharded yet.
         method: See `compress`.
         ckpt_path: The checkpoint, a file or a directory, that the Trainer will be given; None to start afresh.
-        ratio: See `compress`.
-        size: See `compress`.
-        tables: See `compress`.
-        tie: See `compress`.
-        token_counts: See `compress`. They have to be the same in all processes.
-        statistics: See `compress`, such as `Statistics.load` of a file that was collected before; nothing is collected
-            here. They have to be the same in all processes.
-        **options: Fields of the config, where the method is given by its name.
+        **arguments: As for `compress`: `ratio`, `size` or `bits_per_weight`, `tables`, `tie`, `token_counts`,
+            `statistics`, and options of the method. Counts and statistics have to be the same in all processes;
+            nothing is collected here.
 
     Returns:
         The plan that the module has now.
@@ -118,18 +106,7 @@ def compress_or_restore(
                 "before fully_shard, on a module that is new"
             )
         if ckpt_path is None:
-            config = get_config(method, **options)
-            known = statistics if config.uses_metric else None
-            if known is None:
-                with failing_together():
-                    check_known(config, None)
-                    requests, counts = checked_requests(module, token_counts, config, ratio, size, tables, tie)
-            else:
-                _check_alike(find_tables(module, tables))
-                with divided():
-                    requests = requests_in_loss(module, known, config, ratio, size, tables, tie)
-                    counts = check_tables_and_counts(requests, known.token_counts)
-            _compress(module, requests, counts, known)
+            _compress(module, method, **arguments)
             title = "Compressed before sharding"
         else:
             with failing_together():
@@ -183,14 +160,33 @@ def shard_tables(module: nn.Module, **options: Any) -> None:
 
 
 def _compress(
-    module: nn.Module, requests: Sequence[Request], counts: Tensor | None, statistics: Statistics | None
+    module: nn.Module,
+    method: MethodConfig | str,
+    *,
+    tables: str | Sequence[str] = "auto",
+    tie: Tie = "keep",
+    token_counts: Any = None,
+    statistics: Statistics | None = None,
+    **given: Any,
 ) -> None:
     """As `compress`, by all processes together."""
-    _check_alike([request.table for request in requests])
+    with failing_together():
+        size = {name: given.pop(name, None) for name in BUDGETS}
+        config = get_config(method, **given)
+        budget = Budget.of(config, **size)
+        if budget is not None and budget.is_searched:
+            raise ValueError(
+                "max_perplexity_increase measures the perplexity, which cannot be done before sharding: give a ratio, "
+                "a size or bits_per_weight"
+            )
+        found = find_tables(module, tables)
+    _check_alike(found)
+    with divided():
+        tasks = plan(module, config, budget, tables, tie, statistics=statistics, token_counts=token_counts)
     # Layers that are made afterwards start from the same random numbers in all processes, whichever has solved what.
     with isolate_rng():
-        solved = solve_together([Job(request, request.table.weight, counts) for request in requests])
-    put_in_place(module, list(zip(requests, solved, strict=True)), statistics)
+        solution = solve(tasks, together=True)
+    put_in_place(module, solution)
 
 
 def _check_alike(tables: Sequence[Table]) -> None:

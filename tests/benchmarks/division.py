@@ -17,8 +17,10 @@ import torch.distributed as dist
 from measure import status
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.budget import plan_requests
-from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.compression.budget import Budget
+from lightning_embcompress.compression.solution import solve
+from lightning_embcompress.compression.tasks import plan
+from lightning_embcompress.methods.registry import GroupReduceConfig
 
 
 def table(vocab_size: int, dim: int) -> Tensor:
@@ -46,8 +48,7 @@ def main(vocab_size: int, dim: int, rounds: int, file: Path) -> None:
     counts = (1e8 / torch.arange(1, vocab_size + 1)).long()
     model = nn.Sequential(nn.Linear(dim, vocab_size, bias=False, device="meta"))
     model[0].weight = nn.Parameter(weight)
-    (request,) = plan_requests(model, "group_reduce", 6.6, tables=["0"])
-    job = Job(request, weight, counts)
+    tasks = plan(model, GroupReduceConfig(), Budget(ratio=6.6), ["0"], token_counts=counts)
     alone = [dist.new_group([process]) for process in range(dist.get_world_size())][rank]
     measured: dict[str, list[float]] = {"one": [], "one_busy": [], "all": [], "all_busy": [], "memory": []}
     errors = []
@@ -59,7 +60,7 @@ def main(vocab_size: int, dim: int, rounds: int, file: Path) -> None:
             dist.barrier()
             start, busy = time.perf_counter(), time.process_time()
             if side == "all" or rank == 0:
-                (factors,) = solve_together([job], group)
+                (factors,) = solve(tasks, True, group).factors
                 measured[side].append(time.perf_counter() - start)
                 measured[f"{side}_busy"].append(time.process_time() - busy)
                 errors.append(factors.provenance["weighted_error"])

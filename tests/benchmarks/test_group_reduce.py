@@ -10,8 +10,10 @@ import torch
 from measure import THREADS, PeakMemory, seconds, threads
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.budget import plan_requests
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.compression.tasks import plan
+from lightning_embcompress.methods.registry import GroupReduceConfig
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -43,12 +45,13 @@ def counts() -> Tensor:
 
 def test_compression_costs_at_most_20_gram_products(benchmark, head: nn.Linear, counts: Tensor) -> None:
     model = nn.Sequential(head)
-    (request,) = plan_requests(model, "group_reduce", 6.6, tables=["0"], groups=20, refine_rounds=5)
+    config = GroupReduceConfig(groups=20, refine_rounds=5)
+    (task,) = plan(model, config, Budget(ratio=6.6), ["0"], token_counts=counts)
     weight = head.weight.detach()
     gram = seconds(lambda: weight.T @ weight)
     with PeakMemory() as memory:
         start = time.perf_counter()
-        benchmark.pedantic(lambda: request.record(request.solve(weight, counts), weight, counts), rounds=1)
+        benchmark.pedantic(lambda: task.record(task.solve()), rounds=1)
         taken = time.perf_counter() - start
     ratio, share = taken / gram, memory.bytes / weight.nbytes
     benchmark.extra_info.update(gram_seconds=gram, gram_products=ratio, peak_memory_share=share)

@@ -253,7 +253,7 @@ def test_refused_before_training_starts(
         ({"at_epoch": 2, "refine_at_epochs": [1, 3]}, r"\[1, 3\] must all come after at_epoch=2; 1 does not"),
         ({"at_epoch": -1}, "at_epoch must be 0 or more"),
         ({"ratio": 0.5}, "ratio must be above 1"),
-        ({"size": "1MB"}, "exactly one of ratio, size and max_perplexity_increase"),
+        ({"size": "1MB"}, "exactly one of ratio, size, bits_per_weight"),
         ({"group": 3}, r"unknown option 'group' \(did you mean 'groups'"),
     ],
 )

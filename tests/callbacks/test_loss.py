@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lightning_embcompress import EmbeddingCompression, TransformCoding, compress
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
-from lightning_embcompress.callbacks import asked
+from lightning_embcompress.callbacks import weighing
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.tables.replacement import Table
 
@@ -174,7 +174,7 @@ def test_resuming_equals_the_uninterrupted_run(
         # From compression until the last refinement is done.
         assert (state["statistics"] is not None) == (epoch == 1)
         if epoch > (2 if refresh else 0):
-            monkeypatch.setattr(asked, "collect_in_training", lambda *_: (_ for _ in ()).throw(Stop))
+            monkeypatch.setattr(weighing, "collect_in_training", lambda *_: (_ for _ in ()).throw(Stop))
         resumed = fit(tmp_path / str(epoch), ckpt_path=ckpt)
         torch.testing.assert_close(resumed[:2], whole[:2], rtol=0, atol=0)
         assert resumed[2:] == whole[2:]
@@ -232,7 +232,7 @@ def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: Make
 @pytest.mark.parametrize(
     ("by_hand", "arguments", "reason"),
     [
-        (True, {}, "by the frequency of tokens alone, because ByHand optimizes by hand"),
+        (True, {}, "by the frequency of tokens alone, because ByHand uses manual optimization"),
         (False, {"statistics_batches": 0}, "by the frequency of tokens alone, because statistics_batches=0 leaves out"),
     ],
 )
@@ -266,12 +266,15 @@ def test_optimized_by_hand_with_given_statistics(foreign: SimpleNamespace, make_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "auto"}, r"method='auto' has to know what errors cost: ByHand optimizes by hand .* give statist"),
+        (
+            {"method": "auto"},
+            r"method='auto' has to know what errors cost: ByHand uses manual .* give statist",
+        ),
         (
             {"ratio": None, "max_perplexity_increase": 0.1},
-            r"max_perplexity_increase=0.1 has to know what errors cost: ByHand optimizes by hand",
+            r"max_perplexity_increase=0.1 has to know what errors cost: ByHand uses manual optimization",
         ),
-        ({"refresh_statistics": True}, r"refresh_statistics=True cannot be done: ByHand optimizes by hand"),
+        ({"refresh_statistics": True}, r"refresh_statistics=True cannot be done: ByHand uses manual optimization"),
     ],
 )
 def test_optimized_by_hand_what_needs_statistics_is_refused(
@@ -286,8 +289,8 @@ def test_optimized_by_hand_what_needs_statistics_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give exactly one of ratio, size and max_perplexity_increase"),
-        ({"ratio": 2, "max_perplexity_increase": "1%"}, "give exactly one of ratio, size and max_perplexity_increase"),
+        ({}, "give exactly one of ratio, size, bits_per_weight"),
+        ({"ratio": 2, "max_perplexity_increase": "1%"}, "give exactly one of ratio, size, bits_per_weight"),
         (
             {"max_perplexity_increase": "one"},
             "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is 'one'",

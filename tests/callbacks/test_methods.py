@@ -77,10 +77,12 @@ def test_tensor_train_by_its_rank(foreign: SimpleNamespace, make_trainer: MakeTr
     [
         (
             {},
-            "give exactly one of ratio, size, max_perplexity_increase and max_rank: ratio is None, size is None, "
-            "max_perplexity_increase is None",
+            "give exactly one of ratio, size, bits_per_weight, max_perplexity_increase and max_rank: ratio is None",
         ),
-        ({"max_rank": 2, "ratio": 2}, "give exactly one of ratio, size, max_perplexity_increase and max_rank"),
+        (
+            {"max_rank": 2, "ratio": 2},
+            "give exactly one of ratio, size, bits_per_weight, max_perplexity_increase and max_rank",
+        ),
         ({"max_rank": 0}, "max_rank must be 1 or more, it is 0"),
         ({"max_rank": 1, "shape": []}, "shape must be sizes of 1 or more"),
     ],

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_embcompress import EmbeddingCompression, GroupReduce
-from lightning_embcompress.callbacks.several import Turn, check_order, merged_perplexity
+from lightning_embcompress.callbacks.checks import Turn, check_order
+from lightning_embcompress.callbacks.reporting import merged_perplexity
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
 

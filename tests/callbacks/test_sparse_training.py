@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_embcompress.callbacks.group_reduce import GroupReduce
+from lightning_embcompress.callbacks import GroupReduce
 from lightning_embcompress.callbacks.optimizer import pull_back, splice
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.layers.compressed import CompressedEmbedding

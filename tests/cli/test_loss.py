@@ -79,7 +79,7 @@ def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--ratio 2 --max_perplexity_increase 1%", "give exactly one of ratio, size and max_perplexity_increase"),
+        ("--ratio 2 --max_perplexity_increase 1%", "give exactly one of ratio, size, bits_per_weight"),
         (
             "--max_perplexity_increase none",
             "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is 'none'",
@@ -94,7 +94,7 @@ def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> N
         ),
         (
             "--max_perplexity_increase 1% --text text.txt --method low_rank",
-            "--max_perplexity_increase is for methods that weigh errors by what the",
+            "max_perplexity_increase cannot be predicted for method 'low_rank'",
         ),
         ("--ratio 2 --method auto", "--method auto has to know what errors cost: give a text with --text, without"),
         ("--ratio 2 --statistics absent", "--statistics absent: there is no such file; to write it give a text with"),

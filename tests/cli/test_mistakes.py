@@ -29,10 +29,10 @@ from lightning_embcompress.utils.files import staged
         ("SOURCE out more", "unrecognized arguments: more"),
         (
             "SOURCE out",
-            "give exactly one of ratio, size and max_perplexity_increase: ratio is None, size is None, "
-            "max_perplexity_increase is None",
+            "give exactly one of ratio, size, bits_per_weight and max_perplexity_increase: ratio is None, "
+            "size is None, bits_per_weight is None, max_perplexity_increase is None",
         ),
-        ("SOURCE out --ratio 2 --size 1MB", "give exactly one of ratio, size and max_perplexity_increase"),
+        ("SOURCE out --ratio 2 --size 1MB", "give exactly one of ratio, size, bits_per_weight"),
         ("SOURCE out --ratio 0.5", "ratio must be above 1"),
         ("SOURCE out --size big", "size must be a number of bytes such as '80MB'"),
         ("SOURCE out --method group_reduse --ratio 2", "unknown method 'group_reduse' (did you mean 'group_reduce'?)"),

@@ -140,7 +140,8 @@ def test_an_option_that_fixes_the_size_excludes_a_ratio(method: str) -> None:
     (name,) = METHODS[method].config().size_fields
     for budget in ({"ratio": 2}, {"size": "10kB"}):
         with pytest.raises(
-            ValueError, match=rf"give exactly one of ratio, size, max_perplexity_increase and {name}: ratio is "
+            ValueError,
+            match=rf"give exactly one of ratio, .* and {name}: ratio is ",
         ):
             compress(_Model(), method, token_counts=_counts(), **_SIZES[method], **budget)
     with pytest.raises(ValueError, match=rf"{name} is None"):

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
-from lightning_embcompress.compression.loss_budget import requests_in_loss, share, smallest_within
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import Plan, compress, plan_of
-from lightning_embcompress.methods.registry import SharedBasisBlocks
+from lightning_embcompress.compression.search import smallest_within
+from lightning_embcompress.compression.tasks import Tasks
+from lightning_embcompress.compression.tasks import plan as planned
+from lightning_embcompress.methods.registry import SharedBasisBlocks, TransformCodingConfig, get_config
 
 _VOCAB_SIZE, _DIM = 600, 24
 
@@ -92,7 +95,8 @@ def test_one_budget_for_all_tables(trained: dict[str, Any], method: str) -> None
     # The plan says how it was found, and is what it was after a round trip.
     assert Plan.from_dict(plan.to_dict()) == plan == plan_of(model)
     # Shares differ: the two tables are not worth the same.
-    first, second = (request.max_bytes for request in requests_in_loss(_model(trained)[0], statistics, method, 3))
+    tasks = planned(_model(trained)[0], get_config(method), Budget(ratio=3), statistics=statistics)
+    first, second = (task.max_bytes for task in tasks)
     assert first != second
 
 
@@ -216,18 +220,19 @@ def test_a_limit_that_cannot_be_met_reports_the_best_and_changes_nothing(trained
 
 def test_the_search_is_quick(trained: dict[str, Any]) -> None:
     model, statistics = _model(trained)
-    shares = share(model, requests_in_loss(model, statistics, "transform_coding", 2), statistics)
+    limit = Budget(max_perplexity_increase="1%")
+    tasks = planned(model, TransformCodingConfig(), limit, statistics=statistics)
     for factor, power in ((1.0, 1.0), (3.0, 1.0), (0.2, 1.3)):
         calls: list[int] = []
 
-        def measure(requests: list[Any], calls: list[int] = calls, law: Any = (factor, power)) -> tuple[float, Any]:
-            calls.append(sum(request.max_bytes for request in requests))
-            return float(law[0] * shares.loss_at(calls[-1]) ** law[1]), requests
+        def measure(sized: Tasks, calls: list[int] = calls, law: Any = (factor, power)) -> tuple[float, Any]:
+            calls.append(sized.max_bytes)
+            return float(law[0] * tasks.loss_at(calls[-1]) ** law[1]), sized
 
-        found, measured = smallest_within(0.01, shares, measure)
+        found, measured = smallest_within(0.01, tasks, measure)
         assert 0.008 <= measured <= 0.01
         assert len(calls) <= 6
-        assert sum(request.max_bytes for request in found) in calls
+        assert found.max_bytes in calls
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,10 @@ def test_size_covers_all_tables() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, r"give exactly one of ratio, size and max_perplexity_increase: ratio is None, size is None"),
+        ({}, r"give exactly one of ratio, size, bits_per_weight and max_perplexity_increase: ratio is None"),
         (
             {"ratio": 2, "size": "1kB"},
-            r"give exactly one of ratio, size and max_perplexity_increase: ratio is 2, size is '1kB'",
+            r"give exactly one of ratio, size, bits_per_weight and max_perplexity_increase: ratio is 2",
         ),
         ({"ratio": 1}, r"ratio must be above 1 .*it is 1"),
         ({"ratio": -4.0}, r"ratio must be above 1 .*it is -4.0"),

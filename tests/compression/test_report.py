@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_embcompress.compression.budget import plan_requests
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import compress, plan_of
-from lightning_embcompress.compression.report import show_plan, show_requests, table_report, write_report
+from lightning_embcompress.compression.report import show_plan, show_tasks, table_report, write_report
+from lightning_embcompress.compression.tasks import plan
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.methods.registry import METHODS
+from lightning_embcompress.methods.registry import METHODS, GroupReduceConfig
 
 
 def _model(tied: bool = False) -> nn.ModuleDict:
@@ -96,9 +97,9 @@ def test_report_replaces_the_old_one(tmp_path: Path) -> None:
 
 def test_tables_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
     model = _model(tied=True)
-    show_requests(plan_requests(model, "group_reduce", ratio=2))
+    show_tasks(plan(model, GroupReduceConfig(), Budget(ratio=2), is_preview=True))
     before = capsys.readouterr().out
-    for part in ("encoder = decoder", "group_reduce", "1,000 x 16", "0.064", "0.032", "2.00x"):
+    for part in ("encoder = decoder", "group_reduce", "1,000 x 16", "0.064", "0.032", "2.00x", "16.00"):
         assert part in before
     compress(model, "group_reduce", ratio=2, token_counts=torch.arange(1000, 0, -1), groups=8)
     (table,) = plan_of(model).tables

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.methods.numerics import gram
 from lightning_embcompress.methods.registry import METHODS
 from lightning_embcompress.methods.tensor_train import factorization as tensor_train
@@ -18,7 +18,7 @@ from lightning_embcompress.utils.division import sum_over_processes
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
-from cases import CASES, MORE_CASES, compared, counts, requests, small_units, solve_all, table  # noqa: E402
+from cases import CASES, MORE_CASES, compared, small_units, solve_all, table, tasks  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +87,11 @@ def test_an_error_in_one_process_ends_all(torchrun: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_one_process_solves_as_a_request_does(method: str) -> None:
-    wanted = requests(table(200, 24), table(100, 24, 1), method=method, ratio=2)
-    jobs = [Job(request, request.table.weight, counts(request.table.shape[0])) for request in wanted]
-    for job, factors in zip(jobs, solve_together(jobs), strict=True):
-        expected = job.request.solve(job.weight, job.token_counts)
-        job.request.record(expected, job.weight, job.token_counts)
+def test_one_process_solves_as_a_task_does(method: str) -> None:
+    wanted = tasks(table(200, 24), table(100, 24, 1), method=method, ratio=2)
+    for task, factors in zip(wanted, solve(wanted, together=True).factors, strict=True):
+        expected = task.solve()
+        task.record(expected)
         assert factors.provenance == expected.provenance
         assert compared(factors)["trains"] == compared(expected)["trains"]
         for name, tensor in expected.state_dict().items():

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.budget import Request, plan_requests
-from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.compression.budget import Budget
+from lightning_embcompress.compression.solution import solve as solve_tasks
+from lightning_embcompress.compression.tasks import Task, plan
 from lightning_embcompress.methods.numerics import gram
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
-from lightning_embcompress.methods.registry import Factorization
+from lightning_embcompress.methods.registry import Factorization, get_config
 from lightning_embcompress.methods.tensor_train import factorization as tensor_train
 
 VOCAB_SIZE, DIM = 900, 160
@@ -43,11 +44,18 @@ def counts(vocab_size: int = VOCAB_SIZE) -> Tensor:
     return (1e5 / (1 + order.double())).long()
 
 
-def requests(*weights: Tensor, method: str, ratio: float | None = None, **options: Any) -> list[Request]:
-    """One request for every table, in a model of its own."""
+def tasks(*weights: Tensor, method: str, ratio: float | None = None, **options: Any) -> list[Task]:
+    """One task for every table, in a model of its own."""
     model = nn.Sequential(*(nn.Embedding.from_pretrained(weight, freeze=False) for weight in weights))
     tables = [str(index) for index in range(len(weights))]
-    return plan_requests(model, method, ratio, tables=tables, **options)
+    config = get_config(method, **options)
+    planned = plan(model, config, Budget.of(config, ratio=ratio), tables, is_preview=True)
+    return [replace(task, token_counts=counts(task.table.shape[0])) for task in planned]
+
+
+def refining(task: Task, target: Tensor, start: Factorization[Any]) -> Task:
+    """The same table after it has changed."""
+    return replace(task, table=replace(task.table, weight=target), start=start)
 
 
 def solve(
@@ -55,15 +63,15 @@ def solve(
 ) -> list[Factorization[Any]]:
     """Solve a table of one method, then refine it to one that has changed a little."""
     weight = table().to(dtype)
-    (request,) = requests(weight, method=method, ratio=ratio, **options)
-    (first,) = solve_together([Job(request, request.table.weight, counts())], GROUP)
+    (task,) = tasks(weight, method=method, ratio=ratio, **options)
+    (first,) = solve_tasks([task], True, GROUP).factors
     target = (weight + noise * table(seed=5)).to(dtype)
     # The first one is written in place or left as it is: a copy of it is compared, too.
     before = type(first).from_spec(first.spec(), first.dtype)
     before.load_state_dict(first.state_dict())
     before.provenance = first.provenance
     parameters = list(first.parameters())
-    (second,) = solve_together([Job(request, target, counts(), first)], GROUP)
+    (second,) = solve_tasks([refining(task, target, first)], True, GROUP).factors
     if second is first:
         assert all(now is then for now, then in zip(second.parameters(), parameters, strict=True))
         assert not torch.equal(next(second.parameters()), next(before.parameters()))
@@ -75,20 +83,19 @@ def solve_in_loss(method: str, ratio: float, **options: Any) -> list[Factorizati
     """Solve a table in a metric of the loss, then one that has changed."""
     weight = table()
     moment = table(seed=9).T @ table(seed=9) / VOCAB_SIZE
-    (request,) = requests(weight, method=method, ratio=ratio, refine_rounds=3, **options)
-    request = replace(request, metric=Metric(moment.double(), smoothed_frequencies(counts())))
-    (first,) = solve_together([Job(request, request.table.weight, counts())], GROUP)
-    (second,) = solve_together([Job(request, table(seed=5), counts(), first)], GROUP)
+    (task,) = tasks(weight, method=method, ratio=ratio, refine_rounds=3, **options)
+    task = replace(task, metric=Metric(moment.double(), smoothed_frequencies(counts())))
+    (first,) = solve_tasks([task], True, GROUP).factors
+    (second,) = solve_tasks([refining(task, table(seed=5), first)], True, GROUP).factors
     return [first, second]
 
 
 def solve_tables(method: str, ratio: float) -> list[Factorization[Any]]:
     """Three tables at once: more than two processes, of different sizes, one of them refined."""
     weights = [table(vocab_size, 24, seed) for seed, vocab_size in enumerate((60, 200, 110))]
-    wanted = requests(*weights, method=method, ratio=ratio)
-    solved = solve_together([Job(request, request.table.weight) for request in wanted], GROUP)
-    changed = table(200, 24, 7)
-    (refined,) = solve_together([Job(wanted[1], changed, None, solved[1])], GROUP)
+    wanted = tasks(*weights, method=method, ratio=ratio)
+    solved = solve_tasks(wanted, True, GROUP).factors
+    (refined,) = solve_tasks([refining(wanted[1], table(200, 24, 7), solved[1])], True, GROUP).factors
     return [solved[0], solved[2], refined]
 
 

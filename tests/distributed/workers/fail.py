@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from cases import counts, requests, small_units, table
+from cases import small_units, table, tasks
 
-from lightning_embcompress.compression.distribution import Job, solve_together
+from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.methods.group_reduce import solver as group_reduce
 
 if __name__ == "__main__":
@@ -18,9 +18,9 @@ if __name__ == "__main__":
 
     if dist.get_rank() == 1:
         group_reduce.warm_eigenvectors = fails
-    (request,) = requests(table(), method="group_reduce", ratio=4, groups=4)
+    wanted = tasks(table(), method="group_reduce", ratio=4, groups=4)
     try:
-        solve_together([Job(request, request.table.weight, counts())])
+        solve(wanted, together=True)
     finally:
         # Both say what they have to: the first to end has the other one killed, and a thread of gloo that is left can
         # abort the interpreter at its end.

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES, MORE_CASES, counts, requests, small_units, solve_all, table
+from cases import CASES, MORE_CASES, small_units, solve_all, table, tasks
 
-from lightning_embcompress.compression.distribution import Job, failing_together, raise_together, solve_together
+from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.methods.registry import CP, LowRank
-from lightning_embcompress.utils.division import deal, divided, sum_over_processes
+from lightning_embcompress.utils.division import deal, divided, failing_together, raise_together, sum_over_processes
 
 
 def check_what_is_said(rank: int, processes: int) -> None:
@@ -63,8 +63,7 @@ def check_errors(rank: int) -> None:
 
     # Solvers that fail in one process: one that divides its work, and one that does not.
     for method, factorization in (("weighted_low_rank", LowRank), ("cp", CP)):
-        (request,) = requests(table(100, 24), method=method, ratio=2)
-        jobs = [Job(request, request.table.weight, counts(100))] * 2
+        wanted = tasks(table(100, 24), method=method, ratio=2) * 2
         whole = factorization.decompose
 
         def fails(*_: object) -> None:
@@ -73,9 +72,9 @@ def check_errors(rank: int) -> None:
         if rank == 1:
             factorization.decompose = fails
         with pytest.raises(MemoryError) if rank == 1 else said_by_process_1("MemoryError: no memory"):
-            solve_together(jobs)
+            solve(wanted, together=True)
         factorization.decompose = whole
-        assert len(solve_together(jobs)) == 2
+        assert len(solve(wanted, together=True).factors) == 2
 
 
 if __name__ == "__main__":

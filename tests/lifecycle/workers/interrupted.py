@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks import replacing
-from lightning_embcompress.compression.budget import Request
 from lightning_embcompress.compression.plan import plan_of
+from lightning_embcompress.compression.tasks import Task
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.utils import files
 
@@ -108,7 +108,7 @@ class Moment(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.name == "solving":
-            self._before(Request, "record")
+            self._before(Task, "record")
         elif self.name == "writing":
             self._before(files, "synchronize", lambda path: Path(path).parent.parent.name == "residuals")
         elif self.name == "replacing":

@@ -1,7 +1,4 @@
-"""What a callback was asked to do with which tables, and by what it weighs errors.
-
-By what the loss grows by, where statistics of the model can be had, else by the frequency of tokens.
-"""
+"""By what a callback weighs errors: by what the loss grows by, where statistics can be had, else by token frequency."""
 
 from __future__ import annotations
 
@@ -17,34 +14,26 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
-from lightning_embcompress.compression.budget import Request, Tie, plan_requests
-from lightning_embcompress.compression.loss_budget import (
-    ANY_RATIO,
-    Shares,
-    check_predictable,
-    requests_in_loss,
-    shares_in_loss,
-)
+from lightning_embcompress.callbacks.evaluation import stream_token_counts
+from lightning_embcompress.compression.budget import Budget
+from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.specs import plain
-from lightning_embcompress.utils.division import divided
+from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.utils.division import failing_together
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Arguments of `EmbeddingCompression` that say what becomes of which table, and what follows from them.
+class Weighing:
+    """What a callback was told of the errors of tables, and where it finds what it was not told.
 
     Attributes:
         config: Of the method.
-        ratio: None where another budget was given.
-        size: None where another budget was given.
-        max_perplexity_increase: None where another budget was given.
-        tables: `auto`, or paths of modules.
-        tie: What becomes of a table that embedding and softmax share.
+        budget: How small the tables are to become.
+        token_counts: `[vocab_size]` how often every token occurs; None to ask the data module or the training data.
         statistics: Of the model, or a file with them; None to collect them from the training data.
         statistics_batches: Batches to collect them from; 0 for none.
         refresh_statistics: Whether they are collected anew before every refinement.
@@ -54,21 +43,21 @@ class Asked:
     """
 
     config: MethodConfig
-    ratio: float | None
-    size: str | int | None
-    max_perplexity_increase: str | float | None
-    tables: str | Sequence[str]
-    tie: Tie
+    budget: Budget | None
+    token_counts: Any
     statistics: Statistics | str | Path | None
     statistics_batches: int
     refresh_statistics: bool
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
+        if self.statistics is not None and self.token_counts is not None:
+            raise ValueError(
+                "give statistics or token_counts, not both: statistics have token counts of their own, those of "
+                "collect_statistics(..., token_counts=...)"
+            )
         if self.statistics_batches < 0:
             raise ValueError(f"statistics_batches must be 0 or more, it is {self.statistics_batches}")
-        if self.max_perplexity_increase is not None:
-            check_predictable(self.config)
         if self._needs_loss and self.statistics is None and not self.statistics_batches:
             raise ValueError(
                 f"{self._needs_loss} has to know what errors cost, and statistics_batches=0 leaves no way to: give "
@@ -83,8 +72,8 @@ class Asked:
     @property
     def _needs_loss(self) -> str:
         """The argument that can only be followed where it is known what errors cost; nothing if there is none."""
-        if self.max_perplexity_increase is not None:
-            return f"max_perplexity_increase={self.max_perplexity_increase!r}"
+        if self.budget is not None and self.budget.is_searched:
+            return f"max_perplexity_increase={self.budget.max_perplexity_increase!r}"
         return f"method={self.config.method!r}" if self.config.needs_metric else ""
 
     def _hindrance(self, module: LightningModule) -> str:
@@ -93,16 +82,14 @@ class Asked:
             return "statistics_batches=0 leaves out to collect statistics"
         if self.statistics is None and not module.automatic_optimization:
             return (
-                f"{type(module).__name__} optimizes by hand (automatic_optimization=False), so that no statistics can "
-                "be collected from its training_step: give statistics=collect_statistics(model, batches, loss_fn)"
+                f"{type(module).__name__} uses manual optimization (automatic_optimization=False), so that no "
+                "statistics can be collected from its training_step: give statistics=collect_statistics(model, "
+                "batches, loss_fn)"
             )
         return ""
 
     def by_loss(self, module: LightningModule) -> bool:
         """Whether errors are weighed by what the loss grows by.
-
-        Args:
-            module: The module that is training.
 
         Raises:
             ValueError: If that is asked for and not possible.
@@ -114,39 +101,23 @@ class Asked:
             raise ValueError(f"{self._needs_loss} has to know what errors cost: {hindrance}")
         if self.refresh_statistics and not module.automatic_optimization:
             raise ValueError(
-                f"refresh_statistics=True cannot be done: {type(module).__name__} optimizes by hand "
+                f"refresh_statistics=True cannot be done: {type(module).__name__} uses manual optimization "
                 "(automatic_optimization=False), so that no statistics can be collected from its training_step"
             )
         return not hindrance
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What is kept in checkpoints of what was asked for."""
-        settings: dict[str, Any] = plain({"ratio": self.ratio, "size": self.size, **self.config.options})
-        return (
-            settings
-            if self.max_perplexity_increase is None
-            else {**settings, "max_perplexity_increase": self.max_perplexity_increase}
-        )
 
     @cached_property
     def given(self) -> Statistics | None:
         """The statistics that were given, read from their file when they are first asked for."""
         return Statistics.load(self.statistics) if isinstance(self.statistics, str | Path) else self.statistics
 
-    def counts_in_statistics(self, module: LightningModule, otherwise: Any) -> Any:
-        """Token counts of the statistics that were given, if they are used, or the other ones."""
-        if self.given is not None and self.by_loss(module):
-            return self.given.token_counts
-        return otherwise
-
-    def check(self, trainer: Trainer, module: LightningModule, requests: Sequence[Request]) -> None:
+    def check(self, trainer: Trainer, module: LightningModule, tables: Sequence[Table]) -> None:
         """Check that errors can be weighed as it is asked for, and say by what they will be.
 
         Args:
             trainer: The Trainer that is fitting.
             module: Its module.
-            requests: What is to become of which table.
+            tables: What is to be compressed.
 
         Raises:
             FileNotFoundError: If there is no file with statistics.
@@ -155,58 +126,66 @@ class Asked:
         """
         if not self.by_loss(module):
             if self.config.uses_metric:
-                rank_zero_info(
-                    f"{self.config.method}: errors are weighed by the frequency of tokens alone, because "
-                    f"{self._hindrance(module)}."
-                )
+                why = f"errors are weighed by the frequency of tokens alone, because {self._hindrance(module)}"
+                rank_zero_info(f"{self.config.method}: {why}.")
             return
-        if self.max_perplexity_increase is not None and not trainer.enable_validation:
+        if self.budget is not None and self.budget.is_searched and not trainer.enable_validation:
             raise ValueError(
-                f"max_perplexity_increase={self.max_perplexity_increase!r} measures the perplexity on validation "
-                "data, and there is none: give the "
-                "Trainer validation data and the module a validation_step, or give a ratio or a size instead"
+                f"max_perplexity_increase={self.budget.max_perplexity_increase!r} measures the perplexity on "
+                "validation data, and there is none: give the Trainer validation data and the module a "
+                "validation_step, or give another budget instead"
             )
+        origin = f"statistics of {self.statistics_batches} batches of the training data"
         if self.given is not None:
-            self.given.check([request.table for request in requests])
-        origin = "the statistics that were given"
-        if self.given is None:
-            origin = f"statistics of {self.statistics_batches} batches of the training data"
+            self.given.check(tables)
+            origin = "the statistics that were given"
         rank_zero_info(f"{self.config.method}: errors are weighed by what the loss grows by, by {origin}.")
 
-    def requests(self, module: LightningModule) -> list[Request]:
-        """What is to become of which table, all at the same ratio, see `plan_requests`."""
-        return plan_requests(module, *self._arguments)
+    def known_counts(self, trainer: Trainer, module: LightningModule, tables: Sequence[Table]) -> Any:
+        """Token counts as they were given or as the data module has them; None if nobody has.
 
-    def requests_in_loss(self, module: LightningModule, statistics: Statistics) -> list[Request]:
-        """The same with the metric of the loss and one budget; all processes have to call it."""
-        with divided():
-            return requests_in_loss(module, statistics, *self._arguments)
+        Args:
+            trainer: The Trainer that is fitting.
+            module: Its module.
+            tables: What is to be compressed.
+        """
+        if self.given is not None and self.by_loss(module):
+            return self.given.token_counts
+        # Data modules may count a corpus only when they are asked: not for a method that does not need it.
+        if self.token_counts is not None or not self.config.needs_counts:
+            return self.token_counts
+        counts = getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
+        rows = min(table.shape[0] for table in tables)
+        if counts is not None and len(counts) < rows:
+            # Tables are often padded to a round number of rows; no token of the data is in those.
+            counts = nn.functional.pad(torch.as_tensor(counts), (0, rows - len(counts)))
+        return counts
 
-    def shares_in_loss(self, module: LightningModule, statistics: Statistics) -> Shares:
-        """What each table is worth, to search for their sizes; all processes have to call it."""
-        with divided():
-            return shares_in_loss(module, statistics, *self._arguments)[0]
-
-    @property
-    def _arguments(self) -> tuple[MethodConfig, float | None, str | int | None, str | Sequence[str], Tie]:
-        return self.config, self._ratio, self.size, self.tables, self.tie
-
-    @property
-    def _ratio(self) -> float | None:
-        return self.ratio if self.max_perplexity_increase is None else ANY_RATIO
+    def find_counts(self, trainer: Trainer, module: LightningModule, tables: Sequence[Table]) -> Any:
+        """The same, or those of a pass over the training data where the method needs them."""
+        with failing_together():
+            counts = self.known_counts(trainer, module, tables)
+        if counts is None and self.config.needs_counts:
+            rows = tables[0].shape[0]
+            layers = [module.get_submodule(path) for table in tables for path in table.modules]
+            # Of a head alone the ids are those that another embedding of the same vocabulary reads.
+            embedding = next((layer for layer in (*layers, *module.modules()) if _embeds(layer, rows)), None)
+            counts = stream_token_counts(trainer, module, embedding, rows)
+        return counts
 
     def find_statistics(
-        self, trainer: Trainer, module: LightningModule, requests: Sequence[Request], counts: Tensor | None
-    ) -> Statistics:
-        """The statistics that were given, or those of the training data.
+        self, trainer: Trainer, module: LightningModule, paths: Sequence[str], counts: Tensor | None
+    ) -> Statistics | None:
+        """The statistics that were given, or those of the training data; None where errors are weighed without.
 
         Args:
             trainer: The Trainer that is fitting.
             module: Its module, with the tables in place.
-            requests: What is to become of which table.
+            paths: Of the modules that read the tables.
             counts: `[vocab_size]` token counts.
         """
-        paths = [path for request in requests for path in request.table.modules]
+        if not self.by_loss(module):
+            return None
         return self.given or self.collect(trainer, module, paths, counts)
 
     def collect(
@@ -220,3 +199,9 @@ class Asked:
             np.random.seed(trainer.current_epoch)
             random.seed(trainer.current_epoch)
             return collect_in_training(trainer, module, list(paths), counts, self.statistics_batches)
+
+
+def _embeds(layer: nn.Module, rows: int) -> bool:
+    if isinstance(layer, CompressedEmbedding):
+        return layer.factorization.vocab_size == rows
+    return isinstance(layer, nn.Embedding) and layer.num_embeddings == rows
