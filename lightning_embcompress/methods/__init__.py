@@ -1,1 +1,33 @@
-"""Compression methods: one folder each, and what they share."""
+"""Ways of storing a table in fewer bytes: one folder a method, and what they share.
+
+A method is a folder with its config, its solver, and the factorization that stores what the solver finds; one line in
+`METHODS` makes it known to everything else.
+"""
+
+from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.registry import (
+    DEFAULT_METHOD,
+    METHODS,
+    Factorization,
+    Method,
+    MethodConfig,
+    Quantization,
+    check_spec,
+    factorization_from_spec,
+    get_config,
+    get_method,
+)
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "METHODS",
+    "Factorization",
+    "Method",
+    "MethodConfig",
+    "Metric",
+    "Quantization",
+    "check_spec",
+    "factorization_from_spec",
+    "get_config",
+    "get_method",
+]

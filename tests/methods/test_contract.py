@@ -25,7 +25,6 @@ from lightning_embcompress.methods.registry import (
     METHODS,
     BlockLowRank,
     Factorization,
-    LowRank,
     factorization_from_spec,
 )
 
@@ -142,35 +141,6 @@ def test_any_block_structure(problem: tuple[BlockLowRank, int]) -> None:
     assert (factors.materialize() - expected).abs().max() <= _ROUNDING[factors.dtype] * (expected.norm() + 1)
 
 
-@given(_block_structures())
-@settings(deadline=None, max_examples=40)
-def test_gradients_of_blocks_are_those_of_the_reconstruction(problem: tuple[BlockLowRank, int]) -> None:
-    factors, seed = problem
-    factors = factors.double()
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(factors.vocab_size, (11,), generator=generator)
-    hidden = torch.randn(4, factors.dim, generator=generator, dtype=torch.float64, requires_grad=True)
-    out = torch.randn(11, factors.dim, generator=generator, dtype=torch.float64)
-    scores = torch.randn(4, factors.vocab_size, generator=generator, dtype=torch.float64)
-    inputs = [*factors.parameters(), hidden]
-    loss = (factors.rows(ids) * out).sum() + (factors.logits(hidden) * scores).sum()
-    dense = _reconstructed(factors)
-    reference = (dense[ids] * out).sum() + (hidden @ dense.T * scores).sum()
-    found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    expected = torch.autograd.grad(reference, inputs, allow_unused=True, materialize_grads=True)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-
-
-@given(st.integers(1, 20), st.integers(1, 12), st.data())
-@settings(deadline=None, max_examples=40)
-def test_low_rank_of_any_rank(vocab_size: int, dim: int, data: st.DataObject) -> None:
-    factors = LowRank(vocab_size, dim, data.draw(st.integers(0, min(vocab_size, dim))))
-    _shake(factors)
-    _check_reads(factors)
-    torch.testing.assert_close(factors.materialize(), factors.coefficients @ factors.basis, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("method", _METHODS)
 @pytest.mark.parametrize("role", [CompressedEmbedding, CompressedLinear])
 def test_gradients_are_those_of_finite_differences(method: str, role: type[nn.Module]) -> None:
@@ -221,17 +191,6 @@ def _check_same(one: Factorization[Any], other: Factorization[Any]) -> None:
     hidden = torch.randn(3, other.dim, dtype=other.dtype)
     assert torch.equal(one.materialize(), other.materialize())
     assert torch.equal(one.logits(hidden), other.logits(hidden))
-
-
-@pytest.mark.parametrize("method", _METHODS)
-def test_structure_can_be_built_on_the_meta_device_and_assigned(method: str) -> None:
-    factors = _decomposed(method, 60, 8)
-    empty = factorization_from_spec(factors.spec(), torch.float32, torch.device("meta"))
-    assert empty.device.type == "meta"
-    assert empty.stored_bytes() == factors.stored_bytes()
-    empty.load_state_dict(factors.state_dict(), assign=True)
-    assert all(not tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
-    _check_same(empty, factors)
 
 
 @pytest.mark.parametrize("method", _METHODS)

@@ -152,13 +152,6 @@ def test_blocks_that_change_their_size_give_a_new_factorization() -> None:
     assert all(torch.equal(one, other) for one, other in zip(parameters, factors.parameters(), strict=True))
 
 
-def test_an_empty_last_block_stays() -> None:
-    factors = BlockLowRank(_VOCAB_SIZE, _DIM, [300, 100, 0], [4, 2, 0])
-    refined = factors.refined(_table(), _budget(), _counts(), GroupReduceConfig(refine_rounds=0))
-    assert refined.sizes == [300, 100, 0]
-    assert refined.weighted_error(_table(), torch.ones(_VOCAB_SIZE)) < 0.5
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", _METHODS)
 def test_keeps_its_dtype(method: str, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ def weighted_low_rank(weight: Tensor, rank: int, weights: Tensor) -> tuple[Tenso
 
     The closed form is the truncated SVD of `diag(q)^½ W` (GroupReduce, eq. 3; Eckart-Young), taken here through the
     eigenvectors of `Wᵀ diag(q) W`. With equal weights it is the plain truncated SVD. Processes share both passes over
-    the table, see `solvers.division`.
+    the table, see `utils.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.
@@ -45,7 +45,7 @@ def low_rank_in_metric(weight: Tensor, rank: int, metric: Metric) -> tuple[Tenso
     `C S C`, `S = Wᵀ diag(q) W`: the approximation is `W C P Pᵀ C⁻¹`, and `W C` is never formed. Its right factor
     `Pᵀ C⁻¹` is returned as `Rᵀ Qᵀ` of a QR decomposition, `Rᵀ` multiplied into the coefficients: they then are as
     large as the rows, whatever the units of `M`, and narrow dtypes neither overflow nor lose digits. Processes share
-    both passes over the table, see `solvers.division`.
+    both passes over the table, see `utils.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.

@@ -40,10 +40,10 @@ def balanced_factors(
     Args:
         coefficients: `[n_b, rank_b]` of every block; one for a table of low rank.
         basis: `[rank, dim]`.
-        matrix: `[dim, dim]` second moment `M` of `solvers.metric`; None where all directions count the same.
+        matrix: `[dim, dim]` second moment `M` of `numerics.metric`; None where all directions count the same.
         weights: `[n_b]` weights `q` of the rows of every block; None where they count the same.
         exponent: Standard deviations of components become `λ^((1 − exponent) / 2)`: 0 lets an error cost the same in
-            all, 1 makes all as large, 0.5 is best if values are rounded one by one. With `solvers.error_feedback`,
+            all, 1 makes all as large, 0.5 is best if values are rounded one by one. With `numerics.error_feedback`,
             which turns differences in cost to account, 0.7 has been measured to be.
 
     Returns:

@@ -1,6 +1,6 @@
 """Rounding to integers in the metric of the loss: what one component loses, the next ones make up for.
 
-Rows of a product `U B` are read through the metric `M` of `solvers.metric`, so that errors `e_i` of the coefficients
+Rows of a product `U B` are read through the metric `M` of `numerics.metric`, so that errors `e_i` of the coefficients
 cost `½ Σ_i q_i e_iᵀ H e_i` with one `H = B M Bᵀ` for all rows. Columns are rounded one after the other, and the rest of
 a row is moved to where it costs least with what has been lost so far (GPTQ, Frantar et al. 2022, there for the inputs
 of a layer; Babai's nearest plane). The weights of rows play no part: every row is solved by itself.
@@ -40,11 +40,11 @@ def round_with_feedback(weight: Tensor, scales: Tensor, cost: Tensor, bits: int,
 
     What is made up for can leave the range of the integers: a row for which the nearest integers cost less has those.
 
-    Processes share the rows, see `solvers.division`.
+    Processes share the rows, see `utils.division`.
 
     Args:
         weight: `[n, columns]` matrix.
-        scales: Of its groups, see `solvers.integer_quantizer`; they stay what they are.
+        scales: Of its groups, see `quantizers.integer_quantizer`; they stay what they are.
         cost: `[columns, columns]` symmetric `H`, what errors cost; only ratios matter.
         bits: Bits of an integer, 2 to 8.
         group_size: Values that share a scale.
@@ -149,8 +149,8 @@ def quantize_factors(
 ) -> IntegerFactors:
     """Quantize a trained product `U_b B` without training: what loses least of all that has been compared.
 
-    The factors are balanced and rotated (`solvers.balance`), the basis is rounded, coefficients are fitted to the basis
-    as it is stored, by least squares in the metric, and rounded with feedback to scales that were searched for.
+    The factors are balanced and rotated (`numerics.balance`), the basis is rounded, coefficients are fitted to the
+    basis as it is stored, by least squares in the metric, and rounded with feedback to scales that were searched for.
 
     Args:
         coefficients: `[n_b, rank_b]` of every block, which reads the leading rows of the basis.

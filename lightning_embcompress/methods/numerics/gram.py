@@ -40,7 +40,7 @@ def row_chunks(num_rows: int, dim: int) -> Iterator[slice]:
 
 
 def row_units(num_rows: int, dim: int) -> list[list[slice]]:
-    """The slices of `row_chunks` in up to 64 runs of equal length, for processes to share, see `solvers.division`."""
+    """The slices of `row_chunks` in up to 64 runs of equal length, for processes to share, see `utils.division`."""
     chunks = list(row_chunks(num_rows, dim))
     step = max(1, -(-len(chunks) // _ROW_UNITS))
     return [chunks[first : first + step] for first in range(0, len(chunks), step)]
@@ -77,7 +77,7 @@ def gram_matrix(weight: Tensor, weights: Tensor, rows: Tensor | None = None) -> 
     """Weighted second moment `S = Σ_i q_i w_i w_iᵀ` over all rows of a table, or over some.
 
     Products run in the table's compute dtype, chunk by chunk, and are summed in float64. Of a large matrix over all
-    rows only the upper triangle is computed, in strips of columns, which processes share (see `solvers.division`).
+    rows only the upper triangle is computed, in strips of columns, which processes share (see `utils.division`).
 
     Args:
         weight: `[vocab_size, dim]` table of any floating dtype.

@@ -74,7 +74,7 @@ class Metric:
     def loss(self, weight: Tensor, approximation: Tensor | Callable[[slice], Tensor]) -> float:
         """Predicted growth of the mean loss, `½ Σ_i q_i δ_iᵀ M δ_i`, in nats.
 
-        Processes share the rows, see `solvers.division`.
+        Processes share the rows, see `utils.division`.
 
         Args:
             weight: `[vocab_size, dim]` table.

@@ -39,7 +39,7 @@ def descend(
     the others. Every subspace in turn takes a step of k-means for the `y_i` (the codes exactly, then the centroids
     exactly), and after the last round the codes once more. No step raises the loss, but by the rounding of centroids.
 
-    Processes share the rows, see `solvers.division`. Beside the table one of its size, the errors, is kept in memory.
+    Processes share the rows, see `utils.division`. Beside the table one of its size, the errors, is kept in memory.
 
     Args:
         weight: `[vocab_size, dim]` table.

@@ -70,7 +70,7 @@ def product_quantization(
     inverse.
 
     With groups, rows of a group use only the first centroids (MGQE, Kang et al. 2020, section 3.3: rare tokens share
-    the first centroids of the same codebook). Processes share the subspaces, see `solvers.division`.
+    the first centroids of the same codebook). Processes share the subspaces, see `utils.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.

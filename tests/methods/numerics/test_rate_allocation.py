@@ -136,12 +136,6 @@ def test_tables_share_a_budget_at_one_price() -> None:
     assert large.bits / curves[0].at(1e-12).bits > small.bits / curves[1].at(1e-12).bits
 
 
-def test_energies_of_zero_cost_nothing() -> None:
-    [found] = allocate([RateCurve(torch.zeros(2, 3), [4, 4], _FLOATS, Overheads(0, 8))], 10**6)
-    assert found.bits == 0
-    assert found.loss == 0
-
-
 def test_nearest_falling_sequence() -> None:
     values = [5.0, 1.0, 3.0, 0.0, 2.0, 4.0]
     found = falling(values)

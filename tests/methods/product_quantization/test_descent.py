@@ -87,19 +87,6 @@ def test_the_unit_of_the_metric_does_not_matter(scale: float) -> None:
     assert found[1] == pytest.approx(scale * found[0], rel=1e-3)
 
 
-def test_a_metric_of_the_identity_changes_nothing() -> None:
-    table, weights = _table(200, 6), smoothed_frequencies(torch.arange(200))
-    expected = product_quantization(table, weights, 3, 8)
-    metric = Metric(torch.eye(6).double(), weights)
-    codebook, codes = product_quantization(table, weights, 3, 8, metric=metric)
-    torch.testing.assert_close(codebook, expected[0])
-    assert torch.equal(codes, expected[1])
-    # No parts of the metric are between subspaces: they have nothing to answer to, but k-means may go on.
-    before = metric.loss(table, gather_rows(codebook, codes))
-    descend(table, metric, codebook, codes, rounds=1)
-    assert metric.loss(table, gather_rows(codebook, codes)) <= before
-
-
 @given(
     vocab_size=st.integers(1, 60),
     dim=st.integers(1, 9),

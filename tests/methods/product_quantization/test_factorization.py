@@ -85,17 +85,6 @@ def test_any_structure(problem: tuple[ProductQuantization, int]) -> None:
     assert factors.stored_bytes() == promised
 
 
-@pytest.mark.parametrize("states", [1, 3])
-@pytest.mark.parametrize("subspaces", [1, 5, 8])
-def test_graphs_give_the_same(states: int, subspaces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    factors = _decomposed(_table(70, 8), subspaces=subspaces, bits=3)
-    hidden, ids = torch.randn(states, 8), torch.tensor([[3, 69], [3, 0]])
-    logits, rows = factors.logits(hidden), factors.rows(ids)
-    monkeypatch.setattr(product_quantization, "is_exporting", lambda: True)
-    torch.testing.assert_close(factors.logits(hidden), logits)
-    assert torch.equal(factors.rows(ids), rows)
-
-
 def test_both_ways_to_logits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = _decomposed(_table(300, 8), subspaces=4, bits=4)
     made = []

@@ -128,25 +128,6 @@ def test_is_close_to_the_best_of_many_starts() -> None:
     assert found <= 1.1 * min(others)
 
 
-@pytest.mark.parametrize("subspaces", [2, 4])
-def test_more_centroids_and_subspaces_lower_the_error(subspaces: int) -> None:
-    weight, weights = _random(500, 4, dtype=torch.float32), _zipf(500)
-    errors = [_error(weight, weights, product_quantization(weight, weights, subspaces, k)) for k in (1, 2, 8, 64)]
-    assert errors == sorted(errors, reverse=True)
-    # One centroid is the weighted mean.
-    mean = (weight * weights.unsqueeze(1)).sum(0) / weights.sum()
-    assert errors[0] == pytest.approx(float(((weight - mean).square().sum(1) * weights).sum()), rel=1e-5)
-    assert errors[2] < _error(weight, weights, product_quantization(weight, weights, 1, 8))
-
-
-def test_rows_of_high_weight_come_first() -> None:
-    weight, weights = _random(600, 6, dtype=torch.float32), _zipf(600)
-    weighted = product_quantization(weight, weights, 3, 16)
-    plain = product_quantization(weight, torch.ones(600).double(), 3, 16)
-    assert _error(weight, weights, weighted) < 0.8 * _error(weight, weights, plain)
-    assert _error(weight, torch.ones(600), plain) < _error(weight, torch.ones(600), weighted)
-
-
 @pytest.mark.parametrize("columns", [1, 2])
 def test_centroids_without_rows_are_moved(columns: int) -> None:
     weight = _random(100, columns)

@@ -55,17 +55,6 @@ def test_predicted_loss_of_codes_is_that_of_what_is_stored(ratio: float, dtype: 
     assert factors.stored_bytes() >= int(_table().nbytes / ratio) - 3500
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e6])
-def test_predicted_loss_of_floats_in_any_unit_of_the_metric(scale: float, dtype: torch.dtype) -> None:
-    table, metric = _table().to(dtype), Metric(scale * _metric().matrix, _metric().weights)
-    factors = SharedBasisBlocks.decompose(table, table.nbytes // 4, None, SharedBasisConfig(), metric=metric)
-    assert isinstance(factors, SharedBasisBlocks)
-    assert not factors.is_coded
-    assert factors.predicted_loss == pytest.approx(factors.loss_in(metric, table), rel=1e-2)
-    assert factors.stored_bytes() <= table.nbytes // 4
-
-
 @given(
     st.integers(1, 120),
     st.integers(1, 24),
@@ -103,21 +92,6 @@ def test_budget_is_never_exceeded(
         SharedBasisBlocks.solve(table, least - 1, metric, groups, 0, widths)
 
 
-def test_without_components_blocks_are_their_means() -> None:
-    table, metric = _table(), _metric()
-    for widths in ((), (1, 2, 3, 4, 5, 6, 8)):
-        least = SharedBasisBlocks.least_bytes(_VOCAB_SIZE, _DIM, 4, 3, widths)
-        factors = SharedBasisBlocks.solve(table, least, metric, 3, 0, widths)
-        assert factors.ranks == [0, 0, 0]
-        assert factors.is_coded == bool(widths)
-        weights = metric.weights[factors.block_of_row == 1]
-        wanted = (weights / weights.sum()) @ table[factors.block_of_row == 1].double()
-        found = factors.rows(torch.tensor([1000])).squeeze(0)
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
-        hidden = _random(2, _DIM, seed=5)
-        torch.testing.assert_close(factors.logits(hidden), hidden @ factors.materialize().T)
-
-
 def test_one_heavy_row_has_a_say_in_its_own_codes_only() -> None:
     # Nearly all of the weight: its block is small, and levels must fit the others.
     table, counts = _table(), torch.ones(_VOCAB_SIZE, dtype=torch.long)
@@ -136,13 +110,6 @@ def test_nothing_is_as_large_as_the_table() -> None:
         kept = sum(tensor.nbytes for tensor in (*factors.parameters(), *factors.buffers()))
         # Codes are unpacked in memory, and rows have a place in the order of blocks.
         assert kept < table.nbytes / 2
-
-
-def test_without_a_metric_rows_count_by_their_frequency() -> None:
-    table, counts = _table(), _counts()
-    plain = Metric(torch.eye(_DIM), smoothed_frequencies(counts))
-    given, assumed = (SharedBasisBlocks.decompose(table, 30_000, counts, metric=metric) for metric in (plain, None))
-    assert torch.equal(given.materialize(), assumed.materialize())
 
 
 def test_floats_lose_far_less_than_the_published_algorithm() -> None:

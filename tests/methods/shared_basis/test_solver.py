@@ -92,16 +92,6 @@ def test_one_group_of_equal_weights_is_a_truncated_svd_around_the_mean() -> None
 
 
 @pytest.mark.parametrize("coded", [False, True])
-def test_in_a_metric_it_is_better_than_without(coded: bool) -> None:
-    table, metric, budget = _table(), _metric(), _budget(10, coded)
-    plain = Metric(torch.eye(_DIM), metric.weights)
-    losses = [
-        metric.loss(table, _approximation(table, shared_basis(table, one, budget, groups=4))) for one in (metric, plain)
-    ]
-    assert losses[0] < 0.9 * losses[1]
-
-
-@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("groups", [2, 8, None])
 def test_refinement_never_makes_it_worse(groups: int | None, coded: bool) -> None:
     table, metric, budget = _table(), _metric(), _budget(8, coded)
