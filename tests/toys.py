@@ -299,3 +299,28 @@ def compress_toy(model: nn.Module, method: str, ratio: float = 3.0, **given: Any
         smallest = chosen.factorization.smallest_bytes(vocab_size, dim, table.weight.element_size(), chosen.config())
         ratio = min(ratio, table.weight.nbytes / smallest)
     return compress(model, method, **{"ratio": ratio, "token_counts": falling_counts(vocab_size), **given})
+
+
+def factors_of(method: str, vocab_size: int = VOCAB_SIZE, dim: int = DIM, dtype: torch.dtype = torch.float32) -> Any:
+    """Half of a random table by a method, or as little as the method can, by shuffled counts."""
+    from lightning_embcompress.methods.registry import METHODS
+
+    chosen = METHODS[method]
+    table = falling_table(vocab_size, dim, last=1.0).to(dtype)
+    smallest = chosen.factorization.smallest_bytes(vocab_size, dim, table.element_size(), chosen.config())
+    counts = falling_counts(vocab_size, seed=0)
+    return chosen.factorization.decompose(table, max(2 * smallest, table.nbytes // 2), counts, chosen.config())
+
+
+def compressed_head(
+    method: str,
+    vocab_size: int = VOCAB_SIZE,
+    dim: int = DIM,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+) -> Any:
+    """A compressed softmax of a random table, with a random bias."""
+    from lightning_embcompress.layers.compressed import CompressedLinear
+
+    own = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return CompressedLinear(factors_of(method, vocab_size, dim, dtype), nn.Parameter(own) if bias else None)

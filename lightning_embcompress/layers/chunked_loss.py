@@ -73,13 +73,13 @@ class Objective(ABC):
         self.ids = torch.where(self.scored, flat, 0)
 
     @abstractmethod
-    def rows(self, scores: Tensor, part: slice, gradient: Tensor) -> Tensor:
+    def rows(self, scores: Tensor, part: slice, gradient: Tensor | None) -> Tensor:
         """Losses of some positions, and the gradient of their weighted sum.
 
         Args:
             scores: ``[n, vocab_size]`` logits, in float32 (float64 for float64 logits), not to be written to.
             part: The positions.
-            gradient: ``[n, vocab_size]``, to be written to, in the same dtype and other memory.
+            gradient: ``[n, vocab_size]``, to be written to, in the same dtype and other memory; None for no gradient.
 
         Returns:
             ``[terms, n]``.
@@ -108,18 +108,20 @@ class Objective(ABC):
         rows, dtype = rows_of_chunk(logits, self.chunk_elements), compute_dtype(logits.dtype)
         shape = (min(rows, len(logits)), logits.shape[-1])
         wide = logits if logits.dtype == dtype else logits.new_empty(shape, dtype=dtype)
-        # A kernel must not write over what it reads.
-        apart = gradient is not None and gradient.dtype == dtype and gradient.data_ptr() != logits.data_ptr()
-        buffer = gradient if gradient is not None and apart else logits.new_empty(shape, dtype=dtype)
+        buffer, apart = gradient, gradient is None
+        if gradient is not None:
+            # A kernel must not write over what it reads.
+            apart = gradient.dtype == dtype and gradient.data_ptr() != logits.data_ptr()
+            buffer = gradient if apart else logits.new_empty(shape, dtype=dtype)
         losses = torch.empty(len(self.weights), len(logits), dtype=dtype, device=logits.device)
         # Autocast would only copy what is float32 already.
         with torch.autocast(logits.device.type, enabled=False):
             for start in range(0, len(logits), rows):
                 stop = min(start + rows, len(logits))
                 scores = logits[start:stop] if wide is logits else wide[: stop - start].copy_(logits[start:stop])
-                values = buffer[start:stop] if apart else buffer[: stop - start]
+                values = None if buffer is None else buffer[start:stop] if apart else buffer[: stop - start]
                 losses[:, start:stop] = self.rows(scores, slice(first + start, first + stop), values)
-                if gradient is not None and not apart:
+                if gradient is not None and values is not None and not apart:
                     gradient[start:stop] = values
         # Not products: an infinite logit in an ignored row must not become NaN.
         if gradient is not None:

@@ -168,7 +168,8 @@ class Distillation(Objective):
         return super().summed(logits, gradient, part)
 
     @override
-    def rows(self, scores: Tensor, part: slice, gradient: Tensor) -> Tensor:
+    def rows(self, scores: Tensor, part: slice, gradient: Tensor | None) -> Tensor:
+        gradient = torch.empty_like(scores) if gradient is None else gradient
         ids, temperature = self.ids[part].unsqueeze(-1), self.temperature
         said = TeacherScores(*(None if one is None else one[part] for one in self.teacher))  # type: ignore[arg-type]
         weight, pull = self.weights[0], self.weights[1] * temperature

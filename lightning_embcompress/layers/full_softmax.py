@@ -26,8 +26,10 @@ class CrossEntropy(Objective):
     """`-log p` of the targets."""
 
     @override
-    def rows(self, scores: Tensor, part: slice, gradient: Tensor) -> Tensor:
+    def rows(self, scores: Tensor, part: slice, gradient: Tensor | None) -> Tensor:
         ids = self.ids[part].unsqueeze(-1)
+        if gradient is None:
+            return -torch.log_softmax(scores, -1).gather(-1, ids).T
         torch.softmax(scores, -1, out=gradient)
         # The largest probability is 1 / Σ exp(z - max z): so one exponential of each logit is enough.
         losses = scores.amax(-1) - scores.gather(-1, ids).squeeze(-1) - gradient.amax(-1).log()

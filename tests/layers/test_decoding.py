@@ -11,20 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_embcompress.layers.compressed import CompressedLinear
-from lightning_embcompress.methods.registry import METHODS, BlockLowRank, Quantization
+from lightning_embcompress.methods.registry import BlockLowRank, LowRank
+from toys import compressed_head
 
 VOCAB_SIZE, DIM = 300, 16
-
-
-def _head(method: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> CompressedLinear:
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(VOCAB_SIZE, DIM, generator=generator, dtype=torch.float64).to(dtype)
-    chosen = METHODS[method]
-    least = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, table.element_size(), chosen.config())
-    counts = torch.randperm(VOCAB_SIZE, generator=generator) + 1
-    factors = chosen.factorization.decompose(table, max(2 * least, table.nbytes // 2), counts, chosen.config())
-    own = nn.Parameter(torch.randn(VOCAB_SIZE, generator=generator).to(dtype))
-    return CompressedLinear(factors, own if bias else None)
 
 
 def _hidden(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,18 +30,6 @@ def _check_topk(head: CompressedLinear, hidden: Tensor, k: int) -> None:
     # The same logits: tokens that are equal up to rounding may stand for one another.
     torch.testing.assert_close(logits.gather(-1, found.ids), expected.values)
     assert all(len(set(row)) == k for row in found.ids.view(-1, k).tolist())
-
-
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_the_best_of_every_method(method: str) -> None:
-    head = _head(method)
-    for hidden, k in ((_hidden(1), 1), (_hidden(2, 2), 7), (_hidden(9), 7), (_hidden(3), VOCAB_SIZE), (_hidden(), 5)):
-        _check_topk(head, hidden, k)
-    _check_topk(_head(method, bias=False), _hidden(1), 4)
-    head.factorization = head.factorization.prepared(Quantization(bits=4, group_size=16))
-    _check_topk(head, _hidden(2), 4)
-    head.factorization = head.factorization.converted()
-    _check_topk(head, _hidden(2), 4)
 
 
 @settings(max_examples=60)
@@ -77,7 +55,7 @@ def test_the_best_of_random_blocks(data: st.DataObject) -> None:
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["hidden", "factor", "bias"])
 def test_the_best_among_what_is_no_number(number: float, place: str) -> None:
-    head, hidden = _head("low_rank"), _hidden(2)
+    head, hidden = compressed_head("low_rank", VOCAB_SIZE), _hidden(2)
     with torch.no_grad():
         if place == "hidden":
             hidden[0, 3] = number
@@ -92,7 +70,7 @@ def test_the_best_among_what_is_no_number(number: float, place: str) -> None:
 
 @pytest.mark.parametrize("method", ["group_reduce", "product_quantization"])
 def test_no_graph_is_built(method: str) -> None:
-    head = _head(method)
+    head = compressed_head(method, VOCAB_SIZE)
     with torch.inference_mode():
         # Autograd would refuse to keep it.
         hidden = _hidden(6).clone()
@@ -104,7 +82,7 @@ def test_no_graph_is_built(method: str) -> None:
 
 
 def test_bans_by_bias() -> None:
-    head, hidden = _head("group_reduce"), _hidden(2)
+    head, hidden = compressed_head("group_reduce", VOCAB_SIZE), _hidden(2)
     assert head.bias is not None
     with torch.no_grad():
         head.bias.fill_(-torch.inf)[7] = 0.0
@@ -119,17 +97,17 @@ def test_no_samples_of_what_is_no_number(options: dict[str, Any]) -> None:
     hidden = _hidden(3)
     hidden[1, 0] = torch.nan
     with pytest.raises(ValueError, match="the logits of state 1 have no probabilities: one of them is NaN"):
-        _head("low_rank").sample(hidden, **options)
+        compressed_head("low_rank", VOCAB_SIZE).sample(hidden, **options)
 
 
 def test_the_lowest_temperatures_draw_the_best() -> None:
-    head, hidden = _head("low_rank"), _hidden(6)
+    head, hidden = compressed_head("low_rank", VOCAB_SIZE), _hidden(6)
     assert torch.equal(head.sample(hidden, temperature=1e-37), head(hidden).argmax(dim=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_default_dtypes_change_nothing(dtype: torch.dtype) -> None:
-    head, hidden = _head("low_rank"), _hidden(1)
+    head, hidden = compressed_head("low_rank", VOCAB_SIZE), _hidden(1)
     expected = head(hidden).topk(3)
     torch.set_default_dtype(dtype)
     try:
@@ -141,7 +119,7 @@ def test_default_dtypes_change_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    head = _head("group_reduce", dtype)
+    head = compressed_head("group_reduce", VOCAB_SIZE, DIM, dtype)
     for states in (1, 9):
         found = head.topk(_hidden(states, dtype=dtype), 5)
         assert found.logits.dtype == dtype
@@ -150,7 +128,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("method", ["group_reduce", "transform_coding", "product_quantization"])
 def test_log_prob(method: str) -> None:
-    head, hidden = _head(method), _hidden(3, 4)
+    head, hidden = compressed_head(method, VOCAB_SIZE), _hidden(3, 4)
     expected = head(hidden).log_softmax(dim=-1).detach()
     ids = torch.randint(VOCAB_SIZE, (3, 4, 5))
     torch.testing.assert_close(head.log_prob(hidden, ids), expected.gather(2, ids))
@@ -167,7 +145,7 @@ def test_log_prob(method: str) -> None:
 )
 def test_samples_are_of_the_distribution(options: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
-    head = _head("group_reduce")
+    head = compressed_head("group_reduce", VOCAB_SIZE)
     hidden = _hidden(1)
     scores = head(hidden).detach() / options.get("temperature", 1.0)
     if "top_k" in options:
@@ -192,8 +170,7 @@ def test_samples_are_of_the_distribution(options: dict[str, Any]) -> None:
 def test_large_vocabularies_are_drawn_from_in_runs() -> None:
     table = torch.zeros(5000, 2)
     table[4321] = 1
-    factors = METHODS["low_rank"].factorization.decompose(table, table.nbytes, None, METHODS["low_rank"].config())
-    head = CompressedLinear(factors)
+    head = CompressedLinear(LowRank.decompose(table, table.nbytes))
     hidden = torch.full((2000, 2), 5.0)
     ids = head.sample(hidden, generator=torch.Generator().manual_seed(0))
     share = float((ids == 4321).double().mean())
@@ -223,4 +200,4 @@ def test_large_vocabularies_are_drawn_from_in_runs() -> None:
 )
 def test_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call(_head("low_rank"))
+        call(compressed_head("low_rank", VOCAB_SIZE))

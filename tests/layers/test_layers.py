@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.methods.registry import METHODS, Factorization
+from lightning_embcompress.methods.registry import Factorization
+from toys import factors_of
 
-_METHODS = sorted(METHODS)
-
-
-def _factors(method: str = "low_rank", vocab_size: int = 200, dim: int = 8) -> Factorization[torch.nn.Module]:
-    chosen = METHODS[method]
-    table = torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(0))
-    counts = torch.arange(vocab_size, 0, -1)
-    max_bytes = max(int(table.nbytes / 1.5), chosen.factorization.smallest_bytes(vocab_size, dim, 4, chosen.config()))
-    return chosen.factorization.decompose(table, max_bytes, counts, chosen.config())
+_METHODS = ["low_rank", "transform_coding"]
 
 
-def _reference(factors: Factorization[torch.nn.Module], **given: object) -> nn.Embedding:
+def _factors(method: str = "low_rank") -> Factorization[Any]:
+    return factors_of(method, 200, 8)
+
+
+def _reference(factors: Factorization[Any], **given: object) -> nn.Embedding:
     return nn.Embedding.from_pretrained(factors.materialize(), freeze=False, **given)
 
 

@@ -17,7 +17,7 @@ from lightning_embcompress import (
     prepare_qat,
     save_compressed,
 )
-from lightning_embcompress.methods.registry import METHODS, Quantization
+from lightning_embcompress.methods.registry import Quantization
 
 
 class _Model(nn.Module):
@@ -34,12 +34,12 @@ class _Model(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_nothing_but_strides_changes(method: str, tied: bool, tmp_path: Path) -> None:
     model = _Model(tied)
     counts = torch.randint(1, 1000, (500,), generator=torch.Generator().manual_seed(0))
-    compress(model, method, ratio=2 if method != "tensor_train" else 1.2, token_counts=counts)
+    compress(model, method, ratio=2, token_counts=counts)
     before = copy.deepcopy(model)
     ids = torch.tensor([[3, 499, 3]])
     heads = optimize_for_inference(model)
