@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).parent / "workers" / "ddp.py"
 GROUP_REDUCE = {"method": "group_reduce", "ratio": 2, "at_epoch": 1, "refine_at_epochs": [2, 3], "groups": 3}
+SHARED_BASIS = {**GROUP_REDUCE, "method": "shared_basis"}
 CASES = {
-    "refined": {"callbacks": [GROUP_REDUCE], "optimizer": "sgd", "resume_from": [0, 2]},
-    "searched": {"callbacks": [{"method": "group_reduce", "max_perplexity_increase": "2%", "at_epoch": 2}]},
+    "refined": {"callbacks": [SHARED_BASIS], "optimizer": "sgd", "resume_from": [0, 2]},
+    "searched": {"callbacks": [{"method": "shared_basis", "max_perplexity_increase": "2%", "at_epoch": 2}]},
     "tied, twice": {
         "tied": True,
         "callbacks": [
@@ -25,8 +27,8 @@ CASES = {
     },
 }
 MORE: dict[str, Any] = {
-    "paper": {"callbacks": [{**GROUP_REDUCE}], "resume_from": [0, 1, 2, 3]},
-    "statistics anew": {"callbacks": [{**GROUP_REDUCE, "refresh_statistics": True}], "resume_from": [0, 1, 2, 3]},
+    "paper": {"callbacks": [GROUP_REDUCE], "resume_from": [0, 1, 2, 3]},
+    "statistics anew": {"callbacks": [{**SHARED_BASIS, "refresh_statistics": True}], "resume_from": [0, 1, 2, 3]},
     "refined": {**CASES["refined"], "resume_from": [0, 1, 2, 3], "strategy": {"gradient_as_bucket_view": True}},
     "each its own": {
         "callbacks": [
@@ -42,7 +44,7 @@ MORE: dict[str, Any] = {
         "callbacks": [{"method": "tensor_train_matrix", "ratio": 2, "at_epoch": 1, "refine_at_epochs": [2]}],
         "resume_from": [0, 1, 2],
     },
-    "untied": {"tied": True, "callbacks": [{**GROUP_REDUCE, "tie": "untie"}], "resume_from": [0, 1, 2, 3]},
+    "untied": {"tied": True, "callbacks": [{**SHARED_BASIS, "tie": "untie"}], "resume_from": [0, 1, 2, 3]},
 }
 
 

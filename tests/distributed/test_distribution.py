@@ -47,6 +47,8 @@ def _assert_same(found: dict[str, list[dict[str, Any]]], expected: dict[str, lis
                 assert torch.equal(tensor, one["state"][key]), (name, key)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_any_number_of_processes_finds_the_same(
     alone: dict[str, Any], torchrun: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -71,6 +73,8 @@ def test_cases_refine_in_place_and_not(alone: dict[str, Any]) -> None:
     assert all(factors["trains"] == [True] * len(factors["trains"]) for factors in alone["cp"])
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_all_methods_and_dtypes(small: None, torchrun: Callable[..., str], tmp_path: Path, processes: int) -> None:
@@ -80,6 +84,8 @@ def test_all_methods_and_dtypes(small: None, torchrun: Callable[..., str], tmp_p
         _assert_same(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(torchrun: Callable[..., str]) -> None:
     said = torchrun(WORKERS / "fail.py", processes=2, timeout=60, fails=True)
     assert "ArithmeticError: the decomposition did not converge" in said

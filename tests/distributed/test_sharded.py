@@ -83,21 +83,29 @@ def _run(torchrun: Callable[..., str], folder: Path, names: list[str], strategy:
         _check_run(folder, name, 1e-12 if strategy == "fsdp2" else 1e-3)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_fsdp2_trains_and_resumes_as_one_process(torchrun: Callable[..., str], tmp_path: Path) -> None:
     names = ["group_reduce", "layers", "tensor_train", "product_quantization"]
     _run(torchrun, tmp_path, names, "fsdp2", "cpu")
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.full
 def test_fsdp2_with_all_methods_units_and_kinds_of_checkpoints(torchrun: Callable[..., str], tmp_path: Path) -> None:
     _run(torchrun, tmp_path, ["rare", *MORE_CASES], "fsdp2", "cpu")
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.full
 def test_fsdp_trains_and_resumes_as_one_process(torchrun: Callable[..., str], tmp_path: Path) -> None:
     _run(torchrun, tmp_path, [name for name, case in CASES.items() if case["directory"]], "fsdp", "cpu")
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @two_gpus
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 def test_gpus_train_and_resume_as_one_process(strategy: str, torchrun: Callable[..., str], tmp_path: Path) -> None:
@@ -106,6 +114,8 @@ def test_gpus_train_and_resume_as_one_process(strategy: str, torchrun: Callable[
         _check_run(tmp_path, name, 1e-9 if strategy == "fsdp2" else 1e-3)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_units_refusals_and_reading_outside_of_forward(torchrun: Callable[..., str], tmp_path: Path) -> None:
     assert "all held" in torchrun(WORKERS / "sharded_units.py", tmp_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,13 +11,14 @@ import threading
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lifecycle.workers import interrupted as worker
 from lightning_embcompress.callbacks.replacing import uninterrupted
 from lightning_embcompress.integrations.checkpoint_io import check_whole_file
 from lightning_embcompress.layers.compressed import CompressedLayer
@@ -61,18 +61,6 @@ MORE_INTERRUPTED = [
 ]
 TIED = {"tied": True, "optimizer": "sgd"}
 RANDOM = 14
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interrupted", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = _load()
 
 
 class Note(Callback):
@@ -232,68 +220,51 @@ def test_ctrl_c_before_the_first_step_of_an_epoch(
 
 @pytest.fixture
 def handled() -> Iterator[list[int]]:
-    """The signals that the handler of this test was called with."""
+    """The signals that the handler of this test was called with; afterwards it must be there again."""
     calls: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
+
+    def handler(number: int, frame: Any) -> None:
+        calls.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
     yield calls
-    signal.signal(signal.SIGINT, before)
+    assert signal.signal(signal.SIGINT, before) is handler
 
 
-def test_ctrl_c_waits_for_the_end(handled: list[int]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+def _press(handled: list[int], error: Exception | None = None) -> None:
     with uninterrupted():
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGINT)
+        # Within another one it waits for the outer end.
+        with uninterrupted():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGINT)
         assert not handled
-    # Whoever presses it again wants no more than once.
-    assert handled == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def _press(done: list[int], error: Exception | None = None) -> None:
-    with uninterrupted():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append(1)
         if error is not None:
             raise error
 
 
+def test_ctrl_c_waits_for_the_end_of_the_outer_block(handled: list[int]) -> None:
+    with uninterrupted():
+        pass
+    # Without it nothing is called.
+    assert not handled
+    _press(handled)
+    # Whoever presses it again wants no more than once.
+    assert handled == [signal.SIGINT]
+    handled.clear()
+    with pytest.raises(ValueError, match="what is wrong"):
+        _press(handled, ValueError("what is wrong"))
+    assert handled == [signal.SIGINT]
+
+
 def test_the_default_handler_raises_after_the_end() -> None:
-    done: list[int] = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            _press(done)
-        assert done
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # The error of the block is not lost.
+        with pytest.raises(KeyboardInterrupt) as raised:
+            _press([], ValueError("what is wrong"))
+        assert isinstance(raised.value.__context__, ValueError)
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_without_ctrl_c_nothing_is_called(handled: list[int]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with uninterrupted():
-        assert signal.getsignal(signal.SIGINT) is not handler
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert not handled
-
-
-def test_an_error_within_goes_on(handled: list[int]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="what is wrong"):
-        _press([], ValueError("what is wrong"))
-    assert handled == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_nested_it_waits_for_the_outer_end(handled: list[int]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with uninterrupted():
-        with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-        assert not handled
-    assert handled == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_handlers_of_other_signals_wait_too(handled: list[int]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,24 +18,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from lifecycle.workers import interrupted as worker
 from lightning_embcompress import open_reference
 from lightning_embcompress.callbacks import reporting, solving
 from lightning_embcompress.integrations.checkpoint_io import AtomicCheckpointIO
 
 TIED = {"tied": True, "optimizer": "sgd"}
-
-
-def _load() -> ModuleType:
-    script = Path(__file__).with_name("workers") / "interrupted.py"
-    spec = importlib.util.spec_from_file_location("interrupted", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = _load()
 
 
 class Note(Callback):

@@ -16,44 +16,16 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.compression.plan import plan_of
+from toys import LanguageModel, adam, loaders, quiet_trainer
 
-VOCAB_SIZE, DIM = 150, 16
 
-
-class Model(LightningModule):
-    """A plain language model with dropout."""
-
-    def __init__(self, tied: bool, optimizer: str) -> None:
-        super().__init__()
-        self.encoder = nn.Embedding(VOCAB_SIZE, DIM)
-        self.mix = nn.Linear(DIM, DIM)
-        self.dropout = nn.Dropout(0.2)
-        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
-        if tied:
-            self.decoder.weight = self.encoder.weight
-        self.optimizer = optimizer
-
-    def _loss(self, batch: Any) -> Tensor:
-        inputs, targets = batch
-        hidden = self.dropout(torch.tanh(self.mix(self.encoder(inputs))))
-        return nn.functional.cross_entropy(self.decoder(hidden).flatten(0, -2), targets.flatten())
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._loss(batch)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self._loss(batch), sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
-        return torch.optim.Adam(self.parameters(), lr=0.01)
+def momentum(module: LanguageModel) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
 
 
 class Compare(Callback):
@@ -79,12 +51,6 @@ class Compare(Callback):
         self.apart.append(max(float((other - gathered[0]).abs().max()) for other in gathered))
 
 
-def data() -> dict[str, Any]:
-    drawn = (VOCAB_SIZE ** torch.rand(96, 7, generator=torch.Generator().manual_seed(3))).long() - 1
-    text = TensorDataset(drawn[:, :-1], drawn[:, 1:])
-    return {"train_dataloaders": DataLoader(text, 8, shuffle=True), "val_dataloaders": DataLoader(text, 8)}
-
-
 def fit(folder: Path, case: dict[str, Any], ckpt_path: Path | None = None) -> dict[str, Any]:
     """One run, with a checkpoint of every epoch."""
     seed_everything(0, verbose=False)
@@ -92,12 +58,11 @@ def fit(folder: Path, case: dict[str, Any], ckpt_path: Path | None = None) -> di
     compare = Compare()
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     strategy = DDPStrategy(**case.get("strategy", {}))
-    trainer = Trainer(
-        accelerator="cpu", devices=dist_size(), strategy=strategy, max_epochs=5, default_root_dir=folder, logger=False,
-        callbacks=[*callbacks, compare, keep], enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    model = Model(case.get("tied", False), case.get("optimizer", "adam"))
-    trainer.fit(model, **data(), ckpt_path=ckpt_path)
+    parallel = {"strategy": strategy, "devices": int(os.environ["WORLD_SIZE"]), "max_epochs": 5}
+    trainer = quiet_trainer(folder, *callbacks, compare, keep, enable_checkpointing=True, **parallel)
+    optimizer = momentum if case.get("optimizer") == "sgd" else adam
+    model = LanguageModel(tied=case.get("tied", False), dropout=0.2, optimizer=optimizer)
+    trainer.fit(model, **loaders(), ckpt_path=ckpt_path)
     return {
         "state": {name: value.clone() for name, value in model.state_dict().items()},
         "optimizer": trainer.optimizers[0].state_dict(),
@@ -106,10 +71,6 @@ def fit(folder: Path, case: dict[str, Any], ckpt_path: Path | None = None) -> di
         "apart": compare.apart,
         "wrappers": [len(compare.wrappers), compare.alive],
     }
-
-
-def dist_size() -> int:
-    return int(os.environ["WORLD_SIZE"])
 
 
 def equal(first: Any, second: Any) -> bool:

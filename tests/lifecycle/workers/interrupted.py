@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.loggers import Logger
-from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,66 +26,28 @@ from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.tasks import Task
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.utils import files
+from toys import InMemory, LanguageModel, quiet_trainer
 
 VOCAB_SIZE, DIM, STEPS = 120, 12, 6
 """Steps are those of an epoch."""
 
 
-class Model(LightningModule):
-    """A plain language model with dropout."""
-
-    def __init__(self, tied: bool = False, optimizer: str = "adam") -> None:
-        super().__init__()
-        self.encoder = nn.Embedding(VOCAB_SIZE, DIM)
-        self.mix = nn.Linear(DIM, DIM)
-        self.dropout = nn.Dropout(0.2)
-        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
-        if tied:
-            self.decoder.weight = self.encoder.weight
-        self.tied, self.optimizer = tied, optimizer
-
-    def _loss(self, batch: Any) -> Tensor:
-        inputs, targets = batch
-        hidden = self.dropout(torch.tanh(self.mix(self.encoder(inputs))))
-        return nn.functional.cross_entropy(self.decoder(hidden).flatten(0, -2), targets.flatten())
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self._loss(batch))
-
-    def configure_optimizers(self) -> Any:
-        if self.optimizer == "sgd":
-            momentum = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-            schedule = lr_scheduler.OneCycleLR(momentum, max_lr=0.1, total_steps=100)
-            return [momentum], [{"scheduler": schedule, "interval": "step"}]
-        adam = torch.optim.Adam(self.parameters(), lr=0.01)
-        return [adam], [lr_scheduler.StepLR(adam, step_size=2, gamma=0.8)]
+def adam(module: LanguageModel) -> Any:
+    """Adam, and a rate that falls by the epoch."""
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    return [optimizer], [lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.8)]
 
 
-class InMemory(Logger):
-    """Keeps what is logged."""
+def momentum(module: LanguageModel) -> Any:
+    """Momentum, and a rate that changes by the step."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    schedule = lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=100)
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
 
-    @property
-    def name(self) -> None:
-        return None
-
-    @property
-    def version(self) -> None:
-        return None
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        pass
+def model(tied: bool = False, optimizer: str = "adam") -> LanguageModel:
+    chosen = {"adam": adam, "sgd": momentum}[optimizer]
+    return LanguageModel(VOCAB_SIZE, DIM, tied=tied, dropout=0.2, optimizer=chosen)
 
 
 class Moment(Callback):
@@ -119,7 +79,7 @@ class Moment(Callback):
             def is_second(own: Factorization[Any], *_: Any) -> bool:
                 if any(own is part for part in pl_module.modules()):
                     tables.append(own)
-                return bool(tables) and (len(tables) > 1 or bool(pl_module.tied))
+                return bool(tables) and (len(tables) > 1 or pl_module.hparams["tied"])
 
             self._before(Factorization, "load_state_dict", is_second)
 
@@ -165,20 +125,22 @@ def fit(
 ) -> SimpleNamespace:
     """One run, with a checkpoint of every epoch."""
     seed_everything(0, verbose=False)
-    model, compression, logger = Model(**(case or {})), compression or callback(), InMemory()
+    module, compression, logger = model(**(case or {})), compression or callback(), InMemory()
     keep = ModelCheckpoint(
         changes.pop("dirpath", folder), filename="{epoch}", save_top_k=-1, save_last=True, save_on_train_epoch_end=True
     )
-    arguments: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": logger, "log_every_n_steps": 1}
-    arguments |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
-    trainer = Trainer(max_epochs=max_epochs, callbacks=[*callbacks, compression, keep], **{**arguments, **changes})
-    trainer.fit(model, **data(), ckpt_path=ckpt_path)
+    trainer = quiet_trainer(
+        folder,
+        *(*callbacks, compression, keep),
+        **{"logger": logger, "max_epochs": max_epochs, "enable_checkpointing": True, **changes},
+    )
+    trainer.fit(module, **data(), ckpt_path=ckpt_path)
     return SimpleNamespace(
-        model=model,
+        model=module,
         trainer=trainer,
         logged=logger.rows,
         state={
-            "parameters": {name: value.clone() for name, value in model.state_dict().items()},
+            "parameters": {name: value.clone() for name, value in module.state_dict().items()},
             "optimizer": trainer.optimizers[0].state_dict(),
             "scheduler": {
                 # But for functions, which are equal to themselves only.
@@ -187,7 +149,7 @@ def fit(
                 if not callable(value)
             },
         },
-        plan=plan_of(model),
+        plan=plan_of(module),
         report=json.loads((Path(trainer.log_dir or folder) / "report.json").read_text()),
         callback={name: value for name, value in compression.state_dict().items() if name != "compressed"},
     )
