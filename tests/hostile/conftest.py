@@ -10,40 +10,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_embcompress.compression.plan import compress, plan_of
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.integrations.checkpoint import write_record
 from lightning_embcompress.methods.registry import METHODS
+from toys import LanguageModel, compress_toy
 
 VOCAB_SIZE, DIM = 120, 8
 # Found on the way, and values that mean something elsewhere.
 VALUES: list[Any] = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        2,
-        3,
-        2.5,
-        1e308,
-        float("nan"),
-        float("inf"),
-        10**12,
-        -(10**12),
-        2**31,
-        2**62,
-        2**63,
-    ),
-    *(10**30, "", "7", "low_rank", "float32", "float64", "int8", "nn", "__class__", "encoder", "encoder.factorization"),
+    *(None, True, False, 2.5, 1e308, float("nan"), float("inf"), "", "7", "low_rank", "float32", "float64", "int8"),
+    *(0, -1, 1, 2, 3, 10**12, -(10**12), 2**31, 2**62, 2**63, 10**30),
+    *("nn", "__class__", "encoder", "encoder.factorization"),
     *([], {}, [[]], [1], [-1], [10**12], [True], [1, 2.0], ["1"], [None], [[1, 2]], {"kind": "low_rank"}, {"": 1}),
     *([1] * 70_000, [2] * 64, [10**12] * 40, list(range(300)), "x" * 100_000, [[[[[[[[[[[]]]]]]]]]]], {"a": {"b": {}}}),
 ]
@@ -55,26 +37,11 @@ JSON = st.recursive(
 )
 
 
-class Model(LightningModule):
+class Model(LanguageModel):
+    """With small tables."""
+
     def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.encoder = nn.Embedding(VOCAB_SIZE, DIM, _weight=torch.randn(VOCAB_SIZE, DIM, generator=generator))
-        self.decoder = nn.Linear(DIM, VOCAB_SIZE)
-        self.decoder.weight.data.copy_(torch.randn(VOCAB_SIZE, DIM, generator=generator))
-        self.decoder.bias.data.zero_()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.decoder(self.encoder(ids))
-
-
-def compressed(method: str) -> Model:
-    model = Model()
-    counts = torch.arange(VOCAB_SIZE, 0, -1)
-    chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(VOCAB_SIZE, DIM, 4, chosen.config())
-    compress(model, method, ratio=min(1.6, VOCAB_SIZE * DIM * 4 / smallest), token_counts=counts)
-    return model
+        super().__init__(VOCAB_SIZE, DIM)
 
 
 class NoLargeTensors(TorchDispatchMode):
@@ -92,15 +59,10 @@ class Hostile:
     """Values and files that do harm, and checks that they do none.
 
     Attributes:
-        Model: A module with an embedding and a softmax.
-        NoLargeTensors: Within it no large tensor can be made.
-        vocab_size: Rows of its tables.
-        dim: Columns of its tables.
         values: Found on the way, and values that mean something elsewhere.
         numbers: A strategy of integers.
         json: A strategy of any JSON.
-        quick: Settings of hypothesis for the default run.
-        deep: Settings of hypothesis for the whole matrix.
+        quick: Settings of hypothesis for the default run, and `deep` those for the whole matrix.
         models: A compressed model of every method.
     """
 
@@ -114,7 +76,9 @@ class Hostile:
     deep = settings(quick, max_examples=2500, derandomize=False)
 
     def __init__(self) -> None:
-        self.models = {method: compressed(method) for method in sorted(METHODS)}
+        self.models = {method: Model() for method in sorted(METHODS)}
+        for method, model in self.models.items():
+            compress_toy(model, method, 1.6)
 
     def record(self, method: str) -> Any:
         """The plan of a model, as JSON has it."""
@@ -197,3 +161,10 @@ class Hostile:
 def hostile() -> Hostile:
     """Values and files that do harm, and checks that they do none."""
     return Hostile()
+
+
+@pytest.fixture(params=["quick", pytest.param("deep", marks=pytest.mark.full)])
+def examples(request: pytest.FixtureRequest) -> settings:
+    """Settings of hypothesis, of the default run or for the whole matrix."""
+    chosen: settings = getattr(Hostile, request.param)
+    return chosen

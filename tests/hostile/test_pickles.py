@@ -37,9 +37,9 @@ def _records(content: bytes) -> dict[str, bytes]:
         return {record.filename: archive.read(record) for record in archive.infolist()}
 
 
-def _fuzz_pickles(folder: Path, hostile: Any, examples: settings) -> None:
+def test_any_pickle(tmp_path: Path, hostile: Any, examples: settings) -> None:
     """Damage that the checksums do not show: the pickle was changed before they were computed."""
-    path = folder / "last.ckpt"
+    path = tmp_path / "last.ckpt"
     torch.save(hostile.checkpoint("group_reduce"), path)
     records = _records(path.read_bytes())
     (pickled,) = [name for name in records if name.endswith("data.pkl")]
@@ -62,15 +62,6 @@ def _fuzz_pickles(folder: Path, hostile: Any, examples: settings) -> None:
                         raise
 
     run()
-
-
-def test_any_pickle(tmp_path: Path, hostile: Any) -> None:
-    _fuzz_pickles(tmp_path, hostile, settings(hostile.quick, max_examples=40))
-
-
-@pytest.mark.full
-def test_any_pickle_for_long(tmp_path: Path, hostile: Any) -> None:
-    _fuzz_pickles(tmp_path, hostile, hostile.deep)
 
 
 class _Call:

@@ -32,7 +32,11 @@ def _read_and_apply(hostile: Any, record: Any) -> None:
         assert there == wanted
 
 
-def _one_hostile_value(hostile: Any, method: str, every: int) -> None:
+# No divisor of the number of changes: each is made in some place.
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("method", _METHODS)
+def test_plans_with_one_hostile_value(method: str, every: int, hostile: Any) -> None:
+    assert every == 1 or (len(hostile.values) + 2) % every
     record = hostile.record(method)
     _read_and_apply(hostile, record)
     places = [place for place in hostile.places(record) if place[:2] != ("tables", 0)]
@@ -45,20 +49,7 @@ def _one_hostile_value(hostile: Any, method: str, every: int) -> None:
         _read_and_apply(hostile, hostile.changed(record, place, change))
 
 
-@pytest.mark.parametrize("method", _METHODS)
-def test_plans_with_one_hostile_value(method: str, hostile: Any) -> None:
-    # No divisor of the number of changes: each is made in some place.
-    assert (len(hostile.values) + 2) % 7
-    _one_hostile_value(hostile, method, 7)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("method", _METHODS)
-def test_plans_with_any_hostile_value(method: str, hostile: Any) -> None:
-    _one_hostile_value(hostile, method, 1)
-
-
-def _any_json(hostile: Any, examples: settings) -> None:
+def test_any_json(hostile: Any, examples: settings) -> None:
     kinds = sorted({method.factorization.kind for method in METHODS.values()})
 
     @examples
@@ -73,16 +64,7 @@ def _any_json(hostile: Any, examples: settings) -> None:
     run()
 
 
-def test_any_json(hostile: Any) -> None:
-    _any_json(hostile, hostile.quick)
-
-
-@pytest.mark.full
-def test_any_json_for_long(hostile: Any) -> None:
-    _any_json(hostile, hostile.deep)
-
-
-def _mutated_plans(hostile: Any, examples: settings) -> None:
+def test_mutated_plans(hostile: Any, examples: settings) -> None:
     """Valid plans with a few parts changed."""
     values = st.one_of(st.sampled_from(hostile.values), hostile.numbers, st.lists(hostile.numbers, max_size=5))
     changes = st.one_of(st.sampled_from([hostile.remove, hostile.double]), values.map(hostile.to))
@@ -98,15 +80,6 @@ def _mutated_plans(hostile: Any, examples: settings) -> None:
         _read_and_apply(hostile, record)
 
     run()
-
-
-def test_mutated_plans(hostile: Any) -> None:
-    _mutated_plans(hostile, hostile.quick)
-
-
-@pytest.mark.full
-def test_mutated_plans_for_long(hostile: Any) -> None:
-    _mutated_plans(hostile, hostile.deep)
 
 
 @pytest.mark.parametrize(

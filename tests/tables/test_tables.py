@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -35,20 +36,25 @@ def test_finds_an_embedding_and_a_projection_of_the_same_size() -> None:
     assert find_tables(model)[0].weight is model["encoder"].weight
 
 
-def test_finds_a_tied_pair_as_one_table() -> None:
-    assert _names(_tied()) == [("encoder", "decoder")]
-    # A named module brings what is tied to it.
-    assert _names(_tied(), ["decoder"]) == [("encoder", "decoder")]
-    assert _names(_tied(), ["decoder", "encoder"]) == [("encoder", "decoder")]
-
-
-def test_finds_an_embedding_or_a_projection_alone() -> None:
-    assert _names(nn.Sequential(nn.Embedding(100, 8), nn.LSTM(8, 8))) == [("0",)]
-    assert _names(nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 100))) == [("1",)]
-
-
-def test_position_embedding_is_left_alone() -> None:
-    assert _names(nn.ModuleDict({"position": nn.Embedding(32, 8), **_pair()})) == [("encoder",), ("decoder",)]
+@pytest.mark.parametrize(
+    ("model", "tables", "expected"),
+    [
+        (_tied(), "auto", [("encoder", "decoder")]),
+        # A named module brings what is tied to it, and tables come in the order of the model.
+        (_tied(), ["decoder"], [("encoder", "decoder")]),
+        (_tied(), ["decoder", "encoder"], [("encoder", "decoder")]),
+        (_pair(), ["decoder", "encoder"], [("encoder",), ("decoder",)]),
+        (_pair(), "decoder", [("decoder",)]),
+        # An embedding or a projection alone.
+        (nn.Sequential(nn.Embedding(100, 8), nn.LSTM(8, 8)), "auto", [("0",)]),
+        (nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 100)), "auto", [("1",)]),
+        # Positions, and of two sizes the one that is named.
+        (nn.ModuleDict({"position": nn.Embedding(32, 8), **_pair()}), "auto", [("encoder",), ("decoder",)]),
+        (nn.ModuleDict({"word": nn.Embedding(100, 8), "tag": nn.Embedding(30, 8)}), ["word"], [("word",)]),
+    ],
+)
+def test_tables_that_are_found(model: nn.Module, tables: str | list[str], expected: list[tuple[str, ...]]) -> None:
+    assert _names(model, tables) == expected
 
 
 def test_a_module_that_is_registered_twice_is_one_table_with_two_paths() -> None:
@@ -64,14 +70,6 @@ def test_a_module_that_is_registered_twice_is_one_table_with_two_paths() -> None
     assert model.inner.embed.factorization is model.encoder.factorization
 
 
-def test_named_tables_come_in_the_order_of_the_model() -> None:
-    assert _names(_pair(), ["decoder", "encoder"]) == [("encoder",), ("decoder",)]
-    assert _names(_pair(), "decoder") == [("decoder",)]
-    # Of two sizes, which only a name can choose between.
-    two = nn.ModuleDict({"word": nn.Embedding(100, 8), "tag": nn.Embedding(30, 8)})
-    assert _names(two, ["word"]) == [("word",)]
-
-
 class _Scaled(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 3 * super().forward(input)
@@ -85,29 +83,21 @@ class _Functional(nn.Module):
         self.kernel = weight
 
 
-def _with_hook() -> nn.Module:
-    model = _pair()
-    model["decoder"].register_forward_hook(lambda *_: None)
-    return model
+def _changed(change: Callable[[nn.ModuleDict], Any]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = _pair()
+        change(model)
+        return model
+
+    return make
 
 
-def _weight_norm() -> nn.Module:
-    model = _pair()
-    with pytest.warns(FutureWarning):
-        nn.utils.weight_norm(model["decoder"])
-    return model
-
-
-def _parametrized() -> nn.Module:
-    model = _pair()
+def _parametrize(model: nn.ModuleDict) -> None:
     nn.utils.parametrizations.orthogonal(model["encoder"])
-    return model
 
 
-def _tied_elsewhere() -> nn.Module:
-    model = _pair()
+def _tie_elsewhere(model: nn.ModuleDict) -> None:
     model["head"] = _Functional(model["encoder"].weight)
-    return model
 
 
 def _compressed() -> nn.Module:
@@ -117,55 +107,64 @@ def _compressed() -> nn.Module:
 
 
 _REFUSED: list[tuple[Callable[[], nn.Module], str | list[str], str]] = [
-    (lambda: nn.LSTM(8, 8), "auto", r"found no table: the model has neither .* `configure_model`"),
+    (lambda: nn.LSTM(8, 8), "auto", "configure_model"),
     (
         lambda: nn.ModuleDict({**_pair(), "other": nn.Linear(8, 100)}),
         "auto",
-        r"two or more projections of the same vocabulary size: 'decoder' \(100, 8\); 'other' \(100, 8\)\. Name the mod",
+        r"'decoder' \(100, 8\); 'other' \(100, 8\)",
     ),
     (
         lambda: nn.ModuleDict({**_pair(), "target": nn.Embedding(100, 8)}),
         "auto",
-        r"two or more embeddings of the same vocabulary size: 'encoder' \(100, 8\); 'target' \(100, 8\)\. Name the mod",
+        r"'encoder' \(100, 8\); 'target' \(100, 8\)",
     ),
     (
         lambda: nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Embedding(8, 4)}),
         "auto",
-        r"found two or more candidates .*: 'a' \(9, 4\); 'b' \(8, 4\)\. Name the modules",
+        r"'a' \(9, 4\); 'b' \(8, 4\)",
     ),
     (
         lambda: nn.ModuleDict({**_pair(), "c": nn.Embedding(30, 8), "d": nn.Linear(8, 30)}),
         "auto",
-        r"embeddings and projections of several sizes: .*'c' \(30, 8\).*Name the modules",
+        r"'c' \(30, 8\)",
     ),
-    (_pair, ["encodr"], r"no module 'encodr' \(did you mean 'encoder'.*\?\); candidates are 'encoder', 'decoder'"),
-    (_pair, [], r"tables is an empty list: name at least one module, or use 'auto'"),
+    (_pair, ["encodr"], "'encodr' .*'encoder'"),
+    (_pair, [], "tables is an empty list"),
     (
         lambda: nn.ModuleDict({**_pair(), "lstm": nn.LSTM(8, 8)}),
         ["lstm"],
-        r"module 'lstm' is a LSTM: only nn.Embedding and nn.Linear",
+        "'lstm' is a LSTM",
     ),
     (
         lambda: nn.ModuleDict({"encoder": _Scaled(100, 8), "decoder": nn.Linear(8, 100)}),
         "auto",
-        r"module 'encoder' of table 'encoder' is a .*_Scaled: only plain .*name other modules in tables",
+        "'encoder' .*_Scaled",
     ),
-    (_with_hook, "auto", r"module 'decoder' of table 'decoder' has hooks.*remove them"),
-    (_weight_norm, "auto", r"module 'decoder' of table 'decoder' has hooks.*remove them"),
-    (_parametrized, "auto", r"module 'encoder' of table 'encoder' is a .*ParametrizedEmbedding: only plain"),
-    (_tied_elsewhere, "auto", r"module 'head' of table 'encoder' is a .*_Functional: only plain"),
+    (_changed(lambda model: model["decoder"].register_forward_hook(lambda *_: None)), "auto", "'decoder' has hooks"),
+    (_changed(lambda model: nn.utils.weight_norm(model["decoder"])), "auto", "'decoder' has hooks"),
+    (
+        _changed(_parametrize),
+        "auto",
+        "'encoder' .*ParametrizedEmbedding",
+    ),
+    (
+        _changed(_tie_elsewhere),
+        "auto",
+        "'head' of table 'encoder' .*_Functional",
+    ),
     (
         lambda: nn.ModuleDict({"encoder": nn.Embedding(100, 8, scale_grad_by_freq=True)}),
         "auto",
-        r"module 'encoder' of table 'encoder' has scale_grad_by_freq=True: .*set it to False before compressing",
+        "'encoder' has scale_grad_by_freq",
     ),
-    (lambda: nn.Embedding(100, 8), "auto", r"the model is itself an Embedding.*put it into a module"),
+    (lambda: nn.Embedding(100, 8), "auto", "an Embedding"),
     # The small projection beside compressed tables must not be taken for a table.
-    (_compressed, "auto", r"tables 'encoder', 'decoder' are compressed already: restore them with densify\(model\)"),
-    (_compressed, ["decoder"], r"module 'decoder' is compressed already; restore it with densify\(model\) first"),
+    (_compressed, "auto", "'encoder', 'decoder' .*densify"),
+    (_compressed, ["decoder"], "'decoder' .*densify"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize(("make", "tables", "message"), _REFUSED)
 def test_refusals_name_the_layer_and_the_remedy_and_change_nothing(
     make: Callable[[], nn.Module], tables: str | list[str], message: str
@@ -265,8 +264,6 @@ def test_layers_that_are_not_compiled_any_more_are_named(
 def test_wrapped_layers_are_refused_with_a_remedy(tables: str | list[str]) -> None:
     model = _tied()
     model["encoder"] = torch.compile(model["encoder"], backend="eager")
-    with pytest.raises(
-        ValueError, match=r"'encoder'.* is a .*OptimizedModule: only the layer that .* module\.encoder\.c"
-    ):
+    with pytest.raises(ValueError, match=r"'encoder'.*OptimizedModule.*module\.encoder\.compile"):
         compress(model, "low_rank", ratio=1.2, tables=tables)
     assert type(model["decoder"]) is nn.Linear
