@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_embcompress import EmbeddingCompression, TransformCoding, compress
+from lightning_embcompress import EmbeddingCompression, GroupReduce, SharedBasis, TransformCoding, compress
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.callbacks import weighing
@@ -88,7 +89,7 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
     model, before, after = foreign.model(), Keep(), Keep()
-    callback = EmbeddingCompression("shared_basis", ratio=3, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
+    callback = SharedBasis(ratio=3, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
     logger = CSVLogger(tmp_path / "logs")
     with caplog.at_level("INFO"):
         make_trainer(before, callback, after, max_epochs=4, logger=logger).fit(model, **foreign.loaders())
@@ -124,7 +125,7 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
 def test_refinement_is_in_the_metric_of_the_loss_too(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
     model, before, after = foreign.model(), Keep(), Keep()
     statistics = _statistics(foreign, model)
-    callback = EmbeddingCompression("shared_basis", ratio=3, at_epoch=1, refine_at_epochs=[2], statistics=statistics)
+    callback = SharedBasis(ratio=3, at_epoch=1, refine_at_epochs=[2], statistics=statistics)
     make_trainer(before, callback, after).fit(model, **foreign.loaders())
     sizes = {entry["modules"][0]: entry["max_bytes"] for entry in callback.state_dict()["compressed"]}
     for table in plan_of(model).tables:
@@ -184,7 +185,7 @@ def test_the_smallest_tables_within_a_limit(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = foreign.model()
-    callback = EmbeddingCompression("shared_basis", max_perplexity_increase="5%", at_epoch=2)
+    callback = SharedBasis(max_perplexity_increase="5%", at_epoch=2)
     with caplog.at_level("INFO"):
         make_trainer(callback).fit(model, **foreign.loaders())
     perplexity = json.loads((tmp_path / "report.json").read_text())["perplexity"]
@@ -248,7 +249,7 @@ def test_without_statistics_rows_count_by_their_frequency(
     expected, after = deepcopy(model), Keep()
     counts = _statistics(foreign, expected).token_counts
     compress(expected, "shared_basis", ratio=2, groups=3, token_counts=counts)
-    callback = EmbeddingCompression("shared_basis", ratio=2, groups=3, token_counts=counts, **arguments)
+    callback = SharedBasis(ratio=2, groups=3, token_counts=counts, **arguments)
     with caplog.at_level("INFO"):
         make_trainer(callback, after, max_epochs=1).fit(model, **foreign.loaders())
     assert reason in caplog.text
@@ -332,7 +333,7 @@ def test_statistics_of_another_model_are_refused_before_the_first_step(
         (tmp_path / "damaged", "cannot be read as statistics"),
         (str(tmp_path / "missing"), "there is no file .* with statistics"),
     ):
-        trainer = make_trainer(EmbeddingCompression("shared_basis", ratio=2, at_epoch=1, statistics=statistics))  # type: ignore[arg-type]
+        trainer = make_trainer(SharedBasis(ratio=2, at_epoch=1, statistics=statistics))  # type: ignore[arg-type]
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             trainer.fit(foreign.model(), **foreign.loaders())
         assert trainer.global_step == 0
@@ -344,3 +345,37 @@ def test_a_trial_run_searches_too(foreign: SimpleNamespace, make_trainer: MakeTr
     make_trainer(callback, fast_dev_run=True).fit(model, **foreign.loaders())
     assert len(plan_of(model).tables) == 2
     assert math.isfinite(callback.state_dict()["perplexity"]["compressed"])
+
+
+def test_a_run_of_an_older_version_goes_on_by_the_method_of_now(
+    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"ratio": 2, "groups": 3, "refine_at_epochs": [1], "statistics_batches": 5}
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = foreign.model()
+    make_trainer(SharedBasis(**arguments), keep, max_epochs=2, enable_checkpointing=True).fit(
+        whole, **foreign.loaders()
+    )
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    # As it was written when this was a variant of another method.
+    options = {"variant": "loss", "groups": 3, "refine_rounds": 5, "grouping": "equal"}
+    states, plan = saved["callbacks"], saved["embcompress"]
+    key = next(name for name in states if name.startswith("SharedBasis"))
+    state = states.pop(key)
+    states[key.replace("SharedBasis", "GroupReduce").replace("shared_basis", "group_reduce")] = {
+        **state,
+        "settings": {"ratio": 2, "size": None, **options},
+    }
+    plan["version"] = 5
+    for table in plan["tables"]:
+        table |= {"method": "group_reduce", "options": options}
+    torch.save(saved, tmp_path / "old.ckpt")
+    resumed = foreign.model()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is ignored")
+        trainer = make_trainer(SharedBasis(**arguments), max_epochs=2)
+        trainer.fit(resumed, **foreign.loaders(), ckpt_path=tmp_path / "old.ckpt")
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
+    trainer = make_trainer(GroupReduce(ratio=2, groups=3, refine_at_epochs=[1]), max_epochs=2)
+    with pytest.raises(ValueError, match="compressed by 'shared_basis' and cannot be refined by 'group_reduce'"):
+        trainer.fit(foreign.model(), **foreign.loaders(), ckpt_path=tmp_path / "old.ckpt")

@@ -1,4 +1,4 @@
-"""Every method there is, from the callback: compressed, refined, resumed, tied and untied."""
+"""Methods from callbacks: compressed, refined, resumed, tied and untied; and the arguments of their own callbacks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_embcompress import EmbeddingCompression, TensorTrain
+from lightning_embcompress import EmbeddingCompression, TensorTrain, TransformCoding
 from lightning_embcompress.compression.plan import plan_of
-from lightning_embcompress.methods.registry import METHODS
+from lightning_embcompress.methods.registry import METHODS, TransformCodingConfig
 
 MakeTrainer = Callable[..., Trainer]
 VOCAB_SIZE, DIM = 150, 16
@@ -31,7 +33,7 @@ def _callback(method: str, tie: Any) -> EmbeddingCompression:
 
 
 @pytest.mark.parametrize("tie", ["keep", "untie"])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["product_quantization", "transform_coding"])
 def test_resuming_equals_the_uninterrupted_run(
     foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, method: str, tie: Any
 ) -> None:
@@ -125,3 +127,26 @@ def test_what_was_untied_is_tied_again_for_a_dense_checkpoint(
     assert model.encoder.weight is model.decoder.weight
     trainer.test(model, data, ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
     assert model.encoder.factorization is not model.decoder.factorization
+
+
+def test_yaml_and_help_show_the_fields_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = {"class_path": "TransformCoding", "init_args": {"ratio": 8, "bits": 4, "refine_at_epochs": [2]}}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"trainer": {"callbacks": [callback], "logger": False}}))
+
+    def parse(*words: str) -> LightningCLI:
+        return LightningCLI(BoringModel, run=False, args=list(words), save_config_callback=None)
+
+    (found,) = (one for one in parse("--config", str(config)).trainer.callbacks if isinstance(one, TransformCoding))  # type: ignore[attr-defined]
+    assert found.config == TransformCodingConfig(bits=4)
+    assert found.refine_at_epochs == [2]
+    with pytest.raises(SystemExit):
+        parse("--trainer.callbacks.help=TransformCoding")
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("callbacks.bits", "every component of every group", "callbacks.at_epoch", "Epoch at whose start"):
+        assert part in shown
+    assert "callbacks.method" not in shown
+    config.write_text(config.read_text().replace('"bits"', '"bit"'))
+    with pytest.raises(SystemExit):
+        parse("--config", str(config))
+    assert "bit" in capsys.readouterr().err

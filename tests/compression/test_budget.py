@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.compression.budget import parse_size
+from lightning_embcompress.compression.budget import Budget, parse_size
 from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, plan_of
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.methods.registry import METHODS
+from lightning_embcompress.methods.registry import METHODS, TransformCodingConfig
 
 _METHODS = sorted(METHODS)
 _IDS = torch.tensor([[1, 5, 499], [0, 5, 17]])
@@ -282,3 +282,32 @@ def test_untying_at_a_ratio_that_cannot_be_reached_names_one_that_can() -> None:
         compress(_Model(tied=True), "low_rank", ratio=60, tie="untie")
     reachable = float(re.findall(r"bytes \(([0-9.]+)x\); ask for less", str(raised.value))[0])
     assert compress(_Model(tied=True), "low_rank", ratio=reachable, tie="untie").ratio >= reachable
+
+
+@pytest.mark.parametrize("tie", ["keep", "untie"])
+def test_bits_per_weight_are_those_of_all_weights(tie: Any) -> None:
+    model = _Model(2000, tied=True)
+    # By steps of a rank, or of one for each of two tables.
+    plan = compress(model, "low_rank", bits_per_weight=8, tie=tie)
+    assert plan.bits_per_weight <= 8
+    assert compress(_Model(2000, tied=True), "low_rank", ratio=4, tie=tie) == plan
+    assert plan.bits_per_weight == pytest.approx(8 * plan.stored_bytes / (2000 * 16))
+    assert all(table.bits_per_weight == pytest.approx(32 / table.ratio) for table in plan.tables)
+
+
+def test_the_default_method_and_configs() -> None:
+    plan = compress(_Model(2000), ratio=8, token_counts=_counts(2000))
+    assert {table.method for table in plan.tables} == {"transform_coding"}
+    config = TransformCodingConfig(bits=4)
+    plans = [compress(_Model(2000), config, ratio=8, token_counts=_counts(2000))]
+    plans += [compress(_Model(2000), "transform_coding", bits=4, ratio=8, token_counts=_counts(2000))]
+    assert plans[0] == plans[1]
+    assert plans[0].tables[0].options == {"bits": 4}
+    with pytest.raises(ValueError, match="'groups'"):
+        compress(_Model(2000), config, ratio=8, groups=3)
+
+
+@pytest.mark.parametrize("budget", [{}, {"ratio": 2, "size": 5}, {"ratio": 0.5}, {"bits_per_weight": 0}, {"size": "x"}])
+def test_budgets_out_of_their_range(budget: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=list(budget)[-1] if budget else "exactly one"):
+        Budget(**budget)

@@ -1,0 +1,139 @@
+"""A method that nobody has heard of: a class of its own and a line in the registry, and everything works with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_embcompress import (
+    EmbeddingCompression,
+    compress,
+    load_compressed,
+    load_from_checkpoint,
+    plan_of,
+    save_compressed,
+)
+from lightning_embcompress.methods.base import Factorization
+from lightning_embcompress.methods.registry import METHODS, Method, MethodConfig
+from lightning_embcompress.methods.specs import positive_integers, stored_bytes
+from toys import LanguageModel, loaders, quiet_trainer
+
+
+@dataclass(frozen=True)
+class FirstColumnsConfig(MethodConfig):
+    """The first columns of a table, and zeros.
+
+    Attributes:
+        columns: How many, instead of a budget.
+    """
+
+    method: ClassVar[str] = "first_columns"
+    description: ClassVar[str] = "The first columns of the table"
+    size_fields: ClassVar[tuple[str, ...]] = ("columns",)
+
+    columns: int | None = None
+
+
+class FirstColumns(Factorization[FirstColumnsConfig]):
+    """A table whose last columns are zeros."""
+
+    kind = "first_columns"
+    config_class = FirstColumnsConfig
+
+    def __init__(self, vocab_size: int, dim: int, columns: int, dtype: Any = None, device: Any = None) -> None:
+        super().__init__(vocab_size, dim)
+        self.first = nn.Parameter(torch.zeros(vocab_size, columns, dtype=dtype, device=device))
+
+    def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
+        return F.pad(self.first[ids], (0, self.dim - self.first.shape[1]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden[..., : self.first.shape[1]], self.first)
+
+    def structure(self) -> dict[str, Any]:
+        shape = {"vocab_size": self.vocab_size, "dim": self.dim, "columns": self.first.shape[1]}
+        return {"kind": self.kind, **shape}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: Any = None) -> FirstColumns:
+        return cls(*positive_integers(spec, "vocab_size", "dim", "columns"), dtype, device)
+
+    @classmethod
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: Any = None) -> int:
+        empty = cls(vocab_size, dim, (options and options.columns) or 1, device="meta")
+        return stored_bytes(empty.first.numel() * itemsize, 1, empty.structure())
+
+    @classmethod
+    def decompose(
+        cls, weight: Tensor, max_bytes: int, token_counts: Any = None, options: Any = None, advance: Any = None
+    ) -> Any:
+        vocab_size, dim = weight.shape
+        columns = (options and options.columns) or (max_bytes - 300) // (vocab_size * weight.element_size())
+        factors = cls(vocab_size, dim, columns, weight.dtype, weight.device)
+        return factors.refined(weight, max_bytes)
+
+    @torch.no_grad()
+    def refined(
+        self, target: Tensor, max_bytes: int, token_counts: Any = None, options: Any = None, advance: Any = None
+    ) -> Any:
+        self.first.copy_(target[:, : self.first.shape[1]])
+        return self
+
+
+class FirstColumnsCallback(EmbeddingCompression, config=FirstColumnsConfig):
+    """The method as a callback."""
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, FirstColumnsConfig.method, Method(FirstColumnsConfig, FirstColumns))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_compresses_and_is_saved_and_loaded(tied: bool, tmp_path: Path) -> None:
+    model, expected, fresh = (LanguageModel(tied=tied) for _ in range(3))
+    plan = compress(model, "first_columns", ratio=2)
+    assert plan.ratio >= 2
+    assert compress(expected, FirstColumnsConfig(), ratio=2) == plan
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(model(ids), expected(ids))
+    save_compressed(model, tmp_path / "saved")
+    load_compressed(tmp_path / "saved", fresh)
+    assert torch.equal(model(ids), fresh(ids))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: EmbeddingCompression("first_columns", columns=4, at_epoch=1, refine_at_epochs=[2]),
+        lambda: FirstColumnsCallback(columns=4, at_epoch=1, refine_at_epochs=[2]),
+    ],
+)
+def test_it_trains_resumes_and_is_reported(make: Callable[[], EmbeddingCompression], tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = LanguageModel()
+    quiet_trainer(tmp_path, make(), keep, max_epochs=4, enable_checkpointing=True).fit(whole, **loaders())
+    (table, *_) = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert (table["method"], table["structure"]) == ("first_columns", "columns 4")
+    assert table["bits_per_weight"] == pytest.approx(32 / table["ratio"])
+    for epoch in (0, 1):
+        resumed, path = LanguageModel(), tmp_path / f"epoch={epoch}.ckpt"
+        quiet_trainer(tmp_path / str(epoch), make(), max_epochs=4).fit(resumed, **loaders(), ckpt_path=path)
+        torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
+    assert plan_of(load_from_checkpoint(LanguageModel, tmp_path / "epoch=3.ckpt")) == plan_of(whole)
+
+
+def test_its_mistakes_are_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"columns"):
+        compress(LanguageModel(), "first_columns", ratio=2, columns=3)
+    with pytest.raises(ValueError, match=r"'colums' \(did you mean 'columns'"):
+        FirstColumnsCallback(colums=3)
