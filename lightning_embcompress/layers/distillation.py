@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from lightning_embcompress.layers.chunked_loss import Objective, rows_of_chunk
+from lightning_embcompress.layers.objective import Objective, rows_of_chunk
 from lightning_embcompress.methods.numerics.gram import compute_dtype
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_embcompress.layers import chunked_loss
-from lightning_embcompress.layers.chunked_loss import Objective, loss_of_head, loss_of_logits
+from lightning_embcompress.layers.chunked_loss import loss_of_head, loss_of_logits
 from lightning_embcompress.layers.compressed import CompressedLinear
 from lightning_embcompress.layers.fused_loss import check_shapes, fused_cross_entropy
+from lightning_embcompress.layers.objective import Objective
 from lightning_embcompress.methods.kernels.choice import uncompiled
 
 

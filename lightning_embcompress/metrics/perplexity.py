@@ -73,35 +73,6 @@ def token_negative_log_likelihood(logits: Tensor, targets: Tensor, ignore_index:
     return torch.where(scored, torch.cat(chunks), 0.0).reshape(targets.shape)
 
 
-def perplexity(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Return the perplexity of the targets, without building the softmax.
-
-    Args:
-        logits: Unnormalised scores, floating point, shape ``[*, vocab_size]``.
-        targets: Ids of the true tokens, int64, shape ``[*]``.
-        ignore_index: Target value that is not scored.
-
-    Returns:
-        Perplexity, a float64 scalar; NaN if no target is scored.
-
-    Raises:
-        ValueError: If the shapes do not agree.
-        TypeError: If a dtype is not the expected one.
-
-    Example:
-        >>> import torch
-        >>> perplexity(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))
-        tensor(4.0000, dtype=torch.float64)
-    """
-    nll_sum, count = _sums(logits, targets, ignore_index)
-    return (nll_sum / count).exp()
-
-
-def _sums(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    nll = token_negative_log_likelihood(logits, targets, ignore_index)
-    return nll.sum(dtype=_accumulator(nll.device)), targets.ne(ignore_index).sum()
-
-
 def _accumulator(device: torch.device) -> torch.dtype:
     # A float32 sum stops growing properly after about 10^7 tokens, the length of the common test sets; Apple's MPS has
     # no float64.
@@ -191,7 +162,8 @@ class Perplexity(LikelihoodSums):
             TypeError: If a dtype is not the expected one.
         """
         if logits is not None and targets is not None and nll_sum is None and count is None:
-            nll_sum, count = _sums(logits, targets, self.ignore_index)
+            nll = token_negative_log_likelihood(logits, targets, self.ignore_index)
+            nll_sum, count = nll.sum(dtype=_accumulator(nll.device)), targets.ne(self.ignore_index).sum()
         elif nll_sum is None or count is None or logits is not None or targets is not None:
             raise ValueError("Give either `logits` and `targets`, or `nll_sum` and `count`.")
         self.nll_sum += nll_sum.detach().to(self.nll_sum)

@@ -94,15 +94,3 @@ def test_overwriting_what_is_needed_raises() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_autocast() -> None:
-    hidden, weight, targets = _case()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = F.linear(hidden, weight)
-        assert logits.dtype == torch.bfloat16
-        loss, _ = full_softmax_loss(logits, targets)
-    loss.backward()
-    assert loss.item() == pytest.approx(F.cross_entropy(logits.detach().float(), targets).item(), rel=1e-6)
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32

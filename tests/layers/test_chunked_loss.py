@@ -111,22 +111,19 @@ def test_gradients_are_those_of_the_loss(head: nn.Module) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, *values), fast_mode=True)
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_the_graph_can_be_run_twice_but_not_differentiated() -> None:
     head = _linear()
     hidden, targets = _data()
-    loss, _ = head_softmax_loss(head, hidden, targets)
-    with pytest.raises(RuntimeError, match="can be differentiated only once, but create_graph=True"):
-        torch.autograd.grad(loss, hidden, create_graph=True)
-
-
-def test_the_graph_can_be_run_twice() -> None:
-    head = _linear()
-    hidden, targets = _data()
-    loss, _ = head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)
-    loss.backward(retain_graph=True)
-    once = _gradients(head, hidden)
-    loss.backward()
-    torch.testing.assert_close(_gradients(head, hidden), once)
+    for loss in (
+        _all_logits(head, hidden, targets)[0],
+        head_softmax_loss(head, hidden, targets, chunk_tokens=CHUNK)[0],
+    ):
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
+        loss.backward(retain_graph=True)
+        once = _gradients(head, hidden)
+        loss.backward()
+        torch.testing.assert_close(_gradients(head, hidden), once)
 
 
 @pytest.mark.parametrize("frozen", [["hidden"], ["bias"], ["weight", "bias"], ["hidden", "weight"]])
@@ -278,9 +275,9 @@ def test_statistics_are_the_same(method: str | None, frozen_backbone: bool, monk
 def test_mistakes() -> None:
     head = _linear()
     hidden, targets = _data()
-    with pytest.raises(ValueError, match=r"shape \(23, 8\) need targets of shape \(23,\).*\(22,\)"):
+    with pytest.raises(ValueError, match="targets"):
         head_softmax_loss(head, hidden, targets[1:])
-    with pytest.raises(ValueError, match="chunk_tokens must be at least 1, it is 0"):
+    with pytest.raises(ValueError, match="chunk_tokens"):
         head_softmax_loss(head, hidden, targets, chunk_tokens=0)
     outside = torch.ones(VOCAB_SIZE, dtype=torch.float64, requires_grad=True)
 
@@ -296,7 +293,7 @@ def test_mistakes() -> None:
 
 def test_several_processes(torchrun: Callable[..., str]) -> None:
     """DDP and FSDP2 with tables that are tied, frozen or units of their own."""
-    assert torchrun(Path(__file__).parent / "workers" / "head_loss.py").count("as one process") == 2
+    assert torchrun(Path(__file__).parent / "workers" / "chunked_loss.py").count("as one process") == 2
 
 
 def test_many_tokens_of_one_chunk_in_float16() -> None:
