@@ -17,6 +17,7 @@ from lightning_embcompress.calibration.statistics import Statistics, collect_sta
 from lightning_embcompress.compression.plan import compress, densify
 from lightning_embcompress.layers.full_softmax import full_softmax_loss
 from lightning_embcompress.tables.replacement import find_tables
+from toys import gpt2
 
 VOCAB_SIZE, EMBEDDING_DIM, HEAD_DIM, IGNORED = 90, 5, 6, -100
 
@@ -278,16 +279,8 @@ def test_batches_that_are_not_finite(model: Recurrent, recwarn: pytest.WarningsR
         collect_statistics(model, iter([]), loss_fn)
 
 
-def _gpt2() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    return GPT2LMHeadModel(config).double()
-
-
 def test_tied_gpt2() -> None:
-    model = _gpt2()
+    model = gpt2(vocab_size=VOCAB_SIZE, n_positions=8, n_embd=8).double()
     ids = torch.stack([x for x, _ in batches(1)][0:1]).flatten(0, 1)[:2].repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[0, 3:] = 0

@@ -57,63 +57,50 @@ def test_shards(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [file.name for file in find_source(str(folder)).weights] == ["a.safetensors", "b.safetensors"]
     (folder / "b.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"not a whole model: b.safetensors of its 2 files of weights is missing"
-    ):
-        find_source(str(folder))
-    (folder / "a.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a.safetensors, b.safetensors of its 2 files of weights are missing"):
+    with pytest.raises(FileNotFoundError, match=r"b.safetensors of its 2 files of weights is missing"):
         find_source(str(folder))
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"model.safetensors.index.json' is damaged: 'weight_map' is None"):
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json' .*'weight_map' is None"):
         find_source(str(folder))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "config.json' is damaged"),
-        ("[]", "config.json' is damaged: it is no mapping"),
-        ({"hidden": 3}, "has no 'model_type'"),
-        ({"model_type": "gpt2"}, "is not a whole model: it has none of model.safetensors, "),
-        (
-            {"model_type": "gpt2", "quantization_config": {"quant_method": "gptq"}},
-            "is quantized by 'gptq', which would be lost: start from the model before it was quantized",
-        ),
+        ("{", r"config.json' is damaged"),
+        ("[]", r"config.json' is damaged"),
+        ({"hidden": 3}, "'model_type'"),
+        ({"model_type": "gpt2"}, r"none of model.safetensors, "),
+        ({"model_type": "gpt2", "quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
     ],
 )
 def test_directories_that_are_no_model(config: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=message.replace(".", r"\.")):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         find_source(str(_write(tmp_path / "model", config)))
 
 
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("epoch=1.ckpt", "to read a checkpoint in it, name the file, for example "),
+        ("epoch=1.ckpt", "name the file, for example .*epoch=1.ckpt"),
         (".metadata", "python -m lightning.pytorch.utilities.consolidate_checkpoint"),
-        ("adapter_config.json", "it is an adapter of PEFT: merge it into its model first"),
-        ("notes.txt", "give a directory that save_pretrained or save_compressed has written"),
+        ("adapter_config.json", "merge_and_unload"),
+        ("notes.txt", "save_pretrained or save_compressed"),
     ],
 )
 def test_directories_without_a_configuration(file: str, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("")
-    with pytest.raises(FileNotFoundError, match="it has no config.json") as caught:
+    with pytest.raises(FileNotFoundError, match=f"it has no config.json.*{message}"):
         find_source(str(tmp_path))
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [
-        ("recipe.yaml", "recipe.yaml' is no model; if it is a recipe: embcompress run "),
-        ("model.safetensors", "model.safetensors' is a part of a model: give its directory"),
-        ("last.ckpt", r"last.ckpt' is not a checkpoint of Lightning's Trainer: it was cut short .* \(4 bytes\)"),
-    ],
+    [("recipe.yaml", "embcompress run "), ("model.safetensors", "give its directory"), ("last.ckpt", r"\(4 bytes\)")],
 )
 def test_files_that_are_no_checkpoint(file: str, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("text")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{file}' .*{message}"):
         find_source(str(tmp_path / file))
 
 
@@ -124,7 +111,7 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("huggingface_hub.snapshot_download", never)
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
-    for name in (
+    for name in [
         "last.ckpt",
         "./gpt2",
         "/no/such/model",
@@ -132,7 +119,7 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "~no-one-of-this-name/x",
         "a/b/c",
         "absent.json",
-    ):
+    ]:
         with pytest.raises(FileNotFoundError, match="there is no file or directory "):
             find_source(name)
 
@@ -148,18 +135,13 @@ def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     source = find_source("someone/model")
-    assert (source.name, source.path, source.weights[0].name) == (
-        "someone/model",
-        tmp_path / "cache",
-        "pytorch_model.bin",
-    )
+    assert (source.name, source.path) == ("someone/model", tmp_path / "cache")
+    assert source.weights[0].name == "pytorch_model.bin"
     assert len(asked) == 2, "other weights are only asked for where there are no safetensors"
 
     def fail(*args: Any, **kwargs: Any) -> str:
         raise OSError("no\nconnection")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(
-        FileNotFoundError, match="'gpt3', and it cannot be read from the Hugging Face hub: no connection"
-    ):
+    with pytest.raises(FileNotFoundError, match="'gpt3', .*: no connection"):
         find_source("gpt3")

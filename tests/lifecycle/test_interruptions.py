@@ -135,6 +135,7 @@ def _assert_survives_a_kill(outcomes: SimpleNamespace, name: str, epoch: int, la
     _assert_goes_on_as(outcomes.whole, folder, checkpoint, case=outcomes.case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "epoch", "last"), KILLED)
 def test_a_killed_process(untied: SimpleNamespace, name: str, epoch: int, last: int) -> None:
     _assert_survives_a_kill(untied, name, epoch, last)
@@ -190,6 +191,7 @@ def _assert_survives_an_interruption(
     _assert_goes_on_as(outcomes.whole, folder, last, case=outcomes.case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "name", "epoch", "code", "compressed"), INTERRUPTED)
 def test_an_interrupted_process(
     untied: SimpleNamespace, how: str, name: str, epoch: int, code: int, compressed: bool
@@ -205,6 +207,7 @@ def test_an_interrupted_process_with_a_tied_table(
     _assert_survives_an_interruption(tied, how, name, epoch, code, compressed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "epoch"), [("solving", 2), ("replacing", 2), ("replacing", 4)])
 def test_ctrl_c_before_the_first_step_of_an_epoch(
     untied: SimpleNamespace, tmp_path: Path, name: str, epoch: int

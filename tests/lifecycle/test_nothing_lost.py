@@ -129,6 +129,7 @@ def _checkpoint(folder: Path, epoch: int) -> Path:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logs", [True, False], ids=["csv", "root"])
 def test_moving_and_copying_the_folder(tmp_path: Path, logs: bool) -> None:
     here, there, copy = (tmp_path / name for name in ("here", "there", "copy"))
@@ -154,6 +155,7 @@ def test_moving_and_copying_the_folder(tmp_path: Path, logs: bool) -> None:
     _assert_equal(worker.fit(tmp_path / "again", ckpt_path=_checkpoint(there, 3)), whole)
 
 
+@pytest.mark.slow
 def test_moving_a_folder_with_a_run_that_was_resumed(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     whole = worker.fit(tmp_path / "whole")

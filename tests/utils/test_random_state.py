@@ -184,5 +184,7 @@ def test_alone_one_process_gathers_its_own() -> None:
     assert gather_over_processes({"a": 1}) == [{"a": 1}]
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_every_process_gets_all_states_by_rank(torchrun: Callable[..., str]) -> None:
     assert torchrun(Path(__file__).parent / "workers" / "gather_random_states.py").count("passed") == 2
