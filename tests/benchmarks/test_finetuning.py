@@ -6,8 +6,6 @@ rows, such as `-k "dense or transform_coding"`. All rows take the same batches, 
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import sys
 import time
@@ -19,11 +17,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.compression.plan import compress, plan_of
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
@@ -31,7 +27,7 @@ from lightning_embcompress.quantization.aware import convert_qat, prepare_qat
 
 pytestmark = pytest.mark.timeout(7200)
 
-BATCH_SIZE, SEQ_LEN, WINDOWS = 40, 35, 40
+BATCH_SIZE = 40
 LEARNING_RATE = 2e-4
 STEPS = int(os.environ.get("EMBCOMPRESS_FINETUNING_STEPS", "600"))
 TABLES = ["encoder", "decoder"]
@@ -90,48 +86,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def dense(wikitext: Any) -> LSTMLanguageModel:
-    config = wikitext.saved["config"]
-    model = LSTMLanguageModel(
-        config["vocab_size"], config["dim"], config["dim"], num_layers=config["layers"], dropout=0.2
-    )
-    model.load_state_dict(wikitext.state_dict)
-    return model.eval()
-
-
-def windows(streams: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets, `[batch_size, seq_len]`."""
-    starts = range(0, count * SEQ_LEN, SEQ_LEN)
-    return [(streams[at : at + SEQ_LEN].T, streams[at + 1 : at + SEQ_LEN + 1].T) for at in starts]
-
-
-@pytest.fixture(scope="module")
-def statistics(wikitext: Any, dense: LSTMLanguageModel) -> Statistics:
-    batches = windows(wikitext.streams("train", 20), 200)
-    state: Any = None
-
-    def loss(model: LSTMLanguageModel, batch: tuple[Tensor, Tensor]) -> Tensor:
-        nonlocal state
-        hidden, after = model.hidden_states(batch[0], state)
-        state = (after[0].detach(), after[1].detach())
-        return torch.nn.functional.cross_entropy(model.decoder(hidden).flatten(0, 1), batch[1].flatten())
-
-    return collect_statistics(copy.deepcopy(dense), batches, loss, token_counts=wikitext.counts)
-
-
-@torch.no_grad()
-def perplexity(model: LSTMLanguageModel, batches: list[tuple[Tensor, Tensor]]) -> float:
-    model.eval()
-    state, total, count = None, 0.0, 0
-    for inputs, targets in batches:
-        hidden, state = model.hidden_states(inputs, state)
-        logits = model.decoder(hidden).flatten(0, 1)
-        total += float(torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum"))
-        count += targets.numel()
-    return math.exp(total / count)
-
-
 def linear(optimizer: Any) -> LambdaLR:
     """Up for a twentieth of the steps, and down to nothing."""
     rise = STEPS / 20
@@ -173,32 +127,29 @@ def found() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_finetuning(
-    benchmark: Any, wikitext: Any, dense: LSTMLanguageModel, found: dict[str, float], name: str, request: Any
-) -> None:
+def test_finetuning(benchmark: Any, wikitext: Any, found: dict[str, float], name: str, request: Any) -> None:
     row = ROWS[name]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    text = windows(wikitext.streams("valid", BATCH_SIZE), WINDOWS)
-    batches = windows(wikitext.streams("train", BATCH_SIZE), STEPS)
-    model = copy.deepcopy(dense).train()
+    batches = wikitext.windows("train", BATCH_SIZE, STEPS)
+    dense, model = wikitext.model(), wikitext.model().train()
     dense_bytes = sum(model.get_submodule(path).get_parameter("weight").nbytes for path in TABLES)
     values: dict[str, float] = {}
 
     def run() -> None:
-        values["dense"] = perplexity(copy.deepcopy(dense), text)
+        values["dense"] = wikitext.perplexity(dense)
         if row.method is not None:
             known = request.getfixturevalue("statistics") if row.statistics else None
             compress(model, row.method, ratio=row.ratio, token_counts=wikitext.counts, statistics=known, **row.options)
         if row.bits is not None or row.method == "transform_coding":
             quantization = Quantization(row.bits or 8, row.group_size)
             prepare_qat(model, quantization, TABLES if row.method is None else "auto")
-        values["before"] = perplexity(model, text)
+        values["before"] = wikitext.perplexity(model)
         model.train()
-        values["seconds"] = train(model, copy.deepcopy(dense), batches, row)
+        values["seconds"] = train(model, wikitext.model(), batches, row)
         if any(factors.is_prepared for factors in factorizations(model)):
             convert_qat(model)
-        values["after"] = perplexity(model, text)
+        values["after"] = wikitext.perplexity(model)
 
     benchmark.pedantic(run, rounds=1)
     plan = plan_of(model)

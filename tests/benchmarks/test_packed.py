@@ -5,13 +5,11 @@ The comparison of lookups needs torchao.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from measure import Side, in_turns
 from torch import nn
 
 from lightning_embcompress.methods.quantizers.quantization import Quantization
@@ -35,37 +33,19 @@ def _packed(rank: int, bits: int) -> Any:
     return _factors(rank).prepared(Quantization(bits)).converted()
 
 
-def _seconds(run: Callable[[], Any], rounds: int) -> float:
-    """Least time of several rounds, after one that warms up; of the processor, which others may share."""
-    run()
-    taken = []
-    for _ in range(rounds):
-        start = time.thread_time()
-        run()
-        taken.append(time.thread_time() - start)
-    return min(taken)
-
-
-def _in_turns(first: Callable[[], Any], second: Callable[[], Any], pairs: int, rounds: int) -> tuple[float, float]:
-    """Seconds of both, those of the pair whose ratio is the median."""
-    taken = [(_seconds(first, rounds), _seconds(second, rounds)) for _ in range(pairs)]
-    return sorted(taken, key=lambda pair: pair[0] / pair[1])[pairs // 2]
-
-
 @pytest.mark.parametrize(("bits", "least"), [(8, 3), (4, 3), (6, 1)])
 @torch.no_grad()
 def test_logits_of_one_state(benchmark, bits: int, least: float) -> None:
     floats, packed, hidden = _factors(RANK), _packed(RANK, bits), torch.randn(1, DIM)
     error = float((packed.logits(hidden).double() - hidden.double() @ packed.materialize().double().T).abs().max())
-    slow, fast = _in_turns(lambda: floats.logits(hidden), lambda: packed.logits(hidden), 9, 20)
-    benchmark.pedantic(lambda: packed.logits(hidden), rounds=5)
-    benchmark.extra_info.update(ratio=slow / fast, error=error)
-    sys.stdout.write(
-        f"\nlogits of one state, {VOCAB_SIZE} x {DIM}, rank {RANK}: float32 factors {slow * 1e3:.2f} ms, {bits} bits "
-        f"{fast * 1e3:.2f} ms, {slow / fast:.1f} times as fast, error {error:.0e} (one thread)\n"
-    )
+    print(f"\nlogits of one state, {VOCAB_SIZE} x {DIM}, rank {RANK}, error {error:.0e}", end="")
+    sides = {
+        "float32 factors": Side(lambda: floats.logits(hidden)),
+        f"{bits} bits": Side(lambda: packed.logits(hidden)),
+    }
+    found = benchmark.pedantic(lambda: in_turns(sides, 9), rounds=1)[f"{bits} bits"]
     assert error < 1e-4
-    assert slow / fast >= least
+    assert found.ratio >= least
 
 
 @pytest.mark.parametrize(("ratio", "least"), [(64, 50), (16, 15)])
@@ -84,11 +64,7 @@ def test_lookup_against_torchao(benchmark, ratio: int, least: float) -> None:
         if _packed(rank, 4).stored_bytes() <= dense / ratio
     )
     packed, ids = _packed(rank, 4), torch.randint(VOCAB_SIZE, (2048,), generator=torch.Generator().manual_seed(1))
-    theirs, ours = _in_turns(lambda: table(ids), lambda: packed.rows(ids), 5, 3)
-    benchmark.pedantic(lambda: packed.rows(ids), rounds=5)
-    benchmark.extra_info.update(ratio=theirs / ours, rank=rank)
-    sys.stdout.write(
-        f"\nlookup of 2,048 ids, {VOCAB_SIZE} x {DIM} in int4: torchao {theirs * 1e3:.0f} ms, packed factors at "
-        f"{ratio}x (rank {rank}) {ours * 1e3:.2f} ms, {theirs / ours:.0f} times as fast (one thread)\n"
-    )
-    assert theirs / ours >= least
+    print(f"\nlookup of 2,048 ids, {VOCAB_SIZE} x {DIM} in int4, at {ratio}x (rank {rank})", end="")
+    sides = {"torchao": Side(lambda: table(ids)), "packed factors": Side(lambda: packed.rows(ids))}
+    found = benchmark.pedantic(lambda: in_turns(sides, 5), rounds=1)["packed factors"]
+    assert found.ratio >= least

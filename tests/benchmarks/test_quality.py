@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,17 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
+from measure import threads
 
-from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
+from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.methods.registry import Quantization
+from lightning_embcompress.modules import LSTMLanguageModel
 from lightning_embcompress.quantization.aware import quantize_tables
 
 pytestmark = pytest.mark.timeout(3600)
-
-STREAMS, STEPS, WINDOWS = 40, 35, 40
 
 PAPER = {
     f"group_reduce paper, {groups} groups, {rounds} rounds": (
@@ -50,19 +47,10 @@ OURS = {
 }
 
 
-class Model(nn.Module):
-    def __init__(self, vocab_size: int, dim: int, layers: int) -> None:
-        super().__init__()
-        self.encoder = nn.Embedding(vocab_size, dim)
-        self.lstm = nn.LSTM(dim, dim, layers)
-        self.decoder = nn.Linear(dim, vocab_size)
-
-
 @dataclass
 class Problem:
-    model: Model
-    counts: Tensor
-    text: Tensor
+    wikitext: Any
+    model: LSTMLanguageModel
     statistics: Statistics
     dense: float
 
@@ -74,57 +62,24 @@ class Problem:
     def excess(self, name: str, method: str, ratio: float, statistics: Statistics | None, **options: Any) -> float:
         smaller = copy.deepcopy(self.model)
         start = time.perf_counter()
-        plan = compress(smaller, method, ratio=ratio, token_counts=self.counts, statistics=statistics, **options)
+        plan = compress(
+            smaller, method, ratio=ratio, token_counts=self.wikitext.counts, statistics=statistics, **options
+        )
         taken = time.perf_counter() - start
         assert plan.ratio >= ratio
-        value = perplexity(smaller, self.text)
+        value = self.wikitext.perplexity(smaller)
         predicted = "" if plan.predicted_loss is None else f", predicted {plan.predicted_loss:.4f}"
         more = f", {taken:.1f} s{predicted}, measured {math.log(value / self.dense):.4f} nats"
         return self.say(name, plan.ratio, value, more)
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, text: Tensor) -> float:
-    state, total, count = None, 0.0, 0
-    for start in range(0, len(text) - 1, STEPS):
-        targets = text[start + 1 : start + 1 + STEPS]
-        hidden, state = model.lstm(model.encoder(text[start : start + len(targets)]), state)
-        logits = model.decoder(hidden)
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-        count += targets.numel()
-    return math.exp(total / count)
-
-
-class _Loss:
-    """The mean loss of windows that follow each other."""
-
-    state: Any = None
-
-    def __call__(self, model: Model, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, targets = batch
-        hidden, state = model.lstm(model.encoder(inputs), self.state)
-        self.state = tuple(part.detach() for part in state)
-        return nn.functional.cross_entropy(model.decoder(hidden.flatten(0, 1)), targets.flatten())
-
-
 @pytest.fixture(scope="module")
-def problem(wikitext: Any) -> Iterator[Problem]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    config, counts = wikitext.saved["config"], wikitext.counts
-    model = Model(config["vocab_size"], config["dim"], config["layers"]).eval()
-    model.load_state_dict(wikitext.state_dict)
-    train = wikitext.streams("train", 20)
-    starts = range(0, 200 * STEPS, STEPS)
-    batches = [(train[start : start + STEPS], train[start + 1 : start + STEPS + 1]) for start in starts]
-    start = time.perf_counter()
-    statistics = collect_statistics(model, batches, _Loss(), token_counts=counts)
-    taken = time.perf_counter() - start
-    text = wikitext.streams("valid", STREAMS)[: STEPS * WINDOWS]
-    dense = perplexity(model, text)
-    sys.stdout.write(f"\n{text.numel()} tokens of validation text, dense {dense:.2f}; statistics in {taken:.0f} s\n")
-    yield Problem(model, counts, text, statistics, dense)
-    torch.set_num_threads(threads)
+def problem(wikitext: Any, statistics: Statistics) -> Iterator[Problem]:
+    with threads():
+        model = wikitext.model()
+        dense = wikitext.perplexity(model)
+        print(f"\n56,000 tokens of validation text, dense {dense:.2f}")
+        yield Problem(wikitext, model, statistics, dense)
 
 
 @pytest.mark.parametrize("ratio", [4.0, 8.0, 16.0])
@@ -155,7 +110,7 @@ def test_quantized_factors(benchmark: Any, problem: Problem) -> None:
         for bits in (4, 3, 2):
             smaller = copy.deepcopy(problem.model)
             ratio = quantize_tables(smaller, Quantization(bits, group_size=32), ["encoder", "decoder"]).ratio
-            rounded[ratio] = problem.say(f"int{bits} of the dense tables", ratio, perplexity(smaller, problem.text))
+            rounded[ratio] = problem.say(f"int{bits} of the dense tables", ratio, problem.wikitext.perplexity(smaller))
             found[ratio] = problem.excess("transform_coding", "transform_coding", ratio, problem.statistics)
         for ratio in wanted:
             found[ratio] = problem.excess("transform_coding", "transform_coding", ratio, problem.statistics)
@@ -168,14 +123,15 @@ def test_quantized_factors(benchmark: Any, problem: Problem) -> None:
 def test_within_a_loss(benchmark: Any, problem: Problem) -> None:
     smaller = copy.deepcopy(problem.model)
 
-    def evaluate(model: nn.Module) -> float:
-        return perplexity(model, problem.text)
-
     def run() -> None:
         plan = compress(
-            smaller, "transform_coding", max_perplexity_increase="1%", statistics=problem.statistics, evaluate=evaluate
+            smaller,
+            "transform_coding",
+            max_perplexity_increase="1%",
+            statistics=problem.statistics,
+            evaluate=problem.wikitext.perplexity,
         )
-        excess = problem.say("max_perplexity_increase 1%", plan.ratio, evaluate(smaller))
+        excess = problem.say("max_perplexity_increase 1%", plan.ratio, problem.wikitext.perplexity(smaller))
         assert 0.008 <= excess <= 0.01
 
     benchmark.pedantic(run, rounds=1)

@@ -7,13 +7,11 @@ of the batch.
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from measure import Side, in_turns
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer, SparseAdam
 
@@ -51,11 +49,6 @@ class _Step:
         self.layer(self._ids()).square().sum().backward()
         self.optimizer.step()
 
-    def seconds(self) -> float:
-        start = time.perf_counter()
-        self()
-        return time.perf_counter() - start
-
 
 def test_step_costs_what_the_batch_touches(benchmark) -> None:
     steps = {
@@ -65,21 +58,10 @@ def test_step_costs_what_the_batch_touches(benchmark) -> None:
         "nn.Embedding, Adam": _Step(nn.Embedding(VOCAB_SIZE, DIM), Adam),
         "nn.Embedding, SparseAdam": _Step(nn.Embedding(VOCAB_SIZE, DIM, sparse=True), SparseAdam),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
     # Optimizers make their state in the first step.
-    for step in steps.values():
-        step()
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            times[name].append(step.seconds())
-    own = times["compressed, SparseAdam"]
-    benchmark.pedantic(steps["compressed, SparseAdam"], rounds=3)
-    for name, of_step in times.items():
-        ratio = statistics.median(other / mine for other, mine in zip(of_step, own, strict=True))
-        benchmark.extra_info[name] = ratio
-        sys.stdout.write(f"\n{name}: {1e3 * statistics.median(of_step):.1f} ms a step, {ratio:.1f} of the sparse one")
-    sys.stdout.write(" (one thread)\n")
-    assert benchmark.extra_info["compressed, Adam"] > 5
-    assert benchmark.extra_info["nn.Embedding, Adam"] > 20
+    found = benchmark.pedantic(lambda: in_turns({name: Side(step) for name, step in steps.items()}, ROUNDS), rounds=1)
+    own = found["compressed, SparseAdam"].seconds
+    assert found["compressed, Adam"].seconds > 5 * own
+    assert found["nn.Embedding, Adam"].seconds > 20 * own
     # A tenth of the words, and of the numbers of a dense step, but hardly less work.
-    assert benchmark.extra_info["compressed, SparseAdam, a tenth of the words"] > 0.4
+    assert found["compressed, SparseAdam, a tenth of the words"].seconds > 0.4 * own

@@ -6,12 +6,10 @@ Run `pytest tests/benchmarks -k statistics -s --benchmark-only`.
 from __future__ import annotations
 
 import os
-import sys
-import time
 
 import pytest
 import torch
-from measure import PeakMemory
+from measure import Side, in_turns
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import collect_statistics
@@ -36,8 +34,6 @@ def loss_fn(model: Model, ids: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def test_the_cost_of_statistics(benchmark) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     model = Model().eval()
     batches = torch.randint(VOCAB_SIZE, (BATCHES, SEQUENCES, STEPS + 1))
@@ -47,25 +43,11 @@ def test_the_cost_of_statistics(benchmark) -> None:
             rows = model.encoder(ids[:, :-1]).detach().requires_grad_()
             torch.autograd.grad(loss_fn(model, ids, rows), rows)
 
-    sides = {"passes": passes, "statistics": lambda: collect_statistics(model, batches, loss_fn)}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    peaks: dict[str, int] = {}
-
-    def run() -> None:
-        for name, side in sides.items():
-            with PeakMemory() as memory:
-                side()
-            peaks[name] = memory.bytes
-        for _ in range(ROUNDS):
-            for name, side in sides.items():
-                start = time.perf_counter()
-                side()
-                seconds[name].append((time.perf_counter() - start) / BATCHES)
-
-    benchmark.pedantic(run, rounds=1)
-    torch.set_num_threads(threads)
-    for name in sides:
-        sys.stdout.write(f"\n{name}: {min(seconds[name]):.3f} s a batch, {peaks[name] / 1e6:.0f} MB at most\n")
-    assert min(seconds["statistics"]) < 1.3 * min(seconds["passes"])
+    sides = {
+        "passes": Side(passes),
+        "statistics": Side(lambda: collect_statistics(model, batches, loss_fn)),
+    }
+    found = benchmark.pedantic(lambda: in_turns(sides, ROUNDS, os.cpu_count() or 1), rounds=1)
+    assert found["statistics"].ratio > 1 / 1.3
     # Sums over the vocabulary and the dimensions, and logits in small pieces; the logits alone take 93 MB.
-    assert peaks["statistics"] < peaks["passes"] + 40e6
+    assert found["statistics"].peak_bytes < found["passes"].peak_bytes + 40e6
