@@ -19,8 +19,8 @@ from lightning_embcompress.cli.usage import UsageError
 
 _KEY = re.compile(r'Parser key "(\w+)":')
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)", re.DOTALL)
-# Of jsonargparse and argparse.
-_OTHERS = ("help", "config", "print_config")
+# Of argparse and jsonargparse, where shtab is installed for completion too.
+_OTHERS = ("help", "config", "print_config", "print_shtab")
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def say(text: str) -> None:
 def print_table(screen: ScreenTable) -> None:
     """Print a table in the width of the terminal, or wide enough for a log file, which has none of its own."""
     console = Console()
-    (console if console.is_terminal else Console(width=132)).print(screen)
+    (console if console.is_terminal else Console(width=150)).print(screen)
 
 
 def _shape(shape: Sequence[int]) -> str:

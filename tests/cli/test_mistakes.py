@@ -233,6 +233,34 @@ def test_help(shell: Any) -> None:
             shell(command, "--help")
         assert stop.value.code == 0
         assert f"usage: embcompress {command}" in shell.printed()
+    with pytest.raises(SystemExit):
+        shell("compress", "--method", "tensor_train", "--help")
+    assert "--max_rank" in shell.printed()
+
+
+def test_help_and_mistakes_do_not_wait_for_torch() -> None:
+    code = """
+import sys
+from lightning_embcompress.cli.main import main
+for words in (["compress", "a", "b", "--ratio", "four"], ["sweep", "a", "b"], ["compress", "--help"]):
+    try:
+        assert main(words) == 2
+    except SystemExit as left:
+        assert left.code == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_arguments_from_a_file(shell: Any, gpt2: Path) -> None:
+    Path("small.yaml").write_text("target: out\nmethod: tensor_train\nmax_rank: 2\nshape: [8, 4]\ntie: untie\n")
+    assert shell("compress", gpt2, "--config", "small.yaml", "--max_rank", 1) == 0
+    first, second = json.loads(Path("out/config.json").read_text())["quantization_config"]["tables"]
+    assert first["options"] == second["options"] == {"max_rank": 1, "shape": [8, 4]}
+    Path("wrong.yaml").write_text("methods: low_rank\n")
+    assert shell("compress", gpt2, "other", "--config", "wrong.yaml") == 2
+    assert "methods" in shell.error()
 
 
 def test_from_a_real_shell(shell: Any, gpt2: Path) -> None:
