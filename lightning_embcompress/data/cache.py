@@ -126,11 +126,10 @@ def _locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def _without_bars(datasets: Any) -> Iterator[None]:
     """Silence the package's bars: it cannot know the length of a text, ours do."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    were_shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if were_shown:
+            datasets.enable_progress_bars()

@@ -113,7 +113,7 @@ def dataset_rows(rows: Any, text_column: str, name: str) -> TextSource:
                 yield Piece("".join(held), is_last, len(held))
                 held, length = [], 0
 
-    return TextSource(name, [name, text_column], [len(rows), str(rows._fingerprint)], len(rows), pieces)
+    return TextSource(name, [name, text_column, str(rows._fingerprint)], [], len(rows), pieces)
 
 
 def load_splits(dataset: str, config: str | None) -> dict[str, Any]:

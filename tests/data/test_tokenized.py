@@ -8,13 +8,16 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -188,6 +191,25 @@ def test_one_of_two_processes_does_the_work(tmp_path: Path) -> None:
     assert builds.empty(), "both processes read the text"
 
 
+def test_waiting_for_another_process(text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert ids_of(text) == IDS
+    (lock_file,) = (text.parent / "cache").glob("*.lock")
+    held = Event()
+
+    def hold() -> None:
+        with FileLock(lock_file):
+            held.set()
+            time.sleep(1.3)
+
+    thread = Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    with caplog.at_level("INFO"):
+        assert ids_of(text) == IDS
+    thread.join()
+    assert "Another process is preparing" in caplog.text
+
+
 def test_nothing_but_text_needs_datasets() -> None:
     script = """
 import sys
@@ -205,7 +227,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280, check=True)
     assert done.stdout.startswith("low_rank")
     assert "lightning-embcompress[text]" in done.stdout
 
