@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS
 
+from lightning_embcompress.compression.budget import BUDGETS, Budget
+from lightning_embcompress.compression.reference import reference_file
+from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.tables.replacement import Table
 
 
@@ -153,3 +158,47 @@ def check_order(turns: Sequence[Turn]) -> None:
                     f"keep_reference={str(first.reference)!r} of two callbacks would keep table {name!r} as it is at "
                     f"epochs {first.at_epoch} and {second.at_epoch} in the same file: name two folders"
                 )
+
+
+def check_references(folder: Path, tables: Sequence[Table]) -> None:
+    """Refuse to write over dense tables that another run has kept.
+
+    Raises:
+        ValueError: Naming the file.
+    """
+    for table in tables:
+        kept = reference_file(folder, table.name)
+        if kept.exists():
+            raise ValueError(
+                f"keep_reference: {str(kept)!r} is there already, from another run, and would be lost: name another "
+                "folder, or remove it"
+            )
+
+
+def settings_of(config: MethodConfig, budget: Budget | None) -> dict[str, Any]:
+    """Budget and options, as they are kept in checkpoints."""
+    return {**({} if budget is None else budget.given), **config.options}
+
+
+def warn_of_other_settings(kept: Mapping[str, Any] | None, config: MethodConfig, budget: Budget | None) -> None:
+    """Say that tables were compressed with other settings than those that are asked for now.
+
+    Args:
+        kept: The settings of a checkpoint, of this version or an older one; None where it has none.
+        config: Of the method.
+        budget: How small the tables are to become.
+    """
+    if kept is None:
+        return
+    # Older versions kept what was not given, too.
+    defaults = {field.name: field.default for field in fields(config)}
+    known = {
+        name: value
+        for name, value in kept.items()
+        if value is not None and (name in BUDGETS or value != defaults.get(name, value))
+    }
+    if known != (asked := settings_of(config, budget)):
+        rank_zero_warn(
+            f"{asked} is ignored: the tables were compressed with {known} already. Resume from before the "
+            "compression, or add a callback that compresses them again"
+        )

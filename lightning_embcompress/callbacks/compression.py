@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +26,11 @@ from lightning_embcompress.callbacks.checks import (
     check_gradients,
     check_optimizers,
     check_order,
+    check_references,
     check_trainer,
     is_fast_dev_run,
+    settings_of,
+    warn_of_other_settings,
 )
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import make_dense, replace_in_training, uninterrupted
@@ -44,9 +46,8 @@ from lightning_embcompress.callbacks.reporting import (
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
 from lightning_embcompress.callbacks.solving import Files, check_residuals, keep_tables, solve_again
 from lightning_embcompress.callbacks.weighing import Weighing
-from lightning_embcompress.compression.budget import BUDGETS, Budget
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import plan_of
-from lightning_embcompress.compression.reference import reference_file
 from lightning_embcompress.compression.report import show_tasks
 from lightning_embcompress.compression.search import search
 from lightning_embcompress.compression.solution import Solution, solve
@@ -265,7 +266,7 @@ class EmbeddingCompression(ScheduledCallback):
         if self._compressed:
             if not set(self.refine_at_epochs) <= set(self._refined):
                 check_residuals(pl_module, self._compressed, self.config, self._resumed_from)
-            self._warn_of_other_settings()
+            warn_of_other_settings(self._settings, self.config, self.budget)
         elif not (there and by_others):
             with failing_together():
                 self._check_request(trainer, pl_module)
@@ -288,35 +289,9 @@ class EmbeddingCompression(ScheduledCallback):
         given = self._weighing.known_counts(trainer, module, tables)
         if given is not None:
             check_counts(tasks, given)
-        for table in tables:
-            kept = self.keep_reference and reference_file(self.keep_reference, table.name)
-            if kept and kept.exists() and not trainer.ckpt_path:
-                raise ValueError(
-                    f"keep_reference: {str(kept)!r} is there already, from another run, and would be lost: name "
-                    "another folder, or remove it"
-                )
+        if self.keep_reference is not None and not trainer.ckpt_path:
+            check_references(self.keep_reference, tables)
         show_tasks(tasks, self.budget, self._weighing.by_loss(module))
-
-    @property
-    def _asked(self) -> dict[str, Any]:
-        """Budget and options, as they are kept in checkpoints."""
-        return {**({} if self.budget is None else self.budget.given), **self.config.options}
-
-    def _warn_of_other_settings(self) -> None:
-        if self._settings is None:
-            return
-        # Older versions kept what was not given, too.
-        defaults = {field.name: field.default for field in fields(self.config)}
-        known = {
-            name: value
-            for name, value in self._settings.items()
-            if value is not None and (name in BUDGETS or value != defaults.get(name, value))
-        }
-        if known != self._asked:
-            rank_zero_warn(
-                f"{self._asked} is ignored: the tables were compressed with {known} already. Resume from before the "
-                "compression, or add a callback that compresses them again"
-            )
 
     def _turn(self, module: LightningModule) -> Turn:
         paths = frozenset(path for table in find_tables(module, self.tables) for path in table.modules)
@@ -417,7 +392,7 @@ class EmbeddingCompression(ScheduledCallback):
                 (tasks[0].token_counts, statistics) if files.keeps_residual else (None,) * 2
             )
             self._unmeasured = "compressed"
-            self._settings = self._asked
+            self._settings = settings_of(self.config, self.budget)
         self._measure_change(trainer, module)
 
     def _search(self, trainer: Trainer, module: LightningModule, tasks: Tasks, budget: Budget) -> Solution:

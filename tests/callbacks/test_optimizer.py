@@ -99,7 +99,7 @@ def test_sums_of_adagrad_go_on_as_those_of_the_factors() -> None:
     assert optimizer.state[model[2].bias]["sum"] is bias
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["group_reduce", "tensor_train", "transform_coding"])
 def test_adagrad_starts_factors_as_a_table(method: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(600, 16), nn.Tanh(), nn.Linear(16, 600))

@@ -18,7 +18,6 @@ from lightning_embcompress.integrations.saved import load_compressed, save_compr
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import METHODS, TransformCodingConfig
 
-_METHODS = sorted(METHODS)
 _IDS = torch.tensor([[1, 5, 499], [0, 5, 17]])
 
 
@@ -106,7 +105,7 @@ def test_numbers_of_numpy_are_recorded_as_plain_ones(
 
 
 def test_options_that_fix_the_size_are_all_tested() -> None:
-    assert set(_SIZES) == {name for name in _METHODS if METHODS[name].config().size_fields}
+    assert set(_SIZES) == {name for name in sorted(METHODS) if METHODS[name].config().size_fields}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -185,7 +184,7 @@ def test_sizes_that_are_not_possible_change_nothing(method: str, given: dict[str
     assert dict(model.named_modules()) == modules
 
 
-@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("method", ["group_reduce", "tensor_train"])
 def test_untying_gives_each_role_factors_of_half_the_bytes(method: str) -> None:
     model, fresh = _Model(2000, tied=True), _Model(2000, tied=True)
     table = model.encoder.weight.detach().clone()
