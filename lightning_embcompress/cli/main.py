@@ -10,16 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from lightning_embcompress import __version__
 from lightning_embcompress.cli.recipes_index import available_recipes, find_recipe, recipe_description
 from lightning_embcompress.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    from lightning_embcompress.cli.lightning_cli import EmbcompressCLI
-
-__all__ = ["EmbcompressCLI", "main"]
 
 HELP = """\
 Usage: embcompress COMMAND [options]
@@ -199,12 +193,3 @@ def _is_message(error: Exception) -> bool:
     ours = {"lightning_embcompress", "lightning"}
     between = ours | {"__main__", "jsonargparse", "torch"} | sys.stdlib_module_names
     return isinstance(error, kinds) and frames[-1] in ours and between.issuperset(frames)
-
-
-def __getattr__(name: str) -> Any:
-    # `from lightning_embcompress.cli.main import EmbcompressCLI` without paying for Lightning at every start.
-    if name == "EmbcompressCLI":
-        from lightning_embcompress.cli.lightning_cli import EmbcompressCLI
-
-        return EmbcompressCLI
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

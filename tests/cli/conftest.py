@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from lightning_embcompress.cli import main as cli
+from toys import gpt2_config, save_byte_tokenizer
 
 VOCAB = 300
 TEXT = "".join(f"{word} of the {other}, and {word}.\n" for word in "abcdefgh" for other in ("sea", "sun", "moon", "m"))
@@ -59,8 +59,7 @@ class Shell:
 
     @staticmethod
     def config(**given: Any) -> GPT2Config:
-        sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": VOCAB, "n_positions": 64}
-        return GPT2Config(bos_token_id=0, eos_token_id=0, **sizes | given)
+        return gpt2_config(**{"vocab_size": VOCAB, **given})
 
 
 @pytest.fixture
@@ -77,25 +76,13 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     logging.enable_progress_bar()
 
 
-def write_tokenizer(folder: Path, eos: bool = True) -> None:
-    """Train a byte-level BPE tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    named = {"eos_token": "<|end|>"} if eos else {}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied GPT-2 with its tokenizer, a licence and a file of nobody's."""
     folder = tmp_path_factory.mktemp("models") / "gpt2"
     torch.manual_seed(0)
     GPT2LMHeadModel(Shell.config()).save_pretrained(folder)
-    write_tokenizer(folder)
+    save_byte_tokenizer(folder, TEXT, VOCAB)
     (folder / "LICENSE.txt").write_text("Do as you like.")
     (folder / "notes.md").write_text("Nothing that a model needs.")
     return folder
@@ -105,7 +92,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endless_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same tokenizer, without a token for the end of a text."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, eos=False)
+    save_byte_tokenizer(folder, TEXT, VOCAB, eos=False)
     return folder
 
 

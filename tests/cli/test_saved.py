@@ -195,7 +195,7 @@ def test_checkpoints_that_their_plan_does_not_fit(shell: Any) -> None:
 # Skeletons
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["transform_coding", "tensor_train_matrix"])
 def test_a_skeleton_has_the_state_of_its_model(method: str) -> None:
     model = _Model(tied=True)
     for plan in (Plan(), None):
