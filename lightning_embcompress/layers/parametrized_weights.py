@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import (
     remove_parametrizations,
 )
 
-from lightning_embcompress.methods.quantizers.factors import FakeQuantizer, Unpacker
+from lightning_embcompress.methods.quantizers.factors import FakeQuantizer, StoredParameter, Unpacker
 from lightning_embcompress.methods.quantizers.quantization import Storage
 
 
@@ -30,9 +30,9 @@ def parametrized(reading: nn.Module, weight: Tensor) -> ParametrizationList:
     return kept
 
 
-def reading_of(kept: ParametrizationList) -> FakeQuantizer | Unpacker:
+def reading_of(kept: ParametrizationList) -> StoredParameter:
     """The one parametrization of a quantized weight."""
-    return cast(FakeQuantizer | Unpacker, kept[0])
+    return cast(StoredParameter, kept[0])
 
 
 def dtype_of(kept: ParametrizationList) -> torch.dtype:
@@ -126,7 +126,7 @@ def readings(model: nn.Module) -> dict[str, ParametrizationList]:
         if not is_parametrized(module):
             continue
         for name, kept in cast(Mapping[str, ParametrizationList], module.parametrizations).items():
-            if isinstance(kept[0], FakeQuantizer | Unpacker):
+            if isinstance(kept[0], StoredParameter):
                 found[f"{path}.{name}" if path else name] = kept
     return found
 

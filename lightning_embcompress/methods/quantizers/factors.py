@@ -59,7 +59,25 @@ def check_storable(what: str, weight: Tensor, storage: Storage) -> None:
         raise ValueError(f"{what} has values that are too large for {remedy}")
 
 
-class FakeQuantizer(nn.Module):
+class StoredParameter(nn.Module):
+    """How a parameter is read that is, or will be, stored in fewer bits.
+
+    Args:
+        shape: Of the parameter.
+        storage: How it is stored.
+    """
+
+    def __init__(self, shape: Sequence[int], storage: Storage) -> None:
+        """Keep both."""
+        super().__init__()
+        self.shape, self.matrix, self.storage = torch.Size(shape), matrix_shape(shape), storage
+
+    def extra_repr(self) -> str:
+        """Arguments for `print(module)`."""
+        return f"shape={tuple(self.shape)}, {self.storage}"
+
+
+class FakeQuantizer(StoredParameter):
     """Reads the numbers of a parameter as they will be stored, while they train.
 
     The gradient goes straight through the rounding (Bengio et al. 2013). With `ranges="minmax"` a group's scale is that
@@ -76,9 +94,8 @@ class FakeQuantizer(nn.Module):
 
     def __init__(self, weight: Tensor, storage: Storage, frozen: bool = False) -> None:
         """Begin with the ranges of the values."""
-        super().__init__()
-        self.shape, self.matrix = weight.shape, matrix_shape(weight.shape)
-        self.storage, self.frozen = storage, False
+        super().__init__(weight.shape, storage)
+        self.frozen = False
         self._hold(weight)
         self.register_buffer("scales", None)
         if isinstance(storage, Quantization) and storage.ranges == "learned":
@@ -118,10 +135,6 @@ class FakeQuantizer(nn.Module):
 
     def _rounded(self, scales: Tensor) -> Tensor:
         return rounded_to(scales, cast(Quantization, self.storage).scales)
-
-    def extra_repr(self) -> str:
-        """Arguments for `print(module)`."""
-        return f"shape={tuple(self.shape)}, {self.storage}"
 
 
 class FakeQuantizedFactor(FakeQuantizer):
@@ -184,7 +197,7 @@ class FakeQuantizedFactor(FakeQuantizer):
         return packed
 
 
-class Unpacker(nn.Module):
+class Unpacker(StoredParameter):
     """Reads the numbers of a parameter from its bytes: packed integers and their scales, or numbers of 16 bits.
 
     As a parametrization of `torch.nn.utils.parametrize` it is given the bytes; `PackedFactor` holds them.
@@ -206,8 +219,7 @@ class Unpacker(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         """Keep the shape."""
-        super().__init__()
-        self.shape, self.matrix, self.storage = torch.Size(shape), matrix_shape(shape), storage
+        super().__init__(shape, storage)
         # Follows the model's casts, for there is nothing else that does.
         self.register_buffer("unit", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
@@ -251,10 +263,6 @@ class Unpacker(nn.Module):
         of = cast(Quantization, self.storage)
         numbers = _as_numbers(scales, of.scales)
         return read_packed_rows(codes, numbers, places, of.bits, self.matrix[1], of.group_size, self.dtype)
-
-    def extra_repr(self) -> str:
-        """Arguments for `print(module)`."""
-        return f"shape={tuple(self.shape)}, {self.storage}"
 
 
 class PackedFactor(Unpacker):
