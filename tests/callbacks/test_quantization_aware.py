@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_embcompress import EmbeddingCompression, load_compressed, load_from_checkpoint, save_compressed
 from lightning_embcompress.callbacks import QuantizationAware
@@ -21,29 +21,10 @@ from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.methods.registry import LatentCodes, Quantization
 from lightning_embcompress.quantization.aware import convert_qat, converted, prepare_qat
+from toys import LanguageModel, adam, loaders
 
 MakeTrainer = Callable[..., Trainer]
 WORKERS = Path(__file__).parent / "workers"
-
-
-@pytest.fixture
-def recurrent(foreign: SimpleNamespace) -> type[LightningModule]:
-    """The plain module of these tests with an LSTM in its middle."""
-
-    class Recurrent(foreign.Foreign):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.LSTM(foreign.dim, foreign.dim, batch_first=True)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            hidden, _ = self.mix(self.norm(self.encoder(inputs)))
-            return self.decoder(self.dropout(hidden))  # type: ignore[no-any-return]
-
-    return Recurrent
-
-
-def _adam(module: LightningModule) -> Any:
-    return torch.optim.Adam(module.parameters(), lr=0.01)
 
 
 def _two_groups(module: LightningModule) -> Any:
@@ -57,37 +38,28 @@ def _momentum(module: LightningModule) -> Any:
 
 
 def _run(
-    make_trainer: MakeTrainer,
-    foreign: SimpleNamespace,
-    build: Callable[[], Any],
-    callbacks: list[Callback],
-    folder: Path,
-    configure: Any = _adam,
-    **fit: Any,
+    make_trainer: MakeTrainer, callbacks: list[Callback], folder: Path, configure: Any, **fit: Any
 ) -> SimpleNamespace:
     seed_everything(0, verbose=False)
-    model = build()
-    model.optimizers_of = configure
+    model = LanguageModel(cell="LSTM", dropout=0.1, optimizer=configure)
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = make_trainer(*callbacks, keep, max_epochs=4, enable_checkpointing=True, default_root_dir=folder)
-    trainer.fit(model, **foreign.loaders(), **fit)
+    trainer.fit(model, **loaders(), **fit)
     report = json.loads((folder / "report.json").read_text())
-    return SimpleNamespace(model=model, optimizer=trainer.optimizers[0].state_dict(), report=report, trainer=trainer)
+    return SimpleNamespace(model=model, optimizer=trainer.optimizers[0].state_dict(), report=report)
 
 
 CASES: dict[str, Any] = {
-    "minmax": (_adam, "low_rank", {"backbone": "int8", "freeze_observers_at": 2}),
+    "minmax": (adam, "low_rank", {"backbone": "int8", "freeze_observers_at": 2}),
     "learned": (_two_groups, "group_reduce", {"bits": "int3", "ranges": "learned", "freeze_observers_at": 2}),
     "learned backbone": (_momentum, "low_rank", {"ranges": "learned", "backbone": "int4", "at_epoch": 2}),
-    "codes": (_adam, "transform_coding", {"backbone": "float16", "freeze_observers_at": 2}),
+    "codes": (adam, "transform_coding", {"backbone": "float16", "freeze_observers_at": 2}),
 }
 
 
 # Compression is due at epoch 1, quantization at 1 or 2, freezing at 2: checkpoints are of before, between, and after.
 @pytest.mark.parametrize("case", CASES)
-def test_resuming_equals_the_uninterrupted_run(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, recurrent: Any, case: str
-) -> None:
+def test_resuming_equals_the_uninterrupted_run(make_trainer: MakeTrainer, tmp_path: Path, case: str) -> None:
     configure, method, options = CASES[case]
 
     def callbacks() -> list[Callback]:
@@ -97,39 +69,39 @@ def test_resuming_equals_the_uninterrupted_run(
             EmbeddingCompression(method, ratio=3, at_epoch=1, statistics_batches=2),
         ]
 
-    whole = _run(make_trainer, foreign, recurrent, callbacks(), tmp_path / "whole", configure)
+    whole = _run(make_trainer, callbacks(), tmp_path / "whole", configure)
     assert backbone_of(whole.model) is not None or "backbone" not in options
     assert all(module.is_prepared for module in _factorizations(whole.model))
     for epoch in (0, 1, 2) if case == "minmax" else (1, 2):
         ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
-        resumed = _run(make_trainer, foreign, recurrent, callbacks(), tmp_path / f"{epoch}", configure, ckpt_path=ckpt)
+        resumed = _run(make_trainer, callbacks(), tmp_path / f"{epoch}", configure, ckpt_path=ckpt)
         torch.testing.assert_close(dict(resumed.model.state_dict()), dict(whole.model.state_dict()), rtol=0, atol=0)
         torch.testing.assert_close(resumed.optimizer, whole.optimizer, rtol=0, atol=0)
         assert plan_of(resumed.model) == plan_of(whole.model)
         assert resumed.report == whole.report
         trained = [name for name, parameter in whole.model.named_parameters() if parameter.requires_grad]
         assert trained == [name for name, parameter in resumed.model.named_parameters() if parameter.requires_grad]
-    _check_files(foreign, make_trainer, tmp_path, recurrent, whole)
+    _check_files(make_trainer, tmp_path, whole)
 
 
 def _factorizations(model: nn.Module) -> list[Any]:
     return [module.factorization for module in model.modules() if hasattr(module, "factorization")]
 
 
-def _check_files(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, folder: Path, recurrent: Any, run: SimpleNamespace
-) -> None:
+def _check_files(make_trainer: MakeTrainer, folder: Path, run: SimpleNamespace) -> None:
     """Checkpoints of the training are tested as they are; what is saved is converted, and reads the same."""
     ckpt = folder / "whole" / "epoch=3.ckpt"
-    data = foreign.loaders()["val_dataloaders"]
+    data = loaders()["val_dataloaders"]
     (tested,) = make_trainer().test(run.model, data, verbose=False)
-    (from_file,) = make_trainer(QuantizationAware()).test(recurrent(), data, ckpt_path=ckpt, verbose=False)
+    (from_file,) = make_trainer(QuantizationAware()).test(
+        LanguageModel(cell="LSTM"), data, ckpt_path=ckpt, verbose=False
+    )
     assert from_file == tested
-    loaded = load_from_checkpoint(recurrent, ckpt)
+    loaded = load_from_checkpoint(LanguageModel, ckpt)
     assert plan_of(loaded) == plan_of(run.model)
     save_compressed(loaded, folder / "saved")
     assert plan_of(loaded) == plan_of(run.model)
-    packed: Any = recurrent()
+    packed: Any = LanguageModel(cell="LSTM")
     load_compressed(folder / "saved", packed)
     assert not any(factors.is_prepared for factors in _factorizations(packed))
     (from_saved,) = make_trainer().test(packed, data, verbose=False)
@@ -187,9 +159,9 @@ def test_arguments(argument: str, value: Any) -> None:
         QuantizationAware(backbone="int1")
 
 
-def test_what_is_refused_before_the_first_step(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_what_is_refused_before_the_first_step(make_trainer: MakeTrainer) -> None:
     def said(model: Any, *callbacks: Callback) -> str:
-        return _refused(make_trainer, model, foreign.loaders(), *callbacks)
+        return _refused(make_trainer, model, loaders(), *callbacks)
 
     compression = EmbeddingCompression("low_rank", ratio=2)
     later = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, refine_at_epochs=[3])
@@ -205,8 +177,8 @@ def test_what_is_refused_before_the_first_step(foreign: SimpleNamespace, make_tr
         ("two callbacks quantize the tables", QuantizationAware(), own),
         ("two callbacks quantize the backbone", own, QuantizationAware(tables=[], backbone="int8")),
     ):
-        assert expected in said(foreign.model(), *callbacks)
-    model = foreign.model()
+        assert expected in said(LanguageModel(), *callbacks)
+    model = LanguageModel()
     prepare_qat(model, Quantization(bits=8), ["encoder", "decoder"], backbone="int8")
     assert "prepared for quantization already" in said(model, QuantizationAware())
     assert "'mix.weight', ...) are prepared for quantization already" in said(
@@ -218,15 +190,15 @@ def test_what_is_refused_before_the_first_step(foreign: SimpleNamespace, make_tr
 
 
 def test_dense_tables_the_log_and_a_converted_checkpoint(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def callback(**changes: Any) -> QuantizationAware:
         return QuantizationAware(**{"bits": "int8", "tables": ["decoder", "encoder"], "group_size": 16, **changes})
 
-    model = foreign.model("tied", bias=False)
+    model = LanguageModel(tied=True, bias=False)
     with caplog.at_level(logging.INFO):
         trainer = make_trainer(callback(backbone="float16"), max_epochs=2)
-        trainer.fit(model, **foreign.loaders())
+        trainer.fit(model, **loaders())
     assert model.encoder.factorization is model.decoder.factorization
     said = json.loads((tmp_path / "report.json").read_text())
     table, backbone, whole = (said["quantization"][key] for key in ("tables", "backbone", "model"))
@@ -235,7 +207,7 @@ def test_dense_tables_the_log_and_a_converted_checkpoint(
     assert "Table 'encoder' trains for int8: 0.00" in caplog.text
     assert "The backbone (1 weights) trains for float16: 0.001 MB once converted, 2.00x" in caplog.text
     assert f"The whole model: {whole['stored_bytes'] / 1e6:.3f} MB once converted" in caplog.text
-    assert said["perplexity"]["final"] == pytest.approx(torch.tensor(_val_loss(make_trainer, foreign, model)).exp())
+    assert said["perplexity"]["final"] == pytest.approx(torch.tensor(_val_loss(make_trainer, model)).exp())
     unconverted = tmp_path / "training.ckpt"
     trainer.save_checkpoint(unconverted)
 
@@ -244,39 +216,37 @@ def test_dense_tables_the_log_and_a_converted_checkpoint(
     for fresh in (callback(backbone="float16"), callback(), QuantizationAware("int4", at_epoch=1)):
         text = _refused(
             make_trainer,
-            foreign.model("tied", bias=False),
-            foreign.loaders(),
+            LanguageModel(tied=True, bias=False),
+            loaders(),
             fresh,
             ckpt_path=tmp_path / "converted.ckpt",
         )
         assert "has no numbers left to train" in text
     with pytest.warns(UserWarning, match=r"quantization began with {'bits': 8.*'bits': 3.*comes too late"):
         make_trainer(callback(backbone="float16", bits=3), max_epochs=3).fit(
-            foreign.model("tied", bias=False), **foreign.loaders(), ckpt_path=unconverted
+            LanguageModel(tied=True, bias=False), **loaders(), ckpt_path=unconverted
         )
 
 
-def _val_loss(make_trainer: MakeTrainer, foreign: SimpleNamespace, model: Any) -> float:
-    (result,) = make_trainer().validate(model, foreign.loaders()["val_dataloaders"], verbose=False)
+def _val_loss(make_trainer: MakeTrainer, model: Any) -> float:
+    (result,) = make_trainer().validate(model, loaders()["val_dataloaders"], verbose=False)
     return float(result["val_loss"])
 
 
-def test_codes_train(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = foreign.model()
+def test_codes_train(make_trainer: MakeTrainer) -> None:
+    model = LanguageModel()
     compression = EmbeddingCompression("transform_coding", ratio=3, statistics_batches=2)
-    make_trainer(compression, QuantizationAware(), max_epochs=1, fast_dev_run=True).fit(model, **foreign.loaders())
+    make_trainer(compression, QuantizationAware(), max_epochs=1, fast_dev_run=True).fit(model, **loaders())
     assert type(model.encoder.factorization) is LatentCodes
     assert type(model.decoder.factorization) is LatentCodes
 
 
-def test_state_of_when_backbone_was_called_body_is_found(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
+def test_state_of_when_backbone_was_called_body_is_found(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def callback() -> QuantizationAware:
         return QuantizationAware(tables="encoder", backbone="int8", freeze_observers_at=1)
 
     trainer = make_trainer(callback(), max_epochs=2)
-    trainer.fit(foreign.model(), **foreign.loaders())
+    trainer.fit(LanguageModel(), **loaders())
     trainer.save_checkpoint(tmp_path / "now.ckpt")
     checkpoint = torch.load(tmp_path / "now.ckpt")
     state = checkpoint["callbacks"].pop(callback().state_key)
@@ -285,14 +255,14 @@ def test_state_of_when_backbone_was_called_body_is_found(
     torch.save(checkpoint, tmp_path / "before.ckpt")
     found, expected = callback(), callback()
     for one, name in ((found, "before.ckpt"), (expected, "now.ckpt")):
-        make_trainer(one, max_epochs=3).fit(foreign.model(), **foreign.loaders(), ckpt_path=tmp_path / name)
+        make_trainer(one, max_epochs=3).fit(LanguageModel(), **loaders(), ckpt_path=tmp_path / name)
     assert found.state_dict() == expected.state_dict()
 
 
-def test_training_that_ends_too_early(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_training_that_ends_too_early(make_trainer: MakeTrainer) -> None:
     with pytest.warns(UserWarning, match="training ended at epoch 1, before at_epoch=1: nothing was quantized"):
         make_trainer(QuantizationAware(tables="encoder", at_epoch=1), max_epochs=-1, max_steps=12).fit(
-            foreign.model(), **foreign.loaders()
+            LanguageModel(), **loaders()
         )
 
 
