@@ -123,10 +123,10 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
 
     @classmethod
     @abstractmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: ConfigT | None = None) -> int:
-        """Fewest bytes that a table of this shape can be stored in with these options.
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, config: ConfigT | None = None) -> int:
+        """Fewest bytes that a table of this shape can be stored in with this config.
 
-        Where the options fix the size, these are the bytes it takes.
+        Where the config fixes the size, these are the bytes it takes.
 
         Raises:
             ValueError: If an option does not fit the shape.
@@ -139,17 +139,17 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: ConfigT | None = None,
+        config: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Factorization[Any]:
         """Approximate a trained table in at most `max_bytes` stored bytes.
 
         Args:
             weight: `[vocab_size, dim]` table; it is only read.
-            max_bytes: Most bytes that `stored_bytes()` of the result may be; where the options fix the size, what
+            max_bytes: Most bytes that `stored_bytes()` of the result may be; where the config fixes the size, what
                 `smallest_bytes` says.
             token_counts: `[vocab_size]` how often every token occurs in the training data.
-            options: The method's config; None for its defaults.
+            config: The method's config; None for its defaults.
             advance: Called with shares of the work that add up to 1.
 
         Returns:
@@ -162,7 +162,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: ConfigT | None = None,
+        config: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Solve again for a table that has changed, starting from the structure there is.
@@ -171,7 +171,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
             target: `[vocab_size, dim]` table to approximate.
             max_bytes: As for `decompose`.
             token_counts: As for `decompose`.
-            options: As for `decompose`.
+            config: As for `decompose`.
             advance: As for `decompose`.
 
         Returns:

@@ -150,19 +150,19 @@ class FoldedTable(SizedFactorization[FoldingConfigT]):
         """
 
     @abstractmethod
-    def _find(self, folded: Tensor, options: FoldingConfigT, advance: Callable[[float], None], refine: bool) -> None:
+    def _find(self, folded: Tensor, config: FoldingConfigT, advance: Callable[[float], None], refine: bool) -> None:
         """Find the factors of a folded table, in place; with `refine` from those there are."""
 
     def _solve(
         self,
         weight: Tensor,
         token_counts: Tensor | None,
-        options: FoldingConfigT,
+        config: FoldingConfigT,
         advance: Callable[[float], None],
         metric: Metric | None,
         refine: bool,
     ) -> None:
-        self._find(fold(weight, self.vocab_shape, self.dim_shape), options, advance, refine)
+        self._find(fold(weight, self.vocab_shape, self.dim_shape), config, advance, refine)
 
     @property
     def _modes(self) -> tuple[Labels, Labels]:

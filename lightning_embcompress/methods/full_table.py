@@ -78,7 +78,7 @@ class FullTable(Factorization[MethodConfig]):
         return cls(vocab_size, dim, dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: MethodConfig | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, config: MethodConfig | None = None) -> int:
         """Bytes of all its numbers, see `Factorization.smallest_bytes`."""
         empty = cls(vocab_size, dim, device=torch.device("meta"))
         return stored_bytes(dense_bytes(vocab_size, dim, itemsize), 1, empty.structure())
@@ -90,7 +90,7 @@ class FullTable(Factorization[MethodConfig]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: MethodConfig | None = None,
+        config: MethodConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """A copy of the table, see `Factorization.decompose`."""
@@ -103,7 +103,7 @@ class FullTable(Factorization[MethodConfig]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: MethodConfig | None = None,
+        config: MethodConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Take the numbers of another table, in place, see `Factorization.refined`."""

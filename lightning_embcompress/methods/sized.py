@@ -35,8 +35,8 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
 
     @classmethod
     @abstractmethod
-    def sizes(cls, vocab_size: int, dim: int, options: ConfigT) -> Sizes:
-        """The sizes that a table can have with these options; one alone where they say which.
+    def sizes(cls, vocab_size: int, dim: int, config: ConfigT) -> Sizes:
+        """The sizes that a table can have with this config; one alone where it says which.
 
         Raises:
             ValueError: If an option does not fit the shape.
@@ -47,7 +47,7 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         self,
         weight: Tensor,
         token_counts: Tensor | None,
-        options: ConfigT,
+        config: ConfigT,
         advance: Callable[[float], None],
         metric: Metric | None,
         refine: bool,
@@ -67,13 +67,13 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         return stored_bytes(size, len(tensors), empty.spec())
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: ConfigT | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, config: ConfigT | None = None) -> int:
         """Bytes at the size asked for, or at the smallest.
 
         Raises:
             ValueError: If an option does not fit the shape.
         """
-        sizes = cls.sizes(vocab_size, dim, options or cls.config_class())
+        sizes = cls.sizes(vocab_size, dim, config or cls.config_class())
         return cls.bytes_of(vocab_size, dim, itemsize, *sizes.structure(1))
 
     @classmethod
@@ -83,7 +83,7 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: ConfigT | None = None,
+        config: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -92,9 +92,9 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         Raises:
             ValueError: If not even the smallest fits.
         """
-        options = options or cls.config_class()
+        config = config or cls.config_class()
         (vocab_size, dim), itemsize = weight.shape, weight.element_size()
-        sizes = cls.sizes(vocab_size, dim, options)
+        sizes = cls.sizes(vocab_size, dim, config)
         fitting = bisect_right(
             range(1, sizes.count + 1),
             max_bytes,
@@ -106,7 +106,7 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
                 f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} by {cls.kind!r}: allow at least {least}"
             )
         made = cls(vocab_size, dim, *sizes.structure(fitting), weight.dtype, weight.device)  # type: ignore[call-arg]
-        made._solve(weight, token_counts, options, advance, metric, refine=False)
+        made._solve(weight, token_counts, config, advance, metric, refine=False)
         return made
 
     @torch.no_grad()
@@ -115,10 +115,10 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: ConfigT | None = None,
+        config: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
         """Solve again at the same size, in place, see `Factorization.refined`."""
-        self._solve(target, token_counts, options or self.config_class(), advance, metric, refine=True)
+        self._solve(target, token_counts, config or self.config_class(), advance, metric, refine=True)
         return self

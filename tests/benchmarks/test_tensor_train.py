@@ -33,7 +33,7 @@ def table() -> Tensor:
 
 @pytest.fixture(scope="module")
 def trains(table: Tensor) -> TensorTrain:
-    return TensorTrain.decompose(table, table.nbytes, options=TensorTrainConfig(max_rank=4))
+    return TensorTrain.decompose(table, table.nbytes, config=TensorTrainConfig(max_rank=4))
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def matrix() -> TensorTrainMatrix:
 
 
 def test_tensor_gpt_is_15_times_faster_than_a_loop_over_tokens(benchmark, table: Tensor) -> None:
-    options = TensorTrainConfig(max_rank=4)
+    config = TensorTrainConfig(max_rank=4)
 
     def ours() -> TensorTrain:
-        return TensorTrain.decompose(table, table.nbytes, options=options)
+        return TensorTrain.decompose(table, table.nbytes, config=config)
 
     with PeakMemory() as memory:
         factors = ours()

@@ -68,22 +68,22 @@ class FirstColumns(Factorization[FirstColumnsConfig]):
         return cls(*positive_integers(spec, "vocab_size", "dim", "columns"), dtype, device)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: Any = None) -> int:
-        empty = cls(vocab_size, dim, (options and options.columns) or 1, device="meta")
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, config: Any = None) -> int:
+        empty = cls(vocab_size, dim, (config and config.columns) or 1, device="meta")
         return stored_bytes(empty.first.numel() * itemsize, 1, empty.structure())
 
     @classmethod
     def decompose(
-        cls, weight: Tensor, max_bytes: int, token_counts: Any = None, options: Any = None, advance: Any = None
+        cls, weight: Tensor, max_bytes: int, token_counts: Any = None, config: Any = None, advance: Any = None
     ) -> Any:
         vocab_size, dim = weight.shape
-        columns = (options and options.columns) or (max_bytes - 300) // (vocab_size * weight.element_size())
+        columns = (config and config.columns) or (max_bytes - 300) // (vocab_size * weight.element_size())
         factors = cls(vocab_size, dim, columns, weight.dtype, weight.device)
         return factors.refined(weight, max_bytes)
 
     @torch.no_grad()
     def refined(
-        self, target: Tensor, max_bytes: int, token_counts: Any = None, options: Any = None, advance: Any = None
+        self, target: Tensor, max_bytes: int, token_counts: Any = None, config: Any = None, advance: Any = None
     ) -> Any:
         self.first.copy_(target[:, : self.first.shape[1]])
         return self

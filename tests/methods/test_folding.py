@@ -158,8 +158,8 @@ def test_neighbours_share_what_their_first_digits_have_to_do(
 )
 def test_shapes_that_are_given_are_used(kind: type[FoldedTable[Any]], dim_shape: list[int]) -> None:
     table = torch.randn(97, 12, generator=torch.Generator().manual_seed(0))
-    options = kind.config_class(vocab_shape=[4, 5, 5], dim_shape=dim_shape)
-    factors = kind.decompose(table, table.nbytes // 2, options=options)
+    config = kind.config_class(vocab_shape=[4, 5, 5], dim_shape=dim_shape)
+    factors = kind.decompose(table, table.nbytes // 2, config=config)
     assert factors.stored_bytes() <= table.nbytes // 2
     assert (factors.vocab_shape, factors.dim_shape) == ([4, 5, 5], dim_shape)
     assert 0 < factors.weighted_error(table, torch.ones(97)) < 0.9

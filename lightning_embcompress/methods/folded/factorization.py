@@ -54,16 +54,16 @@ class CP(FoldedTable[CPConfig]):
         return [(factor, (mode, len(factors))) for mode, factor in enumerate(factors)]
 
     @classmethod
-    def sizes(cls, vocab_size: int, dim: int, options: CPConfig) -> Sizes:
+    def sizes(cls, vocab_size: int, dim: int, config: CPConfig) -> Sizes:
         """The rank asked for, or any."""
-        shapes = options.shapes_for(vocab_size, dim)
-        if options.rank is not None:
-            return Sizes(1, lambda _: (*shapes, options.rank))
+        shapes = config.shapes_for(vocab_size, dim)
+        if config.rank is not None:
+            return Sizes(1, lambda _: (*shapes, config.rank))
         return Sizes(largest_cp_rank([*shapes[0], *shapes[1]]), lambda rank: (*shapes, rank))
 
-    def _find(self, folded: Tensor, options: CPConfig, advance: Callable[[float], None], refine: bool) -> None:
+    def _find(self, folded: Tensor, config: CPConfig, advance: Callable[[float], None], refine: bool) -> None:
         start = list(self.factors) if refine else None
-        self._copy(*cp(folded, self.ranks, start, options.max_iterations, advance))
+        self._copy(*cp(folded, self.ranks, start, config.max_iterations, advance))
 
 
 class Tucker(FoldedTable[TuckerConfig]):
@@ -106,24 +106,24 @@ class Tucker(FoldedTable[TuckerConfig]):
         return [*network[:rows], (core, tuple(range(count, 2 * count))), *network[rows:]]
 
     @classmethod
-    def sizes(cls, vocab_size: int, dim: int, options: TuckerConfig) -> Sizes:
+    def sizes(cls, vocab_size: int, dim: int, config: TuckerConfig) -> Sizes:
         """The ranks asked for, or any that are to the sizes of their modes as one number."""
-        shapes = options.shapes_for(vocab_size, dim)
+        shapes = config.shapes_for(vocab_size, dim)
         shape = [*shapes[0], *shapes[1]]
-        if options.ranks is not None:
-            return Sizes(1, lambda _: (*shapes, list(options.ranks or ())))
+        if config.ranks is not None:
+            return Sizes(1, lambda _: (*shapes, list(config.ranks or ())))
         count = _STEPS * max(shape)
         return Sizes(
             count,
             lambda step: (*shapes, possible_tucker_ranks(shape, [size * step / count for size in shape])),
         )
 
-    def _find(self, folded: Tensor, options: TuckerConfig, advance: Callable[[float], None], refine: bool) -> None:
+    def _find(self, folded: Tensor, config: TuckerConfig, advance: Callable[[float], None], refine: bool) -> None:
         old = list(self.factors)
         if not refine:
-            core, factors = tucker(folded, self.ranks, None, options.max_iterations)
+            core, factors = tucker(folded, self.ranks, None, config.max_iterations)
         else:
-            core, factors = tucker(folded, self.ranks, old, max(1, options.max_iterations))
+            core, factors = tucker(folded, self.ranks, old, max(1, config.max_iterations))
             # Turned towards those of before, so that an optimizer's state goes on to fit; the core takes it back.
             rotations = [alignment(new.T, before.T) for new, before in zip(factors, old, strict=True)]
             with tensorly.backend_context("pytorch", local_threadsafe=True):

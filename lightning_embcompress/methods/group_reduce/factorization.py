@@ -178,11 +178,11 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         vocab_size: int,
         dim: int,
         itemsize: int,
-        options: GroupReduceConfig | None = None,
+        config: GroupReduceConfig | None = None,
     ) -> int:
         """Bytes with rank 1 in every block, see `Factorization.smallest_bytes`."""
-        options = options or GroupReduceConfig()
-        groups = options.groups_for(vocab_size)
+        config = config or GroupReduceConfig()
+        groups = config.groups_for(vocab_size)
         elements = smallest_elements([vocab_size // groups] * (groups - vocab_size % groups), dim)
         elements += smallest_elements([vocab_size // groups + 1] * (vocab_size % groups), dim)
         return elements * itemsize + cls._fixed_bytes(vocab_size, dim, groups)
@@ -206,7 +206,7 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: GroupReduceConfig | None = None,
+        config: GroupReduceConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """GroupReduce within a budget, see `Factorization.decompose` and `group_reduce.solver`.
@@ -214,10 +214,10 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         Raises:
             ValueError: If there are more groups than rows, or the bytes do not cover rank 1 in every block.
         """
-        options = options or GroupReduceConfig()
+        config = config or GroupReduceConfig()
         weights = row_weights(token_counts, weight.shape[0], weight.device)
-        groups, start = options.groups_for(weight.shape[0]), options.start(weights)
-        return cls._from_solution(weight, cls._solve(weight, weights, max_bytes, start, groups, options, advance))
+        groups, start = config.groups_for(weight.shape[0]), config.start(weights)
+        return cls._from_solution(weight, cls._solve(weight, weights, max_bytes, start, groups, config, advance))
 
     @torch.no_grad()
     def refined(
@@ -225,7 +225,7 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: GroupReduceConfig | None = None,
+        config: GroupReduceConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Refine from the blocks as they are, see `Factorization.refined`; there stay as many.
@@ -233,14 +233,14 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         Blocks that words have moved between may suit a table that has changed much no longer: frequency groups are
         tried beside them, and taken where they leave a weighted error that is clearly lower.
         """
-        options = options or GroupReduceConfig()
+        config = config or GroupReduceConfig()
         groups = len(self.sizes)
         weights = row_weights(token_counts, self.vocab_size, target.device)
         now = self.block_of_row.to(target.device)
-        afresh = replace(options, groups=groups).start(weights)
+        afresh = replace(config, groups=groups).start(weights)
         starts = [now] if torch.equal(now, afresh) else [now, afresh]
         solutions = [
-            self._solve(target, weights, max_bytes, start, groups, options, lambda part: advance(part / len(starts)))
+            self._solve(target, weights, max_bytes, start, groups, config, lambda part: advance(part / len(starts)))
             for start in starts
         ]
         solution = solutions[0]
@@ -261,13 +261,13 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         max_bytes: int,
         start: Tensor,
         groups: int,
-        options: GroupReduceConfig,
+        config: GroupReduceConfig,
         advance: Callable[[float], None],
     ) -> BlockSolution:
         vocab_size, dim = weight.shape
         max_elements = (max_bytes - cls._fixed_bytes(vocab_size, dim, groups)) // weight.element_size()
         return group_reduce(
-            weight, weights, max_elements, groups, options.refine_rounds, options.move_fraction, start, advance
+            weight, weights, max_elements, groups, config.refine_rounds, config.move_fraction, start, advance
         )
 
     @classmethod

@@ -105,9 +105,9 @@ class LowRank(SizedFactorization[LowRankConfig]):
         return cls(vocab_size, dim, integer(spec, "rank"), dtype, device)
 
     @classmethod
-    def sizes(cls, vocab_size: int, dim: int, options: LowRankConfig) -> Sizes:
+    def sizes(cls, vocab_size: int, dim: int, config: LowRankConfig) -> Sizes:
         """The rank asked for, or any."""
-        most, rank = min(vocab_size, dim), options.rank
+        most, rank = min(vocab_size, dim), config.rank
         if rank is None:
             return Sizes(most, lambda size: (size,))
         if rank > most:
@@ -118,16 +118,16 @@ class LowRank(SizedFactorization[LowRankConfig]):
         self,
         weight: Tensor,
         token_counts: Tensor | None,
-        options: LowRankConfig,
+        config: LowRankConfig,
         advance: Callable[[float], None],
         metric: Metric | None,
         refine: bool,
     ) -> None:
         """Truncated SVD, in the metric if there is one: its row weights then take the place of the token counts."""
-        if options.uses_metric and metric is not None:
+        if config.uses_metric and metric is not None:
             coefficients, basis = low_rank_in_metric(weight, self.rank, metric)
         else:
-            weights = row_weights(token_counts if options.uses_metric else None, self.vocab_size, weight.device)
+            weights = row_weights(token_counts if config.uses_metric else None, self.vocab_size, weight.device)
             coefficients, basis = weighted_low_rank(weight, self.rank, weights)
         if refine:
             rotation = alignment(basis, self.basis)

@@ -237,9 +237,9 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         return cls(vocab_size, dim, subspaces, centroids, rare[0], rare[1], dtype, device)
 
     @classmethod
-    def sizes(cls, vocab_size: int, dim: int, options: ProductQuantizationConfig) -> Sizes:
-        """The subspaces asked for, or any, with the fewest centroids that the options allow."""
-        layout, subspaces = options.centroids(vocab_size, options.widths[-1]), options.subspaces
+    def sizes(cls, vocab_size: int, dim: int, config: ProductQuantizationConfig) -> Sizes:
+        """The subspaces asked for, or any, with the fewest centroids that the config allows."""
+        layout, subspaces = config.centroids(vocab_size, config.widths[-1]), config.subspaces
         if subspaces is None:
             return Sizes(dim, lambda size: (size, *layout))
         if subspaces > dim:
@@ -252,7 +252,7 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: ProductQuantizationConfig | None = None,
+        config: ProductQuantizationConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -263,10 +263,10 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         Raises:
             ValueError: If not even one subspace fits.
         """
-        options = options or ProductQuantizationConfig()
+        config = config or ProductQuantizationConfig()
         (vocab_size, dim), itemsize = weight.shape, weight.element_size()
-        for bits in options.widths:
-            some = replace(options, bits=bits)
+        for bits in config.widths:
+            some = replace(config, bits=bits)
             codebook = some.centroids(vocab_size, bits)[0] * dim * itemsize
             if max(2 * codebook, cls.smallest_bytes(vocab_size, dim, itemsize, some)) <= max_bytes:
                 break
@@ -276,7 +276,7 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         self,
         weight: Tensor,
         token_counts: Tensor | None,
-        options: ProductQuantizationConfig,
+        config: ProductQuantizationConfig,
         advance: Callable[[float], None],
         metric: Metric | None,
         refine: bool,
@@ -296,14 +296,14 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         groups = Groups([(~rare).nonzero().flatten()], [self.centroids])
         if self.rare_tokens:
             groups = Groups([*groups.rows, rare.nonzero().flatten()], [self.centroids, self.rare_centroids])
-        rounds = 0 if metric is None else options.metric_rounds
+        rounds = 0 if metric is None else config.metric_rounds
 
         def part_done(share: float) -> None:
             # K-means takes about as long as four rounds.
             advance(share / (4 + rounds) * 4)
 
         codebook, codes = product_quantization(
-            weight, weights, self.subspaces, self.centroids, groups, start, options.max_iterations, part_done, metric
+            weight, weights, self.subspaces, self.centroids, groups, start, config.max_iterations, part_done, metric
         )
         if metric is not None and rounds:
             descend(

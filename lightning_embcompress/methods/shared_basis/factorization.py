@@ -71,10 +71,10 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         return type(self).latent_codes(self) if self.is_coded else super().prepared(quantization)
 
     @classmethod
-    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, options: SharedBasisConfig | None = None) -> int:
+    def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, config: SharedBasisConfig | None = None) -> int:
         """Bytes with only a mean in every block, see `Factorization.smallest_bytes`."""
-        options = options or TransformCodingConfig()
-        return cls.least_bytes(vocab_size, dim, itemsize, options.groups, options.widths)
+        config = config or TransformCodingConfig()
+        return cls.least_bytes(vocab_size, dim, itemsize, config.groups, config.widths)
 
     @classmethod
     def least_bytes(cls, vocab_size: int, dim: int, itemsize: int, groups: Any, widths: tuple[int, ...]) -> int:
@@ -96,7 +96,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: SharedBasisConfig | None = None,
+        config: SharedBasisConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
@@ -107,11 +107,9 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         Raises:
             ValueError: If the bytes do not cover the means of the blocks.
         """
-        options = options or TransformCodingConfig()
+        config = config or TransformCodingConfig()
         metric = metric or plain_metric(weight, token_counts)
-        return cls.solve(
-            weight, max_bytes, metric, options.groups, options.refine_rounds, options.widths, advance=advance
-        )
+        return cls.solve(weight, max_bytes, metric, config.groups, config.refine_rounds, config.widths, advance=advance)
 
     @torch.no_grad()
     def refined(
@@ -119,20 +117,20 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: SharedBasisConfig | None = None,
+        config: SharedBasisConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
         """Solve again from the blocks as they are, and afresh, and take the better, see `Factorization.refined`."""
-        options = options or TransformCodingConfig()
+        config = config or TransformCodingConfig()
         metric = metric or plain_metric(target, token_counts)
-        widths = options.widths
+        widths = config.widths
         now = self.block_of_row.to(target.device)
-        arguments = (target, max_bytes, metric, options.groups, options.refine_rounds, widths)
+        arguments = (target, max_bytes, metric, config.groups, config.refine_rounds, widths)
         starts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
         if max_bytes >= self.least_bytes(self.vocab_size, self.dim, target.element_size(), len(self.sizes), widths):
             starts.append((now, None))
-        # What there is stays only if the options and the budget still allow it.
+        # What there is stays only if the config and the budget still allow it.
         bits = self._bits()
         offered = {0, *(widths or (8 * target.dtype.itemsize,))}
         stays = self.is_coded == bool(widths) and set(bits.flatten().tolist()) <= offered

@@ -56,7 +56,7 @@ class TensorTrain(SizedFactorization[TensorTrainConfig]):
 
     Example:
         >>> table = torch.randn(1000, 768)
-        >>> trains = TensorTrain.decompose(table, table.nbytes, options=TensorTrainConfig(max_rank=4))
+        >>> trains = TensorTrain.decompose(table, table.nbytes, config=TensorTrainConfig(max_rank=4))
         >>> trains.rows(torch.tensor([3, 999])).shape, trains.logits(torch.randn(2, 768)).shape
         (torch.Size([2, 768]), torch.Size([2, 1000]))
         >>> round(table.numel() / trains.cores.numel(), 2)
@@ -135,10 +135,10 @@ class TensorTrain(SizedFactorization[TensorTrainConfig]):
         return cls(vocab_size, dim, integers(spec, "shape"), integers(spec, "ranks"), dtype, device)
 
     @classmethod
-    def sizes(cls, vocab_size: int, dim: int, options: TensorTrainConfig) -> Sizes:
+    def sizes(cls, vocab_size: int, dim: int, config: TensorTrainConfig) -> Sizes:
         """The largest rank asked for, or any."""
-        shape = options.shape_for(dim)
-        most, rank = max(train_ranks(shape, math.prod(shape))), options.max_rank
+        shape = config.shape_for(dim)
+        most, rank = max(train_ranks(shape, math.prod(shape))), config.max_rank
         if rank is None:
             return Sizes(most, lambda size: (shape, train_ranks(shape, size)))
         if rank > most:
@@ -151,7 +151,7 @@ class TensorTrain(SizedFactorization[TensorTrainConfig]):
         self,
         weight: Tensor,
         token_counts: Tensor | None,
-        options: TensorTrainConfig,
+        config: TensorTrainConfig,
         advance: Callable[[float], None],
         metric: Metric | None,
         refine: bool,

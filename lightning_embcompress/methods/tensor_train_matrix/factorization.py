@@ -67,10 +67,10 @@ class TensorTrainMatrix(FoldedTable[TensorTrainMatrixConfig]):
         return scattered_rows(factors, ids)[:, : self.dim]
 
     @classmethod
-    def sizes(cls, vocab_size: int, dim: int, options: TensorTrainMatrixConfig) -> Sizes:
+    def sizes(cls, vocab_size: int, dim: int, config: TensorTrainMatrixConfig) -> Sizes:
         """The largest rank asked for, or any."""
-        shapes = options.shapes_for(vocab_size, dim)
-        most, rank = max(matrix_ranks(*shapes, vocab_size * dim)), options.max_rank
+        shapes = config.shapes_for(vocab_size, dim)
+        most, rank = max(matrix_ranks(*shapes, vocab_size * dim)), config.max_rank
         if rank is None:
             return Sizes(most, lambda size: (*shapes, matrix_ranks(*shapes, size)))
         if rank > most:
@@ -80,9 +80,9 @@ class TensorTrainMatrix(FoldedTable[TensorTrainMatrixConfig]):
         return Sizes(1, lambda _: (*shapes, matrix_ranks(*shapes, rank)))
 
     def _find(
-        self, folded: Tensor, options: TensorTrainMatrixConfig, advance: Callable[[float], None], refine: bool
+        self, folded: Tensor, config: TensorTrainMatrixConfig, advance: Callable[[float], None], refine: bool
     ) -> None:
-        if options.init == "random" and not refine:
+        if config.init == "random" and not refine:
             table = folded.reshape(math.prod(self.vocab_shape), -1)[: self.vocab_size, : self.dim]
             self.initialize(float(table.std()))
         else:

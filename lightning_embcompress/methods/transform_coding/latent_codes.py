@@ -194,10 +194,10 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
 
     @classmethod
     def smallest_bytes(
-        cls, vocab_size: int, dim: int, itemsize: int, options: TransformCodingConfig | None = None
+        cls, vocab_size: int, dim: int, itemsize: int, config: TransformCodingConfig | None = None
     ) -> int:
         """Bytes once it is converted, see `Factorization.smallest_bytes`."""
-        return SharedBasisBlocks.smallest_bytes(vocab_size, dim, itemsize, options)
+        return SharedBasisBlocks.smallest_bytes(vocab_size, dim, itemsize, config)
 
     @classmethod
     def decompose(
@@ -205,24 +205,24 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         weight: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TransformCodingConfig | None = None,
+        config: TransformCodingConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
         """Codes by `SharedBasisBlocks.decompose`, ready to be trained; the bytes are those once it is converted."""
-        return cls.of(SharedBasisBlocks.decompose(weight, max_bytes, token_counts, options, advance, metric))
+        return cls.of(SharedBasisBlocks.decompose(weight, max_bytes, token_counts, config, advance, metric))
 
     def refined(
         self,
         target: Tensor,
         max_bytes: int,
         token_counts: Tensor | None = None,
-        options: TransformCodingConfig | None = None,
+        config: TransformCodingConfig | None = None,
         advance: Callable[[float], None] = lambda _: None,
         metric: Metric | None = None,
     ) -> Self:
         """Solve again from the codes as they are, see `SharedBasisBlocks.refined`."""
-        return self.of(self.converted().refined(target, max_bytes, token_counts, options, advance, metric))
+        return self.of(self.converted().refined(target, max_bytes, token_counts, config, advance, metric))
 
 
 def _floats(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:

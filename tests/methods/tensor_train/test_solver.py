@@ -124,9 +124,9 @@ def test_rows_and_logits_are_those_of_the_cores(problem: tuple[list[int], int, i
 def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> None:
     """Table 1 of arXiv 2307.00526: GPT-2's 768 columns, padded to 1,024 = 2¹⁰."""
     assert sum(core_sizes(_TWOS, train_ranks(_TWOS, max_rank))) == floats
-    options = TensorTrainConfig(max_rank=max_rank)
-    smallest = TensorTrain.smallest_bytes(3, 768, 4, options)
-    factors = TensorTrain.decompose(_random(3, 768, dtype=torch.float32), smallest, options=options)
+    config = TensorTrainConfig(max_rank=max_rank)
+    smallest = TensorTrain.smallest_bytes(3, 768, 4, config)
+    factors = TensorTrain.decompose(_random(3, 768, dtype=torch.float32), smallest, config=config)
     assert factors.shape == _TWOS
     assert factors.cores.shape == (3, floats)
     assert factors.stored_bytes() == smallest
@@ -136,9 +136,9 @@ def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> Non
 
 def test_refining_keeps_the_signs_of_every_core() -> None:
     table = _random(30, 64, dtype=torch.float32)
-    options = TensorTrainConfig(max_rank=3)
-    budget = TensorTrain.smallest_bytes(30, 64, 4, options)
-    factors = TensorTrain.decompose(table, budget, options=options)
+    config = TensorTrainConfig(max_rank=3)
+    budget = TensorTrain.smallest_bytes(30, 64, 4, config)
+    factors = TensorTrain.decompose(table, budget, config=config)
     solved = factors.cores.detach().clone()
     # Signs of singular vectors of every token by itself, taken back by the next core.
     sizes = core_sizes(factors.shape, factors.ranks)
@@ -157,5 +157,5 @@ def test_refining_keeps_the_signs_of_every_core() -> None:
     torch.testing.assert_close(factors.materialize(), dense, rtol=0, atol=1e-5)
     expected = factors.cores.detach().clone()
     assert (expected - solved).norm() > 0.5 * solved.norm()
-    assert factors.refined(table, budget, options=options) is factors
+    assert factors.refined(table, budget, config=config) is factors
     torch.testing.assert_close(factors.cores.detach(), expected, rtol=0, atol=1e-3)

@@ -73,7 +73,7 @@ def test_cost_of_a_lookup_follows_the_distinct_ids() -> None:
 def test_random_cores_give_the_table_the_variance_it_had(std: float, max_rank: int) -> None:
     table = (std * _table(4000, 64)).float()
     torch.manual_seed(0)
-    options = TensorTrainMatrixConfig(max_rank=max_rank, init="random")
-    factors = TensorTrainMatrix.decompose(table, table.nbytes, options=options)
+    config = TensorTrainMatrixConfig(max_rank=max_rank, init="random")
+    factors = TensorTrainMatrix.decompose(table, table.nbytes, config=config)
     assert float(factors.materialize().std()) == pytest.approx(std, rel=0.25)
     assert all(abs(float(core.mean())) < 0.2 * float(core.std()) + 1e-6 for core in factors.cores)
