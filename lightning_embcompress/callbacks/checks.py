@@ -39,7 +39,8 @@ def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: 
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise ValueError(
             f"{name} cannot replace tables under {type(strategy).__name__}, which shards the model and makes its "
-            "optimizer first: remove the callback and call lightning_embcompress.compress_or_restore(self, ...) in "
+            "optimizer first: remove the callback and call "
+            "lightning_embcompress.integrations.sharding.compress_or_restore(self, ...) in "
             "configure_model, which compresses at the start; or use strategy='ddp'"
         )
     # DeepSpeed and XLA are made of DDP.

@@ -97,8 +97,8 @@ class EmbeddingCompression(ScheduledCallback):
             dense tables, and may be deleted when the run will not be resumed any more.
         tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.replacement.find_tables`.
         keep_reference: Folder in which the dense tables are kept when they are compressed, for
-            `lightning_embcompress.open_reference`; residuals are then kept after the last refinement too, so that a
-            resumed run may refine at further epochs.
+            `lightning_embcompress.compression.reference.open_reference`; residuals are then kept after the last
+            refinement too, so that a resumed run may refine at further epochs.
         tie: What becomes of a table that embedding and softmax share: `keep` one set of factors for both, `untie` into
             two of half the bytes each, or `auto`, see `lightning_embcompress.compress`.
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by. By default the

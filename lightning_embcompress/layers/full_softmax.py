@@ -77,8 +77,9 @@ def head_softmax_loss(
 
     The logits of all tokens are never there at once, see
     :func:`~lightning_embcompress.layers.chunked_loss.loss_of_head`. Of a vocabulary of more than 262,144 words (2^24
-    logits for 64 tokens), they are computed tile by tile, see :func:`~lightning_embcompress.fused_cross_entropy`,
-    unless `chunk_tokens` is given or the head has hooks.
+    logits for 64 tokens), they are computed tile by tile, see
+    :func:`~lightning_embcompress.layers.fused_loss.fused_cross_entropy`, unless `chunk_tokens` is given or the head has
+    hooks.
 
     Args:
         head: A :class:`~lightning_embcompress.layers.compressed.CompressedLinear`, an :class:`torch.nn.Linear`, or any

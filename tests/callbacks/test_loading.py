@@ -15,16 +15,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_embcompress import (
-    EmbeddingCompression,
-    apply_plan,
-    compress,
+from lightning_embcompress import EmbeddingCompression, compress, load_from_checkpoint
+from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
+from lightning_embcompress.integrations.checkpoint import (
     keep_structure,
-    load_from_checkpoint,
+    restore_structure,
     structure_from_checkpoint,
+    write_record,
 )
-from lightning_embcompress.compression.plan import Plan, plan_of
-from lightning_embcompress.integrations.checkpoint import restore_structure, write_record
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 
 MakeTrainer = Callable[..., Trainer]

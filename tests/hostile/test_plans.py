@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_embcompress import apply_plan
-from lightning_embcompress.compression.plan import Plan, plan_of
+from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.methods.registry import METHODS
 
 _METHODS = sorted(METHODS)

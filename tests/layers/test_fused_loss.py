@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from lightning_embcompress import fused_cross_entropy
 from lightning_embcompress.layers.compressed import CompressedLinear
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 from lightning_embcompress.methods.registry import BlockLowRank
 from toys import compressed_head
 

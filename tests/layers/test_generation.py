@@ -15,7 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lightning_embcompress import compress, generate_from_best, optimize_for_inference
+from lightning_embcompress import compress, optimize_for_inference
+from lightning_embcompress.layers.generation import generate_from_best
 
 _SIZES = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 _LLAMA = {

@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lifecycle.workers import interrupted as worker
-from lightning_embcompress import open_reference
 from lightning_embcompress.callbacks import reporting, solving
+from lightning_embcompress.compression.reference import open_reference
 from lightning_embcompress.integrations.checkpoint_io import AtomicCheckpointIO
 
 TIED = {"tied": True, "optimizer": "sgd"}

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_embcompress import fused_cross_entropy
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear, head_tiles
 from lightning_embcompress.layers.full_softmax import head_softmax_loss
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 from lightning_embcompress.methods.registry import METHODS, Quantization
 from toys import compressed_head
 

@@ -14,9 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_embcompress import compress, fused_cross_entropy
+from lightning_embcompress import compress
 from lightning_embcompress.integrations.sharding import shard_tables
 from lightning_embcompress.layers.full_softmax import full_softmax_loss, head_softmax_loss
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 
 VOCAB_SIZE, DIM = 60, 8
 

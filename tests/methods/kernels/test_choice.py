@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_embcompress import fused_cross_entropy
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 from lightning_embcompress.methods.kernels import choice
 from lightning_embcompress.methods.kernels.choice import VARIABLE, takes_triton
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress import fused_cross_entropy
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 from lightning_embcompress.methods.quantizers.integer_quantizer import narrowed, repeated
 from lightning_embcompress.methods.registry import METHODS, Factorization, Quantization
 

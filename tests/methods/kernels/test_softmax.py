@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_embcompress import fused_cross_entropy
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 from lightning_embcompress.methods.kernels.choice import VARIABLE
 from lightning_embcompress.methods.kernels.online_softmax import add_log_sum_exp, softmax_gradient
 

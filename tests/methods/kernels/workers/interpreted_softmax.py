@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_embcompress import fused_cross_entropy
 from lightning_embcompress.layers.compressed import CompressedLinear
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 from lightning_embcompress.methods.kernels import triton_softmax
 from lightning_embcompress.methods.kernels.choice import VARIABLE, takes_triton
 from lightning_embcompress.methods.registry import BlockLowRank
