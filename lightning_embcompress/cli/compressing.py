@@ -29,7 +29,7 @@ from lightning_embcompress.integrations.opening import OpenedModel, open_model
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import get_config
-from lightning_embcompress.utils.files import staged
+from lightning_embcompress.utils.files import explaining_failure, replacing
 
 if TYPE_CHECKING:
     from lightning_embcompress.cli.commands import Compress
@@ -202,7 +202,8 @@ def _write(
     source: Source, target: Path, opened: OpenedModel, perplexity: dict[str, Any], extra: dict[str, Any]
 ) -> None:
     report = report_path(target, source)
-    with staged(target, directory=source.is_directory) as path:
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with explaining_failure(target), replacing(target, directory=source.is_directory) as path:
         opened.write(path)
         if source.is_directory:
             write_report(path / report.name, opened.model, perplexity, extra)

@@ -10,7 +10,7 @@ from lightning_embcompress.compression.report import say
 from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.utils.files import staged
+from lightning_embcompress.utils.files import explaining_failure, replacing
 
 if TYPE_CHECKING:
     from lightning_embcompress.cli.commands import Densify
@@ -33,7 +33,8 @@ def run_densify(given: Densify, source: Source, target: Path) -> None:
         raise ValueError(f"{source.name!r} has no compressed tables: it is an ordinary model already")
     before = model_bytes(opened.model)["stored_bytes"]
     densify(opened.model)
-    with staged(target, directory=source.is_directory) as path:
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with explaining_failure(target), replacing(target, directory=source.is_directory) as path:
         opened.write(path)
     after = model_bytes(opened.model)["stored_bytes"]
     names = ", ".join(" = ".join(table.modules) for table in plan.tables)

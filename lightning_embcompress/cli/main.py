@@ -180,7 +180,7 @@ def _is_message(error: Exception) -> bool:
     """
     if isinstance(error, UsageError):
         return True
-    kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError)
     if "lightning" in sys.modules:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 

@@ -123,25 +123,28 @@ def use_atomic_checkpoints(trainer: Trainer) -> bool:
     return isinstance(writer, AtomicCheckpointIO)
 
 
-def check_checkpoint_file(path: str | os.PathLike[str]) -> None:
+def check_checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
     """Refuse what is no whole checkpoint, by a look at its end, before anything is built for it.
 
     Args:
         path: A file or a directory of Lightning's Trainer. A URL is left to Lightning.
+
+    Returns:
+        The file that holds the checkpoint, in a directory all of it but the weights; None for a URL.
 
     Raises:
         FileNotFoundError: If there is nothing.
         ValueError: If it is cut short or is something else.
     """
     if not _is_local(path):
-        return
+        return None
     file = _local(path)
     if file.is_dir():
         if not (file / _SHARDED_FILE).is_file():
             raise ValueError(
                 f"{str(path)!r} is a directory, but not a checkpoint of a sharded model: it has no {_SHARDED_FILE}"
             )
-        return
+        return file / _SHARDED_FILE
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
     # `torch.save` writes a zip archive, whose directory stands at the end: a truncated file has none.
@@ -152,6 +155,7 @@ def check_checkpoint_file(path: str | os.PathLike[str]) -> None:
             f"{str(path)!r} is not a whole checkpoint: it was cut short or is another kind of file "
             f"({file.stat().st_size} bytes). Resume from an earlier one"
         )
+    return file
 
 
 def check_whole_file(path: str | os.PathLike[str]) -> None:
@@ -168,11 +172,8 @@ def check_whole_file(path: str | os.PathLike[str]) -> None:
         FileNotFoundError: If there is nothing.
         ValueError: If it is damaged.
     """
-    check_checkpoint_file(path)
-    if not _is_local(path):
+    if (file := check_checkpoint_file(path)) is None:
         return
-    file = _local(path)
-    file = file / _SHARDED_FILE if file.is_dir() else file
     with readable(file), zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         # Torch does not compress: what is larger than its file would fill the memory.
@@ -198,12 +199,9 @@ def read_mapped(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
         FileNotFoundError: If there is nothing.
         ValueError: If it is no whole checkpoint, or holds more than is loaded.
     """
-    if not _is_local(path):
+    if (file := check_checkpoint_file(path)) is None:
         with readable(path), get_filesystem(str(path)).open(str(path), "rb") as stream:
             return torch.load(stream, map_location="meta", weights_only=weights_only)
-    check_checkpoint_file(path)
-    file = _local(path)
-    file = file / _SHARDED_FILE if file.is_dir() else file
     with readable(file):
         return torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
 

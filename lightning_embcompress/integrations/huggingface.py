@@ -23,6 +23,7 @@ from lightning_embcompress.quantization.aware import converted, is_prepared
 from lightning_embcompress.tables.transformers_models import pretrained_models
 
 _DENSE_TIES = "_embcompress_dense_ties"
+_RESIZE = "resize_token_embeddings"
 
 
 def follow(root: nn.Module) -> None:
@@ -138,11 +139,10 @@ def _quantization_config(config: Any, record: dict[str, Any]) -> Iterator[None]:
 class _RefusalHook(_Hook):
     """A method that would put an ordinary layer beside or in the place of a compressed one."""
 
-    getters: tuple[str, ...] = ()
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for getter in self.getters:
-            layer = getattr(self.model, getter)()
+        # `set_input_embeddings` changes one layer, `resize_token_embeddings` both.
+        changed = [name for name in ("input_embeddings", "output_embeddings") if self.name in (f"set_{name}", _RESIZE)]
+        for layer in [getattr(self.model, f"get_{name}")() for name in changed]:
             if isinstance(layer, CompressedLayer):
                 raise ValueError(
                     f"{self.name} cannot change a compressed table: the {type(layer).__name__} of "
@@ -152,17 +152,7 @@ class _RefusalHook(_Hook):
         return self.original(*args, **kwargs)
 
 
-class _SetInputHook(_RefusalHook):
-    getters = ("get_input_embeddings",)
-
-
-class _SetOutputHook(_RefusalHook):
-    getters = ("get_output_embeddings",)
-
-
 class _ResizeHook(_RefusalHook):
-    getters = ("get_input_embeddings", "get_output_embeddings")
-
     def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Many programs ask for the size of their tokenizer, whether it has changed or not.
         embedding = self.model.get_input_embeddings()
@@ -174,9 +164,9 @@ class _ResizeHook(_RefusalHook):
 
 _HOOKS: dict[str, type[_Hook]] = {
     "save_pretrained": _SaveHook,
-    "resize_token_embeddings": _ResizeHook,
-    "set_input_embeddings": _SetInputHook,
-    "set_output_embeddings": _SetOutputHook,
+    _RESIZE: _ResizeHook,
+    "set_input_embeddings": _RefusalHook,
+    "set_output_embeddings": _RefusalHook,
 }
 
 

@@ -25,17 +25,18 @@ _WRITERS = re.compile("PytorchStreamWriter|iostream error|inline_container|I/O e
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file under a temporary name beside it, and give it its name when it is whole and on the disk.
+def replacing(path: str | os.PathLike[str], directory: bool = False) -> Iterator[Path]:
+    """Write a file or a directory under a temporary name beside it, and give it its name when it is whole and on disk.
 
-    If the block raises, the temporary file is removed and the one that was there stays as it was. If the process is
-    killed, the temporary file is left over, and removed when the same file is written the next time.
+    If the block raises, what was written is removed and what was there stays as it was. If the process is killed, the
+    temporary file or directory is left over, and removed when the same one is written the next time.
 
     Args:
-        path: The file; its folder must exist.
+        path: The place; its folder must exist.
+        directory: Whether a directory is written, which replaces the one that is there with all its files.
 
     Yields:
-        Where to write.
+        Where to write: a directory that has been made, or a file that has not.
 
     Example:
         >>> import tempfile
@@ -47,59 +48,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ('whole', 1)
         >>> folder.cleanup()
     """
-    target = Path(path)
-    temporary = _temporary(target)
-    _remove_abandoned(target)
-    try:
-        yield temporary
-        # On the disk before it has the name: after a power cut the name must not stand for an empty file.
-        synchronize(temporary)
-        os.replace(temporary, target)
-        synchronize(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def staged(target: Path, *, directory: bool) -> Iterator[Path]:
-    """Write a file or a directory beside its place, and move it there when it is complete.
-
-    If the block is left by an exception, what was written is removed, and the place is as it was.
-
-    Args:
-        target: The place. What there is is replaced.
-        directory: Whether it is a directory.
-
-    Yields:
-        A path to write to, of a directory that has been made, or of a file that has not.
-
-    Raises:
-        ValueError: If nothing can be written there.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with staged(Path(folder, "model"), directory=True) as path:
-        ...         _ = (path / "config.json").write_text("{}")
-        ...     [str(path.relative_to(folder)) for path in Path(folder).rglob("*.json")]
-        ['model/config.json']
-    """
     # Absolute: `out/` and `.` have no usable name of their own.
-    target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target = Path(path).absolute()
+    temporary = _temporary(target)
+    _remove_dead(target.parent.glob(f"{_prefix(target)}*.tmp"))
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         if directory:
             temporary.mkdir()
         yield temporary
+        # On the disk before it has the name: after a power cut the name must not stand for an empty file.
+        synchronize(temporary)
         _put_in_place(target, temporary)
-    except OSError as error:
-        raise ValueError(f"{str(target)!r} cannot be written: {error}") from error
+        synchronize(target.parent)
     finally:
-        if directory:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def _put_in_place(target: Path, temporary: Path) -> None:
@@ -107,7 +69,7 @@ def _put_in_place(target: Path, temporary: Path) -> None:
         os.replace(temporary, target)
         return
     # A directory that is not empty cannot be replaced in one step.
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = temporary.with_suffix(".old")
     os.rename(target, old)
     try:
         os.rename(temporary, target)
@@ -187,11 +149,6 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:64] or "localhost"
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes have left of the same file."""
-    _remove_dead(target.parent.glob(f"{_prefix(target)}*.tmp"))
-
-
 def remove_abandoned(folder: Path) -> None:
     """Remove what killed processes have left in the folders of a folder.
 
@@ -208,7 +165,14 @@ def _remove_dead(files: Iterable[Path]) -> None:
         with contextlib.suppress(OSError, ValueError):
             own = host == _host()
             if (own and not _runs(int(process))) or time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
-                file.unlink()
+                _remove(file)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:

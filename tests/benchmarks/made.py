@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.registry import SharedBasisBlocks
-from lightning_embcompress.utils.files import staged
+from lightning_embcompress.utils.files import replacing
 
 VOCABULARY_FILE = "1b_word_vocab.txt"
 # Words of the training text of the One Billion Word benchmark, and of a sentence of it on average.
@@ -110,7 +110,8 @@ def make_corpus(folder: Path, vocab_size: int = 793_471, tokens: int = 2_000_000
     # At least a batch in each held-out shard.
     held_out = max(400, sentences // 50)
     shards = {_TRAIN.format(1): sentences, _HELD_OUT.format(0): held_out, _HELD_OUT.format(1): held_out}
-    with staged(folder, directory=True) as temporary:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder, directory=True) as temporary:
         (temporary / VOCABULARY_FILE).write_text("\n".join(["<S>", "<UNK>", *words]) + "\n", encoding="utf-8")
         for name, count in shards.items():
             path = temporary / name
