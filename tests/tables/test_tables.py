@@ -15,10 +15,6 @@ from lightning_embcompress.methods.registry import LowRank
 from lightning_embcompress.tables.replacement import Table, check_finite, find_tables, replace_table, restore_dense
 
 
-def _names(model: nn.Module, tables: str | list[str] = "auto") -> list[tuple[str, ...]]:
-    return [table.modules for table in find_tables(model, tables)]
-
-
 def _pair(vocab_size: int = 100, dim: int = 8) -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": nn.Embedding(vocab_size, dim), "decoder": nn.Linear(dim, vocab_size)})
 
@@ -27,13 +23,6 @@ def _tied(vocab_size: int = 100, dim: int = 8) -> nn.ModuleDict:
     model = _pair(vocab_size, dim)
     model["decoder"].weight = model["encoder"].weight
     return model
-
-
-def test_finds_an_embedding_and_a_projection_of_the_same_size() -> None:
-    model = nn.ModuleDict({**_pair(), "lstm": nn.LSTM(8, 8), "hidden": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
-    assert _names(model) == [("encoder",), ("decoder",)]
-    assert find_tables(model)[0].shape == (100, 8)
-    assert find_tables(model)[0].weight is model["encoder"].weight
 
 
 @pytest.mark.parametrize(
@@ -45,6 +34,11 @@ def test_finds_an_embedding_and_a_projection_of_the_same_size() -> None:
         (_tied(), ["decoder", "encoder"], [("encoder", "decoder")]),
         (_pair(), ["decoder", "encoder"], [("encoder",), ("decoder",)]),
         (_pair(), "decoder", [("decoder",)]),
+        (
+            nn.ModuleDict({**_pair(), "lstm": nn.LSTM(8, 8), "hidden": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}),
+            "auto",
+            [("encoder",), ("decoder",)],
+        ),
         # An embedding or a projection alone.
         (nn.Sequential(nn.Embedding(100, 8), nn.LSTM(8, 8)), "auto", [("0",)]),
         (nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 100)), "auto", [("1",)]),
@@ -54,7 +48,11 @@ def test_finds_an_embedding_and_a_projection_of_the_same_size() -> None:
     ],
 )
 def test_tables_that_are_found(model: nn.Module, tables: str | list[str], expected: list[tuple[str, ...]]) -> None:
-    assert _names(model, tables) == expected
+    found = find_tables(model, tables)
+    assert [table.modules for table in found] == expected
+    for table in found:
+        assert table.weight is model.get_submodule(table.name).weight
+        assert table.shape == tuple(table.weight.shape)
 
 
 def test_a_module_that_is_registered_twice_is_one_table_with_two_paths() -> None:
@@ -63,7 +61,7 @@ def test_a_module_that_is_registered_twice_is_one_table_with_two_paths() -> None
     model.inner = nn.Module()
     model.inner.embed = model.encoder
     model.decoder = nn.Linear(8, 100)
-    assert _names(model) == [("encoder", "inner.embed"), ("decoder",)]
+    assert [table.modules for table in find_tables(model)] == [("encoder", "inner.embed"), ("decoder",)]
     compress(model, "low_rank", ratio=1.2)
     # Otherwise one path would go on reading the dense table.
     assert isinstance(model.inner.embed, CompressedEmbedding)
@@ -106,61 +104,44 @@ def _compressed() -> nn.Module:
     return model
 
 
+def _wrapped() -> nn.Module:
+    model = _tied()
+    model["encoder"] = torch.compile(model["encoder"], backend="eager")
+    return model
+
+
+def _hold_integers(model: nn.ModuleDict) -> None:
+    model["encoder"].weight = nn.Parameter(torch.zeros(100, 8, dtype=torch.int8), requires_grad=False)
+
+
+def _beside(**layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.ModuleDict({**_pair(), **layers})
+
+
+_WRAPPED = r"'encoder'.*OptimizedModule.*module\.encoder\.compile"
 _REFUSED: list[tuple[Callable[[], nn.Module], str | list[str], str]] = [
     (lambda: nn.LSTM(8, 8), "auto", "configure_model"),
-    (
-        lambda: nn.ModuleDict({**_pair(), "other": nn.Linear(8, 100)}),
-        "auto",
-        r"'decoder' \(100, 8\); 'other' \(100, 8\)",
-    ),
-    (
-        lambda: nn.ModuleDict({**_pair(), "target": nn.Embedding(100, 8)}),
-        "auto",
-        r"'encoder' \(100, 8\); 'target' \(100, 8\)",
-    ),
-    (
-        lambda: nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Embedding(8, 4)}),
-        "auto",
-        r"'a' \(9, 4\); 'b' \(8, 4\)",
-    ),
-    (
-        lambda: nn.ModuleDict({**_pair(), "c": nn.Embedding(30, 8), "d": nn.Linear(8, 30)}),
-        "auto",
-        r"'c' \(30, 8\)",
-    ),
+    (_beside(other=nn.Linear(8, 100)), "auto", r"'decoder' \(100, 8\); 'other' \(100, 8\)"),
+    (_beside(target=nn.Embedding(100, 8)), "auto", r"'encoder' \(100, 8\); 'target' \(100, 8\)"),
+    (_beside(c=nn.Embedding(30, 8), d=nn.Linear(8, 30)), "auto", r"'c' \(30, 8\)"),
+    (lambda: nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Embedding(8, 4)}), "auto", r"'a' \(9, 4\); 'b' \(8, 4\)"),
     (_pair, ["encodr"], "'encodr' .*'encoder'"),
     (_pair, [], "tables is an empty list"),
-    (
-        lambda: nn.ModuleDict({**_pair(), "lstm": nn.LSTM(8, 8)}),
-        ["lstm"],
-        "'lstm' is a LSTM",
-    ),
-    (
-        lambda: nn.ModuleDict({"encoder": _Scaled(100, 8), "decoder": nn.Linear(8, 100)}),
-        "auto",
-        "'encoder' .*_Scaled",
-    ),
+    (_beside(lstm=nn.LSTM(8, 8)), ["lstm"], "'lstm' is a LSTM"),
+    (_beside(encoder=_Scaled(100, 8)), "auto", "'encoder' .*_Scaled"),
+    (_beside(encoder=nn.Embedding(100, 8, scale_grad_by_freq=True)), "auto", "'encoder' has scale_grad_by_freq"),
+    (_beside(encoder=nn.Embedding(100, 8, device="meta")), "auto", "'encoder' is on the meta device"),
+    (_changed(_hold_integers), ["encoder"], r"'encoder' holds torch.int8"),
     (_changed(lambda model: model["decoder"].register_forward_hook(lambda *_: None)), "auto", "'decoder' has hooks"),
     (_changed(lambda model: nn.utils.weight_norm(model["decoder"])), "auto", "'decoder' has hooks"),
-    (
-        _changed(_parametrize),
-        "auto",
-        "'encoder' .*ParametrizedEmbedding",
-    ),
-    (
-        _changed(_tie_elsewhere),
-        "auto",
-        "'head' of table 'encoder' .*_Functional",
-    ),
-    (
-        lambda: nn.ModuleDict({"encoder": nn.Embedding(100, 8, scale_grad_by_freq=True)}),
-        "auto",
-        "'encoder' has scale_grad_by_freq",
-    ),
+    (_changed(_parametrize), "auto", "'encoder' .*ParametrizedEmbedding"),
+    (_changed(_tie_elsewhere), "auto", "'head' of table 'encoder' .*_Functional"),
     (lambda: nn.Embedding(100, 8), "auto", "an Embedding"),
     # The small projection beside compressed tables must not be taken for a table.
     (_compressed, "auto", "'encoder', 'decoder' .*densify"),
     (_compressed, ["decoder"], "'decoder' .*densify"),
+    # Wrapped by torch.compile, named or tied to what is named.
+    *((_wrapped, tables, _WRAPPED) for tables in ("auto", ["encoder"], ["encoder._orig_mod"], ["decoder"])),
 ]
 
 
@@ -171,18 +152,12 @@ def test_refusals_name_the_layer_and_the_remedy_and_change_nothing(
 ) -> None:
     model = make()
     modules = list(model.named_modules())
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    values = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    state = {name: tensor.clone() for name, tensor in values.items()}
     with pytest.raises(ValueError, match=message):
         compress(model, "low_rank", ratio=1.2, tables=tables)
     assert all(one[1] is other[1] for one, other in zip(modules, model.named_modules(), strict=True))
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_integer_tables_are_refused() -> None:
-    model = _pair()
-    model["encoder"].weight = nn.Parameter(torch.zeros(100, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"table 'encoder' holds torch.int8: only floating-point tables"):
-        find_tables(model, ["encoder"])
+    assert all(torch.equal(state[name], tensor) for name, tensor in values.items())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -195,13 +170,6 @@ def test_rows_that_are_not_finite_are_named(value: float) -> None:
     table.weight[:8] = value
     with pytest.raises(ValueError, match=r"in 9 of its 20 rows \(rows 0, 1, 2, 3, 4, \.\.\.\)"):
         check_finite(table)
-
-
-def test_tables_without_values_are_refused() -> None:
-    with torch.device("meta"):
-        model = _pair()
-    with pytest.raises(ValueError, match=r"'encoder' is on the meta device and has no values to compress: build it"):
-        compress(model, "low_rank", ratio=1.2)
 
 
 def test_replacing_keeps_what_the_layers_had_beside_their_weight() -> None:
@@ -258,12 +226,3 @@ def test_layers_that_are_not_compiled_any_more_are_named(
         compress(compiled, "low_rank", ratio=1.2)
         densify(compiled)
         assert not caplog.records
-
-
-@pytest.mark.parametrize("tables", ["auto", ["encoder"], ["encoder._orig_mod"], ["decoder"]])
-def test_wrapped_layers_are_refused_with_a_remedy(tables: str | list[str]) -> None:
-    model = _tied()
-    model["encoder"] = torch.compile(model["encoder"], backend="eager")
-    with pytest.raises(ValueError, match=r"'encoder'.*OptimizedModule.*module\.encoder\.compile"):
-        compress(model, "low_rank", ratio=1.2, tables=tables)
-    assert type(model["decoder"]) is nn.Linear

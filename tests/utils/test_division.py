@@ -1,14 +1,16 @@
+"""Work that is divided over processes, as one process sees it; several are tested by `distributed`."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_embcompress.methods.numerics.gram import gram_matrix, row_chunks, row_units, run_of
 from lightning_embcompress.utils.division import (
     agree,
     count_processes,
@@ -22,46 +24,30 @@ from lightning_embcompress.utils.division import (
 )
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_one_process_computes_all_units_in_their_order(inside: bool) -> None:
-    results = torch.zeros(5)
-    units: list[int] = []
-    shares: list[float] = []
+@pytest.mark.parametrize("context", [divided, nullcontext])
+def test_one_process_computes_all_units_in_their_order(context: Any) -> None:
+    results, units, shares = torch.zeros(5), [], []
 
     def compute(unit: int) -> None:
         units.append(unit)
         results[unit] = unit
 
-    def run() -> None:
+    with context():
         deal([[part] for part in results], [1, 5, 2, 0, 2], compute, shares.append)
-
-    if inside:
-        with divided():
-            run()
-    else:
-        run()
-    assert units == [0, 1, 2, 3, 4]
+    assert units == results.tolist() == [0, 1, 2, 3, 4]
     assert shares == [0.1, 0.5, 0.2, 0.0, 0.2]
     assert count_processes() == 1
 
 
-def test_work_without_units_or_costs_is_done_all_the_same() -> None:
+def test_work_without_units_or_costs_and_lists_of_units() -> None:
     shares: list[float] = []
     deal([], [], lambda _: pytest.fail("there is no unit"), shares.append)
-    assert shares == [1.0]
     deal([[torch.zeros(1)]] * 2, [0, 0], lambda _: None, shares.append)
     assert shares == [1.0, 0.5, 0.5]
-
-
-def test_lists_get_all_units_at_once() -> None:
     called: list[Sequence[int]] = []
     deal_lists([[torch.zeros(1)]] * 3, [1, 2, 3], called.append)
     assert [list(units) for units in called] == [[0, 1, 2]]
-
-
-def test_one_process_agrees_with_itself() -> None:
-    value = torch.tensor([1.5])
-    agree(value)
+    agree(value := torch.tensor([1.5]))
     assert value.item() == 1.5
 
 
@@ -106,26 +92,3 @@ def test_tensors_go_through_a_device_that_the_group_knows(
     monkeypatch.setattr("torch.distributed.get_backend_config", lambda group: backends)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
     assert group_device(None, torch.device(wanted)) == torch.device(device)
-
-
-@given(num_rows=st.integers(0, 10**6), dim=st.integers(1, 5000))
-@settings(deadline=None)
-def test_row_units_are_the_chunks_in_few_runs(num_rows: int, dim: int) -> None:
-    units = row_units(num_rows, dim)
-    assert [chunk for chunks in units for chunk in chunks] == list(row_chunks(num_rows, dim))
-    assert len(units) <= 64
-    runs = [run_of(chunks) for chunks in units]
-    assert all(one.stop == other.start for one, other in pairwise(runs))
-    assert sum(run.stop - run.start for run in runs) == num_rows
-    assert len({len(chunks) for chunks in units[:-1]}) <= 1
-
-
-@pytest.mark.parametrize("dim", [63, 64, 65, 200, 600])
-def test_gram_matrix_in_strips_is_symmetric_and_right(dim: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(300, dim, generator=generator)
-    weights = torch.rand(300, generator=generator).double()
-    gram = gram_matrix(table, weights)
-    torch.testing.assert_close(gram, gram.T, rtol=1e-5, atol=1e-4)
-    exact = table.double().T @ (weights.unsqueeze(1) * table.double())
-    torch.testing.assert_close(gram, exact, rtol=1e-5, atol=1e-4)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.gram import (
@@ -12,7 +16,9 @@ from lightning_embcompress.methods.numerics.gram import (
     compute_dtype,
     gram_matrix,
     row_chunks,
+    row_units,
     row_weights,
+    run_of,
     top_eigenvectors,
     warm_eigenvectors,
 )
@@ -125,3 +131,26 @@ def test_warm_start_of_a_matrix_of_lower_rank_than_asked_for() -> None:
     assert _captured(gram, warm) == pytest.approx(1)
     zero = warm_eigenvectors(torch.zeros(64, 64), 10, torch.eye(64)[:4])
     torch.testing.assert_close(zero @ zero.T, torch.eye(10), rtol=0, atol=1e-5)
+
+
+@given(num_rows=st.integers(0, 10**6), dim=st.integers(1, 5000))
+@settings(deadline=None)
+def test_row_units_are_the_chunks_in_few_runs(num_rows: int, dim: int) -> None:
+    units = row_units(num_rows, dim)
+    assert [chunk for chunks in units for chunk in chunks] == list(row_chunks(num_rows, dim))
+    assert len(units) <= 64
+    runs = [run_of(chunks) for chunks in units]
+    assert all(one.stop == other.start for one, other in pairwise(runs))
+    assert sum(run.stop - run.start for run in runs) == num_rows
+    assert len({len(chunks) for chunks in units[:-1]}) <= 1
+
+
+@pytest.mark.parametrize("dim", [63, 64, 65, 200, 600])
+def test_gram_matrix_in_strips_is_symmetric_and_right(dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(300, dim, generator=generator)
+    weights = torch.rand(300, generator=generator).double()
+    gram = gram_matrix(table, weights)
+    torch.testing.assert_close(gram, gram.T, rtol=1e-5, atol=1e-4)
+    exact = table.double().T @ (weights.unsqueeze(1) * table.double())
+    torch.testing.assert_close(gram, exact, rtol=1e-5, atol=1e-4)
