@@ -53,6 +53,19 @@ class Shell:
         assert error.count("\n") == 1, error
         return error.removeprefix("embcompress: error: ").rstrip("\n")
 
+    def refuses(self, *words: object, says: str, code: int = 1) -> None:
+        """Run what is wrong: one line says so, and nothing is written."""
+        before = self.files()
+        self.printed()
+        assert self(*words) == code
+        assert says in self.error()
+        assert self.files() == before
+
+    @staticmethod
+    def read(path: object) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(Path(str(path)).read_text())
+        return content
+
     @staticmethod
     def files() -> set[str]:
         return {str(path) for path in Path().rglob("*") if path.parts[0] != "cache"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -21,36 +18,19 @@ from lightning_embcompress.data import TextFiles
 from lightning_embcompress.integrations.checkpoint import RECORD_KEY, load_from_checkpoint
 from lightning_embcompress.layers.compressed import CompressedLinear
 from lightning_embcompress.modules import HuggingFaceCausalLM, LSTMLanguageModel
+from toys import LanguageModel, dataset, loaders, quiet_trainer
 
 _VOCAB = 300
 _IDS = torch.randint(_VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
-class Foreign(LightningModule):
-    """A LightningModule that knows nothing of this package."""
+class Foreign(LanguageModel):
+    """A LightningModule that knows nothing of this package, and has more than parameters."""
 
-    def __init__(self, tied: bool = False, dim: int = 16) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        torch.manual_seed(3)
-        self.tokens = nn.Embedding(_VOCAB, dim, padding_idx=0)
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{"vocab_size": _VOCAB, "bias": False, "padding_idx": 0, **given})
         self.register_buffer("nothing", torch.empty(0))
-        self.block = nn.Sequential(nn.Linear(dim, dim), nn.Tanh())
-        self.norm = nn.BatchNorm1d(dim)
-        self.output = nn.Linear(dim, _VOCAB, bias=False)
-        if tied:
-            self.output.weight = self.tokens.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.norm(self.block(self.tokens(ids)).flatten(0, 1))
-        logits: Tensor = self.output(hidden)
-        return logits
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch), batch.flatten())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters())
+        self.norm = nn.BatchNorm1d(16)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"words": ["a", "b"]}
@@ -63,19 +43,12 @@ class Foreign(LightningModule):
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """Checkpoints of foreign modules, not tied and tied."""
     folder = tmp_path_factory.mktemp("foreign")
-    paths = {}
-    for tied in (False, True):
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = Trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False, **quiet)
-        trainer.fit(Foreign(tied), torch.utils.data.DataLoader(_IDS, batch_size=2))  # type: ignore[arg-type]
-        paths[tied] = folder / f"{'tied' if tied else 'separate'}.ckpt"
-        trainer.save_checkpoint(paths[tied])
+    paths = {tied: folder / f"{'tied' if tied else 'separate'}.ckpt" for tied in (False, True)}
+    for tied, path in paths.items():
+        trainer = quiet_trainer(folder, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+        trainer.fit(Foreign(tied=tied), **loaders(dataset(vocab_size=_VOCAB)))
+        trainer.save_checkpoint(path)
     return paths
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(Path(path).read_text())
-    return content
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -100,12 +73,11 @@ def test_a_checkpoint_of_a_foreign_class(shell: Any, tied: bool, foreign: dict[b
     assert plan_of(model) == plan
     assert model.hparams == dense.hparams
     assert torch.equal(model(_IDS), dense(_IDS))
-    assert (model.tokens.factorization is model.output.factorization) == tied
+    assert (model.encoder.factorization is model.decoder.factorization) == tied
     # One copy of what is shared, and nothing of what was mapped besides.
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, Tensor)}
     assert os.path.getsize("small.ckpt") < sum(unique.values()) + 20_000
-    report, inspected = _read("small.report.json"), shell.inspected("small.ckpt")
-    assert [table["modules"] for table in report["tables"]] == [list(table.modules) for table in plan.tables]
+    report, inspected = shell.read("small.report.json"), shell.inspected("small.ckpt")
     assert inspected["kind"] == "checkpoint"
     assert [{**table, "share": 0} for table in inspected["tables"]] == [
         {**table, "share": 0} for table in report["tables"]
@@ -116,77 +88,67 @@ def test_a_checkpoint_of_a_foreign_class(shell: Any, tied: bool, foreign: dict[b
     assert RECORD_KEY not in torch.load("dense.ckpt", weights_only=True)
     restored = Foreign.load_from_checkpoint("dense.ckpt").eval()
     assert torch.allclose(restored(_IDS), dense(_IDS), atol=1e-6)
-    assert (restored.output.weight is restored.tokens.weight) == tied
+    assert (restored.decoder.weight is restored.encoder.weight) == tied
     sizes = [table["stored_bytes"] for table in shell.inspected("dense.ckpt")["tables"]]
     assert sizes == [4 * _VOCAB * 16] * (1 if tied else 2)
 
 
-def test_a_checkpoint_of_a_model_of_transformers(shell: Any) -> None:
+def test_a_checkpoint_of_a_model_of_transformers(shell: Any, tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32}
     dense = HuggingFaceCausalLM(config=config, vocab_size=_VOCAB).eval()
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer = quiet_trainer(tmp_path)
     trainer.strategy.connect(dense)
     trainer.save_checkpoint("source.ckpt")
     assert shell("compress", "source.ckpt", "small.ckpt", "--method", "low_rank", "--rank", 3) == 0
     model = HuggingFaceCausalLM.load_from_checkpoint("small.ckpt").eval()
-    plan = compress(dense, "low_rank", rank=3)
-    assert plan_of(model) == plan
-    assert plan.tables[0].modules == ("model.transformer.wte", "model.lm_head")
+    assert plan_of(model) == compress(dense, "low_rank", rank=3)
     assert torch.equal(model(_IDS), dense(_IDS))
 
 
 def test_tables_can_be_named_and_untied(shell: Any, foreign: dict[bool, Path]) -> None:
-    assert shell("compress", foreign[False], "one.ckpt", "--method=low_rank", "--rank=3", "--tables", "output") == 0
+    assert shell("compress", foreign[False], "one.ckpt", "--method=low_rank", "--rank=3", "--tables", "decoder") == 0
     model = load_from_checkpoint(Foreign, "one.ckpt")
-    assert isinstance(model.output, CompressedLinear)
-    assert type(model.tokens) is nn.Embedding
+    assert isinstance(model.decoder, CompressedLinear)
+    assert type(model.encoder) is nn.Embedding
     # The other beside it, which stays as it is; then only one of them, which makes the other dense.
     shell.printed()
-    options = ["--method=low_rank", "--rank=2", "--tables", "tokens"]
+    options = ["--method=low_rank", "--rank=2", "--tables", "encoder"]
     assert shell("compress", "one.ckpt", "two.ckpt", *options) == 0
-    assert "Tables that are compressed already stay as they are: output (low_rank, " in shell.printed()
+    assert "Tables that are compressed already stay as they are: decoder (low_rank, " in shell.printed()
     both = load_from_checkpoint(Foreign, "two.ckpt")
-    assert [(table.name, table.spec["rank"]) for table in plan_of(both).tables] == [("tokens", 2), ("output", 3)]
-    assert torch.equal(both.output.factorization.basis, model.output.factorization.basis)
+    assert [(table.name, table.spec["rank"]) for table in plan_of(both).tables] == [("encoder", 2), ("decoder", 3)]
+    assert torch.equal(both.decoder.factorization.basis, model.decoder.factorization.basis)
     assert shell("compress", "two.ckpt", "three.ckpt", *options) == 0
-    assert "Not named in --tables, and therefore dense from now on: output" in shell.printed()
-    assert [table.name for table in plan_of(load_from_checkpoint(Foreign, "three.ckpt")).tables] == ["tokens"]
+    assert "Not named in --tables, and therefore dense from now on: decoder" in shell.printed()
+    assert [table.name for table in plan_of(load_from_checkpoint(Foreign, "three.ckpt")).tables] == ["encoder"]
     assert shell("compress", foreign[True], "untied.ckpt", "--method=low_rank", "--rank=2", "--tie=untie") == 0
     untied = load_from_checkpoint(Foreign, "untied.ckpt")
     assert [(table.modules, table.untied) for table in plan_of(untied).tables] == [
-        (("tokens",), "tokens"),
-        (("output",), "tokens"),
+        (("encoder",), "encoder"),
+        (("decoder",), "encoder"),
     ]
 
 
 def test_tied_tables_that_were_written_twice_are_tied(shell: Any, foreign: dict[bool, Path]) -> None:
     checkpoint = torch.load(foreign[True], weights_only=True)
-    checkpoint["state_dict"]["output.weight"] = checkpoint["state_dict"]["output.weight"].clone()
+    checkpoint["state_dict"]["decoder.weight"] = checkpoint["state_dict"]["decoder.weight"].clone()
     torch.save(checkpoint, "gathered.ckpt")
     assert shell("compress", "gathered.ckpt", "small.ckpt", "--method=low_rank", "--rank=2") == 0
     model = load_from_checkpoint(Foreign, "small.ckpt")
-    assert model.tokens.factorization is model.output.factorization
+    assert model.encoder.factorization is model.decoder.factorization
 
 
 def test_an_lstm_is_tested_from_the_compressed_checkpoint(
-    shell: Any, text: Path, monkeypatch: pytest.MonkeyPatch
+    shell: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # set by a run, taken back with the test
         monkeypatch.setenv(variable, "0")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    files = {"train_files": str(text), "test_files": str(text), "batch_size": 2, "cache_dir": "ids"}
     recipe = {
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 2,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": "run",
-        },
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "default_root_dir": "run", **quiet},
         "model": {"class_path": "LSTMLanguageModel", "init_args": {"embedding_dim": 8, "hidden_size": 8}},
-        "data": {
-            "class_path": "TextFiles",
-            "init_args": {"train_files": str(text), "test_files": str(text), "batch_size": 2, "cache_dir": "ids"},
-        },
+        "data": {"class_path": "TextFiles", "init_args": files},
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert shell("fit", "--config", "recipe.yaml") == 0
@@ -195,14 +157,11 @@ def test_an_lstm_is_tested_from_the_compressed_checkpoint(
     shell.printed()
     assert shell("test", "--config", "recipe.yaml", "--ckpt_path", "small.ckpt") == 0
     measured = shell.printed()
-    model = LSTMLanguageModel.load_from_checkpoint("small.ckpt")
-    assert [table.method for table in plan_of(model).tables] == ["low_rank", "low_rank"]
     # The same measurement by hand.
-    data = TextFiles(str(text), test_files=str(text), batch_size=2, cache_dir="ids")
     dense = LSTMLanguageModel.load_from_checkpoint(checkpoint)
-    compress(dense, "low_rank", rank=2)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    (metrics,) = trainer.test(dense, data, verbose=False)
+    plan = compress(dense, "low_rank", rank=2)
+    assert plan_of(LSTMLanguageModel.load_from_checkpoint("small.ckpt")) == plan
+    (metrics,) = quiet_trainer(tmp_path).test(dense, TextFiles(**files), verbose=False)
     assert f"{metrics['test_perplexity']:.6f}"[:7] in measured
     # Training cannot go on, and Lightning says why.
     with pytest.raises(KeyError, match="checkpoint contains only the model"):
@@ -211,16 +170,10 @@ def test_an_lstm_is_tested_from_the_compressed_checkpoint(
 
 def test_counts_of_a_text_for_a_checkpoint(shell: Any, foreign: dict[bool, Path], gpt2: Path, text: Path) -> None:
     words = ["compress", foreign[False], "small.ckpt", "--method=weighted_low_rank", "--rank=2", "--text", text]
-    assert shell(*words) == 1
-    error = shell.error()
-    assert "a checkpoint does not say how its model reads text" in error
-    assert "`embcompress test --config RECIPE --ckpt_path TARGET`" in error
-    assert "add --counts_only" in error
-    assert shell(*words, "--counts_only") == 1
-    assert "--text needs a tokenizer, and there is none in " in shell.error()
-    assert shell.files() == {"text.txt"}
+    shell.refuses(*words, says="a checkpoint does not say how its model reads text")
+    shell.refuses(*words, "--counts_only", says="--text needs a tokenizer, and there is none in ")
     assert shell(*words, "--counts_only", "--tokenizer", gpt2) == 0
-    report = _read("small.report.json")
+    report = shell.read("small.report.json")
     ids = torch.tensor(AutoTokenizer.from_pretrained(gpt2)(shell.sentences)["input_ids"] + [0])
     start = len(ids) * 9 // 10
     assert report["token_counts"] == "text"
@@ -229,7 +182,7 @@ def test_counts_of_a_text_for_a_checkpoint(shell: Any, foreign: dict[bool, Path]
     counts = torch.bincount(ids[:start], minlength=_VOCAB)
     compress(dense, "weighted_low_rank", rank=2, token_counts=counts)
     model = load_from_checkpoint(Foreign, "small.ckpt")
-    assert torch.equal(model.tokens.factorization.basis, dense.tokens.factorization.basis)
+    assert torch.equal(model.encoder.factorization.basis, dense.encoder.factorization.basis)
 
 
 class _Secret:
@@ -247,12 +200,8 @@ def test_a_checkpoint_with_objects_needs_trust(
     checkpoint["hyper_parameters"]["secret"] = _Secret()
     torch.save(checkpoint, "objects.ckpt")
     for words in (["compress", "objects.ckpt", "small.ckpt", "--ratio=2"], ["inspect", "objects.ckpt"]):
-        assert shell(*words) == 1
-        error = shell.error()
-        assert error.startswith("'objects.ckpt' holds more than tensors and plain values (")
-        assert "_Secret" in error
-        assert "--trust_source" in error
-    assert shell.files() == {"objects.ckpt"}
+        shell.refuses(*words, says="'objects.ckpt' holds more than tensors and plain values (")
+        shell.refuses(*words, says="--trust_source")
     assert shell("inspect", "objects.ckpt", "--trust_source") == 0
     words = ["compress", "objects.ckpt", "small.ckpt", "--ratio=2", "--trust_source"]
     assert shell(*words) == 0

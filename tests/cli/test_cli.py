@@ -130,10 +130,12 @@ def values(toys: ModuleType, kind: str) -> list[object]:
 
 
 def test_run_is_fit_and_test_of_the_final_weights_and_can_be_repeated(toys: ModuleType) -> None:
+    Path("on_top.yaml").write_text("model:\n  init_args:\n    scale: 11\n")
     for _ in range(2):  # the second run finds the configuration and the checkpoints of the first
         toys.events.clear()
-        assert cli.main(["run", "toy.yaml", "--trainer.max_epochs", "3", "--seed_everything=5"]) == 0
-        assert toys.events == [("scale", 3), ("fit", 0), ("test", True)]
+        options = ["--config", "on_top.yaml", "--trainer.max_epochs", "3", "--seed_everything=5"]
+        assert cli.main(["run", "toy.yaml", *options]) == 0
+        assert toys.events == [("scale", 11), ("fit", 0), ("test", True)]
     saved = yaml.safe_load(Path("out/config.yaml").read_text())
     assert saved["trainer"]["max_epochs"] == 3
     assert saved["seed_everything"] == 5
@@ -158,12 +160,6 @@ def test_the_same_recipe_serves_the_other_commands(toys: ModuleType) -> None:
         assert cli.main([command, "--config=toy.yaml", "--ckpt_path", str(checkpoint), "--model.scale=9"]) == 0
     assert toys.events == [("scale", 3), ("fit", 0), ("scale", 9), ("scale", 9), ("test", False)]
     assert Path("out/config.yaml").read_text() == before, "an evaluation leaves the configuration of the training"
-
-
-def test_a_configuration_on_top(toys: ModuleType) -> None:
-    Path("on_top.yaml").write_text("model:\n  init_args:\n    scale: 11\n")
-    assert cli.main(["run", "toy.yaml", "--config", "on_top.yaml", "--trainer.fast_dev_run=true"]) == 0
-    assert values(toys, "scale") == [11]
 
 
 @pytest.mark.parametrize(
@@ -219,11 +215,9 @@ def test_checkpoints_record_the_linked_vocab_size(toys: ModuleType) -> None:
     (checkpoint,) = Path("out/checkpoints").iterdir()
     assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["vocab_size"] == 7
     assert cli.main(["run", "out/config.yaml", "--trainer.max_epochs=2"]) == 0  # the saved file is a recipe too
-
-
-def test_vocab_size_is_not_counted_for_a_model_that_takes_none(toys: ModuleType) -> None:
+    toys.events.clear()
     assert cli.main(["run", "toy.yaml", "--data=cli_toys.Corpus", "--trainer.fast_dev_run=1"]) == 0
-    assert values(toys, "asked") == []
+    assert values(toys, "asked") == [], "not counted for a model that takes none"
 
 
 @pytest.mark.parametrize(
@@ -231,16 +225,13 @@ def test_vocab_size_is_not_counted_for_a_model_that_takes_none(toys: ModuleType)
     [
         (
             "--model=cli_toys.Words --model.vocab_size=5 --data=cli_toys.Corpus",
-            "model.init_args.vocab_size of Words is 5, but Corpus has 7 tokens; give at least 7, or leave the key out",
+            "model.init_args.vocab_size of Words is 5, but Corpus has 7 tokens",
         ),
         (
             "--model=cli_toys.Words --data=BoringDataModule",
-            "Words needs a vocab_size and BoringDataModule has no `vocab_size`; set model.init_args.vocab_size",
+            "Words needs a vocab_size and BoringDataModule has no `vocab_size`",
         ),
-        (
-            "--model=cli_toys.Words",
-            "Words needs a vocab_size and there is no data module; set model.init_args.vocab_size",
-        ),
+        ("--model=cli_toys.Words", "Words needs a vocab_size and there is no data module"),
         ("--ckpt_path=none.ckpt", "there is no checkpoint 'none.ckpt'"),
     ],
 )
@@ -271,10 +262,16 @@ def test_a_configuration_that_a_person_wrote_is_not_overwritten(toys: ModuleType
     assert Path("config.yaml").read_text() == RECIPE
 
 
+def test_a_recipe_without_a_model_says_so(toys: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("no_model.yaml").write_text("trainer:\n  max_epochs: 1\n")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "no_model.yaml"])
+    assert "no model: the recipe needs a key `model` with a `class_path`" in capsys.readouterr().err
+
+
 def test_own_classes_are_found_by_their_short_names(toys: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="0"):
         cli.main(["run", "toy.yaml", "--model=LSTMLanguageModel", "--data=PythonDocs", "--print_config"])
-    assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["class_path"] == "lightning_embcompress.modules.LSTMLanguageModel"
     assert printed["data"]["class_path"] == "lightning_embcompress.data.PythonDocs"
@@ -283,24 +280,15 @@ def test_own_classes_are_found_by_their_short_names(toys: ModuleType, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["run", "quikstart"],
-            "no recipe 'quikstart'; did you mean quickstart? Shipped recipes, run by name: obw, quick",
-        ),
-        (["run", "quickstart.yaml"], "no recipe file 'quickstart.yaml'; did you mean quickstart?"),
-        (["run", "list.yaml"], "list.yaml holds a list, not a mapping: a recipe has the top-level keys"),
-        (["run", "--trainer.max_epochs=1"], "`run` needs a recipe: embcompress run RECIPE.yaml|NAME"),
-        (
-            ["fitt"],
-            "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, compress, inspect",
-        ),
-        (["quickstart"], "quickstart is a recipe: embcompress run quickstart"),
-        (["inspekt"], "no command 'inspekt'; did you mean inspect?"),
-        (["last.ckpt"], "last.ckpt is a model: embcompress inspect last.ckpt, or compress or densify"),
+        ("run quikstart", "no recipe 'quikstart'; did you mean quickstart? Shipped recipes, run by name: obw, quick"),
+        ("run --trainer.max_epochs=1", "`run` needs a recipe"),
+        ("fitt", "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, compress, inspect"),
+        ("quickstart", "quickstart is a recipe: embcompress run quickstart"),
+        ("last.ckpt", "last.ckpt is a model: embcompress inspect last.ckpt, or compress or densify"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
-    arguments: list[str],
+    arguments: str,
     message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -308,19 +296,10 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shipped(monkeypatch, tmp_path)
-    Path("list.yaml").write_text("- 1\n- 2\n")
-    assert cli.main(arguments) == 2
+    assert cli.main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"embcompress: error: {message}")
     assert error.count("\n") == 1
-
-
-def test_a_recipe_without_a_model_says_so(toys: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("no_model.yaml").write_text("trainer:\n  max_epochs: 1\n")
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["run", "no_model.yaml"])
-    assert stop.value.code == 2
-    assert "no model: the recipe needs a key `model` with a `class_path`" in capsys.readouterr().err
 
 
 def shipped(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Path]:
@@ -361,31 +340,15 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("-h", "--help"):
         assert cli.main([option]) == 0
     text = capsys.readouterr().out
-    for line in (
-        "Usage: embcompress COMMAND [options]",
-        "  run RECIPE.yaml|NAME   fit, then test the final weights",
-        "  compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model",
-        "  inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files",
-        "  densify PATH TARGET    make a compressed model in files an ordinary one again",
-        "  list                   show the shipped recipes and the compression methods",
-        "  embcompress run quickstart --trainer.max_epochs 3",
-        "Exit code: 0 done, 1 the run failed, 2 the command line or the recipe is wrong.",
-        "EMBCOMPRESS_TRACEBACK=1",
-    ):
-        assert line in text
+    assert text.startswith("Usage: embcompress COMMAND [options]")
+    for command in ("run", "fit", "validate", "test", "predict", "compress", "inspect", "densify", "sweep", "list"):
+        assert f"\n  {command} " in text
     assert cli.main([]) == 2
-    assert capsys.readouterr().err.startswith("Usage: embcompress COMMAND")
-    with pytest.raises(SystemExit) as stop:
+    assert capsys.readouterr().err * 2 == text
+    with pytest.raises(SystemExit, match="0"):
         cli.main(["run", "--help"])
-    assert stop.value.code == 0
     text = capsys.readouterr().out
-    for part in (
-        "usage: embcompress run RECIPE.yaml|NAME [options]",
-        "Fit the model of a recipe, then test its final weights",
-        "--trainer.max_epochs",
-        "--ckpt_path",
-        "vocab_size_of(data) --> model.init_args.vocab_size",
-    ):
+    for part in ("usage: embcompress run RECIPE.yaml|NAME [options]", "--trainer.max_epochs", "--ckpt_path", "vocab_"):
         assert part in text
 
 

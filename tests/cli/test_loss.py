@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_embcompress import compress, plan_of
 from lightning_embcompress.calibration.statistics import Statistics
-
-
-def _report(folder: str) -> Any:
-    return json.loads(Path(folder, "report.json").read_text())
+from toys import falling_table
 
 
 def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> None:
@@ -25,7 +21,7 @@ def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> Non
     assert "The loss was predicted to grow by" in printed
     statistics = Statistics.load("cost.safetensors")
     assert statistics.num_targets > 200
-    report = _report("out")
+    report = shell.read("out/report.json")
     assert report["statistics"] == {"targets": statistics.num_targets, "file": "cost.safetensors"}
     assert report["token_counts"] == "text"
     (table,) = report["tables"]
@@ -39,27 +35,26 @@ def test_a_text_says_what_errors_cost(shell: Any, gpt2: Path, text: Path) -> Non
     words = ("--method", "auto", "--ratio", 2, "--statistics", "cost.safetensors")
     assert shell("compress", gpt2, "again", *words) == 0
     assert "Zipf" not in shell.printed()
-    assert _report("again")["token_counts"] == "statistics"
+    assert shell.read("again/report.json")["token_counts"] == "statistics"
     # As it was before it was known what errors cost.
     assert shell("compress", gpt2, "paper", "--ratio", 2, "--text", text, "--method", "group_reduce") == 0
-    assert _report("paper")["statistics"] is None
-    assert _report("paper")["tables"][0]["predicted_loss"] is None
+    assert shell.read("paper/report.json")["statistics"] is None
+    assert shell.read("paper/report.json")["tables"][0]["predicted_loss"] is None
 
 
 def test_the_smallest_within_a_limit(shell: Any, gpt2: Path, text: Path) -> None:
     words = ("--max_perplexity_increase", "1%", "--text", text)
     assert shell("compress", gpt2, "out", *words) == 0
     assert "perplexity +1.00%" in shell.printed()
-    report = _report("out")
+    report = shell.read("out/report.json")
     perplexity = report["perplexity"]
     assert perplexity["compressed"] / perplexity["dense"] - 1 <= 0.01
     assert report["tables"][0]["ratio"] > 1.5
 
 
 def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(200, 16), torch.nn.Linear(16, 200))
-    table = model[0].weight.detach()
+    table = model[0].weight.detach().copy_(falling_table(200, 16))
     moments = table.T.double() @ table.double() / 200
     statistics = Statistics(
         torch.arange(200, 0, -1),
@@ -80,35 +75,18 @@ def test_a_checkpoint_with_a_file_of_statistics(shell: Any, tmp_path: Path) -> N
     ("words", "message"),
     [
         ("--ratio 2 --max_perplexity_increase 1%", "give exactly one of ratio, size, bits_per_weight"),
-        (
-            "--max_perplexity_increase none",
-            "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is 'none'",
-        ),
-        (
-            "--max_perplexity_increase 1%",
-            "--max_perplexity_increase 1% measures the perplexity: give a text with --text, without --counts_only",
-        ),
-        (
-            "--max_perplexity_increase 1% --text text.txt --counts_only",
-            "--max_perplexity_increase 1% measures the perplexity: give a text with",
-        ),
-        (
-            "--max_perplexity_increase 1% --text text.txt --method low_rank",
-            "max_perplexity_increase cannot be predicted for method 'low_rank'",
-        ),
-        ("--ratio 2 --method auto", "--method auto has to know what errors cost: give a text with --text, without"),
-        ("--ratio 2 --statistics absent", "--statistics absent: there is no such file; to write it give a text with"),
+        ("--max_perplexity_increase none", "max_perplexity_increase must be an increase of the perplexity"),
+        ("--max_perplexity_increase 1%", "--max_perplexity_increase 1% measures the perplexity: give a text"),
+        ("--max_perplexity_increase 1% --text text.txt --counts_only", "without --counts_only"),
+        ("--max_perplexity_increase 1% --text text.txt --method low_rank", "predicted for method 'low_rank'"),
+        ("--ratio 2 --method auto", "--method auto has to know what errors cost: give a text with --text"),
+        ("--ratio 2 --statistics absent", "--statistics absent: there is no such file"),
         ("--ratio 2 --text text.txt --statistics no/folder", "--statistics no/folder: there is no folder 'no'"),
-        (
-            "--ratio 2 --method group_reduce --statistics text.txt",
-            "--statistics is for methods that weigh errors",
-        ),
+        ("--ratio 2 --method group_reduce --statistics text.txt", "--statistics is for methods that weigh errors"),
     ],
 )
 def test_a_wrong_command_line(words: str, message: str, shell: Any, gpt2: Path, text: Path) -> None:
-    assert shell("compress", gpt2, "out", *words.split()) == 2
-    assert message in shell.error()
-    assert shell.files() == {"text.txt"}
+    shell.refuses("compress", gpt2, "out", *words.split(), says=message, code=2)
 
 
 def test_statistics_that_cannot_be_used(shell: Any, gpt2: Path, text: Path) -> None:
@@ -117,6 +95,4 @@ def test_statistics_that_cannot_be_used(shell: Any, gpt2: Path, text: Path) -> N
         ("text.txt", "'text.txt' cannot be read as statistics"),
         ("other", "the statistics have no moments of table 'transformer.wte'"),
     ):
-        assert shell("compress", gpt2, "out", "--ratio", 2, "--statistics", file) == 1
-        assert message in shell.error()
-        assert not Path("out").exists()
+        shell.refuses("compress", gpt2, "out", "--ratio", 2, "--statistics", file, says=message)

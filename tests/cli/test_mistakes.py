@@ -27,50 +27,38 @@ from lightning_embcompress.utils.files import replacing
         ("SOURCE out --ratio four", "--ratio 'four' must be float | None"),
         ("SOURCE out --tie never", "--tie 'never' must be Literal['keep', 'untie', 'auto']"),
         ("SOURCE out more", "unrecognized arguments: more"),
-        (
-            "SOURCE out",
-            "give exactly one of ratio, size, bits_per_weight and max_perplexity_increase: ratio is None, "
-            "size is None, bits_per_weight is None, max_perplexity_increase is None",
-        ),
-        ("SOURCE out --ratio 2 --size 1MB", "give exactly one of ratio, size, bits_per_weight"),
+        ("SOURCE out", "give exactly one of ratio, size, bits_per_weight and max_perplexity_increase"),
         ("SOURCE out --ratio 0.5", "ratio must be above 1"),
         ("SOURCE out --size big", "size must be a number of bytes such as '80MB'"),
-        ("SOURCE out --method group_reduse --ratio 2", "unknown method 'group_reduse' (did you mean 'group_reduce'?)"),
-        (
-            "SOURCE out --ration 2",
-            "there is no option --ration; did you mean --ratio? (embcompress compress --help lists them, of which the "
-            "method's are --groups, --refine_rounds, --bits)",
-        ),
+        ("SOURCE out --method group_reduse --ratio 2", "did you mean 'group_reduce'?"),
+        ("SOURCE out --ration 2", "there is no option --ration; did you mean --ratio? (embcompress compress --help"),
+        ("SOURCE out --ration 2", "of which the method's are --groups, --refine_rounds, --bits)"),
         ("SOURCE out --ratio 2 --groups", "--groups: expected one argument"),
         ("SOURCE out --ratio 2 --groups --overwrite", "--groups: expected one argument"),
-        ("SOURCE out --ratio 2 --groups 0", "groups must be 1 or more, or 'auto', it is 0"),
+        ("SOURCE out --ratio 2 --groups 0", "groups must be 1 or more"),
         ("SOURCE out --ratio 2 --refine_rounds few", "--refine_rounds 'few' must be int"),
         ("SOURCE out --ratio 2 --groups [1", "--groups '[1' must be int"),
         ("SOURCE out --config absent.yaml", "absent.yaml"),
         ("SOURCE out --ratio 2 --counts_only", "--counts_only says what --text is for"),
         ("SOURCE SOURCE --ratio 2", "is not empty: choose another, or replace it with --overwrite"),
-        ("SOURCE out.ckpt --ratio 2", "TARGET 'out.ckpt' is called like a file, but a directory is made of "),
-        ("SOURCE file --ratio 2", "TARGET 'file' is a file, but a directory is made of "),
+        ("SOURCE out.ckpt --ratio 2", "TARGET 'out.ckpt' is called like a file"),
+        ("SOURCE file --ratio 2", "TARGET 'file' is a file"),
         ("SOURCE file/out --ratio 2", "TARGET 'file/out' cannot be written: '"),
-        ("SOURCE . --ratio 2", "TARGET '.' is the current folder, which would be replaced"),
+        ("SOURCE . --ratio 2", "TARGET '.' is the current folder"),
     ],
 )
 def test_a_wrong_command_line(words: str, message: str, shell: Any, gpt2: Path) -> None:
     Path("file").write_text("mine")
-    assert shell("compress", *words.replace("SOURCE", str(gpt2)).split()) == 2
-    assert message in shell.error()
-    assert shell.files() == {"file"}
+    words = words.replace("SOURCE", str(gpt2))
+    shell.refuses("compress", *words.split(), says=message, code=2)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--ratio 1000", "cannot be stored in 38 bytes (1000x) by 'transform_coding' with these options: the smallest"),
-        (
-            "--ratio 2 --tables transformer.wtf",
-            "the model has no module 'transformer.wtf' (did you mean 'transformer.wte'",
-        ),
-        ("--ratio 2 --tables transformer.ln_f", "module 'transformer.ln_f' is a LayerNorm: only nn.Embedding and "),
+        ("--ratio 2 --tables transformer.wtf", "the model has no module 'transformer.wtf'"),
+        ("--ratio 2 --tables transformer.ln_f", "module 'transformer.ln_f' is a LayerNorm"),
         ("--ratio 2 --text absent*.txt", "--text='absent*.txt' matches no file"),
         ("--ratio 2 --text empty.txt", "every file it names is empty"),
         ("--ratio 2 --text text.txt --tokenizer /no/such", "tokenizer='/no/such' is not a directory"),
@@ -79,45 +67,36 @@ def test_a_wrong_command_line(words: str, message: str, shell: Any, gpt2: Path) 
 )
 def test_what_cannot_be_done(words: str, message: str, shell: Any, gpt2: Path, text: Path) -> None:
     Path("empty.txt").write_text("")
-    before = shell.files()
-    assert shell("compress", gpt2, "out", *words.split()) == 1
-    assert message in shell.error()
-    assert shell.files() == before
+    shell.refuses("compress", gpt2, "out", *words.split(), says=message)
 
 
 def test_a_text_needs_the_tokenizer_of_the_model(shell: Any, gpt2: Path, text: Path, endless_tokenizer: Path) -> None:
     GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained("bare")
     words = ["compress", "bare", "out", "--method=low_rank", "--rank=2", "--text", text]
-    assert shell(*words) == 1
-    assert "--text needs a tokenizer, and there is none in 'bare': name one with --tokenizer DIR" in shell.error()
+    shell.refuses(*words, says="--text needs a tokenizer, and there is none in 'bare'")
     # One without a token for the end of a text; its files then belong to the result.
     assert shell(*words, "--tokenizer", endless_tokenizer) == 0
     assert (Path("out") / "tokenizer.json").read_bytes() == (endless_tokenizer / "tokenizer.json").read_bytes()
     GPT2LMHeadModel(shell.config(vocab_size=40)).save_pretrained("small")
     words[1:3] = ["small", "other"]
-    assert shell(*words, "--tokenizer", gpt2) == 1
-    assert "but the table has only 40 rows: give the tokenizer of the model with --tokenizer" in shell.error()
-    assert not Path("other").exists()
+    shell.refuses(*words, "--tokenizer", gpt2, says="but the table has only 40 rows: give the tokenizer")
 
 
 def test_models_that_transformers_cannot_load(shell: Any, gpt2: Path) -> None:
     shutil.copytree(gpt2, "model")
-    config = json.loads(Path("model/config.json").read_text())
-    before = shell.files()
+    config = shell.read("model/config.json")
     changes = (
         ({"architectures": ["GPT9LMHeadModel"]}, "'model' is a 'GPT9LMHeadModel', which transformers "),
         ({"architectures": ["GPT2DoubleHeadsModel"]}, "'model' is not a whole GPT2DoubleHeadsModel: "),
         ({"n_embd": 48}, "'model' cannot be loaded: "),
         (
             {"quantization_config": {"quant_method": "embcompress", "version": 99, "tables": []}},
-            "'model' cannot be read: the compression plan has version 99, this package reads versions up to",
+            "'model' cannot be read: the compression plan has version 99",
         ),
     )
     for change, message in changes:
         Path("model/config.json").write_text(json.dumps(config | change))
-        assert shell("compress", "model", "out", "--ratio", 2) == 1
-        assert message in shell.error()
-        assert shell.files() == before
+        shell.refuses("compress", "model", "out", "--ratio", 2, says=message)
 
 
 def test_overwriting(shell: Any, gpt2: Path) -> None:
@@ -126,11 +105,10 @@ def test_overwriting(shell: Any, gpt2: Path) -> None:
     assert shell(*words) == 0, "an empty directory is none"
     (Path("out") / "left_over.bin").write_text("")
     (Path("out") / "report.json").write_text("old")
-    assert shell(*words) == 2
-    assert "TARGET 'out' is not empty" in shell.error()
+    shell.refuses(*words, says="TARGET 'out' is not empty", code=2)
     assert (Path("out") / "report.json").read_text() == "old"
     assert shell(*words, "--overwrite") == 0
-    assert json.loads((Path("out") / "report.json").read_text())["tables"]
+    assert shell.read("out/report.json")["tables"]
     assert not (Path("out") / "left_over.bin").exists()
     # In the place of the source itself.
     assert shell("densify", "out", "out", "--overwrite") == 0
@@ -144,13 +122,11 @@ def test_overwriting(shell: Any, gpt2: Path) -> None:
             (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
             (Path(name) / file).write_text("mine")
         words[2] = name
-        assert shell(*words, "--overwrite") == 2
-        assert message in shell.error()
+        shell.refuses(*words, "--overwrite", says=message, code=2)
         assert all((Path(name) / file).read_text() == "mine" for file in files)
     shutil.copytree("out", "outer/inner")
     words[1:3] = ["outer/inner", "outer"]
-    assert shell(*words, "--overwrite") == 2
-    assert "TARGET 'outer' holds SOURCE or the current folder" in shell.error()
+    shell.refuses(*words, "--overwrite", says="TARGET 'outer' holds SOURCE or the current folder", code=2)
 
 
 def test_overwriting_a_checkpoint(shell: Any) -> None:
@@ -159,11 +135,9 @@ def test_overwriting_a_checkpoint(shell: Any) -> None:
     Path("folder").mkdir()
     for taken in ("out.ckpt", "out.report.json"):
         Path(taken).write_text("mine")
-        assert shell(*words) == 2
-        assert f"'{taken}' exists: choose another TARGET, or replace it with --overwrite" in shell.error()
+        shell.refuses(*words, says=f"'{taken}' exists: choose another TARGET", code=2)
         Path(taken).unlink()
-    assert shell(*[*words[:2], "folder", *words[3:]]) == 2
-    assert "TARGET 'folder' is a directory: name the checkpoint to write, for example 'folder/comp" in shell.error()
+    shell.refuses(*words[:2], "folder", *words[3:], says="TARGET 'folder' is a directory: name the check", code=2)
     for _ in range(2):
         assert shell(*words, "--overwrite") == 0
     # In the place of the source itself, which is mapped into memory meanwhile.
@@ -229,17 +203,6 @@ def test_a_directory_is_put_back_if_its_place_cannot_be_taken(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_help(shell: Any) -> None:
-    for command in ("compress", "inspect", "densify"):
-        with pytest.raises(SystemExit) as stop:
-            shell(command, "--help")
-        assert stop.value.code == 0
-        assert f"usage: embcompress {command}" in shell.printed()
-    with pytest.raises(SystemExit):
-        shell("compress", "--method", "tensor_train", "--help")
-    assert "--max_rank" in shell.printed()
-
-
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     code = """
 import sys
@@ -255,14 +218,24 @@ assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+def test_help(shell: Any) -> None:
+    for words, shown in (
+        ("inspect", "--json"),
+        ("densify", "--overwrite"),
+        ("compress --method=tensor_train", "--max_rank"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            shell(*words.split(), "--help")
+        assert shown in shell.printed()
+
+
 def test_arguments_from_a_file(shell: Any, gpt2: Path) -> None:
     Path("small.yaml").write_text("target: out\nmethod: tensor_train\nmax_rank: 2\nshape: [8, 4]\ntie: untie\n")
     assert shell("compress", gpt2, "--config", "small.yaml", "--max_rank", 1) == 0
-    first, second = json.loads(Path("out/config.json").read_text())["quantization_config"]["tables"]
+    first, second = shell.read("out/config.json")["quantization_config"]["tables"]
     assert first["options"] == second["options"] == {"max_rank": 1, "shape": [8, 4]}
     Path("wrong.yaml").write_text("methods: low_rank\n")
-    assert shell("compress", gpt2, "other", "--config", "wrong.yaml") == 2
-    assert "methods" in shell.error()
+    shell.refuses("compress", gpt2, "other", "--config", "wrong.yaml", says="methods", code=2)
 
 
 def test_from_a_real_shell(shell: Any, gpt2: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def test_wikitext_and_the_tokenizer_of_gpt2(shell: Any) -> None:
     Path("text.txt").write_text(_TEXT.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
     words = ["--method=group_reduce", "--ratio=2", "--refine_rounds=1", "--text", "text.txt", "--tokenizer", _TOKENIZER]
     assert shell("compress", "source", "out", *words) == 0
-    report = json.loads(Path("out/report.json").read_text())
+    report = shell.read("out/report.json")
     # A model that has learned nothing finds all tokens about as likely.
     assert report["perplexity"]["dense"] == pytest.approx(50_257, rel=0.05)
     assert report["perplexity"]["compressed"] == pytest.approx(50_257, rel=0.05)
