@@ -79,7 +79,7 @@ def log(trainer: Trainer, values: Mapping[str, float]) -> None:
 def show_and_log(trainer: Trainer, module: LightningModule, title: str) -> None:
     """Print what the tables have become, and log their ratios and errors."""
     plan = plan_of(module)
-    show_plan(plan, module, title)
+    show_plan(module, title)
     values = {"tables_ratio": plan.ratio, "model_ratio": model_bytes(module)["ratio"]}
     if plan.bits_per_weight is not None:
         values["tables_bits_per_weight"] = plan.bits_per_weight

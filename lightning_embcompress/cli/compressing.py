@@ -107,7 +107,7 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
     evaluate = None if text is None else text.evaluate
     known: dict[str, Any] = {"token_counts": counts, "statistics": statistics, "evaluate": evaluate}
     done = compress(opened.model, config, **sizes, tables=tables, tie=given.tie, **known)
-    show_plan(done, opened.model, "Compressed")
+    show_plan(opened.model, "Compressed")
     if text is not None:
         perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
         _say_perplexity(perplexity, text, done.predicted_loss)

@@ -303,11 +303,11 @@ def _measured(
     if trial.note:
         return point
     tables = find_tables(model, options["tables"])
-    numbers = sum(table.weight.numel() for table in tables)
     smaller, start = model, time.perf_counter()
     if trial.name == "dense":
         size = sum(table.weight.nbytes for table in tables)
-        point = replace(point, ratio=1.0, stored_bytes=size, model_ratio=1.0, predicted_loss=0.0)
+        bits = 8 * size / sum(table.weight.numel() for table in tables)
+        point = replace(point, ratio=1.0, stored_bytes=size, bits_per_weight=bits, model_ratio=1.0, predicted_loss=0.0)
     else:
         smaller = deepcopy(model)
         try:
@@ -322,14 +322,13 @@ def _measured(
             point,
             ratio=plan.ratio,
             stored_bytes=plan.stored_bytes,
+            bits_per_weight=plan.bits_per_weight,
             model_ratio=model_bytes(smaller)["ratio"],
             seconds=time.perf_counter() - start,
             predicted_loss=plan.predicted_loss,
         )
-    assert point.stored_bytes is not None
     value, bands = evaluate(smaller)
-    known = {name: found if math.isfinite(found) else None for name, found in bands.items()}
-    point = replace(point, bands=known, bits_per_weight=8 * point.stored_bytes / numbers)
+    point = replace(point, bands={name: found if math.isfinite(found) else None for name, found in bands.items()})
     if not math.isfinite(value):
         if dense is None:
             raise ValueError(

@@ -14,7 +14,7 @@ from rich.table import Table as ScreenTable
 from torch import nn
 
 from lightning_embcompress.compression.budget import Budget
-from lightning_embcompress.compression.plan import Plan, TablePlan, plan_of
+from lightning_embcompress.compression.plan import TablePlan, plan_of
 from lightning_embcompress.compression.tasks import Task
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import model_bytes
@@ -109,56 +109,51 @@ def _most(tasks: Sequence[Task]) -> list[str]:
 
 
 @rank_zero_only
-def show_plan(plan: Plan, model: nn.Module, title: str) -> None:
+def show_plan(model: nn.Module, title: str) -> None:
     """Print what the tables have become."""
-    columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "bits/\nweight")
-    screen = ScreenTable(*columns, "weighted error", title=title)
-    shows_loss = any(table.predicted_loss is not None for table in plan.tables)
-    if shows_loss:
-        screen.add_column("predicted loss")
-    for table in plan.tables:
-        screen.add_row(
-            " = ".join(table.modules),
-            table.method,
-            _shape((table.spec["vocab_size"], table.spec["dim"])),
-            _structure(table),
-            *_sizes({"dense_bytes": table.dense_bytes, "stored_bytes": table.stored_bytes, "ratio": table.ratio}),
-            f"{table.bits_per_weight:.2f}",
-            "" if table.weighted_error is None else f"{table.weighted_error:.4f}",
-            *(["" if table.predicted_loss is None else f"{table.predicted_loss:.4f}"] if shows_loss else []),
-        )
-    screen.add_section()
-    total = [] if plan.predicted_loss is None else [f"{plan.predicted_loss:.4f}"]
-    screen.add_row("whole model", "", "", "", *_sizes(model_bytes(model)), "", "", *total)
-    print_table(screen)
+    entries = table_report(model)
+    shown = {"weighted error": [_decimals(entry["weighted_error"]) for entry in entries] + [""]}
+    if any(entry["predicted_loss"] is not None for entry in entries):
+        total = plan_of(model).predicted_loss
+        shown["predicted loss"] = [_decimals(loss) for loss in (*(one["predicted_loss"] for one in entries), total)]
+    _show_compressed(title, entries, model_bytes(model), shown)
 
 
 @rank_zero_only
 def show_inspection(report: Mapping[str, Any]) -> None:
     """Print what `embcompress inspect` has found: tables, the whole model, and a note if there is one."""
     say(report["source"])
+    shares = [f"{table['share']:.1%}" for table in report["tables"]] + [""]
     if report["compressed"]:
-        columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "bits/\nweight", "share")
-        screen = ScreenTable(*columns, title="Compressed tables")
-        for table in report["tables"]:
-            names, shape, share = " = ".join(table["modules"]), _shape(table["shape"]), f"{table['share']:.1%}"
-            screen.add_row(names, table["method"], shape, table["structure"], *_sizes(table), _bits(table), share)
-        screen.add_section()
-        screen.add_row("whole model", "", "", "", *_sizes(report["model"]), "", "")
+        _show_compressed("Compressed tables", report["tables"], report["model"], {"share": shares})
     else:
         screen = ScreenTable("table", "shape", "MB", "share", title="Tables to compress")
-        for table in report["tables"]:
-            names, share = " = ".join(table["modules"]), f"{table['share']:.1%}"
-            screen.add_row(names, _shape(table["shape"]), _sizes(table)[1], share)
+        for table, share in zip(report["tables"], shares, strict=False):
+            screen.add_row(" = ".join(table["modules"]), _shape(table["shape"]), _sizes(table)[1], share)
         screen.add_section()
         screen.add_row("whole model", "", _sizes(report["model"])[1], "")
-    print_table(screen)
+        print_table(screen)
     if report["note"]:
         say(f"No tables are chosen: {report['note']}")
 
 
-def _bits(entry: Mapping[str, Any]) -> str:
-    return f"{entry['bits_per_weight']:.2f}"
+def _show_compressed(
+    title: str, entries: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], shown: Mapping[str, Sequence[str]]
+) -> None:
+    """Print entries of `table_report`, the whole model, and in further columns a cell for each of these lines."""
+    columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "bits/\nweight")
+    screen = ScreenTable(*columns, *shown, title=title)
+    *cells, last = zip(*shown.values(), strict=True)
+    for entry, more in zip(entries, cells, strict=True):
+        names, bits = " = ".join(entry["modules"]), f"{entry['bits_per_weight']:.2f}"
+        screen.add_row(names, entry["method"], _shape(entry["shape"]), entry["structure"], *_sizes(entry), bits, *more)
+    screen.add_section()
+    screen.add_row("whole model", "", "", "", *_sizes(whole), "", *last)
+    print_table(screen)
+
+
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _sizes(entry: Mapping[str, Any]) -> tuple[str, str, str]:

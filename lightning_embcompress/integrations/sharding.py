@@ -112,7 +112,7 @@ def compress_or_restore(
             with failing_together():
                 apply_plan(module, _plan_of_checkpoint(ckpt_path))
             title = "Compressed as in the checkpoint"
-        show_plan(plan_of(module), module, title)
+        show_plan(module, title)
     keep_structure(module)
     return plan_of(module)
 

@@ -104,7 +104,7 @@ def test_tables_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in before
     compress(model, "group_reduce", ratio=2, token_counts=torch.arange(1000, 0, -1), groups=8)
     (table,) = plan_of(model).tables
-    show_plan(plan_of(model), model, "Compressed at epoch 3")
+    show_plan(model, "Compressed at epoch 3")
     after = capsys.readouterr().out
     assert table.weighted_error is not None
     parts = ("Compressed at epoch 3", f"{table.ratio:.2f}x", "8 groups", "whole model", f"{table.weighted_error:.4f}")
@@ -117,5 +117,5 @@ def test_tables_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_low_rank_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
     model = _compressed(method="low_rank")
-    show_plan(plan_of(model), model, "Compressed")
+    show_plan(model, "Compressed")
     assert f"rank {plan_of(model).tables[0].spec['rank']}" in capsys.readouterr().out
