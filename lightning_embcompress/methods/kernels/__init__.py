@@ -1,1 +1,1 @@
-"""The inner loops that torch alone runs in several passes: each in torch, and as one Triton kernel for GPUs."""
+"""The inner loops of logits and losses: each in torch, and as one Triton kernel for GPUs. Rows are looked up elsewhere."""
