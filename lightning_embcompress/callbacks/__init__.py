@@ -4,8 +4,8 @@
 """
 
 from lightning_embcompress.callbacks.compression import EmbeddingCompression
-from lightning_embcompress.callbacks.single_methods import GroupReduce, SharedBasis, TensorTrain, TransformCoding
 from lightning_embcompress.callbacks.quantization_aware import QuantizationAware
+from lightning_embcompress.callbacks.single_methods import GroupReduce, SharedBasis, TensorTrain, TransformCoding
 
 __all__ = [
     "EmbeddingCompression",

@@ -1,1 +1,1 @@
-"""The inner loops of logits and losses: each in torch, and as one Triton kernel for GPUs. Rows are looked up elsewhere."""
+"""The inner loops of logits and losses, in torch and as Triton kernels for GPUs; rows are looked up elsewhere."""
