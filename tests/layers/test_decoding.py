@@ -96,7 +96,7 @@ def test_bans_by_bias() -> None:
 def test_no_samples_of_what_is_no_number(options: dict[str, Any]) -> None:
     hidden = _hidden(3)
     hidden[1, 0] = torch.nan
-    with pytest.raises(ValueError, match="the logits of state 1 have no probabilities: one of them is NaN"):
+    with pytest.raises(ValueError, match="state 1"):
         compressed_head("low_rank", VOCAB_SIZE).sample(hidden, **options)
 
 
@@ -105,25 +105,18 @@ def test_the_lowest_temperatures_draw_the_best() -> None:
     assert torch.equal(head.sample(hidden, temperature=1e-37), head(hidden).argmax(dim=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_default_dtypes_change_nothing(dtype: torch.dtype) -> None:
-    head, hidden = compressed_head("low_rank", VOCAB_SIZE), _hidden(1)
-    expected = head(hidden).topk(3)
-    torch.set_default_dtype(dtype)
-    try:
-        found = head.topk(hidden, 3)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(found.logits, expected.values.detach())
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_kept_whatever_the_default_is(dtype: torch.dtype) -> None:
     head = compressed_head("group_reduce", VOCAB_SIZE, DIM, dtype)
-    for states in (1, 9):
-        found = head.topk(_hidden(states, dtype=dtype), 5)
-        assert found.logits.dtype == dtype
-        torch.testing.assert_close(found.logits, head(_hidden(states, dtype=dtype)).topk(5).values.detach())
+    before = torch.get_default_dtype()
+    for states, default in ((1, torch.float32), (9, torch.float32), (1, torch.float64), (1, torch.bfloat16)):
+        expected = head(_hidden(states, dtype=dtype)).topk(5).values.detach()
+        torch.set_default_dtype(default)
+        try:
+            found = head.topk(_hidden(states, dtype=dtype), 5)
+        finally:
+            torch.set_default_dtype(before)
+        torch.testing.assert_close(found.logits, expected)
 
 
 @pytest.mark.parametrize("method", ["group_reduce", "transform_coding", "product_quantization"])
@@ -176,8 +169,7 @@ def test_large_vocabularies_are_drawn_from_in_runs() -> None:
     share = float((ids == 4321).double().mean())
     expected = float(head(hidden[:1]).softmax(dim=1)[0, 4321])
     assert abs(share - expected) < 5 * (expected * (1 - expected) / 2000) ** 0.5
-    assert int(ids.min()) >= 0
-    assert int(ids.max()) < 5000
+    assert ids.ge(0).logical_and(ids.lt(5000)).all()
     assert torch.equal(ids, head.sample(hidden, generator=torch.Generator().manual_seed(0)))
     assert head.sample(hidden[:0]).shape == (0,)
     assert head.sample(hidden.view(40, 50, 2)).shape == (40, 50)
@@ -186,16 +178,16 @@ def test_large_vocabularies_are_drawn_from_in_runs() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda head: head.topk(_hidden(1), 0), "k must be from 1 to the 300 tokens of the vocabulary, it is 0"),
-        (lambda head: head.topk(_hidden(1), 301), "it is 301"),
-        (lambda head: head.sample(_hidden(1), temperature=0.0), "temperature must be above 0, it is 0.0"),
-        (lambda head: head.sample(_hidden(1), top_p=0.0), "top_p must be above 0 and at most 1, it is 0.0"),
-        (lambda head: head.sample(_hidden(1), top_k=0), "top_k must be at least 1, it is 0"),
-        (lambda head: head.topk(torch.zeros(4, 8), 3), r"must have 16 numbers each, .* the shape \(4, 8\)"),
-        (lambda head: head.sample(torch.zeros(4, 8)), "must have 16 numbers each"),
-        (lambda head: head.log_prob(torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)), "must have 16 numbers each"),
-        (lambda head: head.log_prob(_hidden(2), torch.zeros(3, dtype=torch.long)), r"need ids of shape \(2,\)"),
-        (lambda head: head.log_prob(_hidden(1), torch.tensor([300])), "ids must be from 0 to 299"),
+        (lambda head: head.topk(_hidden(1), 0), "k must .* 0"),
+        (lambda head: head.topk(_hidden(1), 301), "301"),
+        (lambda head: head.topk(torch.zeros(4, 8), 3), r"16 .*\(4, 8\)"),
+        (lambda head: head.sample(_hidden(1), temperature=0.0), "temperature"),
+        (lambda head: head.sample(_hidden(1), top_p=0.0), "top_p"),
+        (lambda head: head.sample(_hidden(1), top_k=0), "top_k"),
+        (lambda head: head.sample(torch.zeros(4, 8)), "16"),
+        (lambda head: head.log_prob(torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)), "16"),
+        (lambda head: head.log_prob(_hidden(2), torch.zeros(3, dtype=torch.long)), r"ids of shape \(2,\)"),
+        (lambda head: head.log_prob(_hidden(1), torch.tensor([300])), "ids must .* 299"),
     ],
 )
 def test_refused(call: Any, message: str) -> None:

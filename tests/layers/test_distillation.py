@@ -129,7 +129,10 @@ def test_what_does_not_fit_is_refused() -> None:
     for top_k, temperature, message in ((0, 1.0, "teacher_top_k=0"), (3, 0.0, "temperature=0")):
         with pytest.raises(ValueError, match=message):
             teacher_scores(_logits(1), top_k, temperature)
-    with pytest.raises(ValueError, match="scored 10 positions over 40 tokens, but the model 11 over 40"):
-        loss_of_logits(_logits(0), Distillation(_targets(), teacher_scores(_logits(1)[:10], 5)))
-    with pytest.raises(ValueError, match="over 39 tokens"):
-        loss_of_logits(_logits(0), Distillation(_targets(), teacher_scores(_logits(1)[:, :39])))
+    fewer = (
+        (teacher_scores(_logits(1)[:10], 5), "10 positions .* 11"),
+        (teacher_scores(_logits(1)[:, :39]), "39 tokens"),
+    )
+    for teacher, message in fewer:
+        with pytest.raises(ValueError, match=message):
+            loss_of_logits(_logits(0), Distillation(_targets(), teacher))

@@ -47,16 +47,12 @@ def _gradients(layer: nn.Module, ids: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("method", _METHODS)
 def test_padding_gets_no_gradient(method: str) -> None:
     factors = _factors(method)
-    layer, reference = CompressedEmbedding(factors, padding_idx=3), _reference(factors, padding_idx=3)
-    ids = torch.tensor([[3, 5, 3], [7, 5, 3]])
-    torch.testing.assert_close(layer(ids), reference(ids))
-    with_padding = _gradients(layer, ids)
-    without = _gradients(CompressedEmbedding(factors), torch.tensor([5, 7]))
-    once_more = _gradients(CompressedEmbedding(factors), torch.tensor([5, 7, 5]))
-    assert all(gradient.abs().max() == 0 for gradient in _gradients(layer, torch.tensor([3, 3])))
-    for padded, plain in zip(with_padding, once_more, strict=True):
-        torch.testing.assert_close(padded, plain)
-    assert any(not torch.equal(padded, plain) for padded, plain in zip(with_padding, without, strict=True))
+    layer, ids = CompressedEmbedding(factors, padding_idx=3), torch.tensor([[3, 5, 3], [7, 5, 3]])
+    torch.testing.assert_close(layer(ids), _reference(factors, padding_idx=3)(ids))
+    without = _gradients(CompressedEmbedding(factors), torch.tensor([5, 7, 5]))
+    assert any(bool(gradient.any()) for gradient in without)
+    torch.testing.assert_close(_gradients(layer, ids), without)
+    assert not any(bool(gradient.any()) for gradient in _gradients(layer, torch.tensor([3, 3])))
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])

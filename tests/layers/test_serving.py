@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_embcompress import (
     compress,
@@ -18,59 +17,44 @@ from lightning_embcompress import (
     save_compressed,
 )
 from lightning_embcompress.methods.registry import Quantization
+from toys import LanguageModel, falling_counts
 
 
-class _Model(nn.Module):
-    def __init__(self, tied: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoder = nn.Embedding(500, 16)
-        self.decoder = nn.Linear(16, 500, bias=not tied)
-        if tied:
-            self.decoder.weight = self.encoder.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.decoder(self.encoder(ids))
-        return logits
+def _model(tied: bool = False) -> LanguageModel:
+    return LanguageModel(500, 16, tied=tied, bias=not tied)
 
 
 @pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_nothing_but_strides_changes(method: str, tied: bool, tmp_path: Path) -> None:
-    model = _Model(tied)
-    counts = torch.randint(1, 1000, (500,), generator=torch.Generator().manual_seed(0))
-    compress(model, method, ratio=2, token_counts=counts)
+    model = _model(tied)
+    compress(model, method, ratio=2, token_counts=falling_counts(500, seed=0))
     before = copy.deepcopy(model)
-    ids = torch.tensor([[3, 499, 3]])
+    ids, states = torch.tensor([[3, 499, 3]]), torch.ones(1, 16)
     heads = optimize_for_inference(model)
-    has_products = bool(before.decoder.product_factors())
-    assert heads == has_products
-    if has_products:
+    assert heads == bool(before.decoder.product_factors())
+    if heads:
         factors = model.decoder.product_factors()
         assert all(factor.stride(0) == 1 for factor in factors if min(factor.shape) > 1)
     torch.testing.assert_close(model(ids), before(ids))
-    torch.testing.assert_close(
-        model.decoder.topk(torch.ones(1, 16), 5).ids, before.decoder.topk(torch.ones(1, 16), 5).ids
-    )
+    torch.testing.assert_close(model.decoder.topk(states, 5).ids, before.decoder.topk(states, 5).ids)
     assert optimize_for_inference(model) == heads
-    for (name, one), (other_name, other) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
-        assert name == other_name
-        assert torch.equal(one, other)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before.state_dict()), rtol=0, atol=0)
     save_compressed(model, tmp_path / "small")
-    loaded = _Model(tied)
+    loaded = _model(tied)
     load_compressed(tmp_path / "small", loaded)
     torch.testing.assert_close(loaded(ids), before(ids))
     before.load_state_dict(copy.deepcopy(model).state_dict())
-    model(ids).sum().backward()
-    before(ids).sum().backward()
-    for one, other in zip(model.parameters(), before.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    for one in (model, before):
+        one(ids).sum().backward()
+    gradients = [[parameter.grad for parameter in one.parameters()] for one in (model, before)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
     densify(model)
     torch.testing.assert_close(model(ids), before(ids))
 
 
 def test_it_can_be_called_in_inference_mode_and_trained_afterwards() -> None:
-    model = _Model()
+    model = _model()
     compress(model, "low_rank", ratio=2)
     with torch.inference_mode():
         optimize_for_inference(model)
@@ -80,29 +64,28 @@ def test_it_can_be_called_in_inference_mode_and_trained_afterwards() -> None:
 
 
 def test_models_without_such_heads_stay_as_they_are() -> None:
-    assert optimize_for_inference(_Model()) == 0
-    model = _Model()
+    model = _model()
+    assert optimize_for_inference(model) == 0
     compress(model, "low_rank", ratio=2)
     prepare_qat(model, Quantization(bits=4))
     assert optimize_for_inference(model) == 0
 
 
 def test_factors_of_inference_mode_are_refused() -> None:
-    model = _Model()
     with torch.inference_mode():
-        model = copy.deepcopy(model)
+        model = copy.deepcopy(_model())
         compress(model, "low_rank", ratio=2, tables=["decoder"])
         with pytest.raises(ValueError, match="factors of 'decoder' were made in torch.inference_mode"):
             optimize_for_inference(model)
 
 
-@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}], ids=str)
-def test_an_optimizer_goes_on_with_its_moments(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_optimizer_goes_on_with_its_moments(foreach: bool) -> None:
     found = []
     for is_laid_out in (False, True):
-        model = _Model(tied=True)
+        model = _model(tied=True)
         compress(model, "low_rank", ratio=2)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, **options)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, foreach=foreach)
         for step in range(3):
             if is_laid_out and step == 1:
                 optimize_for_inference(model)
