@@ -14,7 +14,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_embcompress.data import HuggingFaceText, OneBillionWord, PythonDocs, TextFiles, TokenStreamDataModule
+from lightning_embcompress.data import HuggingFaceText, OneBillionWord, PythonDocs, TextFiles
 from toys import Recorder
 
 Make = Callable[..., Any]
@@ -41,25 +41,30 @@ def test_properties_before_setup(make: Make) -> None:
     assert torch.equal(data.token_counts, expected), "a caller may change its copy"
 
 
-def test_counted_words(words: Make) -> None:
-    data = words()
-    assert data.vocab_size == 7 + 5 - 1
-    assert int(data.token_counts.sum()) == 60 * 5
-    assert data.token_counts.tolist() == data.vocabulary.counts.tolist()
-    # "valid" is a word of its own only in held-out text.
-    assert "valid" not in data.vocabulary
-
-
 def test_streams_of_words(words: Make, corpus: Path) -> None:
     data = words(eval_batch_size=1, sequence_length=1000)
     data.prepare_data()
     data.setup()
+    assert data.vocab_size == 7 + 5 - 1
+    assert int(data.token_counts.sum()) == 60 * 5
+    # "valid" is a word of its own only in held-out text.
+    assert "valid" not in data.vocabulary
     ((inputs, _),) = list(data.train_dataloader())
     assert inputs.shape == (4, (300 - 1) // 4)
     ((_, targets),) = list(data.val_dataloader())
     text = (corpus / "valid.txt").read_text().replace("\n", " </S> ").split()
     assert targets.flatten().tolist() == data.vocabulary.encode(text[1:])
     assert len(data.test_dataloader()) == 1
+
+
+def test_trainer_fits_validates_and_tests(make: Make, make_trainer: MakeTrainer) -> None:
+    data, model = make(), Recorder()
+    trainer = make_trainer(max_epochs=2, num_sanity_val_steps=0)
+    trainer.fit(model, datamodule=data)
+    assert len(model.evaluated) == 2 * len(data.val_dataloader())
+    trainer.test(model, datamodule=data, verbose=False)
+    assert len(model.evaluated) == 2 * len(data.val_dataloader()) + len(data.test_dataloader())
+    make_trainer(max_epochs=1, overfit_batches=2).fit(Recorder(), datamodule=data)
 
 
 def test_trainer_without_held_out_text(make: Make, make_trainer: MakeTrainer) -> None:
@@ -70,15 +75,6 @@ def test_trainer_without_held_out_text(make: Make, make_trainer: MakeTrainer) ->
     for run, split in ((trainer.validate, "valid"), (trainer.test, "test")):
         with pytest.raises(ValueError, match=f"{split}_files"):
             run(model, datamodule=data, verbose=False)
-
-
-def test_trainer_fits_validates_and_tests(make: Make, make_trainer: MakeTrainer) -> None:
-    data, model = make(), Recorder()
-    trainer = make_trainer(max_epochs=2, num_sanity_val_steps=0)
-    trainer.fit(model, datamodule=data)
-    assert len(model.evaluated) == 2 * len(data.val_dataloader())
-    trainer.test(model, datamodule=data, verbose=False)
-    make_trainer(max_epochs=1, overfit_batches=2).fit(Recorder(), datamodule=data)
 
 
 class SaveAfter(Callback):
@@ -122,16 +118,13 @@ def test_resume_with_another_vocabulary(words: Make) -> None:
         words(max_vocab_size=6).load_state_dict(state)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "num_workers"])
-def test_sizes_of_both(make: Make, name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        make(**{name: -1})
-
-
-@pytest.mark.parametrize("name", ["sequence_length", "min_count", "max_vocab_size"])
-def test_sizes_of_streams(words: Make, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}=0"):
-        words(**{name: 0})
+def test_sizes(make: Make, words: Make) -> None:
+    for name in ("batch_size", "eval_batch_size", "num_workers"):
+        with pytest.raises(ValueError, match=name):
+            make(**{name: -1})
+    for name in ("sequence_length", "min_count", "max_vocab_size"):
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            words(**{name: 0})
 
 
 def test_errors_leave_nothing(make: Make, words: Make, corpus: Path) -> None:
@@ -153,11 +146,6 @@ def test_vocabulary_file_decides(words: Make, corpus: Path) -> None:
     path.write_text("</S>\nw1\n")
     with pytest.raises(ValueError, match="vocabulary_file=.*'<UNK>'"):
         words(vocabulary_file=path).prepare_data()
-
-
-def test_source_has_to_be_named() -> None:
-    with pytest.raises(TypeError, match="abstract.*source"):
-        TokenStreamDataModule()  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,6 @@ def test_one_token_for_both_ends(benchmark_dir: Path, tmp_path: Path) -> None:
     assert words(data, inputs) == "<S> a <UNK> <S> <UNK> <S> a <UNK> <UNK>"
     assert words(data, targets) == "a <UNK> <S> <UNK> <S> a <UNK> <UNK> <S>"
     assert data.token_counts.tolist() == [2, 3, 4]
-
-
-def test_without_begin_token(benchmark_dir: Path, tmp_path: Path) -> None:
     data = make(benchmark_dir, tmp_path, begin_token=None)
     assert words(data, next(iter(data.train_dataloader()))[0]) == "</S> a b </S> c </S> a d e"
     assert "<S>" not in data.vocabulary
@@ -69,11 +66,10 @@ def test_without_begin_token(benchmark_dir: Path, tmp_path: Path) -> None:
 def test_vocabulary_file_beside_the_current_directory(
     benchmark_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.txt").write_text("<S>\n</S>\n<UNK>\n")
     monkeypatch.chdir(tmp_path)
-    assert make(benchmark_dir, tmp_path, vocabulary_file="mine.txt").vocab_size == 3
-    (benchmark_dir / "mine.txt").write_text("a\n<S>\n</S>\n<UNK>\n")
-    assert make(benchmark_dir, tmp_path, vocabulary_file="mine.txt").vocab_size == 4
+    for folder, text, tokens in ((tmp_path, "<S>\n</S>\n<UNK>\n", 3), (benchmark_dir, "a\n<S>\n</S>\n<UNK>\n", 4)):
+        (folder / "mine.txt").write_text(text)
+        assert make(benchmark_dir, tmp_path, vocabulary_file="mine.txt").vocab_size == tokens
 
 
 def test_errors(benchmark_dir: Path, tmp_path: Path) -> None:

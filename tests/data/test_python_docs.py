@@ -22,18 +22,12 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_docstrings_in_order_of_the_source() -> None:
+def test_sources_are_data() -> None:
     source = '"""M."""\nclass A:\n    """A."""\n    async def b(self):\n        """B."""\n'
     source += 'if True:\n    def c():\n        "C."\ndef d(): pass\n'
     assert list(docstrings(source)) == ["M.", "A.", "B.", "C."]
-
-
-def test_topics_are_data() -> None:
     assert topics("# comment\ntopics = {'b': 'B' 'b', 'a': r'''A'''}\n") == {"b": "Bb", "a": "A"}
     assert topics("x = 1") == {}
-
-
-def test_paragraphs_leave_out_sessions() -> None:
     assert list(paragraphs("One\n  paragraph.\n\n\n>>> 1 + 1\n2\n\n  Two.")) == ["One paragraph.", "Two."]
 
 
@@ -70,20 +64,19 @@ def all_text(data: PythonDocs) -> str:
     return "".join(piece.text for split in SPLITS for piece in data.source(split).pieces("files", 1000))
 
 
-def test_installed_packages_are_an_option(library: Path, tmp_path: Path) -> None:
+def test_installed_packages_are_an_option(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "purelib" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text('"""An installed package."""')
-    without = PythonDocs(cache_dir=tmp_path / "cache", batch_size=2)
-    with_installed = PythonDocs(include_installed=True, cache_dir=tmp_path / "cache", batch_size=2)
-    assert "installed" not in all_text(without)
-    assert "An installed package.\n" in all_text(with_installed)
-
-
-def test_extracted_once(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = all_text(PythonDocs(cache_dir=tmp_path / "cache"))
-    monkeypatch.setattr(python_docs, "extract_documentation", None)
-    assert all_text(PythonDocs(cache_dir=tmp_path / "cache")) == expected
+    for installed in (False, True):
+        data = PythonDocs(include_installed=installed, cache_dir=tmp_path / "cache", batch_size=2)
+        text = all_text(data)
+        assert ("An installed package.\n" in text) == installed
+        # Extracted once.
+        with monkeypatch.context() as patch:
+            patch.setattr(python_docs, "extract_documentation", None)
+            again = PythonDocs(include_installed=installed, cache_dir=tmp_path / "cache")
+            assert all_text(again) == text
 
 
 def test_without_sources(library: Path, tmp_path: Path) -> None:

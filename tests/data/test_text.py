@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_embcompress.data.text import LINE_END, TextFormat, find_files, read_blocks
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"]), max_size=9), min_size=1))
 def test_a_block_is_cut_like_its_lines(lines: list[str]) -> None:
     block = "\n".join(lines) + "\n"

@@ -20,18 +20,7 @@ def test_raw_text(tmp_path: Path) -> None:
     assert data.vocabulary.eos_id is None
 
 
-def test_order_of_files(tmp_path: Path) -> None:
-    for name in ("a", "b", "c"):
-        (tmp_path / name).write_text(name)
-    data = TextFiles([str(tmp_path / "c"), str(tmp_path / "[ab]")], cache_dir=tmp_path, batch_size=1)
-    ids = next(iter(data.train_dataloader()))[0].flatten().tolist()
-    assert data.vocabulary.decode(ids) == ["c", "</S>", "a", "</S>", "b"]
-
-
-def test_empty_corpus(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="train_files.*is empty"):
-        TextFiles(str(tmp_path / "*.txt"), cache_dir=tmp_path / "cache").prepare_data()
+def test_text_without_words(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("   \n")
     with pytest.raises(ValueError, match="only 0 tokens"):
         TextFiles(str(tmp_path / "*.txt"), eos_token=None, cache_dir=tmp_path / "cache").prepare_data()

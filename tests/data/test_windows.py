@@ -49,17 +49,13 @@ def test_inputs_are_replaced_and_targets_are_not() -> None:
     [
         ({"batch_size": 0}, "batch_size=0"),
         ({"sequence_length": -1}, "sequence_length=-1"),
-        ({"batch_size": 6}, "10 tokens are too few for batch_size=6"),
-        ({"world_size": 3}, "on each of 3 processes"),
+        ({"batch_size": 6}, "10 tokens .*batch_size=6"),
+        ({"world_size": 3}, "3 processes"),
         ({"rank": 1}, "rank=1"),
     ],
 )
 def test_errors(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenWindows(np.arange(10), **{"batch_size": 2, "sequence_length": 3, **arguments})  # type: ignore[arg-type]
-
-
-def test_index_out_of_range() -> None:
-    windows = TokenWindows(np.arange(10), 2, 3)
     with pytest.raises(IndexError, match="window 2"):
-        windows[2]
+        TokenWindows(np.arange(10), 2, 3)[2]
