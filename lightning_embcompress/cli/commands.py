@@ -128,7 +128,7 @@ class Densify(Command):
     def run(self) -> None:
         """Make it dense."""
         source, target = _places(self.source, self.target, self.overwrite)
-        from lightning_embcompress.cli.densifying import run_densify
+        from lightning_embcompress.cli.compressing import run_densify
 
         run_densify(self, source, target)
 

@@ -1,4 +1,4 @@
-"""`embcompress compress`: a model in files, its tables compressed, as a model in files of the same kind."""
+"""`embcompress compress` and `densify`: a model in files as one of the same kind with other tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_embcompress.methods.registry import get_config
 from lightning_embcompress.utils.files import explaining_failure, replacing
 
 if TYPE_CHECKING:
-    from lightning_embcompress.cli.commands import Compress
+    from lightning_embcompress.cli.commands import Compress, Densify
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,16 @@ class _Text:
     """What `--text` is for in this run."""
 
     tokens: TokenizedText
-    tokenizer: str
     block_size: int | None
     """None if no perplexity is measured."""
 
     def perplexity(self, model: Any, name: str) -> float | None:
-        if self.block_size is None:
-            return None
-        return self.tokens.perplexity(model, self.block_size, f"Perplexity, {name}")
+        """Perplexity of a model that is called so, if one is measured."""
+        return None if self.block_size is None else self.measure(model, f"Perplexity, {name}")
 
-    def evaluate(self, model: Any) -> float:
-        """Perplexity of one of the models that are tried."""
+    def measure(self, model: Any, title: str = "Perplexity") -> float:
         assert self.block_size is not None
-        return self.tokens.perplexity(model, self.block_size, "Perplexity")
+        return self.tokens.perplexity(model, self.block_size, title)
 
     def record(self) -> dict[str, Any]:
         measured = 0 if self.block_size is None else self.tokens.num_measured
@@ -84,7 +81,7 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
     opened = open_model(source, given.dtype, given.trust_source, beside)
     as_cast = "" if given.dtype is None else f" in {given.dtype}"
     megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
-    say(f"{source.name}: {type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
+    say(f"{source.name}: {_type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
     try:
         tables = _start(opened, given.tables)
         tasks = plan(opened.model, config, budget, tables, given.tie, is_preview=True)
@@ -104,7 +101,7 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
     perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
     if text is not None:
         perplexity["dense"] = text.perplexity(opened.model, "dense")
-    evaluate = None if text is None else text.evaluate
+    evaluate = None if text is None else text.measure
     known: dict[str, Any] = {"token_counts": counts, "statistics": statistics, "evaluate": evaluate}
     done = compress(opened.model, config, **sizes, tables=tables, tie=given.tie, **known)
     show_plan(opened.model, "Compressed")
@@ -116,7 +113,33 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
     _write(source, target, opened, perplexity, extra)
 
 
-def type_name(opened: OpenedModel) -> str:
+def run_densify(given: Densify, source: Source, target: Path) -> None:
+    """Make a model dense.
+
+    Args:
+        given: The command line.
+        source: The model.
+        target: What is made, which can be written.
+
+    Raises:
+        ValueError: If it is not compressed, or cannot be read. Nothing has been written then.
+    """
+    opened = open_model(source, trust=given.trust_source)
+    compressed = plan_of(opened.model).tables
+    if not compressed:
+        raise ValueError(f"{source.name!r} has no compressed tables: it is an ordinary model already")
+    before = model_bytes(opened.model)["stored_bytes"]
+    densify(opened.model)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with explaining_failure(target), replacing(target, directory=source.is_directory) as path:
+        opened.write(path)
+    after = model_bytes(opened.model)["stored_bytes"]
+    names = ", ".join(" = ".join(table.modules) for table in compressed)
+    say(f"Made dense: {names}; {before / 1e6:,.3f} MB became {after / 1e6:,.3f} MB")
+    say(f"Written: {target}")
+
+
+def _type_name(opened: OpenedModel) -> str:
     """What a person calls the kind of a model."""
     if opened.source.kind == "pretrained":
         return type(opened.model).__name__
@@ -166,7 +189,7 @@ def _read_text(
     tokens = read_text(patterns, tokenizer)
     for task in tasks:
         tokens.check_ids(task.table.shape[0], tokenizer)
-    return _Text(tokens, tokenizer, None if counts_only else block_size_of(opened.model))
+    return _Text(tokens, None if counts_only else block_size_of(opened.model))
 
 
 def _counts(text: _Text | None, tasks: Sequence[Task]) -> tuple[Tensor | None, str | None]:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -232,11 +233,9 @@ def _own_error(error: BaseException) -> BaseException | None:
     """Find the error of this package that others were raised for."""
     cause: BaseException | None = error
     while cause is not None:
-        traceback = cause.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        name = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
-        if isinstance(cause, ValueError | FileNotFoundError) and name.startswith("lightning_embcompress."):
+        names = [str(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(cause.__traceback__)]
+        is_ours = bool(names) and names[-1].startswith("lightning_embcompress.")
+        if is_ours and isinstance(cause, ValueError | FileNotFoundError):
             return cause
         cause = cause.__cause__ or cause.__context__
     return None

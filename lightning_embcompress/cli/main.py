@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import walk_tb
 
 from lightning_embcompress import __version__
 from lightning_embcompress.cli.recipes_index import available_recipes, find_recipe, recipe_description
@@ -185,11 +186,7 @@ def _is_message(error: Exception) -> bool:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         kinds = (*kinds, MisconfigurationException)
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append(str(traceback.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
-        traceback = traceback.tb_next
+    frames = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
     ours = {"lightning_embcompress", "lightning"}
     between = ours | {"__main__", "jsonargparse", "torch"} | sys.stdlib_module_names
     return isinstance(error, kinds) and frames[-1] in ours and between.issuperset(frames)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +61,8 @@ class WantedStatistics:
         Raises:
             UsageError: If they are needed and cannot be had, or given and not used.
         """
-        needs = (
-            f"--max_perplexity_increase {given.max_perplexity_increase}"
-            if given.max_perplexity_increase is not None
-            else ""
-        )
-        if config.needs_metric:
-            needs = needs or f"--method {given.method}"
+        limit = given.max_perplexity_increase
+        needs = f"--method {given.method}" if config.needs_metric else ""
         reads_text = given.text is not None and not given.counts_only
         if not config.uses_metric:
             if given.statistics is not None:
@@ -77,9 +71,12 @@ class WantedStatistics:
                     "does not"
                 )
             return None
-        if given.max_perplexity_increase is not None and not reads_text:
-            raise UsageError(f"{needs} measures the perplexity: give a text with --text, without --counts_only")
-        file = None if given.statistics is None else Path(os.path.expanduser(given.statistics))
+        if limit is not None and not reads_text:
+            raise UsageError(
+                f"--max_perplexity_increase {limit} measures the perplexity: give a text with --text, without "
+                "--counts_only"
+            )
+        file = None if given.statistics is None else Path(given.statistics).expanduser()
         if file is not None and file.is_file():
             return cls(file)
         if reads_text:

@@ -168,7 +168,7 @@ def sweep(
         >>> [point.method for point in points]
         ['dense', 'low_rank', 'int8']
     """
-    trials = plan_trials(model, methods, ratios, bits, match_bits, tables, token_counts)
+    trials = _trials(model, methods, ratios, bits, match_bits, tables, token_counts)
     counted = None if token_counts is None else checksum(torch.as_tensor(token_counts))
     subject = {**_fingerprint(model, tables), "token counts": counted, **(data or {})}
     with locked_folder(folder):
@@ -195,28 +195,18 @@ def sweep(
     return sorted(record.points.values(), key=lambda point: point.order)
 
 
-def plan_trials(
+def _trials(
     model: nn.Module,
     methods: Sequence[str],
     ratios: Sequence[float],
     bits: Sequence[int],
-    match_bits: bool = False,
-    tables: str | Sequence[str] = "auto",
-    token_counts: Any = None,
+    match_bits: bool,
+    tables: str | Sequence[str],
+    token_counts: Any,
 ) -> list[Trial]:
-    """Decide what to try, before anything is solved; see `sweep`.
+    """The dense model, plain integers, and every method at every ratio, each of them once.
 
-    Returns:
-        The dense model, plain integers, and every method at every ratio, each of them once. What a method cannot do is
-        one of them too, with the reason.
-
-    Raises:
-        ValueError: If a method, an option, a ratio, a table or the counts cannot be used.
-
-    Example:
-        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100, bias=False))
-        >>> [trial.key for trial in plan_trials(model, ["low_rank"], [2.0], [8])]
-        ['dense', 'int8', 'low_rank at 2.0x']
+    What a method cannot do is one of them too, with the reason.
     """
     named = [Trial.parse(text) for text in methods]
     found = find_tables(model, tables)
