@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +62,14 @@ for arguments in {TO_THE_SDK!r}:
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert told == [{"argv": ["lightning", *arguments], "torch": False} for arguments in TO_THE_SDK]
+
+
+@pytest.mark.parametrize("script", ["lightning", "lightning-sdk"])
+def test_the_result_is_that_of_the_sdk(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_points = [EntryPoint(script, "os:getpid", "console_scripts"), EntryPoint("other", "os:getcwd", "plugins")]
+    monkeypatch.setattr(command, "distribution", lambda _: SimpleNamespace(entry_points=entry_points))
+    monkeypatch.setattr(sys, "argv", ["lightning", "login"])
+    assert command.main() == os.getpid()
 
 
 def test_one_line_without_the_sdk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
