@@ -20,6 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 VOCAB_SIZE, DIM = 150, 16
 
 
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, the same for all dtypes but for their rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
 def falling_table(vocab_size: int = VOCAB_SIZE, dim: int = DIM, last: float = 0.1, seed: int = 0) -> Tensor:
     """A random table `[vocab_size, dim]` whose columns fall in scale from 1 to `last`, so that low rank helps."""
     generator = torch.Generator().manual_seed(seed)
@@ -30,6 +36,26 @@ def falling_counts(vocab_size: int = VOCAB_SIZE, seed: int | None = None) -> Ten
     """Token counts `[vocab_size]` after Zipf's law, from the first id to the last, or shuffled by `seed`."""
     counts = (10_000 / torch.arange(1, vocab_size + 1)).long()
     return counts if seed is None else counts[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))]
+
+
+def loss_metric(vocab_size: int, dim: int, rank: int | None = None, seed: int = 0, condition: float = 100.0) -> Any:
+    """A metric of directions of very different weight, not along the columns, and of rows by falling counts.
+
+    Args:
+        vocab_size: Rows of the table; the second half of them never occurs.
+        dim: Columns of the table.
+        rank: Directions that have a weight; None for all.
+        seed: By which the directions are drawn.
+        condition: Largest over smallest weight.
+    """
+    from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+
+    vectors = torch.linalg.qr(normal(dim, dim, seed=seed)).Q
+    values = torch.logspace(0, -1, dim, dtype=torch.float64) ** torch.tensor(condition).log10()
+    values[dim if rank is None else rank :] = 0
+    counts = falling_counts(vocab_size)
+    counts[vocab_size // 2 :] = 0
+    return Metric((vectors * values) @ vectors.T, smoothed_frequencies(counts))
 
 
 def token_ids(lines: int = 96, length: int = 7, vocab_size: int = VOCAB_SIZE, seed: int = 3) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.methods.base import Factorization as Base
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.registry import (
     METHODS,
@@ -27,17 +26,15 @@ from lightning_embcompress.methods.registry import (
     Factorization,
     factorization_from_spec,
 )
+from toys import falling_counts, loss_metric, normal
 
 _METHODS = sorted(METHODS)
 # Of one entry, relative to the norms of the vectors whose product it is.
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def _problem(vocab_size: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(vocab_size, dim, generator=generator, dtype=torch.float64).to(dtype)
-    counts = (1000 / torch.arange(1, vocab_size + 1)).long()
-    return table, counts[torch.randperm(vocab_size, generator=generator)]
+def _table(vocab_size: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return normal(vocab_size, dim, seed=seed, dtype=dtype)
 
 
 def _budget(method: str, table: Tensor, ratio: float) -> int:
@@ -51,7 +48,7 @@ def _decomposed(
     method: str, vocab_size: int, dim: int, ratio: float = 3, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Factorization[Any]:
     """Some structure of a method, its parameters shaken so that nothing holds only for fresh solutions."""
-    table, counts = _problem(vocab_size, dim, dtype, seed)
+    table, counts = _table(vocab_size, dim, dtype, seed), falling_counts(vocab_size, seed)
     chosen = METHODS[method]
     factors = chosen.factorization.decompose(table, _budget(method, table, ratio), counts, chosen.config())
     _shake(factors, seed)
@@ -173,38 +170,53 @@ def test_ids_out_of_range_are_refused(method: str, bad: int) -> None:
         _decomposed(method, 60, 8).rows(torch.tensor([3, bad]))
 
 
-@pytest.mark.parametrize("method", _METHODS)
-def test_structure_survives_json_and_loading(method: str) -> None:
-    factors = _decomposed(method, 60, 8, dtype=torch.float64)
-    spec = json.loads(json.dumps(factors.spec()))
-    assert spec == factors.spec()
-    empty = factorization_from_spec(spec, torch.float64)
-    assert type(empty) is type(factors)
-    assert empty.stored_bytes() == factors.stored_bytes()
-    assert not torch.equal(empty.materialize(), factors.materialize())
-    empty.load_state_dict(factors.state_dict())
-    assert empty.spec() == factors.spec()
-    _check_same(empty, factors)
-
-
 def _check_same(one: Factorization[Any], other: Factorization[Any]) -> None:
     hidden = torch.randn(3, other.dim, dtype=other.dtype)
     assert torch.equal(one.materialize(), other.materialize())
     assert torch.equal(one.logits(hidden), other.logits(hidden))
 
 
+_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: (method, {}) for method in _METHODS},
+    "rare tokens": ("product_quantization", {"subspaces": 4, "bits": 4, "rare_bits": 2, "rare_fraction": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", sorted(_CASES))
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_tensors_can_be_loaded_one_at_a_time(case: str, on_meta: bool) -> None:
+    """In any order, as loaders of sharded files do, into what the structure says as JSON."""
+    method, given_options = _CASES[case]
+    chosen, table = METHODS[method], _table(60, 8)
+    config = chosen.config(**given_options)
+    max_bytes = max(table.nbytes // 2, chosen.factorization.smallest_bytes(60, 8, 4, config))
+    factors = chosen.factorization.decompose(table, max_bytes, falling_counts(60, 0), config)
+    spec, state, names = json.loads(json.dumps(factors.spec())), factors.state_dict(), list(factors.state_dict())
+    assert spec == factors.spec()
+    for order in (names, names[::-1], *(names[turn:] + names[:turn] for turn in range(1, len(names)))):
+        loaded = factorization_from_spec(spec, torch.float32, torch.device("meta") if on_meta else None)
+        assert type(loaded) is type(factors)
+        assert loaded.stored_bytes() == factors.stored_bytes()
+        for name in order:
+            # Assigned tensors may be changed in place later, those of the other tests may not.
+            missing = loaded.load_state_dict({name: state[name].clone()}, strict=False, assign=on_meta).missing_keys
+            assert len(missing) == len(names) - 1
+        assert all(not tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+        found, buffers = loaded.state_dict(), dict(factors.named_buffers())
+        assert all(torch.equal(found[name], state[name]) for name in names)
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in loaded.named_buffers())
+        assert loaded.spec() == spec
+        _check_same(loaded, factors)
+
+
 @pytest.mark.parametrize("method", _METHODS)
-def test_copies_and_conversions(method: str, tmp_path: Path) -> None:
+def test_copies_and_conversions(method: str) -> None:
     factors = _decomposed(method, 60, 8)
     factors.provenance = {"method": method}
     _check_same(copy.deepcopy(factors), factors)
     restored = pickle.loads(pickle.dumps(factors))
     _check_same(restored, factors)
     assert restored.provenance == factors.provenance
-    torch.save(factors.state_dict(), tmp_path / "state.pt")
-    empty = factorization_from_spec(factors.spec(), torch.float32)
-    empty.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    _check_same(empty, factors)
     half = copy.deepcopy(factors).to(torch.bfloat16)
     assert half.dtype == torch.bfloat16
     _check_reads(half)
@@ -272,7 +284,7 @@ def test_solving_twice_gives_the_same_and_changes_nothing_global(method: str) ->
 @pytest.mark.parametrize("method", _METHODS)
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
 def test_rows_of_zeros_and_duplicates(method: str, scale: float) -> None:
-    table, counts = _problem(60, 8, torch.float32)
+    table, counts = _table(60, 8), falling_counts(60, 0)
     chosen = METHODS[method]
     zeros = chosen.factorization.decompose(torch.zeros(60, 8), _budget(method, table, 2), counts, chosen.config())
     assert zeros.materialize().abs().max() == 0
@@ -314,7 +326,7 @@ def test_stored_bytes_are_those_of_a_file(
 def test_budget_is_never_exceeded(
     method: str, vocab_size: int, dim: int, part: float, dtype: torch.dtype, seed: int
 ) -> None:
-    table, counts = _problem(vocab_size, dim, dtype, seed)
+    table, counts = _table(vocab_size, dim, dtype, seed), falling_counts(vocab_size, seed)
     chosen = METHODS[method]
     smallest = chosen.factorization.smallest_bytes(vocab_size, dim, dtype.itemsize, chosen.config())
     # From the very smallest on: what is called possible must be.
@@ -326,6 +338,8 @@ def test_budget_is_never_exceeded(
     assert factors.dtype == dtype
     assert torch.equal(table, before)
     assert sum(shares) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"^-?\d+ (bytes|elements) do not (hold|cover) "):
+        chosen.factorization.decompose(table, smallest - dtype.itemsize, counts, chosen.config())
     # One byte less than this result takes is another budget.
     if (less := factors.stored_bytes() - 1) >= smallest:
         assert chosen.factorization.decompose(table, less, counts, chosen.config()).stored_bytes() <= less
@@ -333,7 +347,7 @@ def test_budget_is_never_exceeded(
 
 @pytest.mark.parametrize("method", _METHODS)
 def test_the_weight_of_a_layer_can_be_given_as_it_is(method: str) -> None:
-    table, counts = _problem(100, 8, torch.float32)
+    table, counts = _table(100, 8), falling_counts(100, 0)
     chosen = METHODS[method]
     budget = _budget(method, table, 2)
     factors = chosen.factorization.decompose(nn.Parameter(table), budget, counts, chosen.config())
@@ -343,18 +357,9 @@ def test_the_weight_of_a_layer_can_be_given_as_it_is(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", _METHODS)
-def test_budget_that_is_too_small_is_refused(method: str) -> None:
-    table, counts = _problem(500, 16, torch.float32)
-    chosen = METHODS[method]
-    smallest = chosen.factorization.smallest_bytes(500, 16, 4, chosen.config())
-    with pytest.raises(ValueError, match=r"^\d+ (bytes|elements) do not (hold|cover) "):
-        chosen.factorization.decompose(table, smallest - 4, counts, chosen.config())
-
-
-@pytest.mark.parametrize("method", _METHODS)
 def test_more_bytes_lower_the_error(method: str) -> None:
     # Columns enough that the ranks of all methods are different ones at these ratios.
-    table, counts = _problem(600, 128, torch.float32)
+    table, counts = _table(600, 128), falling_counts(600, 0)
     chosen = METHODS[method]
     weights = row_weights(counts if chosen.config.needs_counts else None, 600)
     errors = []
@@ -372,7 +377,7 @@ def test_more_bytes_lower_the_error(method: str) -> None:
 
 @pytest.mark.parametrize("method", [name for name in _METHODS if METHODS[name].config.needs_counts])
 def test_weighting_by_counts_helps_the_frequent_rows(method: str) -> None:
-    table, counts = _problem(600, 24, torch.float32)
+    table, counts = _table(600, 24), falling_counts(600, 0)
     chosen, plain = METHODS[method], METHODS["low_rank"]
     budget = table.nbytes // 4
     weighted = chosen.factorization.decompose(table, budget, counts, chosen.config())
@@ -427,7 +432,25 @@ def test_damaged_block_index_is_refused() -> None:
         BlockLowRank(20, 4, [12, 8], [2, 1]).load_state_dict(state)
 
 
-def test_base_class_asks_for_every_part() -> None:
-    assert {"rows", "logits", "structure", "from_spec", "smallest_bytes", "decompose", "refined"} == set(
-        Base.__abstractmethods__
+_IN_THE_METRIC = [name for name in _METHODS if METHODS[name].config.uses_metric]
+
+
+@pytest.mark.parametrize("method", _IN_THE_METRIC)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_metric_lowers_the_loss(method: str, dtype: torch.dtype) -> None:
+    table, counts, metric = _table(400, 16, dtype), falling_counts(400), loss_metric(400, 16)
+    chosen, budget = METHODS[method], _budget(method, table, 4)
+    plain, factors = (
+        chosen.factorization.decompose(table, budget, counts, chosen.config(), metric=known) for known in (None, metric)
     )
+    assert factors.dtype == dtype
+    assert factors.stored_bytes() <= budget
+    assert metric.loss(table, factors.materialize()) < 0.8 * metric.loss(table, plain.materialize())
+    # A table that has changed a little is solved again in place, about as well as afresh.
+    target = table + 0.01 * normal(400, 16, seed=1, dtype=dtype)
+    before = dict(factors.named_parameters())
+    refined = factors.refined(target, budget, counts, chosen.config(), metric=metric)
+    assert refined is factors
+    assert all(parameter is before[name] for name, parameter in refined.named_parameters())
+    fresh = chosen.factorization.decompose(target, budget, counts, chosen.config(), metric=metric)
+    assert metric.loss(target, refined.materialize()) < 1.1 * metric.loss(target, fresh.materialize())

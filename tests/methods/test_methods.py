@@ -13,7 +13,10 @@ from lightning_embcompress.methods.registry import METHODS, GroupReduceConfig, g
 def test_every_method_is_described_and_has_default_options(name: str) -> None:
     method = get_method(name)
     assert method.config.description
-    assert method.config() == method.config()
+    options = get_config(name)
+    assert options == method.config()
+    assert not options.fixes_size
+    assert all(getattr(options, option) is None for option in options.size_fields)
 
 
 def test_unknown_method_names_the_nearest() -> None:
@@ -33,14 +36,6 @@ def test_unknown_option_names_the_nearest() -> None:
     # What the name of the method stands for is no option of it.
     with pytest.raises(ValueError, match=r"unknown option 'weighted'; 'low_rank' has rank"):
         get_config("low_rank", weighted=True)
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_options_that_fix_the_size_are_known_as_such(name: str) -> None:
-    options = get_config(name)
-    assert not options.fixes_size
-    for option in options.size_fields:
-        assert getattr(options, option) is None
 
 
 @pytest.mark.parametrize(

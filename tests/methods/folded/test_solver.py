@@ -16,15 +16,12 @@ from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor
 
 from lightning_embcompress.methods.folded.solver import cp, largest_cp_rank, possible_tucker_ranks, tucker
-
-
-def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from toys import normal
 
 
 def _tensor(*shape: int) -> Tensor:
     """Distinct spectra in all modes."""
-    tensor = _random(*shape)
+    tensor = normal(*shape)
     for mode, size in enumerate(shape):
         spectrum = torch.logspace(0, -1, size, dtype=torch.float64)
         tensor = tensor * spectrum.reshape([-1 if other == mode else 1 for other in range(len(shape))])
@@ -51,8 +48,8 @@ def _alternating_least_squares(tensor: Tensor, factors: list[Tensor], rounds: in
 
 @pytest.mark.parametrize(("shape", "rank"), [((9, 10, 7), 4), ((12, 5), 3), ((4, 5, 3, 6), 5)])
 def test_rounds_of_cp_are_those_of_alternating_least_squares(shape: tuple[int, ...], rank: int) -> None:
-    tensor = _random(*shape)
-    start = [_random(size, rank, seed=mode + 1) for mode, size in enumerate(shape)]
+    tensor = normal(*shape)
+    start = [normal(size, rank, seed=mode + 1) for mode, size in enumerate(shape)]
     before = [factor.clone() for factor in start]
     found = cp(tensor, rank, start, max_iterations=3)
     expected = _alternating_least_squares(tensor, start, 3)
@@ -64,7 +61,7 @@ def test_rounds_of_cp_are_those_of_alternating_least_squares(shape: tuple[int, .
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_cp_finds_what_is_there(dtype: torch.dtype) -> None:
-    factors = [_random(size, 3, seed=size, dtype=dtype) for size in (9, 10, 7)]
+    factors = [normal(size, 3, seed=size, dtype=dtype) for size in (9, 10, 7)]
     tensor = torch.einsum("ir,jr,kr->ijk", *factors) * 1000
     solved = cp(tensor, 3, max_iterations=300)
     assert solved[0].dtype == dtype
@@ -75,7 +72,7 @@ def test_cp_finds_what_is_there(dtype: torch.dtype) -> None:
 
 
 def test_more_rounds_and_components_of_cp_lower_the_error() -> None:
-    tensor = _random(14, 15, 8)
+    tensor = normal(14, 15, 8)
     errors = [_error(tensor, cp(tensor, rank)) for rank in (2, 8, 30, 70)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5
@@ -84,7 +81,7 @@ def test_more_rounds_and_components_of_cp_lower_the_error() -> None:
 
 
 def test_cp_goes_on_from_what_there_is() -> None:
-    tensor = _random(14, 15, 8)
+    tensor = normal(14, 15, 8)
     first = cp(tensor, 20, max_iterations=10)
     more = cp(tensor, 20, first, max_iterations=10)
     assert _error(tensor, more) < _error(tensor, first)
@@ -97,7 +94,7 @@ def test_cp_goes_on_from_what_there_is() -> None:
 @settings(deadline=None, max_examples=40)
 def test_cp_of_any_shape_and_rank(shape: list[int], data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(30, largest_cp_rank(shape))))
-    tensor = _random(*shape, dtype=torch.float32)
+    tensor = normal(*shape, dtype=torch.float32)
     factors = cp(tensor, rank)
     assert [tuple(factor.shape) for factor in factors] == [(size, rank) for size in shape]
     assert all(factor.isfinite().all() for factor in factors)
@@ -135,7 +132,7 @@ def test_tucker_goes_on_from_factors_that_are_not_orthonormal() -> None:
     tensor = _tensor(12, 13, 8)
     core, factors = tucker(tensor, [4, 4, 3], max_iterations=20)
     best = _error(tensor, factors, core)
-    start = [factor @ _random(factor.shape[1], factor.shape[1], seed=mode) for mode, factor in enumerate(factors)]
+    start = [factor @ normal(factor.shape[1], factor.shape[1], seed=mode) for mode, factor in enumerate(factors)]
     before = [factor.clone() for factor in start]
     core, factors = tucker(tensor, [4, 4, 3], start, max_iterations=1)
     assert _error(tensor, factors, core) == pytest.approx(best, rel=1e-4)
@@ -146,7 +143,7 @@ def test_tucker_goes_on_from_factors_that_are_not_orthonormal() -> None:
 @settings(deadline=None, max_examples=40)
 def test_tucker_of_any_shape_and_ranks(shape: list[int], data: st.DataObject) -> None:
     ranks = possible_tucker_ranks(shape, [data.draw(st.integers(1, size)) for size in shape])
-    tensor = _random(*shape)
+    tensor = normal(*shape)
     core, factors = tucker(tensor, ranks)
     assert list(core.shape) == ranks
     assert [tuple(factor.shape) for factor in factors] == list(zip(shape, ranks, strict=True))

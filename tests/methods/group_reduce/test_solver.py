@@ -14,14 +14,11 @@ from lightning_embcompress.methods.group_reduce.solver import (
     group_reduce,
 )
 from lightning_embcompress.methods.numerics.gram import gram_matrix, row_weights
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from toys import normal
 
 
 def _table(vocab_size: int, dim: int, seed: int = 0) -> Tensor:
-    return _random(vocab_size, dim, seed=seed) * torch.logspace(0, -1.5, dim, dtype=torch.float64)
+    return normal(vocab_size, dim, seed=seed) * torch.logspace(0, -1.5, dim, dtype=torch.float64)
 
 
 def _zipf(vocab_size: int) -> Tensor:
@@ -44,10 +41,10 @@ def _error(table: Tensor, solution: BlockSolution, weights: Tensor) -> float:
 
 def _clusters(clusters: int, size: int, dim: int, rank: int) -> tuple[Tensor, Tensor]:
     """Rows of every cluster in a subspace of its own, shuffled, and the cluster of every row."""
-    rows = torch.cat([_random(size, rank, seed=c) @ _random(rank, dim, seed=100 + c) for c in range(clusters)])
+    rows = torch.cat([normal(size, rank, seed=c) @ normal(rank, dim, seed=100 + c) for c in range(clusters)])
     truth = torch.arange(clusters).repeat_interleave(size)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(7))
-    return rows[order] + 1e-3 * _random(len(rows), dim, seed=9), truth[order]
+    return rows[order] + 1e-3 * normal(len(rows), dim, seed=9), truth[order]
 
 
 def test_groups_by_frequency_are_of_equal_size() -> None:
@@ -122,8 +119,8 @@ def test_refinement_finds_planted_clusters() -> None:
 
 def test_donors_keep_as_many_rows_as_their_rank() -> None:
     # Every row of block 0 and 1 lies in the span of block 2: all of them want to go there.
-    table = torch.cat([_random(30, 2), _random(30, 2, seed=1), _random(40, 2, seed=2)])
-    table = torch.nn.functional.pad(table, (0, 6)) + 1e-3 * _random(100, 8, seed=3)
+    table = torch.cat([normal(30, 2), normal(30, 2, seed=1), normal(40, 2, seed=2)])
+    table = torch.nn.functional.pad(table, (0, 6)) + 1e-3 * normal(100, 8, seed=3)
     blocks = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([30, 30, 40]))
     bases: list[Tensor | None] = [torch.eye(8).double()[2:6], torch.eye(8).double()[4:7], torch.eye(8).double()[:2]]
     moves = _choose_moves(table, torch.ones(100).double(), blocks, [4, 3, 2], bases, move_fraction=1.0)
@@ -134,7 +131,7 @@ def test_donors_keep_as_many_rows_as_their_rank() -> None:
 
 
 def test_moves_are_those_of_the_lowest_error_at_their_destination() -> None:
-    table = torch.nn.functional.pad(_random(100, 2), (0, 6)) + 0.1 * _random(100, 8, seed=3)
+    table = torch.nn.functional.pad(normal(100, 2), (0, 6)) + 0.1 * normal(100, 8, seed=3)
     blocks = torch.arange(2).repeat_interleave(50)
     bases: list[Tensor | None] = [torch.eye(8).double()[4:6], torch.eye(8).double()[:2]]
     moves = _choose_moves(table, torch.ones(100).double(), blocks, [2, 2], bases, move_fraction=0.2)

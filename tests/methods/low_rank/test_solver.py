@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, weighted_low_rank
 from lightning_embcompress.methods.numerics.gram import project, row_weights
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from toys import loss_metric
 
 # Relative to the norm of the table: rounding of the Gram product and of the factors.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -28,24 +29,25 @@ def _counts(vocab_size: int) -> Tensor:
     return (1000 / torch.arange(1, vocab_size + 1).double()).round()
 
 
-def _weighted_norm(difference: Tensor, weights: Tensor) -> float:
-    return float((difference.double().square().sum(1) * weights).sum().sqrt())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [0, 1, 7, 16])
-def test_reaches_the_tail_of_the_singular_values(dtype: torch.dtype, rank: int) -> None:
-    table, weights = _table(120, 16, dtype), row_weights(_counts(120), 120)
-    coefficients, basis = weighted_low_rank(table, rank, weights)
+@pytest.mark.parametrize("dtype", list(_TOLERANCE))
+@pytest.mark.parametrize("rank", [0, 7, 16])
+@pytest.mark.parametrize("scale", [None, 1.0, 1e-9])
+def test_reaches_the_tail_of_the_singular_values(dtype: torch.dtype, rank: int, scale: float | None) -> None:
+    """Eckart-Young: the singular values that are left out are the error of the best approximation, in any metric."""
+    table, metric = _table(120, 16, dtype), loss_metric(120, 16)
+    if scale is None:
+        metric = Metric(torch.eye(16, dtype=torch.float64), metric.weights)
+        coefficients, basis = weighted_low_rank(table, rank, metric.weights)
+    else:
+        metric = Metric(metric.matrix * scale, metric.weights)
+        coefficients, basis = low_rank_in_metric(table, rank, metric)
     assert coefficients.dtype == basis.dtype == dtype
     assert coefficients.shape == (120, rank)
-    assert basis.shape == (rank, 16)
-    # Eckart-Young: the singular values that are left out are the error of the best approximation.
-    singular_values = torch.linalg.svdvals(weights.sqrt().unsqueeze(1) * table.double())
+    torch.testing.assert_close(basis.double() @ basis.double().T, torch.eye(rank).double(), rtol=0, atol=0.02)
+    singular_values = torch.linalg.svdvals(metric.weights.sqrt().unsqueeze(1) * table.double() @ metric.root)
     best = float(singular_values[rank:].square().sum().sqrt())
-    achieved = _weighted_norm(table.double() - coefficients.double() @ basis.double(), weights)
-    assert achieved == pytest.approx(best, abs=_TOLERANCE[dtype] * float(singular_values.norm()))
-    assert achieved >= best * (1 - 1e-12)
+    lost = (2 * metric.loss(table.double(), coefficients.double() @ basis.double())) ** 0.5
+    assert lost == pytest.approx(best, abs=_TOLERANCE[dtype] * float(singular_values.norm()))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -65,10 +67,10 @@ def test_rows_that_never_occur_do_not_disturb_those_that_do() -> None:
     table, counts = _table(60, 10), _counts(60)
     counts[30:] = 0
     coefficients, basis = weighted_low_rank(table, 3, row_weights(counts, 60))
-    seen_error = _weighted_norm(table[:30] - coefficients[:30] @ basis, counts[:30])
-    _, seen_basis = weighted_low_rank(table[:30], 3, row_weights(counts[:30], 30))
-    best = _weighted_norm(table[:30] - table[:30] @ seen_basis.T @ seen_basis, counts[:30])
-    assert seen_error == pytest.approx(best, rel=1e-5)
+    alone = weighted_low_rank(table[:30], 3, row_weights(counts[:30], 30))
+    seen = Metric(torch.eye(10), counts[:30])
+    best = seen.loss(table[:30], alone[0] @ alone[1])
+    assert seen.loss(table[:30], coefficients[:30] @ basis) == pytest.approx(best, rel=1e-5)
 
 
 def test_rows_that_never_occur_get_the_directions_that_are_left() -> None:
@@ -87,31 +89,6 @@ def test_projects_some_rows() -> None:
     assert torch.equal(project(table, basis, rows), table[rows][:, :2])
 
 
-def _metric(vocab_size: int, dim: int, seed: int = 0, condition: float = 100.0, rank: int | None = None) -> Metric:
-    """Directions of very different weight, not along the columns; of a rank below the full one singular."""
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
-    values = torch.logspace(0, -1, dim, dtype=torch.float64) ** torch.tensor(condition).log10()
-    values[dim if rank is None else rank :] = 0
-    return Metric((vectors * values) @ vectors.T, smoothed_frequencies(_counts(vocab_size)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [0, 1, 7, 16])
-@pytest.mark.parametrize("scale", [1.0, 1e-9])
-def test_in_a_metric_reaches_the_tail_of_the_singular_values(dtype: torch.dtype, rank: int, scale: float) -> None:
-    table, metric = _table(120, 16, dtype), _metric(120, 16)
-    metric = Metric(metric.matrix * scale, metric.weights)
-    coefficients, basis = low_rank_in_metric(table, rank, metric)
-    assert coefficients.dtype == basis.dtype == dtype
-    torch.testing.assert_close(basis.double() @ basis.double().T, torch.eye(rank).double(), rtol=0, atol=0.02)
-    # Eckart-Young for the table times both roots.
-    singular_values = torch.linalg.svdvals(metric.weights.sqrt().unsqueeze(1) * table.double() @ metric.root)
-    best = float(singular_values[rank:].square().sum().sqrt())
-    lost = metric.loss(table.double(), coefficients.double() @ basis.double())
-    assert (2 * lost) ** 0.5 == pytest.approx(best, abs=_TOLERANCE[dtype] * float(singular_values.norm()))
-
-
 def test_in_a_metric_that_sees_all_directions_alike_it_is_weighted_low_rank() -> None:
     table, weights = _table(60, 8), smoothed_frequencies(_counts(60))
     expected = weighted_low_rank(table, 3, weights)
@@ -121,7 +98,7 @@ def test_in_a_metric_that_sees_all_directions_alike_it_is_weighted_low_rank() ->
 
 
 def test_a_singular_metric_keeps_what_it_sees() -> None:
-    table, metric = _table(100, 12), _metric(100, 12, rank=4)
+    table, metric = _table(100, 12), loss_metric(100, 12, rank=4)
     coefficients, basis = low_rank_in_metric(table, 4, metric)
     vectors = torch.linalg.eigh(metric.matrix).eigenvectors[:, -4:]
     change = (table - coefficients @ basis) @ vectors
@@ -131,7 +108,7 @@ def test_a_singular_metric_keeps_what_it_sees() -> None:
 
 
 def test_zero_rows_and_short_tables_in_a_metric() -> None:
-    table, metric = _table(30, 8), _metric(30, 8)
+    table, metric = _table(30, 8), loss_metric(30, 8)
     table[5] = 0
     coefficients, basis = low_rank_in_metric(table, 4, metric)
     assert torch.equal((coefficients @ basis)[5], torch.zeros(8).double())
@@ -145,7 +122,7 @@ def test_zero_rows_and_short_tables_in_a_metric() -> None:
 @settings(deadline=None, max_examples=40)
 def test_the_metric_never_loses_to_weights_alone(vocab_size: int, dim: int, seed: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, min(vocab_size, dim)))
-    table, metric = _table(vocab_size, dim), _metric(vocab_size, dim, seed, condition=1000)
+    table, metric = _table(vocab_size, dim), loss_metric(vocab_size, dim, seed=seed, condition=1000)
     coefficients, basis = low_rank_in_metric(table, rank, metric)
     plain = weighted_low_rank(table, rank, metric.weights)
     most = metric.loss(table, plain[0] @ plain[1])

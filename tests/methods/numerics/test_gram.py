@@ -22,14 +22,11 @@ from lightning_embcompress.methods.numerics.gram import (
     top_eigenvectors,
     warm_eigenvectors,
 )
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from toys import normal
 
 
 def _symmetric(values: Tensor, seed: int = 0) -> Tensor:
-    vectors = torch.linalg.qr(_random(values.numel(), values.numel(), seed=seed)).Q
+    vectors = torch.linalg.qr(normal(values.numel(), values.numel(), seed=seed)).Q
     return (vectors * values) @ vectors.T
 
 
@@ -48,7 +45,7 @@ def test_weights_of_rows_that_never_occur() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gram_matrix_equals_the_dense_product(dtype: torch.dtype) -> None:
-    table, weights = _random(70, 9).to(dtype), _random(70, seed=1).exp()
+    table, weights = normal(70, 9).to(dtype), normal(70, seed=1).exp()
     expected = table.double().T @ torch.diag(weights) @ table.double()
     gram = gram_matrix(table, weights)
     assert gram.dtype == torch.float64
@@ -63,7 +60,7 @@ def test_gram_matrix_equals_the_dense_product(dtype: torch.dtype) -> None:
 
 
 def test_rows_are_added_and_taken_away() -> None:
-    table, weights, rows = _random(40, 6), _random(40, seed=1).exp(), torch.tensor([3, 30, 31])
+    table, weights, rows = normal(40, 6), normal(40, seed=1).exp(), torch.tensor([3, 30, 31])
     total = gram_matrix(table, weights)
     add_gram(total, table, weights, rows, sign=-1)
     rest = torch.tensor([row for row in range(40) if row not in rows])
@@ -75,7 +72,7 @@ def test_rows_are_added_and_taken_away() -> None:
 @pytest.mark.parametrize("dim", [1, 2, 7])
 def test_packed_symmetric_matrices(dim: int) -> None:
     packed = PackedSymmetric(3, dim, torch.float64, torch.device("cpu"))
-    matrices = [_symmetric(_random(dim, seed=seed), seed) for seed in range(3)]
+    matrices = [_symmetric(normal(dim, seed=seed), seed) for seed in range(3)]
     matrices = [(matrix + matrix.T) / 2 for matrix in matrices]
     for index, matrix in enumerate(matrices):
         packed[index] = matrix
@@ -115,7 +112,7 @@ def _captured(gram: Tensor, basis: Tensor) -> float:
 @pytest.mark.parametrize("old_rank", [0, 5, 10, 30])
 def test_warm_start_comes_close_to_the_full_decomposition(old_rank: int) -> None:
     gram = _symmetric(torch.logspace(0, -3, 64, dtype=torch.float64))
-    before = gram + 0.02 * gram.norm() * _symmetric(_random(64, seed=2).abs() / 64, seed=3)
+    before = gram + 0.02 * gram.norm() * _symmetric(normal(64, seed=2).abs() / 64, seed=3)
     warm = warm_eigenvectors(gram, 10, top_eigenvectors(before, old_rank))
     assert warm.shape == (10, 64)
     torch.testing.assert_close(warm @ warm.T, torch.eye(10).double(), rtol=0, atol=1e-10)
@@ -124,7 +121,7 @@ def test_warm_start_comes_close_to_the_full_decomposition(old_rank: int) -> None
 
 
 def test_warm_start_of_a_matrix_of_lower_rank_than_asked_for() -> None:
-    rows = _random(3, 64)
+    rows = normal(3, 64)
     gram = rows.T @ rows
     warm = warm_eigenvectors(gram, 10, torch.eye(64).double()[:4])
     torch.testing.assert_close(warm @ warm.T, torch.eye(10).double(), rtol=0, atol=1e-10)

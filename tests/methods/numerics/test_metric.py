@@ -7,20 +7,17 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from toys import normal
 
 
 def _moment(dim: int, rows: int, seed: int = 0) -> Tensor:
-    states = _random(rows, dim, seed=seed)
+    states = normal(rows, dim, seed=seed)
     return states.T @ states / rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_loss_is_the_weighted_quadratic_form(dtype: torch.dtype) -> None:
-    weight, other = _random(50, 6).to(dtype), _random(50, 6, seed=1).to(dtype)
+    weight, other = normal(50, 6).to(dtype), normal(50, 6, seed=1).to(dtype)
     metric = Metric(_moment(6, 100), smoothed_frequencies(torch.arange(50)))
     change = weight.double() - other.double()
     wanted = 0.5 * float(torch.einsum("i,ij,jk,ik->", metric.weights, change, metric.matrix, change))
@@ -39,7 +36,7 @@ def test_roots() -> None:
 
 def test_singular_and_indefinite_moments_are_floored_and_counted() -> None:
     weights = torch.ones(2, dtype=torch.float64)
-    turn = torch.linalg.qr(_random(6, 6)).Q
+    turn = torch.linalg.qr(normal(6, 6)).Q
     values = torch.tensor([4.0, 1.0, 1e-3, 1e-9, 0.0, -2.0], dtype=torch.float64)
     metric = Metric(turn @ values.diag() @ turn.T, weights)
     assert metric.floored == 3
@@ -59,7 +56,7 @@ def test_directions_of_which_nothing_is_known_count_the_same(matrix: Tensor) -> 
 
 def test_metric_of_some_columns() -> None:
     metric = Metric(_moment(6, 100), smoothed_frequencies(torch.arange(5)))
-    change = _random(5, 6)
+    change = normal(5, 6)
     change[:, :2] = 0
     part = metric.restricted(slice(2, 6))
     assert part.loss(change[:, 2:], torch.zeros(5, 4)) == pytest.approx(metric.loss(change, torch.zeros(5, 6)))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.descent import descend
 from lightning_embcompress.methods.product_quantization.solver import (
     Groups,
@@ -16,21 +16,7 @@ from lightning_embcompress.methods.product_quantization.solver import (
     product_quantization,
     subspace_sizes,
 )
-
-
-def _table(vocab_size: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def _metric(vocab_size: int, dim: int, seed: int = 0, rank: int | None = None, scale: float = 1.0) -> Metric:
-    """Directions of very different weight, not along the columns; of a rank below the full one singular."""
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
-    values = torch.logspace(0, -2, dim, dtype=torch.float64)
-    values[dim if rank is None else rank :] = 0
-    counts = (1000 / torch.arange(1, vocab_size + 1)).long()
-    counts[vocab_size // 2 :] = 0
-    return Metric(scale * (vectors * values) @ vectors.T, smoothed_frequencies(counts))
+from toys import loss_metric, normal
 
 
 def _distances(points: Tensor, centroids: Tensor, matrix: Tensor) -> Tensor:
@@ -43,12 +29,14 @@ def _columns(dim: int, subspaces: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("subspaces", "rank"), [(1, None), (2, None), (3, 2), (7, None)])
+@pytest.mark.parametrize(
+    ("dtype", "subspaces", "rank"),
+    [(torch.float64, 1, None), (torch.float32, 2, None), (torch.bfloat16, 3, 2), (torch.float16, 7, None)],
+)
 def test_codes_of_kmeans_are_nearest_in_the_metric_to_what_is_stored(
     dtype: torch.dtype, subspaces: int, rank: int | None
 ) -> None:
-    table, metric = _table(150, 7, dtype), _metric(150, 7, rank=rank)
+    table, metric = normal(150, 7, dtype=dtype), loss_metric(150, 7, rank=rank)
     table[::5] = 0
     codebook, codes = product_quantization(table, metric.weights, subspaces, 8, metric=metric)
     assert torch.equal(codebook, codebook.to(dtype).to(codebook.dtype))
@@ -62,7 +50,7 @@ def test_codes_of_kmeans_are_nearest_in_the_metric_to_what_is_stored(
 
 @pytest.mark.parametrize("subspaces", [1, 2])
 def test_kmeans_in_the_metric_loses_less_than_without(subspaces: int) -> None:
-    table, metric = _table(600, 8), _metric(600, 8)
+    table, metric = normal(600, 8), loss_metric(600, 8)
 
     def block_loss(found: tuple[Tensor, Tensor]) -> float:
         """What k-means lowers: the metric within subspaces."""
@@ -78,9 +66,9 @@ def test_kmeans_in_the_metric_loses_less_than_without(subspaces: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-20, 1e12])
 def test_the_unit_of_the_metric_does_not_matter(scale: float) -> None:
-    table = _table(200, 6, torch.float32)
-    found = []
-    for metric in (_metric(200, 6), _metric(200, 6, scale=scale)):
+    table = normal(200, 6, dtype=torch.float32)
+    found, once = [], loss_metric(200, 6)
+    for metric in (once, Metric(scale * once.matrix, once.weights)):
         codebook, codes = product_quantization(table, metric.weights, 3, 8, metric=metric)
         descend(table, metric, codebook, codes)
         found.append(metric.loss(table, gather_rows(codebook, codes)))
@@ -109,9 +97,9 @@ def test_no_round_raises_the_loss(
     seed: int,
 ) -> None:
     subspaces, centroids = min(subspaces, dim), min(centroids, vocab_size)
-    table, metric = _table(vocab_size, dim, dtype, seed), _metric(vocab_size, dim, seed, rank)
+    table, metric = normal(vocab_size, dim, seed=seed, dtype=dtype), loss_metric(vocab_size, dim, rank, seed)
     table[::3] = 0
-    rare = _table(vocab_size, 1, seed=seed).squeeze(1) > 0
+    rare = normal(vocab_size, 1, seed=seed).squeeze(1) > 0
     groups = None
     if 0 < limit < centroids:
         groups = Groups([(~rare).nonzero().flatten(), rare.nonzero().flatten()], [centroids, limit])
@@ -132,9 +120,9 @@ def test_no_round_raises_the_loss(
         assert int(codes[rare].max()) < limit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_subspaces_make_up_for_each_other(dtype: torch.dtype) -> None:
-    table, metric = _table(800, 8, dtype), _metric(800, 8)
+    table, metric = normal(800, 8, dtype=dtype), loss_metric(800, 8)
     found = product_quantization(table, metric.weights, 4, 16, metric=metric)
     before = metric.loss(table, gather_rows(*found))
     shares: list[float] = []
@@ -145,7 +133,7 @@ def test_subspaces_make_up_for_each_other(dtype: torch.dtype) -> None:
 
 
 def test_no_change_of_one_code_lowers_the_loss() -> None:
-    table, metric = _table(60, 6), _metric(60, 6)
+    table, metric = normal(60, 6), loss_metric(60, 6)
     codebook, codes = product_quantization(table, metric.weights, 3, 5, metric=metric)
     descend(table, metric, codebook, codes, rounds=40)
     matrix = metric.root @ metric.root

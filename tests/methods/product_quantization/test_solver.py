@@ -11,10 +11,7 @@ from torch import Tensor
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.product_quantization import solver
 from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
-
-
-def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from toys import normal
 
 
 def _zipf(vocab_size: int) -> Tensor:
@@ -65,7 +62,7 @@ def _reference_lloyd(weight: Tensor, weights: Tensor, start: Tensor, subspaces: 
 def test_steps_are_those_of_lloyd(subspaces: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solver, "_TOLERANCE", -1e9)
     monkeypatch.setattr(solver, "_reseed", lambda *_: None)
-    weight, weights = _random(200, 7, dtype=dtype), _zipf(200)
+    weight, weights = normal(200, 7, dtype=dtype), _zipf(200)
     start = weight[torch.randperm(200, generator=torch.Generator().manual_seed(1))[:6]]
     codebook, codes = product_quantization(weight, weights, subspaces, 6, start=start, max_iterations=4)
     # Of single columns the steps cost nothing, and there are more.
@@ -89,9 +86,9 @@ def test_codes_are_of_the_nearest_centroids_that_may_be_used(
     vocab_size: int, dim: int, subspaces: int, centroids: int, dtype: torch.dtype, limit: int, seed: int
 ) -> None:
     subspaces, centroids = min(subspaces, dim), min(centroids, vocab_size)
-    weight = _random(vocab_size, dim, seed=seed, dtype=dtype)
+    weight = normal(vocab_size, dim, seed=seed, dtype=dtype)
     weight[::3] = 0
-    rare = _random(vocab_size, seed=seed) > 0
+    rare = normal(vocab_size, seed=seed) > 0
     groups = None
     if 0 < limit < centroids:
         groups = Groups([(~rare).nonzero().flatten(), rare.nonzero().flatten()], [centroids, limit])
@@ -112,13 +109,13 @@ def test_codes_are_of_the_nearest_centroids_that_may_be_used(
 
 
 def test_as_many_centroids_as_rows_are_exact() -> None:
-    weight = _random(30, 6, dtype=torch.float32)
+    weight = normal(30, 6, dtype=torch.float32)
     for subspaces in (1, 4, 6):
         assert _error(weight, _zipf(30), product_quantization(weight, _zipf(30), subspaces, 30)) < 1e-9
 
 
 def test_is_close_to_the_best_of_many_starts() -> None:
-    weight, weights = _random(400, 2), _zipf(400)
+    weight, weights = normal(400, 2), _zipf(400)
     found = _error(weight, weights, product_quantization(weight, weights, 1, 8))
     others = []
     for seed in range(20):
@@ -130,7 +127,7 @@ def test_is_close_to_the_best_of_many_starts() -> None:
 
 @pytest.mark.parametrize("columns", [1, 2])
 def test_centroids_without_rows_are_moved(columns: int) -> None:
-    weight = _random(100, columns)
+    weight = normal(100, columns)
     start = torch.full((8, columns), 50.0, dtype=torch.float64)
     codebook, codes = product_quantization(weight, torch.ones(100), 1, 8, start=start, max_iterations=20)
     assert len(codes.unique()) == 8
@@ -139,7 +136,7 @@ def test_centroids_without_rows_are_moved(columns: int) -> None:
 
 
 def test_rare_rows_share_the_first_centroids() -> None:
-    weight, weights = _random(300, 4), torch.cat([torch.full((60,), 100.0), torch.ones(240)]).double()
+    weight, weights = normal(300, 4), torch.cat([torch.full((60,), 100.0), torch.ones(240)]).double()
     groups = Groups([torch.arange(60), torch.arange(60, 300)], [32, 4])
     codebook, codes = product_quantization(weight, weights, 2, 32, groups)
     assert int(codes[60:].max()) == 3
@@ -156,7 +153,7 @@ def test_rare_rows_share_the_first_centroids() -> None:
 
 @pytest.mark.parametrize("subspaces", [2, 4])
 def test_training_on_a_sample_is_about_as_good(subspaces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, weights = _random(3000, 4, dtype=torch.float32), _zipf(3000)
+    weight, weights = normal(3000, 4, dtype=torch.float32), _zipf(3000)
     whole = _error(weight, weights, product_quantization(weight, weights, subspaces, 16))
     monkeypatch.setattr(solver, "_ROWS_PER_CENTROID", 30)
     found = product_quantization(weight, weights, subspaces, 16)
@@ -180,7 +177,7 @@ def test_a_sample_has_the_heavy_rows_and_the_right_sums() -> None:
 
 
 def test_starting_centroids_are_different_rows() -> None:
-    weight = _random(40, 6)
+    weight = normal(40, 6)
     sample = solver._Sampled(Groups([torch.arange(40)], [40]), torch.ones(40).double())
     spaces = [solver.Space(columns, None, weight) for columns in (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))]
     starts = solver._starting_codebook(weight, torch.arange(40), sample, spaces, 40, torch.Generator().manual_seed(0))

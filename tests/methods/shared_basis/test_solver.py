@@ -11,23 +11,20 @@ from torch import Tensor
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.numerics.rate_allocation import Overheads, allocate
 from lightning_embcompress.methods.shared_basis.solver import BitBudget, SharedBasis, rate_curve, shared_basis
+from toys import normal
 
 _VOCAB_SIZE, _DIM = 600, 24
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 
 
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def _table(vocab_size: int = _VOCAB_SIZE, dim: int = _DIM, seed: int = 0) -> Tensor:
     """A falling spectrum around a mean; frequent rows are longer."""
-    rows = _random(vocab_size, dim, seed=seed) * torch.logspace(0, -1.5, dim, dtype=torch.float64)
-    return rows * torch.linspace(2, 0.5, vocab_size, dtype=torch.float64).unsqueeze(1) + _random(1, dim, seed=seed + 1)
+    rows = normal(vocab_size, dim, seed=seed) * torch.logspace(0, -1.5, dim, dtype=torch.float64)
+    return rows * torch.linspace(2, 0.5, vocab_size, dtype=torch.float64).unsqueeze(1) + normal(1, dim, seed=seed + 1)
 
 
 def _metric(vocab_size: int = _VOCAB_SIZE, dim: int = _DIM) -> Metric:
-    states = _random(4 * dim, dim, seed=2) * torch.logspace(0, -1, dim, dtype=torch.float64)
+    states = normal(4 * dim, dim, seed=2) * torch.logspace(0, -1, dim, dtype=torch.float64)
     counts = (1e5 / torch.arange(1, vocab_size + 1)).long()
     return Metric(states.T @ states / len(states), smoothed_frequencies(counts))
 
@@ -60,8 +57,10 @@ def _approximation(table: Tensor, solution: SharedBasis) -> Tensor:
     return means + (found * (bits > 0)) @ solution.basis
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize(
+    ("coded", "dtype"),
+    [(False, torch.float64), (False, torch.bfloat16), (True, torch.float32), (True, torch.float16)],
+)
 def test_predicted_loss_is_that_of_the_metric(coded: bool, dtype: torch.dtype) -> None:
     table, metric = _table().to(dtype), _metric()
     budget = _budget(12 if coded else 4, coded)
@@ -113,9 +112,6 @@ def test_order_of_rows_does_not_matter(coded: bool) -> None:
     assert second.loss == pytest.approx(first.loss, rel=1e-6)
     assert torch.equal(second.block_of_row, first.block_of_row[order])
     assert torch.equal(second.bits, first.bits)
-    again = shared_basis(table, metric, budget)
-    assert torch.equal(again.block_of_row, first.block_of_row)
-    assert torch.equal(again.basis, first.basis)
 
 
 @pytest.mark.parametrize("coded", [False, True])
@@ -171,9 +167,9 @@ def _rest(budget: BitBudget) -> tuple[Any, ...]:
         torch.ones(40, 5),
         torch.arange(5.0).repeat(40, 1),
         torch.cat([torch.zeros(20, 5), torch.full((20, 5), 1e4)]),
-        _random(40, 5).float() * 1e-12,
-        _random(40, 5)[:1].float(),
-        _random(40, 1).float(),
+        normal(40, 5).float() * 1e-12,
+        normal(40, 5)[:1].float(),
+        normal(40, 1).float(),
     ],
     ids=["zeros", "ones", "duplicates", "two rows", "tiny", "one row", "one column"],
 )
@@ -199,7 +195,7 @@ def test_units_of_the_metric_do_not_matter(scale: float) -> None:
 
 def test_singular_metric_and_weights_of_zero() -> None:
     table = _table()
-    states = _random(5, _DIM)
+    states = normal(5, _DIM)
     weights = torch.arange(_VOCAB_SIZE).clamp(min=100).double() - 100
     metric = Metric(states.T @ states, weights / weights.sum())
     assert metric.floored == _DIM - 5
@@ -222,7 +218,7 @@ def test_curve_says_what_the_solver_finds_before_refinement() -> None:
 def test_blocks_and_widths_that_are_kept() -> None:
     table, metric, budget = _table(), _metric(), _budget(8, coded=True)
     solution = shared_basis(table, metric, budget, groups=4)
-    moved = table + 0.01 * _random(*table.shape, seed=9)
+    moved = table + 0.01 * normal(*table.shape, seed=9)
     kept = shared_basis(moved, metric, budget, 4, start=solution.block_of_row, keep=solution.bits)
     assert torch.equal(kept.block_of_row, solution.block_of_row)
     assert torch.equal(kept.bits, solution.bits)

@@ -21,14 +21,11 @@ from lightning_embcompress.methods.tensor_train.solver import (
     train_ranks,
     train_rows,
 )
+from toys import normal
 
 # Of what is compared, relative to the norm of a row.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 _TWOS = [2] * 10
-
-
-def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def _of_tensorly(vectors: Tensor, shape: list[int], ranks: list[int]) -> Tensor:
@@ -72,7 +69,7 @@ def _check_errors(vectors: Tensor, shape: list[int], max_rank: int) -> None:
     ],
 )
 def test_errors_are_those_of_tensorly(dtype: torch.dtype, length: int, shape: list[int], max_rank: int) -> None:
-    _check_errors(_random(12, length, dtype=dtype), shape, max_rank)
+    _check_errors(normal(12, length, dtype=dtype), shape, max_rank)
 
 
 @st.composite
@@ -89,7 +86,7 @@ def test_errors_of_any_shape_are_those_of_tensorly(
     problem: tuple[list[int], int, int, int], dtype: torch.dtype
 ) -> None:
     shape, length, max_rank, seed = problem
-    _check_errors(_random(3, length, seed=seed, dtype=dtype), shape, max_rank)
+    _check_errors(normal(3, length, seed=seed, dtype=dtype), shape, max_rank)
 
 
 @given(_problems(), st.sampled_from(list(_TOLERANCE)))
@@ -98,7 +95,7 @@ def test_rows_and_logits_are_those_of_the_cores(problem: tuple[list[int], int, i
     shape, length, max_rank, seed = problem
     ranks = train_ranks(shape, max_rank)
     sizes = core_sizes(shape, ranks)
-    cores = _random(4, sum(sizes), seed=seed, dtype=dtype)
+    cores = normal(4, sum(sizes), seed=seed, dtype=dtype)
     rows = train_rows(cores, shape, ranks, length)
     with tl.backend_context("pytorch", local_threadsafe=True):
         for row, entries in zip(rows, cores, strict=True):
@@ -110,7 +107,7 @@ def test_rows_and_logits_are_those_of_the_cores(problem: tuple[list[int], int, i
             # A row may be far smaller than the products that it is a sum of.
             scale = math.prod(float(piece.norm()) for piece in own)
             assert (row - expected).norm() <= _TOLERANCE[dtype] * scale
-    hidden = _random(3, length, seed=seed + 1, dtype=dtype)
+    hidden = normal(3, length, seed=seed + 1, dtype=dtype)
     logits = train_logits(cores, hidden, shape, ranks)
     assert logits.shape == (3, 4)
     scale = float(hidden.norm()) * float(cores.norm()) ** len(shape)
@@ -126,7 +123,7 @@ def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> Non
     assert sum(core_sizes(_TWOS, train_ranks(_TWOS, max_rank))) == floats
     config = TensorTrainConfig(max_rank=max_rank)
     smallest = TensorTrain.smallest_bytes(3, 768, 4, config)
-    factors = TensorTrain.decompose(_random(3, 768, dtype=torch.float32), smallest, config=config)
+    factors = TensorTrain.decompose(normal(3, 768, dtype=torch.float32), smallest, config=config)
     assert factors.shape == _TWOS
     assert factors.cores.shape == (3, floats)
     assert factors.stored_bytes() == smallest
@@ -135,14 +132,14 @@ def test_published_sizes(max_rank: int, floats: int, ratio: float | None) -> Non
 
 
 def test_refining_keeps_the_signs_of_every_core() -> None:
-    table = _random(30, 64, dtype=torch.float32)
+    table = normal(30, 64, dtype=torch.float32)
     config = TensorTrainConfig(max_rank=3)
     budget = TensorTrain.smallest_bytes(30, 64, 4, config)
     factors = TensorTrain.decompose(table, budget, config=config)
     solved = factors.cores.detach().clone()
     # Signs of singular vectors of every token by itself, taken back by the next core.
     sizes = core_sizes(factors.shape, factors.ranks)
-    signs = _random(30, sum(factors.ranks), seed=1, dtype=torch.float32).sign()
+    signs = normal(30, sum(factors.ranks), seed=1, dtype=torch.float32).sign()
     flipped, start = [], 0
     before = torch.ones(30, 1)
     for mode, piece in enumerate(torch.split(solved, sizes, dim=1)):
