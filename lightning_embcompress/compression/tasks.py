@@ -97,9 +97,9 @@ class Task:
         return best.requires_grad_(self.trains)
 
     def _solve_by(self, config: MethodConfig, weight: Tensor, advance: Callable[[float], None]) -> Factorization[Any]:
-        known = {"metric": self.metric} if config.uses_metric and self.metric is not None else {}
+        metric = self.metric if config.uses_metric else None
         solve = get_method(config.method).factorization.decompose if self.start is None else self.start.refined
-        found = solve(weight, self.max_bytes, self.token_counts, config, advance, **known)
+        found = solve(weight, self.max_bytes, self.token_counts, config, advance, metric)
         found.provenance = {"method": config.method}
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -27,6 +28,29 @@ _PIECE_ELEMENTS = 2**19
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 """The config of a method."""
+ConfigT_co = TypeVar("ConfigT_co", bound=MethodConfig, covariant=True)
+"""The same where it is only read."""
+
+
+@dataclass(frozen=True)
+class Problem(Generic[ConfigT_co]):
+    """A table that is to be approximated, see `Factorization.decompose`.
+
+    Attributes:
+        weight: `[vocab_size, dim]` table.
+        max_bytes: Most stored bytes.
+        token_counts: `[vocab_size]` how often every token occurs.
+        config: The method's config.
+        advance: Called with shares of the work that add up to 1.
+        metric: What an error costs.
+    """
+
+    weight: Tensor
+    max_bytes: int
+    token_counts: Tensor | None
+    config: ConfigT_co
+    advance: Callable[[float], None]
+    metric: Metric | None
 
 
 class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
@@ -46,9 +70,9 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     kind: ClassVar[str]
     """Name under which `spec()` records the class."""
     config_class: ClassVar[type[Any]]
-    """The config of its method; all fields have defaults."""
+    """The config of its method, and the one where none is given; all fields have defaults."""
     divides: ClassVar[bool] = False
-    """Whether its solver divides a table's work over processes, see `solvers.division`."""
+    """Whether its solver divides a table's work over processes, see `utils.division`."""
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         """Keep the shape."""
@@ -133,7 +157,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         """
 
     @classmethod
-    @abstractmethod
+    @torch.no_grad()
     def decompose(
         cls,
         weight: Tensor,
@@ -141,7 +165,8 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         token_counts: Tensor | None = None,
         config: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
-    ) -> Factorization[Any]:
+        metric: Metric | None = None,
+    ) -> Self:
         """Approximate a trained table in at most `max_bytes` stored bytes.
 
         Args:
@@ -149,14 +174,24 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
             max_bytes: Most bytes that `stored_bytes()` of the result may be; where the config fixes the size, what
                 `smallest_bytes` says.
             token_counts: `[vocab_size]` how often every token occurs in the training data.
-            config: The method's config; None for its defaults.
+            config: The method's config; None for the defaults of `config_class`.
             advance: Called with shares of the work that add up to 1.
+            metric: What an error costs, for methods that use it (`MethodConfig.uses_metric`).
 
         Returns:
             The factorization, in the table's dtype and on its device.
-        """
 
+        Raises:
+            ValueError: If the bytes do not hold the table, or a field of the config does not fit its shape.
+        """
+        return cls._decompose(Problem(weight, max_bytes, token_counts, config or cls.config_class(), advance, metric))
+
+    @classmethod
     @abstractmethod
+    def _decompose(cls, problem: Problem[ConfigT]) -> Self:
+        """What `decompose` returns."""
+
+    @torch.no_grad()
     def refined(
         self,
         target: Tensor,
@@ -164,6 +199,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         token_counts: Tensor | None = None,
         config: ConfigT | None = None,
         advance: Callable[[float], None] = lambda _: None,
+        metric: Metric | None = None,
     ) -> Self:
         """Solve again for a table that has changed, starting from the structure there is.
 
@@ -173,10 +209,16 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
             token_counts: As for `decompose`.
             config: As for `decompose`.
             advance: As for `decompose`.
+            metric: As for `decompose`.
 
         Returns:
             `self`, written in place, where the shapes stay what they are; otherwise a new factorization.
         """
+        return self._refine(Problem(target, max_bytes, token_counts, config or self.config_class(), advance, metric))
+
+    @abstractmethod
+    def _refine(self, problem: Problem[ConfigT]) -> Self:
+        """What `refined` returns."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -283,7 +325,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     def weighted_error(self, target: Tensor, weights: Tensor) -> float:
         """Relative weighted error `Σ_i q_i ‖w_i − ŵ_i‖² / Σ_i q_i ‖w_i‖²` (GroupReduce, eq. 2).
 
-        Processes share the rows, see `solvers.division`.
+        Processes share the rows, see `utils.division`.
 
         Args:
             target: `[vocab_size, dim]` table that is approximated.
@@ -312,7 +354,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     def loss_in(self, metric: Metric, target: Tensor) -> float:
         """What the mean loss is predicted to grow by for the errors, `½ Σ_i q_i δ_iᵀ M δ_i`, in nats.
 
-        Processes share the rows, see `solvers.division`.
+        Processes share the rows, see `utils.division`.
 
         Args:
             metric: What an error costs.

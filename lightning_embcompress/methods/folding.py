@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import is_exporting
+from lightning_embcompress.methods.base import Problem, is_exporting
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.shapes import balanced_shape, fold
 from lightning_embcompress.methods.sized import SizedFactorization
 from lightning_embcompress.methods.specs import integer, integers, positive_integers
@@ -153,16 +152,9 @@ class FoldedTable(SizedFactorization[FoldingConfigT]):
     def _find(self, folded: Tensor, config: FoldingConfigT, advance: Callable[[float], None], refine: bool) -> None:
         """Find the factors of a folded table, in place; with `refine` from those there are."""
 
-    def _solve(
-        self,
-        weight: Tensor,
-        token_counts: Tensor | None,
-        config: FoldingConfigT,
-        advance: Callable[[float], None],
-        metric: Metric | None,
-        refine: bool,
-    ) -> None:
-        self._find(fold(weight, self.vocab_shape, self.dim_shape), config, advance, refine)
+    def _solve(self, problem: Problem[FoldingConfigT], refine: bool) -> None:
+        folded = fold(problem.weight, self.vocab_shape, self.dim_shape)
+        self._find(folded, problem.config, problem.advance, refine)
 
     @property
     def _modes(self) -> tuple[Labels, Labels]:

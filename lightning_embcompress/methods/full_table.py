@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, is_exporting
+from lightning_embcompress.methods.base import Factorization, Problem, is_exporting
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.quantizers.factors import multiply, read_rows
 from lightning_embcompress.methods.specs import dense_bytes, positive_integers, stored_bytes
@@ -84,29 +83,13 @@ class FullTable(Factorization[MethodConfig]):
         return stored_bytes(dense_bytes(vocab_size, dim, itemsize), 1, empty.structure())
 
     @classmethod
-    @torch.no_grad()
-    def decompose(
-        cls,
-        weight: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: MethodConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-    ) -> Self:
-        """A copy of the table, see `Factorization.decompose`."""
-        advance(1.0)
-        return cls.of(nn.Parameter(weight.detach().clone()))
+    def _decompose(cls, problem: Problem[MethodConfig]) -> Self:
+        """A copy of the table."""
+        problem.advance(1.0)
+        return cls.of(nn.Parameter(problem.weight.detach().clone()))
 
-    @torch.no_grad()
-    def refined(
-        self,
-        target: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: MethodConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-    ) -> Self:
-        """Take the numbers of another table, in place, see `Factorization.refined`."""
-        self.weight.copy_(target)
-        advance(1.0)
+    def _refine(self, problem: Problem[MethodConfig]) -> Self:
+        """The numbers of another table, in place."""
+        self.weight.copy_(problem.weight)
+        problem.advance(1.0)
         return self

@@ -32,7 +32,7 @@ def balance_product(coefficients: Sequence[Tensor], basis: Tensor) -> None:
 def store_product(
     packed: Sequence[Any], basis: Any, coefficients: Sequence[Tensor], numbers: Tensor, metric: Metric | None, rows: Any
 ) -> None:
-    """Fill a packed product of coefficients and a basis with what loses least, see `solvers.error_feedback`.
+    """Fill a packed product of coefficients and a basis with what loses least, see `numerics.error_feedback`.
 
     Args:
         packed: `PackedFactor` of the coefficients of every block.

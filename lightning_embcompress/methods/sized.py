@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import ConfigT, Factorization
-from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.base import ConfigT, Factorization, Problem
 from lightning_embcompress.methods.specs import stored_bytes
 
 
@@ -43,15 +41,7 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         """
 
     @abstractmethod
-    def _solve(
-        self,
-        weight: Tensor,
-        token_counts: Tensor | None,
-        config: ConfigT,
-        advance: Callable[[float], None],
-        metric: Metric | None,
-        refine: bool,
-    ) -> None:
+    def _solve(self, problem: Problem[ConfigT], refine: bool) -> None:
         """Find the factors of a table, in place; with `refine` from those there are, and close to them."""
 
     @classmethod
@@ -77,48 +67,27 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         return cls.bytes_of(vocab_size, dim, itemsize, *sizes.structure(1))
 
     @classmethod
-    @torch.no_grad()
-    def decompose(
-        cls,
-        weight: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: ConfigT | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """Approximate a table at the largest size that fits, see `Factorization.decompose`.
-
-        Raises:
-            ValueError: If not even the smallest fits.
-        """
-        config = config or cls.config_class()
+    def _decompose(cls, problem: Problem[ConfigT]) -> Self:
+        """The largest size that fits."""
+        weight = problem.weight
         (vocab_size, dim), itemsize = weight.shape, weight.element_size()
-        sizes = cls.sizes(vocab_size, dim, config)
+        sizes = cls.sizes(vocab_size, dim, problem.config)
         fitting = bisect_right(
             range(1, sizes.count + 1),
-            max_bytes,
+            problem.max_bytes,
             key=lambda size: cls.bytes_of(vocab_size, dim, itemsize, *sizes.structure(size)),
         )
         if not fitting:
             least = cls.bytes_of(vocab_size, dim, itemsize, *sizes.structure(1))
             raise ValueError(
-                f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} by {cls.kind!r}: allow at least {least}"
+                f"{problem.max_bytes} bytes do not hold a table of {vocab_size} x {dim} by {cls.kind!r}: allow at "
+                f"least {least}"
             )
         made = cls(vocab_size, dim, *sizes.structure(fitting), weight.dtype, weight.device)  # type: ignore[call-arg]
-        made._solve(weight, token_counts, config, advance, metric, refine=False)
+        made._solve(problem, refine=False)
         return made
 
-    @torch.no_grad()
-    def refined(
-        self,
-        target: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: ConfigT | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """Solve again at the same size, in place, see `Factorization.refined`."""
-        self._solve(target, token_counts, config or self.config_class(), advance, metric, refine=True)
+    def _refine(self, problem: Problem[ConfigT]) -> Self:
+        """The same size, in place."""
+        self._solve(problem, refine=True)
         return self

@@ -22,7 +22,7 @@ class QuantizationStates(nn.Module):
     """What a `Factorization` does to be stored in fewer bits, and how its factors are listed in every state.
 
     `prepared` lets it train as it will be, `converted` packs what was trained, `quantized` packs without training.
-    Parameters are replaced by modules of the same names, see `factorizations.quantized`.
+    Parameters are replaced by modules of the same names, see `quantizers.factors`.
     """
 
     shared_factors: ClassVar[tuple[str, ...]] = ()
@@ -89,7 +89,7 @@ class QuantizationStates(nn.Module):
     def balance(self) -> None:
         """Move scale and directions between factors so that less is lost when they are rounded, in place.
 
-        The table stays the same, see `solvers.balance`; for methods without such factors nothing is done.
+        The table stays the same, see `numerics.balance`; for methods without such factors nothing is done.
         """
 
     def hold(self, quantization: Quantization, state: State) -> None:

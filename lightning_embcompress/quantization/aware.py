@@ -200,7 +200,7 @@ def quantize_tables(
     """Quantize tables without training, in place.
 
     Factors whose product is the table are balanced, and rounded so that what one component loses the next ones make
-    up for (`solvers.error_feedback`, after GPTQ), with statistics in the metric of the loss; others are rounded to the
+    up for (`numerics.error_feedback`, after GPTQ), with statistics in the metric of the loss; others are rounded to the
     nearest integers.
 
     Args:

@@ -22,7 +22,7 @@ from lightning_embcompress import (
     plan_of,
     save_compressed,
 )
-from lightning_embcompress.methods.base import Factorization
+from lightning_embcompress.methods.base import Factorization, Problem
 from lightning_embcompress.methods.registry import METHODS, Method, MethodConfig
 from lightning_embcompress.methods.specs import positive_integers, stored_bytes
 from toys import LanguageModel, loaders, quiet_trainer
@@ -73,19 +73,13 @@ class FirstColumns(Factorization[FirstColumnsConfig]):
         return stored_bytes(empty.first.numel() * itemsize, 1, empty.structure())
 
     @classmethod
-    def decompose(
-        cls, weight: Tensor, max_bytes: int, token_counts: Any = None, config: Any = None, advance: Any = None
-    ) -> Any:
-        vocab_size, dim = weight.shape
-        columns = (config and config.columns) or (max_bytes - 300) // (vocab_size * weight.element_size())
-        factors = cls(vocab_size, dim, columns, weight.dtype, weight.device)
-        return factors.refined(weight, max_bytes)
+    def _decompose(cls, problem: Problem[FirstColumnsConfig]) -> FirstColumns:
+        weight = problem.weight
+        columns = problem.config.columns or (problem.max_bytes - 300) // (len(weight) * weight.element_size())
+        return cls(*weight.shape, columns, weight.dtype, weight.device)._refine(problem)
 
-    @torch.no_grad()
-    def refined(
-        self, target: Tensor, max_bytes: int, token_counts: Any = None, config: Any = None, advance: Any = None
-    ) -> Any:
-        self.first.copy_(target[:, : self.first.shape[1]])
+    def _refine(self, problem: Problem[FirstColumnsConfig]) -> FirstColumns:
+        self.first.copy_(problem.weight[:, : self.first.shape[1]])
         return self
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_embcompress.methods.base import Problem
 from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.methods.group_reduce.config import GroupReduceConfig
@@ -200,48 +201,27 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         return stored_bytes(packed_bytes(vocab_size, bit_width(groups)), groups + 2, spec)
 
     @classmethod
-    @torch.no_grad()
-    def decompose(
-        cls,
-        weight: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: GroupReduceConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-    ) -> Self:
-        """GroupReduce within a budget, see `Factorization.decompose` and `group_reduce.solver`.
+    def _decompose(cls, problem: Problem[GroupReduceConfig]) -> Self:
+        """GroupReduce within a budget, see `group_reduce.solver`."""
+        weight, config = problem.weight, problem.config
+        weights = row_weights(problem.token_counts, weight.shape[0], weight.device)
+        groups = config.groups_for(weight.shape[0])
+        return cls._from_solution(weight, cls._solve(problem, weights, config.start(weights), groups, problem.advance))
 
-        Raises:
-            ValueError: If there are more groups than rows, or the bytes do not cover rank 1 in every block.
-        """
-        config = config or GroupReduceConfig()
-        weights = row_weights(token_counts, weight.shape[0], weight.device)
-        groups, start = config.groups_for(weight.shape[0]), config.start(weights)
-        return cls._from_solution(weight, cls._solve(weight, weights, max_bytes, start, groups, config, advance))
-
-    @torch.no_grad()
-    def refined(
-        self,
-        target: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: GroupReduceConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-    ) -> Self:
-        """Refine from the blocks as they are, see `Factorization.refined`; there stay as many.
+    def _refine(self, problem: Problem[GroupReduceConfig]) -> Self:
+        """Refine from the blocks as they are; there stay as many.
 
         Blocks that words have moved between may suit a table that has changed much no longer: frequency groups are
         tried beside them, and taken where they leave a weighted error that is clearly lower.
         """
-        config = config or GroupReduceConfig()
+        target, advance = problem.weight, problem.advance
         groups = len(self.sizes)
-        weights = row_weights(token_counts, self.vocab_size, target.device)
+        weights = row_weights(problem.token_counts, self.vocab_size, target.device)
         now = self.block_of_row.to(target.device)
-        afresh = replace(config, groups=groups).start(weights)
+        afresh = replace(problem.config, groups=groups).start(weights)
         starts = [now] if torch.equal(now, afresh) else [now, afresh]
         solutions = [
-            self._solve(target, weights, max_bytes, start, groups, config, lambda part: advance(part / len(starts)))
-            for start in starts
+            self._solve(problem, weights, start, groups, lambda part: advance(part / len(starts))) for start in starts
         ]
         solution = solutions[0]
         if min(solutions[-1].errors) < 0.98 * min(solution.errors):
@@ -256,22 +236,20 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
     @classmethod
     def _solve(
         cls,
-        weight: Tensor,
+        problem: Problem[GroupReduceConfig],
         weights: Tensor,
-        max_bytes: int,
         start: Tensor,
         groups: int,
-        config: GroupReduceConfig,
         advance: Callable[[float], None],
     ) -> BlockSolution:
+        weight, config = problem.weight, problem.config
         vocab_size, dim = weight.shape
-        max_elements = (max_bytes - cls._fixed_bytes(vocab_size, dim, groups)) // weight.element_size()
+        max_elements = (problem.max_bytes - cls._fixed_bytes(vocab_size, dim, groups)) // weight.element_size()
         return group_reduce(
             weight, weights, max_elements, groups, config.refine_rounds, config.move_fraction, start, advance
         )
 
     @classmethod
-    @torch.no_grad()
     def _from_solution(cls, weight: Tensor, solution: BlockSolution, reference: BlockLowRank | None = None) -> Self:
         """Coefficients of all rows in the bases of a solution, turned towards those of a reference of equal ranks."""
         vocab_size, dim = weight.shape

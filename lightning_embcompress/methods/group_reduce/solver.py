@@ -87,7 +87,7 @@ def group_reduce(
 
     Only `Wᵀ diag(q) W` of the blocks is ever decomposed. A round costs one product of the table with all bases; the
     second moments are updated by the rows that moved, and their eigenvectors are started from the last ones. Processes
-    share the blocks in the latter and the rows in the former, see `solvers.division`.
+    share the blocks in the latter and the rows in the former, see `utils.division`.
 
     Args:
         weight: `[vocab_size, dim]` table.

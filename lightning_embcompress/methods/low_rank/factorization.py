@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import is_exporting
+from lightning_embcompress.methods.base import Problem, is_exporting
 from lightning_embcompress.methods.low_rank.config import LowRankConfig, WeightedLowRankConfig
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, weighted_low_rank
 from lightning_embcompress.methods.numerics.alignment import alignment
@@ -114,20 +113,13 @@ class LowRank(SizedFactorization[LowRankConfig]):
             raise ValueError(f"rank must be at most {most} for a table of {vocab_size} x {dim}, it is {rank}")
         return Sizes(1, lambda _: (rank,))
 
-    def _solve(
-        self,
-        weight: Tensor,
-        token_counts: Tensor | None,
-        config: LowRankConfig,
-        advance: Callable[[float], None],
-        metric: Metric | None,
-        refine: bool,
-    ) -> None:
+    def _solve(self, problem: Problem[LowRankConfig], refine: bool) -> None:
         """Truncated SVD, in the metric if there is one: its row weights then take the place of the token counts."""
-        if config.uses_metric and metric is not None:
-            coefficients, basis = low_rank_in_metric(weight, self.rank, metric)
+        weight, weighted = problem.weight, problem.config.uses_metric
+        if weighted and problem.metric is not None:
+            coefficients, basis = low_rank_in_metric(weight, self.rank, problem.metric)
         else:
-            weights = row_weights(token_counts if config.uses_metric else None, self.vocab_size, weight.device)
+            weights = row_weights(problem.token_counts if weighted else None, self.vocab_size, weight.device)
             coefficients, basis = weighted_low_rank(weight, self.rank, weights)
         if refine:
             rotation = alignment(basis, self.basis)
@@ -136,4 +128,4 @@ class LowRank(SizedFactorization[LowRankConfig]):
             coefficients, basis = (coefficients.to(rotation) @ rotation.T), rotation @ basis.to(rotation)
         self.coefficients.copy_(coefficients)
         self.basis.copy_(basis)
-        advance(1.0)
+        problem.advance(1.0)

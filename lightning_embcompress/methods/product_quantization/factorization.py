@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import is_exporting
+from lightning_embcompress.methods.base import Problem, is_exporting
 from lightning_embcompress.methods.numerics.gram import row_weights
-from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
 from lightning_embcompress.methods.product_quantization.descent import descend
 from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
@@ -247,45 +245,26 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         return Sizes(1, lambda _: (subspaces, *layout))
 
     @classmethod
-    def decompose(
-        cls,
-        weight: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: ProductQuantizationConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """K-means in as many subspaces as fit, see `Factorization.decompose`.
+    def _decompose(cls, problem: Problem[ProductQuantizationConfig]) -> Self:
+        """K-means in as many subspaces as fit.
 
         The codebook may take half of the bytes: the bits of a code are the most at which it does not take more.
-
-        Raises:
-            ValueError: If not even one subspace fits.
         """
-        config = config or ProductQuantizationConfig()
-        (vocab_size, dim), itemsize = weight.shape, weight.element_size()
-        for bits in config.widths:
-            some = replace(config, bits=bits)
+        (vocab_size, dim), itemsize = problem.weight.shape, problem.weight.element_size()
+        for bits in problem.config.widths:
+            some = replace(problem.config, bits=bits)
             codebook = some.centroids(vocab_size, bits)[0] * dim * itemsize
-            if max(2 * codebook, cls.smallest_bytes(vocab_size, dim, itemsize, some)) <= max_bytes:
+            if max(2 * codebook, cls.smallest_bytes(vocab_size, dim, itemsize, some)) <= problem.max_bytes:
                 break
-        return super().decompose(weight, max_bytes, token_counts, some, advance, metric)
+        return super()._decompose(replace(problem, config=some))
 
-    def _solve(
-        self,
-        weight: Tensor,
-        token_counts: Tensor | None,
-        config: ProductQuantizationConfig,
-        advance: Callable[[float], None],
-        metric: Metric | None,
-        refine: bool,
-    ) -> None:
+    def _solve(self, problem: Problem[ProductQuantizationConfig], refine: bool) -> None:
         """K-means from the codebook there is, or a new one.
 
         With a metric its row weights take the place of those of the token counts, which still say who is rare.
         """
-        weights = row_weights(token_counts, self.vocab_size, weight.device)
+        weight, config, metric, advance = problem.weight, problem.config, problem.metric, problem.advance
+        weights = row_weights(problem.token_counts, self.vocab_size, weight.device)
         start = self.codebook.to(weight.device) if refine else None
         rare = self.is_rare.to(weight.device)
         if not refine:

@@ -1,7 +1,7 @@
 """Matrices of small integers, packed row by row: read, and multiplied with, without being unpacked as a whole.
 
 Every row is packed by itself, lowest bit first, and ends with a whole byte. The integers begin at 0: a value is
-`(code - 2^(bits-1)) · scale`, with a scale for each group of neighbouring values, see `solvers.integer_quantizer`.
+`(code - 2^(bits-1)) · scale`, with a scale for each group of neighbouring values, see `quantizers.integer_quantizer`.
 The highest bit of every byte is stored inverted, so that 8 bits are those of a signed integer.
 """
 
@@ -102,7 +102,7 @@ def read_packed_rows(
 
     Args:
         packed: `[n, ⌈columns · bits / 8⌉]` uint8, see `pack_rows`.
-        scales: Of its groups, see `solvers.integer_quantizer.scales_shape`.
+        scales: Of its groups, see `quantizers.integer_quantizer.scales_shape`.
         place: `[*]` int64 which rows, from 0 to `n - 1`.
         bits: Bits of an integer, 2 to 8.
         columns: Columns of the matrix.
@@ -145,7 +145,7 @@ def multiply_packed(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, c
     Args:
         hidden: `[*, columns]` floats. Under autocast they are cast as for `F.linear`.
         packed: `[n, ⌈columns · bits / 8⌉]` uint8, see `pack_rows`.
-        scales: Of its groups, see `solvers.integer_quantizer.scales_shape`.
+        scales: Of its groups, see `quantizers.integer_quantizer.scales_shape`.
         bits: Bits of an integer, 2 to 8.
         columns: Columns of the matrix.
         group_size: Values that share a scale.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization
+from lightning_embcompress.methods.base import Factorization, Problem
 from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units, run_of
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.quantizers.quantization import Quantization
@@ -61,7 +61,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     """
 
     kind = KIND
-    config_class = SharedBasisConfig
+    config_class = TransformCodingConfig
     divides = True
     latent_codes: ClassVar[Callable[[Any], Factorization[Any]]]
     """Makes the numbers behind the codes of a table; registered by `LatentCodes`, which is built on this class."""
@@ -73,7 +73,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     @classmethod
     def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, config: SharedBasisConfig | None = None) -> int:
         """Bytes with only a mean in every block, see `Factorization.smallest_bytes`."""
-        config = config or TransformCodingConfig()
+        config = config or cls.config_class()
         return cls.least_bytes(vocab_size, dim, itemsize, config.groups, config.widths)
 
     @classmethod
@@ -90,40 +90,26 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         return fixed - (-(count * budget.block + budget.index(count)) // 8)
 
     @classmethod
-    @torch.no_grad()
-    def decompose(
-        cls,
-        weight: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: SharedBasisConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """Blocks, basis and coefficients within a budget, see `Factorization.decompose` and `shared_basis.solver`.
+    def _decompose(cls, problem: Problem[SharedBasisConfig]) -> Self:
+        """Blocks, basis and coefficients within a budget, see `shared_basis.solver`.
 
         Without a metric all directions count the same, and rows by their counts.
-
-        Raises:
-            ValueError: If the bytes do not cover the means of the blocks.
         """
-        config = config or TransformCodingConfig()
-        metric = metric or plain_metric(weight, token_counts)
-        return cls.solve(weight, max_bytes, metric, config.groups, config.refine_rounds, config.widths, advance=advance)
+        config, metric = problem.config, problem.metric or plain_metric(problem.weight, problem.token_counts)
+        return cls.solve(
+            problem.weight,
+            problem.max_bytes,
+            metric,
+            config.groups,
+            config.refine_rounds,
+            config.widths,
+            advance=problem.advance,
+        )
 
-    @torch.no_grad()
-    def refined(
-        self,
-        target: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: SharedBasisConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """Solve again from the blocks as they are, and afresh, and take the better, see `Factorization.refined`."""
-        config = config or TransformCodingConfig()
-        metric = metric or plain_metric(target, token_counts)
+    def _refine(self, problem: Problem[SharedBasisConfig]) -> Self:
+        """Solve again from the blocks as they are, and afresh, and take the better."""
+        target, max_bytes, config, advance = problem.weight, problem.max_bytes, problem.config, problem.advance
+        metric = problem.metric or plain_metric(target, problem.token_counts)
         widths = config.widths
         now = self.block_of_row.to(target.device)
         arguments = (target, max_bytes, metric, config.groups, config.refine_rounds, widths)
@@ -169,6 +155,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         return torch.tensor(padded, dtype=torch.long).reshape(len(rows), self.rank)
 
     @classmethod
+    @torch.no_grad()
     def solve(
         cls,
         weight: Tensor,
@@ -219,7 +206,6 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         advance(0.2)
         return solved
 
-    @torch.no_grad()
     def _fill(self, weight: Tensor, solution: SharedBasis, metric: Metric) -> None:
         """Coefficients of all rows, in the basis and around the means as they are stored."""
         device = weight.device

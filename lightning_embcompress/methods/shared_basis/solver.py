@@ -1,9 +1,9 @@
 """Blocks of rows in one basis, in the metric of the loss: GroupReduce where it is known what an error costs.
 
-Minimises the predicted growth of the loss `½ Σ_i q_i ‖(w_i − ŵ_i) C‖²`, `C = M^½` (see `solvers.metric`), in a budget
+Minimises the predicted growth of the loss `½ Σ_i q_i ‖(w_i − ŵ_i) C‖²`, `C = M^½` (see `numerics.metric`), in a budget
 of bits. All blocks share one basis, the eigenvectors `P` of `C S C`, `S` the weighted second moment of the rows around
 the means of their blocks. In it errors of components add up, and a block is no more than a choice of what every
-component is worth there. Widths follow from marginal gains (`solvers.rate_allocation`); words move to the block whose
+component is worth there. Widths follow from marginal gains (`numerics.rate_allocation`); words move to the block whose
 widths suit them, at the price of the bits that they take there. Both lower the same number.
 
 Compared with a basis for every block, as published, this stores one basis instead of many, needs one decomposition
@@ -101,7 +101,7 @@ def shared_basis(
 ) -> SharedBasis:
     """Find blocks, basis and widths within a budget, see the top of the module.
 
-    Processes share the rows in every pass, see `solvers.division`. The result does not depend on their order.
+    Processes share the rows in every pass, see `utils.division`. The result does not depend on their order.
 
     Args:
         weight: `[vocab_size, dim]` table.

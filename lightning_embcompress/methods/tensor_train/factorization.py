@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import is_exporting
-from lightning_embcompress.methods.numerics.metric import Metric
+from lightning_embcompress.methods.base import Problem, is_exporting
 from lightning_embcompress.methods.quantizers.factors import materialize, pieces, read_rows
 from lightning_embcompress.methods.sized import SizedFactorization, Sizes
 from lightning_embcompress.methods.specs import integers, positive_integers
@@ -147,29 +146,21 @@ class TensorTrain(SizedFactorization[TensorTrainConfig]):
             )
         return Sizes(1, lambda _: (shape, train_ranks(shape, rank)))
 
-    def _solve(
-        self,
-        weight: Tensor,
-        token_counts: Tensor | None,
-        config: TensorTrainConfig,
-        advance: Callable[[float], None],
-        metric: Metric | None,
-        refine: bool,
-    ) -> None:
+    def _solve(self, problem: Problem[TensorTrainConfig], refine: bool) -> None:
         """TT-SVD of every row."""
         starts = range(0, self.vocab_size, _CHUNK_TOKENS)
         chunks = [slice(start, min(start + _CHUNK_TOKENS, self.vocab_size)) for start in starts]
 
         def compute(unit: int) -> None:
             chunk = chunks[unit]
-            cores = tensor_train(weight[chunk], self.shape, self.ranks)
+            cores = tensor_train(problem.weight[chunk], self.shape, self.ranks)
             if refine:
                 cores = self._with_signs_of(self.cores[chunk].to(cores), cores)
             self.cores[chunk] = cores.to(self.cores.dtype)
 
         # Processes share the tokens.
         costs = [chunk.stop - chunk.start for chunk in chunks]
-        deal([[self.cores[chunk]] for chunk in chunks], costs, compute, advance)
+        deal([[self.cores[chunk]] for chunk in chunks], costs, compute, problem.advance)
 
     def _with_signs_of(self, reference: Tensor, cores: Tensor) -> Tensor:
         """Choose the signs of singular vectors, which are free, like those of other cores of the same tokens.

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization
+from lightning_embcompress.methods.base import Factorization, Problem
 from lightning_embcompress.methods.numerics.gram import row_chunks
-from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.factors import RoundedFactor, materialize
 from lightning_embcompress.methods.quantizers.gradients import straight_through
 from lightning_embcompress.methods.quantizers.quantization import Quantization
@@ -200,29 +199,13 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         return SharedBasisBlocks.smallest_bytes(vocab_size, dim, itemsize, config)
 
     @classmethod
-    def decompose(
-        cls,
-        weight: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: TransformCodingConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """Codes by `SharedBasisBlocks.decompose`, ready to be trained; the bytes are those once it is converted."""
-        return cls.of(SharedBasisBlocks.decompose(weight, max_bytes, token_counts, config, advance, metric))
+    def _decompose(cls, problem: Problem[TransformCodingConfig]) -> Self:
+        """Codes of `SharedBasisBlocks`, ready to be trained; the bytes are those once it is converted."""
+        return cls.of(SharedBasisBlocks._decompose(problem))
 
-    def refined(
-        self,
-        target: Tensor,
-        max_bytes: int,
-        token_counts: Tensor | None = None,
-        config: TransformCodingConfig | None = None,
-        advance: Callable[[float], None] = lambda _: None,
-        metric: Metric | None = None,
-    ) -> Self:
-        """Solve again from the codes as they are, see `SharedBasisBlocks.refined`."""
-        return self.of(self.converted().refined(target, max_bytes, token_counts, config, advance, metric))
+    def _refine(self, problem: Problem[TransformCodingConfig]) -> Self:
+        """Solve again from the codes as they are."""
+        return self.of(self.converted()._refine(problem))
 
 
 def _floats(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
