@@ -17,7 +17,7 @@ from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.factors import Factor, PackedFactor, pieces
-from lightning_embcompress.methods.specs import stored_bytes
+from lightning_embcompress.methods.specs import plain, stored_bytes
 from lightning_embcompress.methods.states import QuantizationStates
 from lightning_embcompress.methods.tiles import Tiles, tiles_of_rows
 from lightning_embcompress.utils.division import deal
@@ -71,6 +71,8 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     """Name under which `spec()` records the class."""
     config_class: ClassVar[type[Any]]
     """The config of its method, and the one where none is given; all fields have defaults."""
+    entries: ClassVar[tuple[str, ...]] = ()
+    """Attributes that the structure records beside kind and shape."""
     divides: ClassVar[bool] = False
     """Whether its solver divides a table's work over processes, see `utils.division`."""
 
@@ -121,9 +123,10 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         """
         return self.logits(hidden)
 
-    @abstractmethod
     def structure(self) -> dict[str, Any]:
         """The structure of the factors without their values, as JSON: enough for `from_spec` to build it empty."""
+        own = {name: plain(getattr(self, name)) for name in self.entries}
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "dim": self.dim, **own}
 
     def spec(self) -> dict[str, Any]:
         """The structure, and how the factors are quantized if they are, as JSON."""
@@ -272,7 +275,6 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         rows: Callable[..., Tensor],
         *factors: Tensor,
         by_row: Factor | None = None,
-        step: int | None = None,
     ) -> Tensor:
         """`h Wᵀ` for methods whose rows cost less to compute than to multiply with: a piece of the table at a time.
 
@@ -286,12 +288,12 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
             *factors: What it reads.
             by_row: `[vocab_size, *]`, a factor with a row for every token, of which it only gets those from `start` to
                 `stop`, before the other factors: the gradient of a slice that it takes itself is as large as the whole.
-            step: Rows of a piece; None for as many as stay in the cache, and at most a quarter of the table.
 
         Returns:
             `[*, vocab_size]`.
         """
-        step = step or min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
+        # As many rows as stay in the cache, and at most a quarter of the table.
+        step = min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
 
         def piece(states: Tensor, start: int, *read: Tensor) -> Tensor:
             stop = min(start + step, self.vocab_size)

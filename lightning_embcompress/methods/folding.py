@@ -106,6 +106,7 @@ class FoldedTable(SizedFactorization[FoldingConfigT]):
         ValueError: If shapes or ranks are not possible.
     """
 
+    entries = ("vocab_shape", "dim_shape")
     size_name: ClassVar[str] = "ranks"
     """Name of the ranks in the structure."""
 
@@ -266,15 +267,8 @@ class FoldedTable(SizedFactorization[FoldingConfigT]):
         )
 
     def structure(self) -> dict[str, Any]:
-        """Shape, modes and ranks."""
-        return {
-            "kind": self.kind,
-            "vocab_size": self.vocab_size,
-            "dim": self.dim,
-            "vocab_shape": self.vocab_shape,
-            "dim_shape": self.dim_shape,
-            self.size_name: self.ranks,
-        }
+        """See `Factorization.structure`."""
+        return {**super().structure(), self.size_name: self.ranks}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:

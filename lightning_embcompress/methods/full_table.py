@@ -66,10 +66,6 @@ class FullTable(Factorization[MethodConfig]):
         maker.add_product(self.weight, maker.share(hidden))
         return maker.made()
 
-    def structure(self) -> dict[str, Any]:
-        """Its shape."""
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "dim": self.dim}
-
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Build it empty, see `Factorization.from_spec`."""

@@ -57,6 +57,7 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
 
     kind = "block_low_rank"
     config_class = GroupReduceConfig
+    entries = ("sizes", "ranks")
     divides = True
     shared_factors = ("basis",)
 
@@ -157,21 +158,11 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
             shared.scales.copy_(torch.cat([alone.scales for alone in stored]))
         return packed
 
-    def structure(self) -> dict[str, Any]:
-        """Shape, and size and rank of every block."""
-        return {
-            "kind": self.kind,
-            "vocab_size": self.vocab_size,
-            "dim": self.dim,
-            "sizes": self.sizes,
-            "ranks": self.ranks,
-        }
-
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Build it empty, see `Factorization.from_spec`."""
         vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
-        return cls(vocab_size, dim, *_blocks(spec), dtype, device)
+        return cls(vocab_size, dim, cls.checked_sizes(spec), integers(spec, "ranks", MOST_BLOCKS), dtype, device)
 
     @classmethod
     def smallest_bytes(
@@ -281,8 +272,3 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         # Processes share the rows of all blocks.
         deal([[unit[0]] for unit in units], [rows.numel() * solved.shape[0] for _, rows, solved in units], compute)
         return factorization
-
-
-def _blocks(spec: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Sizes and ranks of a structure that came from a file."""
-    return integers(spec, "sizes", MOST_BLOCKS), integers(spec, "ranks", MOST_BLOCKS)

@@ -7,7 +7,6 @@ Lee, Lee and Moon: Block-wise Word Embedding Compression Revisited: Better Weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,20 +16,19 @@ from torch import Tensor
 _LEAST = 1e-9
 
 
-def kmeans_groups(weights: Tensor, groups: int, scale: Literal["linear", "log"] = "log") -> Tensor:
-    """Group rows by k-means of their weights, or of their logarithms, the heaviest rows in group 0.
+def kmeans_groups(weights: Tensor, groups: int) -> Tensor:
+    """Group rows by k-means of the logarithms of their weights, the heaviest rows in group 0.
 
     Of numbers k-means has an optimum that is found exactly: cells are ranges of the sorted values, and the best ranges
     follow from those of one cell less (Wang and Song 2011, Ckmeans.1d.dp), here by divide and conquer. Rows of equal
     weight are in one group, except where there are fewer different weights than groups: then the weights that most
-    rows have are cut into parts of equal size, in the order of the rows. No group is empty.
+    rows have are cut into parts of equal size, in the order of the rows. No group is empty. By Zipf's law the weights
+    themselves would give the most frequent words a group each and leave nearly all others in one: with their logarithms
+    the perplexity of a language model was lower at equal bytes.
 
     Args:
         weights: `[vocab_size]` positive row weights or counts; of counts 0 is allowed.
         groups: Number of groups, from 1 to `vocab_size`.
-        scale: What k-means is of: the weights, or their logarithms. By Zipf's law the weights themselves give the most
-            frequent words a group each and leave nearly all others in one: with the logarithms the perplexity of a
-            language model was lower at equal bytes.
 
     Returns:
         `[vocab_size]` int64 group of every row, on the device of the weights.
@@ -41,16 +39,13 @@ def kmeans_groups(weights: Tensor, groups: int, scale: Literal["linear", "log"] 
     Example:
         >>> kmeans_groups(torch.tensor([7, 900, 1, 8, 1000, 1]), 3)
         tensor([1, 0, 2, 1, 0, 2])
-        >>> kmeans_groups(torch.tensor([7, 900, 1, 8, 1000, 1]), 3, scale="linear")
-        tensor([2, 1, 2, 2, 0, 2])
     """
     if not 1 <= groups <= weights.numel():
         raise ValueError(f"groups must be from 1 to the {weights.numel()} rows of the table, it is {groups}")
     values, level, rows = torch.unique(weights.cpu().double(), return_inverse=True, return_counts=True)
     if values.numel() <= groups:
         return _divided_levels(level, rows, groups).to(weights.device)
-    if scale == "log":
-        values = values.clamp(min=_LEAST * float(values[-1])).log()
+    values = values.clamp(min=_LEAST * float(values[-1])).log()
     firsts = _best_cells(values, rows.double(), groups)
     # Cells ascend, groups descend.
     cell = torch.searchsorted(firsts, level, right=True) - 1

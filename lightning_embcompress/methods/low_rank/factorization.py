@@ -46,6 +46,7 @@ class LowRank(SizedFactorization[LowRankConfig]):
 
     kind = "low_rank"
     config_class = WeightedLowRankConfig
+    entries = ("rank",)
     divides = True
     shared_factors = ("basis",)
 
@@ -92,10 +93,6 @@ class LowRank(SizedFactorization[LowRankConfig]):
         rows = [torch.arange(self.vocab_size)]
         store_product([packed.coefficients], packed.basis, [self.coefficients], self.basis, metric, rows)
         return packed
-
-    def structure(self) -> dict[str, Any]:
-        """Shape and rank."""
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "dim": self.dim, "rank": self.rank}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:

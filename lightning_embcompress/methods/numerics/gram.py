@@ -26,6 +26,9 @@ _COLUMN_UNITS = 8
 # what it is, and directions which they leave free go to the others instead of to chance.
 _UNSEEN_WEIGHT = 1e-6
 
+# Directions beyond those that are asked for which a subspace iteration turns too, and drops.
+_OVERSAMPLING = 8
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a table is solved: float64 for float64, float32 for everything narrower."""
@@ -240,7 +243,7 @@ def thin_svd(matrix: Tensor, n_eigenvecs: int, **_: Any) -> tuple[Tensor, Tensor
     return vectors.T, values, products / values.clamp(min=torch.finfo(matrix.dtype).tiny)[:, None]
 
 
-def warm_eigenvectors(gram: Tensor, rank: int, basis: Tensor, iterations: int = 2, oversampling: int = 8) -> Tensor:
+def warm_eigenvectors(gram: Tensor, rank: int, basis: Tensor) -> Tensor:
     """Leading eigenvectors by subspace iteration from the basis of a similar matrix.
 
     A refit after a few rows moved changes its subspace a little, so two iterations with a Rayleigh-Ritz step do what
@@ -251,19 +254,17 @@ def warm_eigenvectors(gram: Tensor, rank: int, basis: Tensor, iterations: int = 
         rank: How many eigenvectors.
         basis: `[old_rank, dim]` starting directions; missing ones are filled with the columns of the matrix that
             carry the most of its trace.
-        iterations: Multiplications with the matrix before the Rayleigh-Ritz step.
-        oversampling: Extra directions that are iterated and dropped.
 
     Returns:
         `[rank, dim]`, orthonormal rows.
     """
     dim = gram.shape[0]
-    width = min(dim, rank + oversampling)
+    width = min(dim, rank + _OVERSAMPLING)
     if rank == 0 or 2 * width > dim:
         return top_eigenvectors(gram, rank)
     missing = width - min(basis.shape[0], width)
     fill = gram.diagonal().topk(missing).indices if missing else gram.new_empty(0, dtype=torch.long)
     block = torch.cat([basis[:width].T, torch.nn.functional.one_hot(fill, dim).T.to(gram.dtype)], dim=1)
-    for _ in range(iterations):
+    for _ in range(2):
         block = torch.linalg.qr(gram @ block).Q
     return (block @ top_eigenvectors(block.T @ gram @ block, rank).T).T.contiguous()

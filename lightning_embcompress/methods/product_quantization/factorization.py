@@ -60,6 +60,7 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
 
     kind = "product_quantization"
     config_class = ProductQuantizationConfig
+    entries = ("subspaces", "centroids")
     divides = True
     packed_codes: Tensor
     packed_rare_codes: Tensor
@@ -219,9 +220,8 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         return self._rows_of(self.codes[start:stop], codebook)
 
     def structure(self) -> dict[str, Any]:
-        """Shape, subspaces and centroids."""
-        spec = {"kind": self.kind, "vocab_size": self.vocab_size, "dim": self.dim}
-        spec |= {"subspaces": self.subspaces, "centroids": self.centroids}
+        """See `Factorization.structure`; without rare tokens nothing is said of them."""
+        spec = super().structure()
         rare = {"rare_centroids": self.rare_centroids, "rare_tokens": self.rare_tokens}
         return spec | rare if self.rare_tokens else spec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from lightning_embcompress.methods.shared_basis.layout import (
     SCALE_STEPS,
     byte_codes,
     checked_segments,
-    structure,
 )
 from lightning_embcompress.methods.specs import integer, integers, positive_integers
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
@@ -53,6 +52,7 @@ class SharedBasisStorage(RowBlocks[ConfigT]):
         ValueError: If the structure is not possible.
     """
 
+    entries: ClassVar[tuple[str, ...]] = ("rank", "sizes", "segments", "is_coded")
     shared_factors = ("basis", "means")
     packed_codes: Tensor
     codes: Tensor
@@ -243,10 +243,6 @@ class SharedBasisStorage(RowBlocks[ConfigT]):
             else product(states, piece, self.levels)
             for piece in pieces
         ]
-
-    def structure(self) -> dict[str, Any]:
-        """Shape, sizes of blocks, and the widths of their components."""
-        return structure(self.vocab_size, self.dim, self.rank, self.sizes, self.segments, self.is_coded)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:

@@ -64,6 +64,7 @@ class TensorTrain(SizedFactorization[TensorTrainConfig]):
 
     kind = "tensor_train"
     config_class = TensorTrainConfig
+    entries = ("shape", "ranks")
     divides = True
 
     def __init__(
@@ -116,16 +117,6 @@ class TensorTrain(SizedFactorization[TensorTrainConfig]):
 
     def _read(self, start: int, stop: int, cores: Tensor) -> Tensor:
         return train_rows(cores, self.shape, self.ranks, self.dim)
-
-    def structure(self) -> dict[str, Any]:
-        """Shape, modes and ranks."""
-        return {
-            "kind": self.kind,
-            "vocab_size": self.vocab_size,
-            "dim": self.dim,
-            "shape": self.shape,
-            "ranks": self.ranks,
-        }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:

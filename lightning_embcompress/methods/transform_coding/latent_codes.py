@@ -58,6 +58,7 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
 
     kind = "latent_codes"
     config_class = TransformCodingConfig
+    entries = ("rank", "sizes", "segments")
     divides = True
     units: Tensor
 
@@ -105,17 +106,6 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
             numbers.copy_(latent.levels[(codes.int() + offsets).long()])
         latent.provenance, latent.predicted_loss = dict(coded.provenance), coded.predicted_loss
         return latent.requires_grad_(coded.may_train)
-
-    def structure(self) -> dict[str, Any]:
-        """Shape, sizes of blocks, and the widths of their components."""
-        return {
-            "kind": self.kind,
-            "vocab_size": self.vocab_size,
-            "dim": self.dim,
-            "rank": self.rank,
-            "sizes": self.sizes,
-            "segments": [[list(run) for run in runs] for runs in self.segments],
-        }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:

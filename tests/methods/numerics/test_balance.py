@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_embcompress.methods.numerics import balance
 from lightning_embcompress.methods.numerics.balance import balanced_factors
-from lightning_embcompress.methods.quantizers.integer_quantizer import fake_quantize, group_scales
+from lightning_embcompress.methods.numerics.error_feedback import quantize_factors
+from lightning_embcompress.methods.quantizers.integer_quantizer import fake_quantize, from_codes, group_scales
 
 
 def _factors(
@@ -97,6 +98,20 @@ def test_rounding_loses_less(bits: int, ranks: tuple[int, ...], monkeypatch: pyt
     assert rotated < lost(*balanced_factors(parts, basis))
     monkeypatch.setattr(balance, "_rotation", lambda size, _: torch.eye(size).double())
     assert rotated < lost(*balanced_factors(parts, basis, matrix, q)) < 0.9 * plain
+
+
+@pytest.mark.parametrize("ranks", [(32,), (32, 20, 20, 0)])
+@pytest.mark.parametrize("bits", [3, 6])
+def test_quantized_factors_lose_far_less_than_nearest(ranks: tuple[int, ...], bits: int) -> None:
+    parts, basis, matrix, q = _factors((300,) * len(ranks), ranks)
+    for basis_bits in (8, bits):
+        found = quantize_factors(parts, basis, matrix, q, bits=bits, basis_bits=basis_bits)
+        read = [from_codes(codes, scales, bits, 64) for codes, scales in zip(found.codes, found.scales, strict=True)]
+        after = _lost(parts, basis, read, from_codes(found.basis_codes, found.basis_scales, basis_bits, 64), matrix, q)
+        rounded = [fake_quantize(part, group_scales(part, bits, 64), bits, 64) for part in parts]
+        nearest = fake_quantize(basis, group_scales(basis, basis_bits, 64), basis_bits, 64)
+        assert after < 0.35 * _lost(parts, basis, rounded, nearest, matrix, q)
+        assert [tuple(codes.shape) for codes in found.codes] == [(300, rank) for rank in ranks]
 
 
 def test_degenerate_factors_are_left_in_peace() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_embcompress.methods.numerics.error_feedback import quantize_factors, round_with_feedback
 from lightning_embcompress.methods.quantizers.integer_quantizer import (
     expand_scales,
-    fake_quantize,
     from_codes,
     group_scales,
     to_codes,
@@ -103,34 +102,6 @@ def test_what_does_not_fit_is_refused() -> None:
         round_with_feedback(weight, scales, torch.eye(40), 9, 64)
     with pytest.raises(ValueError, match="must be of the shape"):
         round_with_feedback(weight, scales[:2], torch.eye(40), 4, 64)
-
-
-@pytest.mark.parametrize("ranks", [(32,), (32, 20, 20, 0)])
-@pytest.mark.parametrize("bits", [3, 4, 6])
-def test_quantized_factors_lose_far_less_than_nearest(ranks: tuple[int, ...], bits: int) -> None:
-    generator, dim = torch.Generator().manual_seed(0), 48
-    spectrum = torch.logspace(0, -1.5, 32)
-    parts = [torch.randn(300, rank, generator=generator) * spectrum[:rank] for rank in ranks]
-    basis = torch.linalg.qr(torch.randn(dim, 32, generator=generator)).Q.T.contiguous()
-    weights = [torch.rand(300, generator=generator).double() + 0.1 for _ in ranks]
-    matrix = _cost(dim)
-
-    def lost(others: list[Tensor], other: Tensor) -> float:
-        total = 0.0
-        for part, found, q in zip(parts, others, weights, strict=True):
-            rank = part.shape[1]
-            error = (part @ basis[:rank] - found @ other[:rank]).double()
-            total += float(((error @ matrix) * error).sum(dim=1) @ q)
-        return total
-
-    for basis_bits in (8, bits):
-        found = quantize_factors(parts, basis, matrix, weights, bits=bits, basis_bits=basis_bits)
-        read = [from_codes(codes, scales, bits, 64) for codes, scales in zip(found.codes, found.scales, strict=True)]
-        after = lost(read, from_codes(found.basis_codes, found.basis_scales, basis_bits, 64))
-        rounded = [fake_quantize(part, group_scales(part, bits, 64), bits, 64) for part in parts]
-        nearest = lost(rounded, fake_quantize(basis, group_scales(basis, basis_bits, 64), basis_bits, 64))
-        assert after < 0.35 * nearest
-        assert [tuple(codes.shape) for codes in found.codes] == [(300, rank) for rank in ranks]
 
 
 def test_empty_basis_of_zeros_stays_zero() -> None:

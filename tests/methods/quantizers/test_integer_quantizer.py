@@ -188,23 +188,13 @@ def test_learned_scale_of_zero_recovers() -> None:
     assert float(scales.grad) < 0
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-@pytest.mark.parametrize("shape", [(80, 128), (400, 10)])
+@pytest.mark.parametrize(("bits", "shape"), [(2, (80, 128)), (4, (400, 10)), (8, (80, 128))])
 def test_search_loses_less(bits: int, shape: tuple[int, int]) -> None:
     weight = _matrix(*shape).pow(3)
     plain, searched = (group_scales(weight, bits, 64, search=search) for search in (False, True))
     assert (searched.dtype, searched.shape) == (plain.dtype, plain.shape)
     lost = [(fake_quantize(weight, scales, bits, 64) - weight).square().sum() for scales in (searched, plain)]
     assert lost[0] < (0.8 if bits < 6 else 1.0) * lost[1]
-
-
-def test_search_finds_the_step_of_two_level_values() -> None:
-    # All values are multiples of 3 but for one, which a scale of three loses and one that covers all keeps.
-    weight = 3 * torch.randint(-1, 2, (1, 64), generator=torch.Generator().manual_seed(0)).float()
-    weight[0, 0] = 9.0
-    scales = group_scales(weight, 2, 64, search=True)
-    assert abs(abs(float(scales)) - 3) < 0.3
-    assert float((fake_quantize(weight, scales, 2, 64) - weight)[0, 1:].abs().max()) < 0.5
 
 
 def test_pieces_of_a_long_matrix_are_as_one() -> None:

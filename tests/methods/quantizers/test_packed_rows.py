@@ -20,7 +20,8 @@ from lightning_embcompress.methods.quantizers.packed_rows import (
     unpack_rows,
 )
 
-BITS = range(2, 9)
+# Of whole bytes, halves and quarters of one, and across bytes.
+BITS = [2, 3, 4, 5, 8]
 # Rows that share groups, that end within a byte, with groups that end within a byte, and with groups of unequal sizes.
 SHAPES = [(0, 5, 16), (7, 0, 16), (9, 1, 64), (23, 5, 16), (31, 24, 64), (10, 63, 21), (40, 130, 17), (50, 192, 64)]
 
@@ -47,8 +48,7 @@ def _matrix(
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("columns", [0, 1, 3, 8, 13, 64])
-@pytest.mark.parametrize("tile", [2**17, 40])
+@pytest.mark.parametrize(("columns", "tile"), [(0, 40), (1, 2**17), (8, 2**17), (13, 40), (64, 40)])
 def test_rows_are_packed_lowest_bit_first_with_the_highest_of_every_byte_inverted(
     columns: int, bits: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
