@@ -44,15 +44,6 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _assert_equal(resumed: SimpleNamespace, whole: SimpleNamespace) -> None:
-    torch.testing.assert_close(resumed.state["parameters"], whole.state["parameters"], rtol=0, atol=0)
-    torch.testing.assert_close(resumed.state["optimizer"], whole.state["optimizer"], rtol=0, atol=0)
-    assert resumed.state["scheduler"] == whole.state["scheduler"]
-    assert resumed.plan == whole.plan
-    assert resumed.report == whole.report
-    assert resumed.callback["refined"] == whole.callback["refined"]
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("case", [{}, TIED], ids=["untied", "tied"])
 def test_the_dense_tables_are_kept(tmp_path: Path, case: dict[str, Any], precision: Any) -> None:
@@ -91,7 +82,7 @@ def test_tables_of_another_run_are_refused(tmp_path: Path) -> None:
         resumed = worker.fit(
             tmp_path / f"from{epoch}", ckpt_path=checkpoint, compression=worker.callback(keep_reference=kept)
         )
-        _assert_equal(resumed, whole)
+        worker.assert_equal(resumed, whole)
         assert _files(kept) == before
         assert (times == {path: path.stat().st_mtime_ns for path in kept.iterdir()}) == (epoch == 2)
 
@@ -106,16 +97,12 @@ def test_refinements_that_were_not_planned(tmp_path: Path, planned: list[int]) -
         worker.fit(tmp_path / name, compression=callback, max_epochs=last + 1)
         return tmp_path / name / f"epoch={last}.ckpt"
 
-    checkpoint = first("kept", keep_reference=tmp_path / "kept" / "dense")
-    resumed = worker.fit(
-        tmp_path / "resumed",
-        ckpt_path=checkpoint,
-        compression=worker.callback(keep_reference=tmp_path / "kept" / "dense"),
-    )
-    _assert_equal(resumed, whole)
-    note = Note()
+    dense = tmp_path / "kept" / "dense"
+    checkpoint, compression = first("kept", keep_reference=dense), worker.callback(keep_reference=dense)
+    worker.assert_equal(worker.fit(tmp_path / "resumed", ckpt_path=checkpoint, compression=compression), whole)
+    note, checkpoint = Note(), first("other")
     with pytest.raises(ValueError, match="no residual of table 'encoder' was kept.*use keep_reference"):
-        worker.fit(tmp_path / "refused", note, ckpt_path=first("other"))
+        worker.fit(tmp_path / "refused", note, ckpt_path=checkpoint)
     assert note.steps == 0
 
 
@@ -141,9 +128,9 @@ def test_moving_and_copying_the_folder(tmp_path: Path, logs: bool) -> None:
     shutil.copytree(there, copy)
     # From before all, between compression and refinement, between refinements, after all.
     for epoch in (1, 3, 5, 6):
-        _assert_equal(worker.fit(tmp_path / f"from{epoch}", ckpt_path=_checkpoint(there, epoch)), whole)
+        worker.assert_equal(worker.fit(tmp_path / f"from{epoch}", ckpt_path=_checkpoint(there, epoch)), whole)
     # Going on in the copy's own folder.
-    _assert_equal(
+    worker.assert_equal(
         worker.fit(copy, ckpt_path=_checkpoint(copy / "lightning_logs" if logs else copy, 3), **_csv(copy)), whole
     )
     assert not here.exists()
@@ -152,7 +139,7 @@ def test_moving_and_copying_the_folder(tmp_path: Path, logs: bool) -> None:
     shutil.copytree(there / place / "residuals", here / place / "residuals")
     for path in (here / place / "residuals").glob("*/*"):
         path.write_bytes(bytes(path.stat().st_size))
-    _assert_equal(worker.fit(tmp_path / "again", ckpt_path=_checkpoint(there, 3)), whole)
+    worker.assert_equal(worker.fit(tmp_path / "again", ckpt_path=_checkpoint(there, 3)), whole)
 
 
 @pytest.mark.slow
@@ -165,7 +152,7 @@ def test_moving_a_folder_with_a_run_that_was_resumed(tmp_path: Path) -> None:
     # Its residuals of the compression are those of the first version.
     second = there / "lightning_logs" / "version_1"
     assert not list((second / "residuals").glob("*/encoder-epoch2.bin"))
-    _assert_equal(worker.fit(there, ckpt_path=_checkpoint(second, 3), **_csv(there)), whole)
+    worker.assert_equal(worker.fit(there, ckpt_path=_checkpoint(second, 3), **_csv(there)), whole)
 
 
 def test_resuming_again_what_was_resumed_from_a_moved_folder(tmp_path: Path) -> None:
@@ -173,7 +160,7 @@ def test_resuming_again_what_was_resumed_from_a_moved_folder(tmp_path: Path) -> 
     whole = worker.fit(here)
     shutil.move(here, there)
     worker.fit(third, ckpt_path=there / "epoch=2.ckpt", max_epochs=7)
-    _assert_equal(worker.fit(third, ckpt_path=third / "epoch=3.ckpt"), whole)
+    worker.assert_equal(worker.fit(third, ckpt_path=third / "epoch=3.ckpt"), whole)
 
 
 @contextmanager
@@ -284,7 +271,7 @@ def _assert_survives(
     if not changed:
         torch.testing.assert_close(dict(models[0].state_dict()), note.states[epoch], rtol=0, atol=0)
     resumed = worker.fit(folder, ckpt_path=folder / f"epoch={epoch - 1}.ckpt", compression=callback())
-    _assert_equal(resumed, whole)
+    worker.assert_equal(resumed, whole)
     assert {path.name for path in folder.rglob("*-epoch*")} == {
         f"{table}-epoch{at}.bin" for table in ("encoder", "decoder") for at in (2, 4, 6)
     }
@@ -303,7 +290,7 @@ def test_a_report_that_cannot_be_written_is_no_reason_to_stop(
         with pytest.warns(UserWarning, match="report.json' could not be written, and nothing was left there"):
             run = worker.fit(tmp_path, full, compression=worker.callback(keep_reference=tmp_path / "kept"))
     # Later there was room again.
-    _assert_equal(run, whole)
+    worker.assert_equal(run, whole)
 
 
 @pytest.mark.full
@@ -325,15 +312,11 @@ def test_refining_again_in_the_same_folder_leaves_later_checkpoints_whole(
     monkeypatch.undo()
     assert full.files
     assert before.items() <= _files(tmp_path / "residuals").items()
-    _assert_equal(worker.fit(tmp_path, ckpt_path=tmp_path / "epoch=4.ckpt"), whole)
+    worker.assert_equal(worker.fit(tmp_path, ckpt_path=tmp_path / "epoch=4.ckpt"), whole)
 
 
 def test_a_shorter_plan_in_the_same_folder_leaves_later_checkpoints_whole(tmp_path: Path) -> None:
     whole = worker.fit(tmp_path)
-    worker.fit(
-        tmp_path,
-        ckpt_path=tmp_path / "epoch=3.ckpt",
-        compression=worker.callback(refine_at_epochs=[4]),
-        max_epochs=5,
-    )
-    _assert_equal(worker.fit(tmp_path, ckpt_path=tmp_path / "epoch=5.ckpt"), whole)
+    shorter = worker.callback(refine_at_epochs=[4])
+    worker.fit(tmp_path, ckpt_path=tmp_path / "epoch=3.ckpt", compression=shorter, max_epochs=5)
+    worker.assert_equal(worker.fit(tmp_path, ckpt_path=tmp_path / "epoch=5.ckpt"), whole)

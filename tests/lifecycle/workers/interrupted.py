@@ -155,6 +155,16 @@ def fit(
     )
 
 
+def assert_equal(resumed: SimpleNamespace, whole: SimpleNamespace) -> None:
+    """That two runs, as `fit` gives them, came to the same end."""
+    torch.testing.assert_close(resumed.state["parameters"], whole.state["parameters"], rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state["optimizer"], whole.state["optimizer"], rtol=0, atol=0)
+    assert resumed.state["scheduler"] == whole.state["scheduler"]
+    assert resumed.plan == whole.plan
+    assert resumed.report == whole.report
+    assert resumed.callback["refined"] == whole.callback["refined"]
+
+
 def _child(folder: Path, how: str, name: str, epoch: int, case: dict[str, Any]) -> int:
     number = signal.Signals[how]
     # A shell that starts processes in the background lets them ignore it.
