@@ -173,8 +173,7 @@ def test_the_teacher_stays_what_it_is_and_out_of_everything(start: SimpleNamespa
     torch.testing.assert_close(_state(dense), before, rtol=0, atol=0)
     assert not any(part.training for part in dense.modules())
     assert not any(parameter.requires_grad for parameter in dense.parameters())
-    own = {id(parameter) for parameter in model.parameters()}
-    assert own.isdisjoint(id(parameter) for parameter in dense.parameters())
+    assert set(model.parameters()).isdisjoint(dense.parameters())
     assert all(name.startswith("model.") for name in model.state_dict())
     assert copy.deepcopy(model).teacher is model.teacher
     with pytest.raises(ValueError, match="has parameters that are the model's own"):
@@ -224,31 +223,28 @@ def test_reconstruction_is_what_the_metric_says() -> None:
     model, dense = _lstm(30), _lstm(30)
     compress(model, "low_rank", ratio=2)
     counts = torch.arange(29, -1, -1)
-    moments = {name: torch.randn(DIM, DIM, dtype=torch.double) for name in ("decoder", "encoder")}
-    moments = {name: moment @ moment.T for name, moment in moments.items()}
-    extra = {
-        "hidden_mean": {"decoder": torch.zeros(DIM, dtype=torch.double)},
-        "probabilities": {"decoder": torch.linspace(0.1, 0.01, 30, dtype=torch.double)},
-        "squared_probabilities": {"decoder": torch.linspace(0.03, 0.0005, 30, dtype=torch.double)},
-    }
+    factors = {name: torch.randn(DIM, DIM, dtype=torch.double) for name in ("decoder", "encoder")}
+    moments = {name: factor @ factor.T for name, factor in factors.items()}
     statistics = Statistics(
         counts,
         hidden={"decoder": moments["decoder"]},
         gradients={"encoder": moments["encoder"]},
         num_targets=9,
-        **extra,
+        hidden_mean={"decoder": torch.zeros(DIM, dtype=torch.double)},
+        probabilities={"decoder": torch.linspace(0.1, 0.01, 30, dtype=torch.double)},
+        squared_probabilities={"decoder": torch.linspace(0.03, 0.0005, 30, dtype=torch.double)},
     )
+    text = torch.repeat_interleave(torch.arange(30), counts + 1)
     for table, name in zip(find_tables(dense), ("encoder", "decoder"), strict=True):
-        metric = metric_of(dense, table, statistics)
         layer = model.get_submodule(name)
-        expected = layer.factorization.loss_in(metric, table.weight)
+        expected = layer.factorization.loss_in(metric_of(dense, table, statistics), table.weight)
         term = Reconstruction(model, [name], dense.get_submodule(name), statistics)
-        text = torch.repeat_interleave(torch.arange(30), counts + 1)
-        assert term.of_tokens(model, text).item() == pytest.approx(expected, rel=1e-5)
+        whole = term.of_tokens(model, text)
+        assert whole.item() == pytest.approx(expected, rel=1e-5)
         drawn = [term.of_sample(model, 500, torch.Generator().manual_seed(seed)).item() for seed in range(20)]
         assert sum(drawn) / 20 == pytest.approx(expected, rel=0.05)
         assert drawn[3] == term.of_sample(model, 500, torch.Generator().manual_seed(3)).item()
-        (gradient,) = torch.autograd.grad(term.of_tokens(model, text), layer.factorization.basis)
+        (gradient,) = torch.autograd.grad(whole, layer.factorization.basis)
         assert gradient.abs().max() > 0
     renamed = Statistics(counts, gradients={"model.encoder": moments["encoder"]}, num_targets=9)
     arguments: dict[str, Any] = {"teacher": dense, "reconstruction_weight": 1.0, "statistics": renamed}
@@ -330,17 +326,16 @@ def test_resuming_within_an_epoch_is_exact(start: SimpleNamespace, tmp_path: Pat
 
 
 def test_tables_that_a_callback_compresses_while_it_is_tuned(start: SimpleNamespace, tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"teacher": "dense.ckpt", "distillation_weight": 1.0, "factor_learning_rate": 0.05}
-    model = _tuned(start, "dense.ckpt", **arguments)
-    callback = EmbeddingCompression("shared_basis", ratio=1.3, groups=2, at_epoch=1, statistics_batches=3)
-    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    losses = _fit(start, model, callback, keep, max_epochs=3)
+    def run(*callbacks: Callback, **fit: Any) -> tuple[CompressedLanguageModel, list[float]]:
+        model = _tuned(start, "dense.ckpt", teacher="dense.ckpt", distillation_weight=1.0, factor_learning_rate=0.05)
+        callback = EmbeddingCompression("shared_basis", ratio=1.3, groups=2, at_epoch=1, statistics_batches=3)
+        return model, _fit(start, model, callback, *callbacks, max_epochs=3, **fit)
+
+    model, losses = run(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}"))
     assert [table.modules for table in plan_of(model).tables] == [("model.encoder",), ("model.decoder",)]
     groups = model.trainer.optimizers[0].param_groups
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.parts.split(model.model)[1]}
-    resumed = _tuned(start, "dense.ckpt", **arguments)
-    callback = EmbeddingCompression("shared_basis", ratio=1.3, groups=2, at_epoch=1, statistics_batches=3)
-    rest = _fit(start, resumed, callback, max_epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    resumed, rest = run(ckpt_path=tmp_path / "epoch=1.ckpt")
     assert rest == losses[-len(rest) :]
     torch.testing.assert_close(_state(resumed), _state(model), rtol=0, atol=0)
 
