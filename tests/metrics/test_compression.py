@@ -35,12 +35,6 @@ def test_ratio_of_the_tables_and_of_the_model() -> None:
     assert tables.compute() >= 4
 
 
-def test_dense_model() -> None:
-    metric = CompressionRatio()
-    metric.update(_model())
-    assert metric.compute().item() == 1
-
-
 def test_nothing_measured_yet() -> None:
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         assert torch.isnan(CompressionRatio().compute())
