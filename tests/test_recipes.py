@@ -210,18 +210,8 @@ def test_gpt2_recipe_without_test_text(tmp_path: Path, caplog: pytest.LogCapture
     options = [*SMALL_GPT2, "--data.dataset=null", "--data.train_files=train.txt"]
     options += ["--data.tokenizer=TOKENIZER_FOLDER", f"--data.cache_dir={tmp_path / 'cache'}"]
     options += ["--model.pretrained=null", "--trainer.callbacks=ModelCheckpoint", "--trainer.max_epochs=1"]
-    assert (
-        main(
-            [
-                "run",
-                "gpt2",
-                *options,
-                "--model.config",
-                '{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}',
-            ]
-        )
-        == 0
-    )
+    config = json.dumps({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2})
+    assert main(["run", "gpt2", *options, "--model.config", config]) == 0
     assert "Skipping the test: there is no test data" in caplog.text
 
 
