@@ -94,8 +94,8 @@ def _relative_energies(statistics: Statistics, path: str) -> Tensor:
 
 
 @torch.no_grad()
-def bias_corrections(
-    model: nn.Module, modules: Sequence[str], factors: Factorization[Any], statistics: Statistics
+def corrections_of(
+    model: nn.Module, tables: Iterable[tuple[Sequence[str], Factorization[Any]]], statistics: Statistics | None
 ) -> dict[str, Tensor]:
     """What to add to the biases of heads so that their logits stay right for the mean hidden state.
 
@@ -104,42 +104,22 @@ def bias_corrections(
 
     Args:
         model: The model, with the layers in place that factors are going to replace or change.
-        modules: Paths of the modules that read the table.
-        factors: What will be read.
-        statistics: Of the model.
+        tables: Paths of the modules that read a table, and what they will read.
+        statistics: Of the model; None for no corrections.
 
     Returns:
         Path of each head with a bias to `[vocab_size]`.
     """
     found = {}
-    for path in modules:
+    means = {} if statistics is None else statistics.hidden_mean
+    for path, factors in ((path, factors) for modules, factors in tables for path in modules if path in means):
         bias = bias_of(model, path)
-        if bias is None or path not in statistics.hidden_mean:
+        if bias is None:
             continue
-        hidden = statistics.hidden_mean[path].to(bias.device, factors.dtype)
+        hidden = means[path].to(bias.device, factors.dtype)
         with torch.autocast(bias.device.type, enabled=False):
             found[path] = (model.get_submodule(path)(hidden) - bias - factors.logits(hidden)).to(bias.dtype)
     return found
-
-
-def corrections_of(
-    model: nn.Module, tables: Iterable[tuple[Sequence[str], Factorization[Any]]], statistics: Statistics | None
-) -> dict[str, Tensor]:
-    """What to add to the biases of all heads when factors take the place of what is read now.
-
-    Args:
-        model: The model, as it is before.
-        tables: Paths of the modules that read a table, and what they will read.
-        statistics: Of the model; None for no corrections.
-
-    Returns:
-        As `bias_corrections`.
-    """
-    corrections: dict[str, Tensor] = {}
-    if statistics is not None:
-        for modules, factors in tables:
-            corrections |= bias_corrections(model, modules, factors, statistics)
-    return corrections
 
 
 @torch.no_grad()
@@ -148,7 +128,7 @@ def add_to_biases(model: nn.Module, corrections: Mapping[str, Tensor]) -> None:
 
     Args:
         model: The model.
-        corrections: What `bias_corrections` returned.
+        corrections: What `corrections_of` returned.
     """
     for path, correction in corrections.items():
         bias = bias_of(model, path)

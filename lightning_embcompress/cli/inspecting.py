@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from lightning_embcompress.cli.usage import in_shell_terms
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import show_inspection, table_report
-from lightning_embcompress.integrations.contents import model_class, quiet_transformers
-from lightning_embcompress.integrations.opening import open_skeleton
-from lightning_embcompress.integrations.skeleton import choose_tables
+from lightning_embcompress.integrations.contents import model_class, quiet_transformers, read_contents
+from lightning_embcompress.integrations.skeleton import build_skeleton, choose_tables
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.tables.replacement import Table, find_tables
@@ -54,7 +53,8 @@ def inspect_source(source: Source, trust: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: If it cannot be read.
     """
-    model = open_skeleton(source, trust=trust).model
+    contents = read_contents(source, trust)
+    model = build_skeleton(contents.tensors, contents.plan, repr(source.name))
     compressed, note = bool(plan_of(model).tables), None
     if compressed:
         tables = table_report(model)

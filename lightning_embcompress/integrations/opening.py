@@ -120,7 +120,7 @@ class OpenedModel:
 def open_model(
     source: Source, dtype: str | None = None, trust: bool = False, tokenizer: Path | None = None
 ) -> OpenedModel:
-    """Read a model whose tables are to be replaced.
+    """Read a model whose tables are to be replaced; one whose class is not known is not built for it.
 
     Args:
         source: The model.
@@ -134,22 +134,8 @@ def open_model(
     wanted = None if dtype is None else getattr(torch, dtype)
     if source.kind == "pretrained":
         return OpenedModel(source, load_pretrained(source, wanted), tokenizer=tokenizer)
-    return open_skeleton(source, wanted, trust)
-
-
-def open_skeleton(source: Source, dtype: torch.dtype | None = None, trust: bool = False) -> OpenedModel:
-    """Read the tensors of a model of any class, without building the model; only factors are copied.
-
-    Args:
-        source: The model.
-        dtype: What its floating-point tensors are cast to; None for nothing.
-        trust: Whether a checkpoint may hold objects, which can run code when they are loaded.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
     contents = read_contents(source, trust)
-    return OpenedModel(source, build_skeleton(contents.tensors, contents.plan, repr(source.name), dtype), contents)
+    return OpenedModel(source, build_skeleton(contents.tensors, contents.plan, repr(source.name), wanted), contents)
 
 
 def register_module_class(kind: type[LightningModule], marks: set[str], **arguments: Any) -> None:

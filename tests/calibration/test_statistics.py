@@ -20,6 +20,7 @@ from lightning_embcompress.tables.replacement import find_tables
 from toys import gpt2
 
 VOCAB_SIZE, EMBEDDING_DIM, HEAD_DIM, IGNORED = 90, 5, 6, -100
+_BOTH = ["encoder", "decoder"]
 
 
 class Recurrent(nn.Module):
@@ -138,15 +139,6 @@ def test_limit_and_given_counts(model: Recurrent) -> None:
     halves = collect_statistics(model, data, loss_fn, limit=1, token_counts=counts / 2)
     assert halves.token_counts.dtype == torch.float64
     assert collect_statistics(model, data, loss_fn, limit=1, token_counts=counts * 2.0).token_counts.dtype == torch.long
-
-
-def test_a_mean_is_not_one_of_means(model: Recurrent) -> None:
-    data = batches()
-    whole = collect_statistics(model, data, loss_fn)
-    parts = [collect_statistics(model, [batch], loss_fn) for batch in data]
-    numbers = torch.tensor([part.num_targets for part in parts], dtype=torch.float64)
-    mean = sum(part.hidden["decoder"] * n for part, n in zip(parts, numbers, strict=True)) / numbers.sum()
-    torch.testing.assert_close(whole.hidden["decoder"], mean)
 
 
 @pytest.mark.parametrize(
@@ -360,11 +352,10 @@ def test_compressed_tables(model: Recurrent, tables: Any) -> None:
     assert list(one.hidden) == ["decoder"]
     assert not one.gradients
     assert torch.equal(one.hidden["decoder"], found.hidden["decoder"])
-
-
-def test_one_compressed_table_and_its_dense_partner(model: Recurrent) -> None:
-    compress(model, "low_rank", ratio=1.3, tables=["encoder"])
-    found = collect_statistics(model, batches(), loss_fn)
+    # One compressed table and its dense partner.
+    compress(dense, "low_rank", ratio=1.3, tables=["encoder"])
+    assert type(dense.decoder) is nn.Linear
+    found = collect_statistics(dense, batches(), loss_fn, tables=tables)
     assert (list(found.gradients), list(found.hidden)) == (["encoder"], ["decoder"])
 
 
@@ -414,32 +405,24 @@ def test_heads_that_are_not_called(model: Recurrent) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"loss_fn": lambda *_: 1.0}, "the loss must be a scalar tensor.*it is a float"),
-        ({"loss_fn": lambda model, batch: model(batch[0])}, r"it is a tensor of shape \(2, 5, 90\)"),
+        ({"loss_fn": lambda *_: 1.0}, "loss .*float"),
+        ({"loss_fn": lambda model, batch: model(batch[0])}, r"loss .*\(2, 5, 90\)"),
         ({"loss_fn": lambda model, batch: model(batch[0]).sum().detach()}, "does not depend on the tables 'encoder'"),
         ({"loss_fn": None}, r"model is called as model\(\*\*batch\), but a batch is a tuple"),
-        ({"limit": 0}, "limit must be at least 1 batch, it is 0"),
+        ({"limit": 0}, "limit .*0"),
         ({"token_counts": torch.ones(89)}, "one entry for each of the 90 rows of table 'encoder'"),
         ({"token_counts": [-1.0, *[1] * 89]}, "entry 0 is -1.0"),
         ({"token_counts": [1] * 89 + [float("nan")]}, "entry 89 is nan"),
         ({"tables": ["nothing"]}, "no module 'nothing'"),
         ({"tables": []}, "empty list"),
+        ({"tables": ["encoder", "other"]}, r"\('encoder' 90, 'other' 30\)"),
+        ({"batches": [{"inputs": batches()[0][0]}], "loss_fn": None}, "Recurrent gives a Tensor .*give loss_fn"),
     ],
 )
 def test_mistakes(model: Recurrent, arguments: dict[str, Any], said: str) -> None:
+    model.other = nn.Linear(HEAD_DIM, 30)
     with pytest.raises(ValueError, match=said):
-        collect_statistics(model, batches(), **{"loss_fn": loss_fn, **arguments})
-
-
-def test_tables_of_several_vocabularies() -> None:
-    model = nn.Sequential(nn.Embedding(VOCAB_SIZE, 8), nn.Linear(8, 30)).double()
-    with pytest.raises(ValueError, match=r"different numbers of rows \('0' 90, '1' 30\)"):
-        collect_statistics(model, batches(), loss_fn, tables=["0", "1"])
-
-
-def test_models_without_a_loss(model: Recurrent) -> None:
-    with pytest.raises(ValueError, match="Recurrent gives a Tensor without a loss: give loss_fn"):
-        collect_statistics(model, [{"inputs": batches()[0][0]}])
+        collect_statistics(model, **{"batches": batches(), "loss_fn": loss_fn, "tables": _BOTH, **arguments})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.tables.replacement import find_tables
@@ -45,52 +45,41 @@ def test_saved_and_loaded(statistics: Statistics, tmp_path: Path) -> None:
         statistics.save(tmp_path / "missing" / "statistics.safetensors")
 
 
-def test_damaged_and_foreign_files(statistics: Statistics, tmp_path: Path) -> None:
-    file = tmp_path / "statistics.safetensors"
+_RECORD: dict[str, Any] = {"record": None, "metadata": None, "version": 1, "num_targets": 3, "skipped_batches": 0}
+# Bytes, tensors that are changed (None: left out), the record, and what is named.
+_DAMAGES: list[tuple[Any, str]] = [
+    *((content, "") for content in (b"", slice(-1), slice(500), b"\xff" * 100)),
+    ({"metadata": {}}, "something else"),
+    ({"record": "{}"}, "'version'"),
+    ({"record": "["}, "Expecting value"),
+    ({"record": "[]"}, "list indices"),
+    ({"version": 2}, "version is 2"),
+    ({"num_targets": -1}, "num_targets is -1"),
+    ({"token_counts": None}, "'token_counts'"),
+    ({"token_counts": -torch.arange(VOCAB_SIZE)}, "token_counts"),
+    ({"hidden/decoder": torch.zeros(6, 5, dtype=torch.float64)}, "'hidden/decoder'"),
+    ({"hidden_mean/decoder": torch.zeros(5, dtype=torch.float64)}, "'hidden_mean/decoder'"),
+    ({"probabilities/decoder": torch.zeros(VOCAB_SIZE)}, "'probabilities/decoder'"),
+    ({"gradients/encoder": torch.full((5, 5), torch.nan, dtype=torch.float64)}, "'gradients/encoder'"),
+    ({"else": torch.zeros(1)}, "'else'"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), _DAMAGES)
+def test_damaged_and_foreign_files(damage: Any, said: str, statistics: Statistics, tmp_path: Path) -> None:
+    file, name = tmp_path / "statistics.safetensors", "lightning-embcompress statistics"
     statistics.save(file)
-    whole, tensors = file.read_bytes(), {name: tensor.clone() for name, tensor in load_file(file).items()}
-    record = {"version": 1, "num_targets": 3, "skipped_batches": 0}
-
-    def refused(said: str) -> None:
-        with pytest.raises(ValueError, match=f"statistics.safetensors' cannot be read as statistics: .*{said}"):
-            Statistics.load(file)
-
-    name = "lightning-embcompress statistics"
-
-    def write(tensors: dict[str, Tensor], **changes: Any) -> None:
-        save_file(tensors, file, {name: json.dumps({**record, **changes})})
-
-    for content in (b"", whole[:-1], whole[: len(whole) // 2], b"\xff" * 100):
-        file.write_bytes(content)
-        refused("")
-    save_file(tensors, file)
-    refused("it holds something else")
-    save_file(tensors, file, {name: "{}"})
-    refused("'version' is missing")
-    save_file(tensors, file, {name: "["})
-    refused("Expecting value")
-    save_file(tensors, file, {name: "[]"})
-    refused("list indices")
-    write(tensors, version=2)
-    refused("its version is 2")
-    write(tensors, num_targets=-1)
-    refused("num_targets is -1")
-    write({key: tensor for key, tensor in tensors.items() if key != "token_counts"})
-    refused("'token_counts' is missing")
-    write({**tensors, "token_counts": -tensors["token_counts"]})
-    refused("token_counts are no counts")
-    for key, value in {
-        "hidden/decoder": torch.zeros(6, 5, dtype=torch.float64),
-        "hidden_mean/decoder": torch.zeros(5, dtype=torch.float64),
-        "probabilities/decoder": torch.zeros(VOCAB_SIZE),
-        "gradients/encoder": torch.full((5, 5), torch.nan, dtype=torch.float64),
-    }.items():
-        write({**tensors, key: value})
-        refused(f"'{key}' is damaged")
-    write({**tensors, "else": torch.zeros(1)})
-    refused("'else' is unknown")
-    write(tensors)
-    assert Statistics.load(file).num_targets == 3
+    if not isinstance(damage, dict):
+        file.write_bytes(damage if isinstance(damage, bytes) else file.read_bytes()[damage])
+    else:
+        tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+        tensors |= {key: value for key, value in damage.items() if key not in _RECORD}
+        record = {**_RECORD, **{key: value for key, value in damage.items() if key in _RECORD}}
+        text, is_ours = record.pop("record"), record.pop("metadata") is None
+        tensors = {key: value for key, value in tensors.items() if value is not None}
+        save_file(tensors, file, {name: text or json.dumps(record)} if is_ours else {})
+    with pytest.raises(ValueError, match=f"statistics.safetensors' cannot be read as statistics: .*{said}"):
+        Statistics.load(file)
 
 
 def test_statistics_of_another_model(statistics: Statistics) -> None:

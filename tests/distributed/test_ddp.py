@@ -38,12 +38,6 @@ MORE: dict[str, Any] = {
         "strategy": {"static_graph": True},
         "resume_from": [0, 1, 2, 3],
     },
-    "tensor train": {"callbacks": [{"method": "tensor_train", "max_rank": 1, "at_epoch": 1}], "resume_from": [0, 1]},
-    "matrix": {
-        "tied": True,
-        "callbacks": [{"method": "tensor_train_matrix", "ratio": 2, "at_epoch": 1, "refine_at_epochs": [2]}],
-        "resume_from": [0, 1, 2],
-    },
     "untied": {"tied": True, "callbacks": [{**SHARED_BASIS, "tie": "untie"}], "resume_from": [0, 1, 2, 3]},
 }
 

@@ -14,7 +14,6 @@ from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.methods.numerics import gram
 from lightning_embcompress.methods.registry import METHODS
 from lightning_embcompress.methods.tensor_train import factorization as tensor_train
-from lightning_embcompress.utils.division import sum_over_processes
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
@@ -102,10 +101,3 @@ def test_one_process_solves_as_a_task_does(method: str) -> None:
         assert compared(factors)["trains"] == compared(expected)["trains"]
         for name, tensor in expected.state_dict().items():
             assert torch.equal(tensor, factors.state_dict()[name])
-
-
-def test_sums_of_one_process_are_a_copy() -> None:
-    counted = torch.tensor([1, 2])
-    summed = sum_over_processes(counted)
-    assert torch.equal(summed, counted)
-    assert summed.data_ptr() != counted.data_ptr()

@@ -18,7 +18,7 @@ from lightning_embcompress.integrations.sharding import compress_or_restore
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
-from sharded_model import CASES, DIM, MORE_CASES, VOCAB_SIZE, ShardedModel, data, result, statistics, trainer  # noqa: E402
+from sharded_model import CASES, MORE_CASES, VOCAB_SIZE, ShardedModel, data, result, statistics, trainer  # noqa: E402
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -93,15 +93,14 @@ def test_fsdp2_trains_and_resumes_as_one_process(torchrun: Callable[..., str], t
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.full
-def test_fsdp2_with_all_methods_units_and_kinds_of_checkpoints(torchrun: Callable[..., str], tmp_path: Path) -> None:
-    _run(torchrun, tmp_path, ["rare", *MORE_CASES], "fsdp2", "cpu")
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.full
-def test_fsdp_trains_and_resumes_as_one_process(torchrun: Callable[..., str], tmp_path: Path) -> None:
-    _run(torchrun, tmp_path, [name for name, case in CASES.items() if case["directory"]], "fsdp", "cpu")
+@pytest.mark.parametrize(
+    ("strategy", "names"),
+    [("fsdp2", ["rare", *MORE_CASES]), ("fsdp", [name for name, case in CASES.items() if case["directory"]])],
+)
+def test_all_methods_units_and_kinds_of_checkpoints(
+    strategy: str, names: list[str], torchrun: Callable[..., str], tmp_path: Path
+) -> None:
+    _run(torchrun, tmp_path, names, strategy, "cpu")
 
 
 @pytest.mark.distributed
@@ -121,23 +120,15 @@ def test_units_refusals_and_reading_outside_of_forward(torchrun: Callable[..., s
 
 
 def test_one_process_compresses_as_compress_does() -> None:
-    case = CASES["group_reduce"]
-    one, other = ShardedModel(case), ShardedModel(case)
     counts = torch.arange(VOCAB_SIZE)
-    plan = compress_or_restore(one, "shared_basis", ratio=2, token_counts=counts)
-    assert plan == compress(other, "shared_basis", ratio=2, token_counts=counts) == plan_of(one)
-    _compare(dict(one.state_dict()), dict(other.state_dict()), 0.0)
-
-
-def test_one_process_compresses_by_the_loss_as_compress_does() -> None:
-    one, other = ShardedModel(CASES["layers"]), ShardedModel(CASES["layers"])
-    known = statistics(torch.arange(VOCAB_SIZE))
-    plan = compress_or_restore(one, "shared_basis", ratio=2, statistics=known)
-    assert plan == compress(other, "shared_basis", ratio=2, statistics=known)
-    assert plan.predicted_loss is not None
-    _compare(dict(one.state_dict()), dict(other.state_dict()), 0.0)
-    with pytest.raises(ValueError, match="has to know what errors cost: give statistics"):
-        compress_or_restore(ShardedModel(CASES["layers"]), "auto", ratio=2, token_counts=torch.arange(VOCAB_SIZE))
+    for given in ({"token_counts": counts}, {"statistics": statistics(counts)}):
+        one, other = ShardedModel(CASES["layers"]), ShardedModel(CASES["layers"])
+        plan = compress_or_restore(one, "shared_basis", ratio=2, **given)
+        assert plan == compress(other, "shared_basis", ratio=2, **given) == plan_of(one)
+        assert (plan.predicted_loss is None) == ("token_counts" in given)
+        _compare(dict(one.state_dict()), dict(other.state_dict()), 0.0)
+    with pytest.raises(ValueError, match="give statistics"):
+        compress_or_restore(ShardedModel(CASES["layers"]), "auto", ratio=2, token_counts=counts)
 
 
 def test_what_is_compressed_stays_as_it_is() -> None:
@@ -161,20 +152,9 @@ def test_checkpoints_record_the_plan_and_give_it_back(tmp_path: Path) -> None:
     fresh.load_state_dict(checkpoint["state_dict"])
     ids = torch.arange(VOCAB_SIZE)
     assert torch.equal(fresh(ids), model(ids))
-
-
-def test_checkpoints_of_dense_models_are_refused(tmp_path: Path) -> None:
-    model = ShardedModel(CASES["group_reduce"])
-    torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": model.state_dict()}, tmp_path / "dense.ckpt")
-    with pytest.raises(ValueError, match=r"dense\.ckpt' is the checkpoint of a dense model.*load its weights before"):
-        compress_or_restore(model, "low_rank", ratio=2, ckpt_path=tmp_path / "dense.ckpt")
-    assert type(model.embedding) is nn.Embedding
-
-
-def test_tables_without_values_are_refused() -> None:
-    with torch.device("meta"):
-        model = ShardedModel.__new__(ShardedModel)
-        super(ShardedModel, model).__init__()
-        model.embedding = nn.Embedding(VOCAB_SIZE, DIM)
-    with pytest.raises(ValueError, match="'embedding' is on the meta device"):
-        compress_or_restore(model, "low_rank", ratio=2)
+    # Of a dense model it says nothing.
+    dense = ShardedModel(CASES["group_reduce"])
+    torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": dense.state_dict()}, tmp_path / "dense.ckpt")
+    with pytest.raises(ValueError, match=r"dense\.ckpt' is the checkpoint of a dense model"):
+        compress_or_restore(dense, "low_rank", ratio=2, ckpt_path=tmp_path / "dense.ckpt")
+    assert type(dense.embedding) is nn.Embedding

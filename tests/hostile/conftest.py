@@ -104,6 +104,17 @@ class Hostile:
         assert all(10 < len(message) < 5000 for message in said)
         assert time.monotonic() - begin < 3
 
+    @staticmethod
+    @contextmanager
+    def unchanged_if_refused(module: Any) -> Iterator[None]:
+        """A ValueError within leaves the modules as they were."""
+        before = dict(module.named_modules())
+        try:
+            yield
+        except ValueError:
+            assert dict(module.named_modules()) == before
+            raise
+
     @classmethod
     def places(cls, value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """Paths to all parts of a JSON value."""

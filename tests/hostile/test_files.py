@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lightning_embcompress import load_compressed, load_from_checkpoint, save_compressed
-from lightning_embcompress import structure_from_checkpoint as structure_of
 from lightning_embcompress.compression.plan import Plan
+from lightning_embcompress.integrations.checkpoint import structure_from_checkpoint
 from lightning_embcompress.methods.registry import METHODS
 
 # What torch says of damaged pickles that it reads nevertheless.
@@ -68,13 +68,9 @@ def test_any_damage_of_saved_directories(tmp_path: Path, hostile: Any, examples:
         (folder / "model.safetensors").write_bytes(weights)
         (folder / "config.json").write_bytes(text)
         module = hostile.Model()
-        before = dict(module.named_modules())
         with hostile.harmless():
-            try:
+            with hostile.unchanged_if_refused(module):
                 load_compressed(folder, module)
-            except ValueError:
-                assert dict(module.named_modules()) == before
-                raise
             module(torch.arange(hostile.vocab_size))
 
     run()
@@ -116,6 +112,6 @@ def test_any_damage_of_checkpoints(tmp_path: Path, hostile: Any, examples: setti
             # Only what means nothing was hit, such as the padding between two records.
             torch.testing.assert_close(dict(loaded.state_dict()), dict(expected[method]), rtol=0, atol=0)
         with hostile.harmless():
-            assert isinstance(structure_of(path), Plan)
+            assert isinstance(structure_from_checkpoint(path), Plan)
 
     run()

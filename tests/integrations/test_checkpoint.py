@@ -23,10 +23,8 @@ from lightning_embcompress.integrations.checkpoint import (
     restore_structure,
     write_record,
 )
-from lightning_embcompress.integrations.checkpoint_io import check_checkpoint_file
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.methods.registry import METHODS
 from toys import LanguageModel, compress_toy, quiet_trainer
 
 _IDS = torch.tensor([[1, 5, 799], [0, 5, 17]])
@@ -67,7 +65,7 @@ def _assert_refused(model: nn.Module, message: str, load: Callable[[], Any]) -> 
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["product_quantization", "transform_coding"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip(method: str, tied: bool, tmp_path: Path) -> None:
     model, fresh, folder = _compressed(method, tied=tied), _Model(tied=tied, seed=1), tmp_path / "new" / "folder"
@@ -228,17 +226,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
     assert contents() != before
 
 
-def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
-    class Extra(_Model):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"steps": 3}
-
-    with pytest.raises(ValueError, match="'_extra_state'"):
-        save_compressed(Extra(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tensors_that_are_not_contiguous_and_views_of_each_other(tmp_path: Path) -> None:
+def test_tensors_that_are_views_of_each_other_and_state_that_is_no_tensor(tmp_path: Path) -> None:
     model, fresh = _Model(), _Model()
     for one in (model, fresh):
         one.register_buffer("whole", torch.arange(12.0).view(3, 4))
@@ -248,6 +236,10 @@ def test_tensors_that_are_not_contiguous_and_views_of_each_other(tmp_path: Path)
     load_compressed(tmp_path, fresh)
     assert torch.equal(fresh.whole, model.whole)
     assert torch.equal(fresh.turned, model.turned)
+    model.__class__ = type("Extra", (_Model,), {"get_extra_state": lambda self: {"steps": 3}})
+    with pytest.raises(ValueError, match="'_extra_state'"):
+        save_compressed(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def _write_checkpoint(module: _Model, path: Path, weights_only: bool = False) -> None:
@@ -278,13 +270,10 @@ def test_foreign_module_loads_from_a_compressed_checkpoint(tied: bool, weights_o
     assert plan_of(loaded) == plan_of(module)
     with pytest.raises(ValueError, match="'encoder' is 800 x 16, the model's is 700 x 16"):
         load_from_checkpoint(_Model, tmp_path / "last.ckpt", vocab_size=700)
-
-
-def test_dense_checkpoint_loads_too(tmp_path: Path) -> None:
-    module = _Model()
-    _write_checkpoint(module, tmp_path / "last.ckpt")
-    loaded = load_from_checkpoint(_Model, tmp_path / "last.ckpt", map_location="cpu")
-    assert torch.equal(loaded(_IDS), module(_IDS))
+    dense = _Model(tied=tied)
+    _write_checkpoint(dense, tmp_path / "dense.ckpt", weights_only)
+    loaded = load_from_checkpoint(_Model, tmp_path / "dense.ckpt", map_location="cpu")
+    assert torch.equal(loaded(_IDS), dense(_IDS))
     assert plan_of(loaded) == Plan()
 
 
@@ -329,18 +318,3 @@ def test_structure_is_restored_whatever_the_module_was(start: str) -> None:
 def test_what_is_no_checkpoint_is_refused(checkpoint: dict[str, Any], message: str) -> None:
     model = _Model()
     _assert_refused(model, message, partial(restore_structure, model, checkpoint))
-
-
-def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path: Path) -> None:
-    _write_checkpoint(_compressed(), tmp_path / "last.ckpt")
-    check_checkpoint_file(tmp_path / "last.ckpt")
-    # Files of other machines are left to Lightning.
-    check_checkpoint_file("s3://bucket/last.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"nosuch.ckpt"):
-        load_from_checkpoint(_Model, tmp_path / "nosuch.ckpt")
-    _cut(0.7, tmp_path, "last.ckpt")
-    with pytest.raises(ValueError, match=rf"last.ckpt'.*\({(tmp_path / 'last.ckpt').stat().st_size} bytes\)"):
-        load_from_checkpoint(_Model, tmp_path / "last.ckpt")
-    (tmp_path / "text.ckpt").write_text("hello")
-    with pytest.raises(ValueError, match=r"text.ckpt"):
-        check_checkpoint_file(str(tmp_path / "text.ckpt"))

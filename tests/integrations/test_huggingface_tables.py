@@ -35,8 +35,6 @@ def _build(name: str, **given: Any) -> Any:
     [
         # As many positions as words.
         ("GPT2Model", {}, [("wte",)]),
-        ("GPT2LMHeadModel", {}, [("transformer.wte", "lm_head")]),
-        ("GPT2LMHeadModel", {"tie_word_embeddings": False}, [("transformer.wte",), ("lm_head",)]),
         ("GPT2DoubleHeadsModel", {"num_labels": 1}, [("transformer.wte", "lm_head")]),
         # Two labels and two kinds of tokens.
         ("BertForSequenceClassification", {"num_labels": 2}, [("bert.embeddings.word_embeddings",)]),

@@ -14,9 +14,9 @@ import pytest
 from lightning_embcompress.integrations.sources import find_source
 
 
-def _write(folder: Path, config: dict[str, Any] | str, *files: str) -> Path:
+def _write(folder: Path, config: dict[str, Any], *files: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     for file in files:
         (folder / file).write_bytes(b"")
     return folder
@@ -64,44 +64,31 @@ def test_shards(tmp_path: Path) -> None:
         find_source(str(folder))
 
 
+_CONFIG = "model/config.json"
+
+
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("file", "content", "named", "message"),
     [
-        ("{", r"config.json' is damaged"),
-        ("[]", r"config.json' is damaged"),
-        ({"hidden": 3}, "'model_type'"),
-        ({"model_type": "gpt2"}, r"none of model.safetensors, "),
-        ({"model_type": "gpt2", "quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+        (_CONFIG, "{", "model", "config.json' is damaged"),
+        (_CONFIG, "[]", "model", "config.json' is damaged"),
+        (_CONFIG, '{"hidden": 3}', "model", "'model_type'"),
+        (_CONFIG, '{"model_type": "gpt2"}', "model", "none of model.safetensors, "),
+        (_CONFIG, '{"quantization_config": {"quant_method": "gptq"}}', "model", "'gptq'"),
+        ("model/epoch=1.ckpt", "", "model", "no config.json.* name the file, for example .*epoch=1.ckpt"),
+        ("model/.metadata", "", "model", "no config.json.* python -m lightning.pytorch.utilities.consolidate_checkpoi"),
+        ("model/adapter_config.json", "", "model", "no config.json.*merge_and_unload"),
+        ("model/notes.txt", "", "model", "no config.json.* save_pretrained or save_compressed"),
+        ("recipe.yaml", "text", "recipe.yaml", "embcompress run "),
+        ("model.safetensors", "text", "model.safetensors", "give its directory"),
+        ("last.ckpt", "text", "last.ckpt", r"\(4 bytes\)"),
     ],
 )
-def test_directories_that_are_no_model(config: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        find_source(str(_write(tmp_path / "model", config)))
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("epoch=1.ckpt", "name the file, for example .*epoch=1.ckpt"),
-        (".metadata", "python -m lightning.pytorch.utilities.consolidate_checkpoint"),
-        ("adapter_config.json", "merge_and_unload"),
-        ("notes.txt", "save_pretrained or save_compressed"),
-    ],
-)
-def test_directories_without_a_configuration(file: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / file).write_text("")
-    with pytest.raises(FileNotFoundError, match=f"it has no config.json.*{message}"):
-        find_source(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [("recipe.yaml", "embcompress run "), ("model.safetensors", "give its directory"), ("last.ckpt", r"\(4 bytes\)")],
-)
-def test_files_that_are_no_checkpoint(file: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / file).write_text("text")
-    with pytest.raises(ValueError, match=f"{file}' .*{message}"):
-        find_source(str(tmp_path / file))
+def test_what_is_no_model(file: str, content: str, named: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{named}.*{message}"):
+        find_source(str(tmp_path / named))
 
 
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,15 +98,7 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("huggingface_hub.snapshot_download", never)
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
-    for name in [
-        "last.ckpt",
-        "./gpt2",
-        "/no/such/model",
-        "models/gpt2",
-        "~no-one-of-this-name/x",
-        "a/b/c",
-        "absent.json",
-    ]:
+    for name in ("last.ckpt", "./gpt2", "/no/such/model", "models/gpt2", "~no-one-of-this-name/x", "a/b/c", "x.json"):
         with pytest.raises(FileNotFoundError, match="there is no file or directory "):
             find_source(name)
 

@@ -21,6 +21,7 @@ from lightning_embcompress.utils.division import (
     group_device,
     owners_of,
     raise_together,
+    sum_over_processes,
 )
 
 
@@ -49,6 +50,10 @@ def test_work_without_units_or_costs_and_lists_of_units() -> None:
     assert [list(units) for units in called] == [[0, 1, 2]]
     agree(value := torch.tensor([1.5]))
     assert value.item() == 1.5
+    # A sum of one process is a copy.
+    summed = sum_over_processes(value)
+    assert torch.equal(summed, value)
+    assert summed.data_ptr() != value.data_ptr()
 
 
 @given(costs=st.lists(st.floats(0, 100), max_size=60), processes=st.integers(1, 9))

@@ -18,21 +18,16 @@ from typing_extensions import override
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.integrations.sharding import compress_or_restore, shard_tables
+from toys import quiet_trainer
 
 VOCAB_SIZE, DIM = 103, 16
 # Samples of all processes together.
 BATCH_SIZE = 8
 PQ = {"method": "product_quantization", "ratio": 2}
+SHARED_BASIS = {"method": "shared_basis", "ratio": 2, "loss": True}
 CASES: dict[str, dict[str, Any]] = {
     "group_reduce": {"method": "group_reduce", "ratio": 2, "tied": True, "units": "tables", "directory": True},
-    "layers": {
-        "method": "shared_basis",
-        "ratio": 2,
-        "tied": False,
-        "units": "layers",
-        "directory": False,
-        "loss": True,
-    },
+    "layers": {**SHARED_BASIS, "tied": False, "units": "layers", "directory": False},
     "tensor_train": {"method": "tensor_train", "max_rank": 1, "tied": True, "units": "root", "directory": False},
     "product_quantization": {**PQ, "tied": True, "units": "group", "directory": True},
     "rare": {**PQ, "rare_bits": 2, "rare_fraction": 0.5, "tied": True, "units": "tables", "directory": False},
@@ -136,20 +131,12 @@ def data(rank: int = 0, processes: int = 1) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def trainer(
-    folder: Path, strategy: Any = "auto", accelerator: str = "cpu", devices: int = 1, **options: Any
+    folder: Path, strategy: Any = "auto", accelerator: str = "cpu", devices: int = 1, *callbacks: Any, **options: Any
 ) -> Trainer:
     """Two epochs; the last checkpoint of every epoch is kept."""
-    return Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy,
-        max_epochs=2,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1)],
-        **options,
-    )
+    keep = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    chosen = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "max_epochs": 2}
+    return quiet_trainer(folder, keep, *callbacks, enable_checkpointing=True, **chosen, **options)
 
 
 class FSDPOnCPU(FSDPStrategy):
