@@ -23,7 +23,7 @@ def metric_of(model: nn.Module, table: Table, statistics: Statistics) -> Metric:
     """What an error in a table costs, for all the ways in which it is read.
 
     An embedding adds `E[g gᵀ]`, a head `E[h hᵀ]`; a tied table has both. Of a head with a bias it is the covariance:
-    `bias_corrections` make up for the rest. Rows count by their smoothed frequency. Those of a table that is only a
+    `corrections_of` make up for the rest. Rows count by their smoothed frequency. Those of a table that is only a
     head count less the surer the model is of them: the Fisher information of a logit is `p (1 − p)`, not `p`. Those of
     one that is only an embedding count by how large the gradients of tokens of their frequency are, too.
 
