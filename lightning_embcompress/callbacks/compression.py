@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
@@ -27,38 +24,38 @@ from lightning_embcompress.callbacks.checks import (
     check_optimizers,
     check_order,
     check_references,
-    check_trainer,
     is_fast_dev_run,
     settings_of,
     warn_of_other_settings,
 )
-from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import make_dense, replace_in_training, uninterrupted
 from lightning_embcompress.callbacks.reporting import (
-    check_folder,
-    log,
     merged_perplexity,
-    run_folder,
+    residual_folder,
     show_and_log,
     show_loss,
-    write_run_report,
+    show_perplexities,
+    unmeasured,
 )
-from lightning_embcompress.callbacks.scheduled import ScheduledCallback
-from lightning_embcompress.callbacks.solving import Files, check_residuals, keep_tables, solve_again
+from lightning_embcompress.callbacks.scheduled import ScheduledCallback, scheduled
+from lightning_embcompress.callbacks.solving import (
+    Files,
+    check_residuals,
+    keep_tables,
+    put_refined,
+    search_in_training,
+    solve_again,
+)
 from lightning_embcompress.callbacks.weighing import Weighing
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import show_tasks
-from lightning_embcompress.compression.search import search
-from lightning_embcompress.compression.solution import Solution, solve
-from lightning_embcompress.compression.tasks import Tasks, Tie, check_counts, plan
-from lightning_embcompress.integrations.checkpoint import keep_structure
-from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.compression.solution import solve
+from lightning_embcompress.compression.tasks import Tie, plan
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
 from lightning_embcompress.tables.replacement import find_tables, put_back
 from lightning_embcompress.utils.division import divided, failing_together
-from lightning_embcompress.utils.files import remove_abandoned
 
 
 class EmbeddingCompression(ScheduledCallback):
@@ -142,7 +139,7 @@ class EmbeddingCompression(ScheduledCallback):
         **options: Any,
     ) -> None:
         """Check what can be checked without a model."""
-        super().__init__()
+        super().__init__(at_epoch, monitor)
         self.config = get_config(method, **options)
         self.budget = Budget.of(
             self.config,
@@ -154,16 +151,13 @@ class EmbeddingCompression(ScheduledCallback):
         self._weighing = Weighing(
             self.config, self.budget, token_counts, statistics, statistics_batches, refresh_statistics
         )
-        if at_epoch < 0:
-            raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
         if early := [epoch for epoch in refine_at_epochs if epoch <= at_epoch]:
             raise ValueError(
                 f"refine_at_epochs {list(refine_at_epochs)} must all come after at_epoch={at_epoch}; {early[0]} does "
                 "not: there is nothing to refine before the tables are compressed"
             )
-        self.at_epoch = at_epoch
         self.refine_at_epochs = sorted(set(refine_at_epochs))
-        self.tables, self.tie, self.monitor = tables, tie, monitor
+        self.tables, self.tie = tables, tie
         self.keep_reference = None if keep_reference is None else Path(keep_reference)
         self._start_anew()
 
@@ -179,27 +173,15 @@ class EmbeddingCompression(ScheduledCallback):
         self._refined: list[int] = []
         self._counts: Tensor | None = None
         self._statistics: Statistics | None = None
-        self._resumed_from = None
         # What was changed last and not measured yet: an interruption may come in between.
         self._unmeasured: str | None = None
         self._settings: dict[str, Any] | None = None
-        self._perplexity: dict[str, Any] = {
-            "dense": None,
-            "compressed": None,
-            "refined": [],
-            "final": None,
-            "split": "validation",
-        }
+        self._perplexity = unmeasured()
 
     @property
     @override
     def state_key(self) -> str:
-        return self._key(type(self).__qualname__, self.config.method)
-
-    def _key(self, name: str, method: str) -> str:
-        # As `Callback._generate_state_key` makes it.
-        arguments = {"method": method, "at_epoch": self.at_epoch, "tables": self.tables}
-        return f"{name}{arguments!r}"
+        return self._generate_state_key(method=self.config.method, at_epoch=self.at_epoch, tables=self.tables)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -208,23 +190,26 @@ class EmbeddingCompression(ScheduledCallback):
         states, former = checkpoint.get("callbacks", {}), self.config.formerly
         if former and self.state_key not in states:
             classes: list[type] = [EmbeddingCompression, *EmbeddingCompression.__subclasses__()]
-            keys = [self._key(cls.__qualname__, former) for cls in classes]
+            arguments = self.state_key.removeprefix(type(self).__qualname__)
+            arguments = arguments.replace(repr(self.config.method), repr(former), 1)
+            keys = [f"{cls.__qualname__}{arguments}" for cls in classes]
             if known := [key for key in keys if key in states]:
                 states[self.state_key] = states[known[0]]
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = {
-            "compressed": self._compressed,
-            "refined": self._refined,
-            "token_counts": self._counts,
-            # Plain tensors: checkpoints are read with weights_only.
-            "statistics": None if self._statistics is None else dict(vars(self._statistics)),
-            "perplexity": self._perplexity,
-            "unmeasured": self._unmeasured,
-            "settings": self._settings,
-        }
-        return deepcopy(state)
+        return deepcopy(
+            {
+                "compressed": self._compressed,
+                "refined": self._refined,
+                "token_counts": self._counts,
+                # Plain tensors: checkpoints are read with weights_only.
+                "statistics": None if self._statistics is None else dict(vars(self._statistics)),
+                "perplexity": self._perplexity,
+                "unmeasured": self._unmeasured,
+                "settings": self._settings,
+            }
+        )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -240,29 +225,15 @@ class EmbeddingCompression(ScheduledCallback):
         self._settings = state_dict.get("settings")
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
-        super().setup(trainer, pl_module, stage)
-        keep_structure(pl_module)
-        use_atomic_checkpoints(trainer)
-        if stage == "fit":
-            check_trainer(trainer, type(self).__name__, self.at_epoch, self.refine_at_epochs)
-
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check tables and budget before the first step, show what will be done, and go on with the random state."""
         check_optimizers(trainer, type(self).__name__)
-        check_folder(trainer, bool(self.refine_at_epochs))
-        # A folder of its own: no other run, and none that is resumed from the same checkpoint, writes there.
-        name = trainer.strategy.broadcast(uuid4().hex[:12])
-        self._folder = (run_folder(trainer) / "residuals" / name).absolute()
-        if trainer.local_rank == 0:
-            remove_abandoned(self._folder.parent)
+        self._folder = residual_folder(trainer, bool(self.refine_at_epochs))
         there = plan_of(pl_module).tables
         if self._compressed and not there:
             # The callback was used for another model before.
             self._start_anew()
-        by_others = any(callback._compressed for callback in _compressing(trainer) if callback is not self)
+        by_others = any(callback._compressed for callback in compressing(trainer) if callback is not self)
         if self._compressed:
             if not set(self.refine_at_epochs) <= set(self._refined):
                 check_residuals(pl_module, self._compressed, self.config, self._resumed_from)
@@ -283,12 +254,9 @@ class EmbeddingCompression(ScheduledCallback):
         tasks = plan(module, self.config, self.budget, self.tables, self.tie, is_preview=True)
         tables = [task.table for task in tasks]
         check_gradients(trainer, type(self).__name__, tables)
-        self._weighing.check(trainer, module, tables)
-        if len(_compressing(trainer)) > 1:
-            check_order([callback._turn(module) for callback in _compressing(trainer) if not callback._compressed])
-        given = self._weighing.known_counts(trainer, module, tables)
-        if given is not None:
-            check_counts(tasks, given)
+        self._weighing.check(trainer, module, tasks)
+        if len(compressing(trainer)) > 1:
+            check_order([callback._turn(module) for callback in compressing(trainer) if not callback._compressed])
         if self.keep_reference is not None and not trainer.ckpt_path:
             check_references(self.keep_reference, tables)
         show_tasks(tasks, self.budget, self._weighing.by_loss(module))
@@ -346,18 +314,14 @@ class EmbeddingCompression(ScheduledCallback):
                 "nothing was compressed"
             )
             return
-        last = [callback for callback in _compressing(trainer) if callback._compressed][-1]
+        last = [callback for callback in compressing(trainer) if callback._compressed][-1]
         if last is not self:
             # It measures for all.
             return
         self._perplexity["final"] = self._measure(trainer, pl_module, "final")
         values = self._merged(trainer)
-        write_run_report(trainer, pl_module, values)
-        steps = [("dense", values["dense"]), ("compressed", values["compressed"])]
-        steps += [(f"refined at epoch {entry['epoch']}", entry["value"]) for entry in values["refined"]]
-        steps.append(("final", values["final"]))
-        if shown := ", ".join(f"{name} {value:.2f}" for name, value in steps if value is not None):
-            rank_zero_info(f"Validation perplexity: {shown}")
+        self._write_report(trainer, pl_module, values)
+        show_perplexities(values)
 
     def _compress(self, trainer: Trainer, module: LightningModule, files: Files) -> None:
         # Layers that another callback has compressed before.
@@ -366,16 +330,16 @@ class EmbeddingCompression(ScheduledCallback):
             tables = find_tables(module, self.tables)
             paths = [path for table in tables for path in table.modules]
             counts = self._weighing.find_counts(trainer, module, tables)
-            self._perplexity["dense"] = self._measure(trainer, module, "dense")
+            self._perplexity["dense"] = dense = self._measure(trainer, module, "dense")
             statistics = self._weighing.find_statistics(trainer, module, paths, counts)
             with divided():
                 known = {"statistics": statistics, "token_counts": counts}
                 tasks = plan(module, self.config, self.budget, self.tables, self.tie, **known)
             if self.budget is not None and self.budget.is_searched:
-                solution = self._search(trainer, module, tasks, self.budget)
+                solution = search_in_training(trainer, module, tasks, self.budget, dense, self.monitor)
             else:
                 solution = solve(tasks, together=True)
-            solved = keep_tables(solution, trainer.current_epoch, files)
+            entries = keep_tables(solution, trainer.current_epoch, files)
             corrections = corrections_of(module, solution.tables, statistics)
         except BaseException:
             put_back(module, before)
@@ -386,7 +350,7 @@ class EmbeddingCompression(ScheduledCallback):
             replaced = {path: layer for path, layer in before.items() if path in chosen}
             replace_in_training(trainer, module, solution.tables, replaced)
             add_to_biases(module, corrections)
-            self._compressed = [table.entry for table in solved]
+            self._compressed = entries
             # Only a refinement reads them again.
             self._counts, self._statistics = (
                 (tasks[0].token_counts, statistics) if files.keeps_residual else (None,) * 2
@@ -394,23 +358,6 @@ class EmbeddingCompression(ScheduledCallback):
             self._unmeasured = "compressed"
             self._settings = settings_of(self.config, self.budget)
         self._measure_change(trainer, module)
-
-    def _search(self, trainer: Trainer, module: LightningModule, tasks: Tasks, budget: Budget) -> Solution:
-        dense = self._perplexity["dense"]
-        if dense is None or not math.isfinite(dense):
-            raise ValueError(
-                f"max_perplexity_increase={budget.max_perplexity_increase!r} needs the perplexity on the validation "
-                f"data, and that of the model as it is is {'not known' if dense is None else dense}: name a logged "
-                "loss in nats per token as monitor, or give another budget instead"
-            )
-
-        def perplexity(module: Any) -> float:
-            value = validation_perplexity(trainer, module, self.monitor, "Perplexity, compressed")
-            return math.inf if value is None else value
-
-        # Handlers of signals may save at once; Ctrl-C raises, and everything is put back.
-        held = partial(uninterrupted, also_by_ctrl_c=False)
-        return search(module, tasks, budget, dense, perplexity, together=True, guard=held)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
         statistics = self._statistics
@@ -421,13 +368,7 @@ class EmbeddingCompression(ScheduledCallback):
         tables = [(table.entry["modules"], table.factors) for table in solved]
         corrections = corrections_of(module, tables, statistics)
         with uninterrupted():
-            for table in solved:
-                if table.in_place_of is None:
-                    replace_in_training(trainer, module, [(table.entry["modules"], table.factors)])
-                    continue
-                # The optimizer goes on with the parameters it knows.
-                table.in_place_of.load_state_dict(table.factors.state_dict())
-                table.in_place_of.provenance = table.factors.provenance
+            put_refined(trainer, module, solved)
             add_to_biases(module, corrections)
             self._statistics = statistics if files.keeps_residual else None
             self._compressed = [table.entry for table in solved]
@@ -447,19 +388,12 @@ class EmbeddingCompression(ScheduledCallback):
             self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
         self._unmeasured = None
         show_and_log(trainer, module, f"{name.capitalize()} at epoch {trainer.current_epoch}")
-        write_run_report(trainer, module, self._merged(trainer))
-
-    def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:
-        value = validation_perplexity(trainer, module, self.monitor, f"Perplexity, {name}")
-        if value is not None:
-            log(trainer, {f"perplexity_{name}": value})
-        return value
+        self._write_report(trainer, module, self._merged(trainer))
 
     def _merged(self, trainer: Trainer) -> dict[str, Any]:
-        return merged_perplexity([callback._perplexity for callback in _compressing(trainer) if callback._compressed])
+        return merged_perplexity([callback._perplexity for callback in compressing(trainer) if callback._compressed])
 
 
-def _compressing(trainer: Trainer) -> list[EmbeddingCompression]:
+def compressing(trainer: Trainer) -> list[EmbeddingCompression]:
     """All callbacks that compress tables, in the order in which they do."""
-    found = [callback for callback in trainer.callbacks if isinstance(callback, EmbeddingCompression)]  # type: ignore[attr-defined]
-    return sorted(found, key=lambda callback: callback.at_epoch)
+    return [callback for callback in scheduled(trainer) if isinstance(callback, EmbeddingCompression)]

@@ -10,15 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_embcompress.callbacks.checks import check_optimizers, check_trainer, is_fast_dev_run
-from lightning_embcompress.callbacks.compression import EmbeddingCompression
-from lightning_embcompress.callbacks.evaluation import validation_perplexity
+from lightning_embcompress.callbacks.checks import check_optimizers, is_fast_dev_run
+from lightning_embcompress.callbacks.compression import compressing
 from lightning_embcompress.callbacks.replacing import changing_in_training, rewrap, uninterrupted
-from lightning_embcompress.callbacks.reporting import log, show_and_log, write_run_report
+from lightning_embcompress.callbacks.reporting import log, show_and_log, show_perplexities, unmeasured
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
 from lightning_embcompress.compression.backbone import backbone_of, freeze_backbone_ranges
-from lightning_embcompress.integrations.checkpoint import keep_structure
-from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.layers.sizes import compressed_tables
 from lightning_embcompress.methods.quantizers.quantization import storage_of
 from lightning_embcompress.methods.registry import Quantization
@@ -82,24 +79,20 @@ class QuantizationAware(ScheduledCallback):
         monitor: str | None = None,
     ) -> None:
         """Check what can be checked without a model."""
-        super().__init__()
+        super().__init__(at_epoch, monitor)
         self.quantization = Quantization(_width(bits), group_size, scale_dtype, ranges)
         if backbone is not None:
             storage_of(backbone, self.quantization)
         elif not tables:
             raise ValueError("there is nothing to quantize: tables is empty, and backbone is None")
-        if at_epoch < 0:
-            raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
         if freeze_observers_at is not None and freeze_observers_at < at_epoch:
             raise ValueError(
                 f"freeze_observers_at={freeze_observers_at} comes before at_epoch={at_epoch}: there are no ranges to "
                 "freeze before quantization begins"
             )
-        self.at_epoch = at_epoch
         self.tables = tables
         self.backbone = backbone
         self.freeze_observers_at = freeze_observers_at
-        self.monitor = monitor
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -139,12 +132,9 @@ class QuantizationAware(ScheduledCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
+        """Refuse what cannot work with this Trainer."""
         super().setup(trainer, pl_module, stage)
-        keep_structure(pl_module)
-        use_atomic_checkpoints(trainer)
         if stage == "fit":
-            check_trainer(trainer, type(self).__name__, self.at_epoch, [])
             freeze = self.freeze_observers_at
             limit = trainer.max_epochs
             if freeze is not None and limit not in (None, -1) and freeze >= limit and not is_fast_dev_run(trainer):
@@ -191,7 +181,7 @@ class QuantizationAware(ScheduledCallback):
         return own == self._state["prepared"] and (self.backbone is None or backbone is not None)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
-        if all(callback._compressed for callback in _compressing(trainer)):
+        if all(callback._compressed for callback in compressing(trainer)):
             plan_qat(module, self.quantization, self.tables, self.backbone)
             return
         # Tables that are compressed first are dense now; what is there already can be checked.
@@ -267,20 +257,14 @@ class QuantizationAware(ScheduledCallback):
         whole = report["model"]
         _say("The whole model", whole, f"; validation perplexity {before:.2f} before, {after:.2f} now" if known else "")
         log(trainer, {"converted_bytes": whole["stored_bytes"], "converted_ratio": whole["ratio"]})
-        write_run_report(trainer, module, self._perplexities(trainer))
-
-    def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> float | None:
-        value = validation_perplexity(trainer, module, self.monitor, f"Perplexity, {name}")
-        if value is not None:
-            log(trainer, {f"perplexity_{name.replace(' ', '_')}": value})
-        return value
+        self._write_report(trainer, module, self._perplexities(trainer))
 
     def _perplexities(self, trainer: Trainer, final: float | None = None) -> dict[str, Any]:
         """The perplexities of a run for `report.json`, of those that compress too."""
-        done = [callback for callback in _compressing(trainer) if callback._compressed]
+        done = [callback for callback in compressing(trainer) if callback._compressed]
         if done:
             return done[-1]._merged(trainer)
-        return {"dense": None, "compressed": None, "refined": [], "final": final, "split": "validation"}
+        return {**unmeasured(), "final": final}
 
     @override
     def report_entries(self, module: LightningModule) -> dict[str, Any]:
@@ -297,11 +281,11 @@ class QuantizationAware(ScheduledCallback):
                 f"training ended at epoch {trainer.current_epoch}, before at_epoch={self.at_epoch}: "
                 "nothing was quantized"
             )
-        elif not any(callback._compressed for callback in _compressing(trainer)):
+        elif not any(callback._compressed for callback in compressing(trainer)):
             final = self._measure(trainer, pl_module, "final")
-            write_run_report(trainer, pl_module, self._perplexities(trainer, final))
-            if final is not None:
-                rank_zero_info(f"Validation perplexity: final {final:.2f}")
+            values = self._perplexities(trainer, final)
+            self._write_report(trainer, pl_module, values)
+            show_perplexities(values)
 
 
 def _width(bits: str | int) -> int:
@@ -316,12 +300,8 @@ def _say(what: str, entry: dict[str, Any], more: str = "") -> None:
     rank_zero_info(f"{what}: {size:.3f} MB once converted, {ratio:.2f}x less than dense{more}")
 
 
-def _compressing(trainer: Trainer) -> list[EmbeddingCompression]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, EmbeddingCompression)]  # type: ignore[attr-defined]
-
-
 def _check_order(trainer: Trainer, own: QuantizationAware) -> None:
-    for callback in _compressing(trainer):
+    for callback in compressing(trainer):
         last = max([callback.at_epoch, *callback.refine_at_epochs])
         if last > own.at_epoch:
             what = "refines" if last > callback.at_epoch else "compresses"

@@ -6,20 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_embcompress.callbacks.checks import is_fast_dev_run
-from lightning_embcompress.callbacks.scheduled import ScheduledCallback
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import show_plan, write_report
 from lightning_embcompress.layers.sizes import model_bytes
+from lightning_embcompress.utils.files import remove_abandoned
+
+# Of every table.
+_LOGGED = ("ratio", "bits_per_weight", "weighted_error", "predicted_loss")
 
 
-def run_folder(trainer: Trainer) -> Path:
-    """Where the run writes. All processes have to ask: under DDP it is the folder of the first."""
-    return Path(_folder_name(trainer))
+def unmeasured() -> dict[str, Any]:
+    """The perplexities of a run for `report.json`, before the first is measured."""
+    return {"dense": None, "compressed": None, "refined": [], "final": None, "split": "validation"}
 
 
 def _folder_name(trainer: Trainer) -> str:
@@ -27,7 +31,9 @@ def _folder_name(trainer: Trainer) -> str:
     return str(trainer.log_dir or trainer.default_root_dir)
 
 
-def write_run_report(trainer: Trainer, module: LightningModule, perplexity: Mapping[str, Any]) -> None:
+def write_run_report(
+    trainer: Trainer, module: LightningModule, perplexity: Mapping[str, Any], entries: Mapping[str, Any]
+) -> None:
     """Write `report.json` into the run's folder, if that is one; all processes have to call it.
 
     Checkpoints hold what stands in it: what hinders it is a warning, and training goes on.
@@ -40,25 +46,23 @@ def write_run_report(trainer: Trainer, module: LightningModule, perplexity: Mapp
     if "://" in folder:
         rank_zero_warn(f"report.json is not written: {folder!r} is no folder of this machine")
         return
-    extra: dict[str, Any] = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ScheduledCallback):
-            extra |= callback.report_entries(module)
     try:
-        write_report(Path(folder) / "report.json", module, perplexity, extra)
+        write_report(Path(folder) / "report.json", module, perplexity, entries)
     except OSError as error:
         rank_zero_warn(str(error))
 
 
-def check_folder(trainer: Trainer, is_refined: bool) -> None:
-    """Refuse a folder that is not in a file system, where residuals could not be mapped into memory.
+def residual_folder(trainer: Trainer, is_refined: bool) -> Path:
+    """A folder in that of the run, where residuals can be kept; all processes have to ask.
+
+    No other run, and none that is resumed from the same checkpoint, writes there.
 
     Args:
         trainer: The Trainer.
         is_refined: Whether there will be residuals.
 
     Raises:
-        ValueError: Naming the folder and the remedy.
+        ValueError: If the run's folder is not in a file system, where they could be mapped into memory.
     """
     folder = _folder_name(trainer)
     if is_refined and "://" in folder:
@@ -67,6 +71,10 @@ def check_folder(trainer: Trainer, is_refined: bool) -> None:
             "folder of this machine: name a local one, as in Trainer(default_root_dir=...) or the logger's save_dir; "
             "checkpoints may go elsewhere, by the dirpath of ModelCheckpoint"
         )
+    found = (Path(folder) / "residuals" / trainer.strategy.broadcast(uuid4().hex[:12])).absolute()
+    if trainer.local_rank == 0:
+        remove_abandoned(found.parent)
+    return found
 
 
 def log(trainer: Trainer, values: Mapping[str, float]) -> None:
@@ -84,12 +92,8 @@ def show_and_log(trainer: Trainer, module: LightningModule, title: str) -> None:
     if plan.bits_per_weight is not None:
         values["tables_bits_per_weight"] = plan.bits_per_weight
     for table in plan.tables:
-        values[f"{table.name}/ratio"] = table.ratio
-        values[f"{table.name}/bits_per_weight"] = table.bits_per_weight
-        if table.weighted_error is not None:
-            values[f"{table.name}/weighted_error"] = table.weighted_error
-        if table.predicted_loss is not None:
-            values[f"{table.name}/predicted_loss"] = table.predicted_loss
+        known = {name: getattr(table, name) for name in _LOGGED}
+        values |= {f"{table.name}/{name}": value for name, value in known.items() if value is not None}
     log(trainer, values)
 
 
@@ -125,3 +129,12 @@ def merged_perplexity(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         merged["refined"] = [*merged["refined"], *later["refined"]]
         merged["final"] = merged["final"] if later["final"] is None else later["final"]
     return merged
+
+
+def show_perplexities(measured: Mapping[str, Any]) -> None:
+    """Say what the perplexity was after every step of a run."""
+    steps = [("dense", measured["dense"]), ("compressed", measured["compressed"])]
+    steps += [(f"refined at epoch {entry['epoch']}", entry["value"]) for entry in measured["refined"]]
+    steps.append(("final", measured["final"]))
+    if shown := ", ".join(f"{name} {value:.2f}" for name, value in steps if value is not None):
+        rank_zero_info(f"Validation perplexity: {shown}")

@@ -1,4 +1,8 @@
-"""Solving the tables of a model in training, with what has to be on the disk before the model is changed.
+"""Solving the tables of a model in training: within a limit, or again, with what has to be on the disk for that.
+
+After compression every row lies in the span of its own block, so refining the factors alone would change nothing.
+Refinement therefore aims at `T = Ŵ_now + R`: the table as training has moved it since, with the residual
+`R = W − Ŵ` of its last decomposition put back.
 
 What a callback keeps of every table that it has compressed is an entry, primitives only: `modules`, `max_bytes`,
 `untied`, and where the residual is (`residual`, `checksum`; None where none was kept).
@@ -6,26 +10,36 @@ What a callback keeps of every table that it has compressed is an entry, primiti
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.callbacks.residual import find_table, open_table, places_of, write_residual, write_target
+from lightning_embcompress.callbacks.evaluation import validation_perplexity
+from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
+from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.reference import write_reference
+from lightning_embcompress.compression.search import search
 from lightning_embcompress.compression.solution import Solution, solve
-from lightning_embcompress.compression.tasks import Task
+from lightning_embcompress.compression.tasks import Task, Tasks
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import Factorization, get_method
 from lightning_embcompress.tables.replacement import Table, check_finite
 from lightning_embcompress.utils.division import failing_together
+from lightning_embcompress.utils.files import explaining_failure, replacing
 from lightning_embcompress.utils.random_state import gather_over_processes
 
 
@@ -49,8 +63,8 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Solved:
-    """Factors that are not in the model yet.
+class Refined:
+    """A table that was solved again; the model has its former factors yet.
 
     Attributes:
         entry: What is to be kept of the table.
@@ -63,15 +77,50 @@ class Solved:
     in_place_of: Factorization[Any] | None = None
 
 
-def keep_tables(solution: Solution, epoch: int, files: Files) -> list[Solved]:
+def search_in_training(
+    trainer: Trainer, module: LightningModule, tasks: Tasks, budget: Budget, dense: float | None, monitor: str | None
+) -> Solution:
+    """Find the smallest tables within the growth of the perplexity that a budget allows; the model is not changed.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        module: Its module.
+        tasks: The tables, with what each is worth.
+        budget: With the limit.
+        dense: Perplexity of the model as it is; None if it is not known.
+        monitor: Name of the loss to measure it by, see `validation_perplexity`.
+
+    Raises:
+        ValueError: If the perplexity is not known, or no size is within the limit.
+    """
+    if dense is None or not math.isfinite(dense):
+        raise ValueError(
+            f"max_perplexity_increase={budget.max_perplexity_increase!r} needs the perplexity on the validation "
+            f"data, and that of the model as it is is {'not known' if dense is None else dense}: name a logged "
+            "loss in nats per token as monitor, or give another budget instead"
+        )
+
+    def perplexity(module: Any) -> float:
+        value = validation_perplexity(trainer, module, monitor, "Perplexity, compressed")
+        return math.inf if value is None else value
+
+    # Handlers of signals may save at once; Ctrl-C raises, and everything is put back.
+    held = partial(uninterrupted, also_by_ctrl_c=False)
+    return search(module, tasks, budget, dense, perplexity, together=True, guard=held)
+
+
+def keep_tables(solution: Solution, epoch: int, files: Files) -> list[dict[str, Any]]:
     """Keep on the disk what will be needed of tables that are solved; the model is not changed.
 
     Args:
         solution: What was found.
         epoch: Of the compression.
         files: Where residuals and references go.
+
+    Returns:
+        One entry a table.
     """
-    solved = []
+    entries = []
     for task, factors in zip(solution.tasks, solution.factors, strict=True):
         table = task.table
         entry: dict[str, Any] = {"modules": list(table.modules), "max_bytes": task.max_bytes}
@@ -81,8 +130,8 @@ def keep_tables(solution: Solution, epoch: int, files: Files) -> list[Solved]:
         with failing_together():
             if files.reference is not None and files.writes:
                 write_reference(files.reference, table.name, table.weight)
-        solved.append(Solved(entry, factors))
-    return solved
+        entries.append(entry)
+    return entries
 
 
 def solve_again(
@@ -93,7 +142,7 @@ def solve_again(
     epoch: int,
     files: Files,
     statistics: Statistics | None = None,
-) -> list[Solved]:
+) -> list[Refined]:
     """Refine tables for what they are now with their residuals put back; the model is not changed.
 
     Args:
@@ -112,10 +161,10 @@ def solve_again(
             # Not the name of a residual: one of this epoch may be there, which a later checkpoint needs.
             path = files.folder / f"{entry['modules'][0]}-epoch{epoch}.target"
             with failing_together():
-                residual = open_table(_places(entry, files.resumed_from), own, entry["checksum"])
+                residual = open_table(_find_residual(entry, own, files.resumed_from), own)
                 if files.writes:
                     stack.callback(path.unlink, missing_ok=True)
-                    write_target(path, residual, own)
+                    write_table(path, residual, own, sign=1)
             # Written by this process, or by one that it has waited for.
             with failing_together():
                 table = Table(tuple(entry["modules"]), open_table(path, own))
@@ -134,8 +183,19 @@ def solve_again(
             kept = {"residual": None, "checksum": None}
             if files.keeps_residual:
                 kept = _keep_residual(task.table, factors, epoch, files)
-            solved.append(Solved({**entry, **kept}, factors, own if factors is task.start else None))
+            solved.append(Refined({**entry, **kept}, factors, own if factors is task.start else None))
         return solved
+
+
+def put_refined(trainer: Trainer, module: LightningModule, tables: Sequence[Refined]) -> None:
+    """Put what was found for tables in the place of their factors."""
+    for table in tables:
+        if table.in_place_of is None:
+            replace_in_training(trainer, module, [(table.entry["modules"], table.factors)])
+        else:
+            # The optimizer goes on with the parameters it knows.
+            table.in_place_of.load_state_dict(table.factors.state_dict())
+            table.in_place_of.provenance = table.factors.provenance
 
 
 def check_residuals(
@@ -160,7 +220,7 @@ def check_residuals(
                     f"table {entry['modules'][0]!r} was compressed by {method!r} and cannot be refined by "
                     f"{config.method!r}: use a callback of method {method!r}, or resume without refine_at_epochs"
                 )
-            entry["residual"] = str(find_table(_places(entry, resumed_from), own, entry["checksum"]))
+            entry["residual"] = str(_find_residual(entry, own, resumed_from))
 
 
 def factorization_of(module: nn.Module, entry: Mapping[str, Any]) -> Factorization[Any]:
@@ -183,13 +243,51 @@ def factorization_of(module: nn.Module, entry: Mapping[str, Any]) -> Factorizati
     return layer.factorization
 
 
-def _places(entry: Mapping[str, Any], resumed_from: str | None) -> list[Path]:
+def _find_residual(entry: Mapping[str, Any], factorization: Factorization[Any], resumed_from: str | None) -> Path:
+    """Find the residual of a table where it was written or, if its folder was moved, around the checkpoint.
+
+    A run that was resumed has checkpoints in `lightning_logs/version_1/checkpoints` that need what was written to
+    `lightning_logs/version_0/residuals`.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If none was kept, its size is not that of the table, or its checksum is another.
+    """
     if entry["residual"] is None:
         raise ValueError(
             f"no residual of table {entry['modules'][0]!r} was kept, because no refinement was planned after the last "
             "one: resume with the refine_at_epochs that the run had, or use keep_reference in the first place"
         )
-    return places_of(Path(entry["residual"]), resumed_from)
+    path = Path(entry["residual"])
+    folders = list(Path(resumed_from).absolute().parents)[:4] if resumed_from else []
+    ends = [Path(*path.parts[-count:]) for count in (3, 4, 5)]
+    vocab_size, dim = factorization.vocab_size, factorization.dim
+    size = vocab_size * dim * factorization.dtype.itemsize
+    checksums = entry["checksum"]
+    # A number alone: of older checkpoints.
+    known = [checksums] if isinstance(checksums, int) else checksums
+    problems = []
+    for place in dict.fromkeys([path, *(folder / end for end in ends for folder in folders)]):
+        if not place.is_file():
+            continue
+        if place.stat().st_size != size:
+            problems.append(
+                f"the residual {str(place)!r} is damaged: a table of {vocab_size} x {dim} takes {size} bytes, the "
+                f"file has {place.stat().st_size}"
+            )
+        elif known is not None and _checksum(place) not in known:
+            problems.append(
+                f"the residual {str(place)!r} is not the one that was written for this checkpoint: it is damaged, or "
+                "another run wrote to the same folder. Put it back, or resume without refine_at_epochs"
+            )
+        else:
+            return place
+    if problems:
+        raise ValueError(problems[0])
+    raise FileNotFoundError(
+        f"the residual {str(path)!r} is missing: it was written when the table was compressed, and refinement "
+        "needs it. Put it back, or resume without refine_at_epochs"
+    )
 
 
 def _keep_residual(table: Table, factors: Factorization[Any], epoch: int, files: Files) -> dict[str, Any]:
@@ -197,7 +295,49 @@ def _keep_residual(table: Table, factors: Factorization[Any], epoch: int, files:
     checksum = None
     with failing_together():
         if files.writes:
-            checksum = write_residual(path, table.weight, factors)
+            checksum = write_table(path, table.weight, factors, sign=-1)
     # Of every machine its own: the same values may be rounded otherwise there.
     checksums = {found for found in gather_over_processes(checksum) if found is not None}
     return {"residual": str(path), "checksum": sorted(checksums)}
+
+
+def open_table(path: Path, factorization: Factorization[Any]) -> Tensor:
+    """Map a file that `write_table` wrote into memory: `[vocab_size, dim]` in the dtype of the factors."""
+    shape = (factorization.vocab_size, factorization.dim)
+    return torch.from_file(str(path), size=shape[0] * shape[1], dtype=factorization.dtype).view(shape)
+
+
+@torch.no_grad()
+def write_table(path: Path, base: Tensor, factorization: Factorization[Any], sign: int) -> int:
+    """Write the residual `W − Ŵ` of a table, or the target `Ŵ + R` of a refinement, chunk by chunk in its dtype.
+
+    Args:
+        path: A file that was there is replaced in one step.
+        base: `W` or `R`, `[vocab_size, dim]`.
+        factorization: Of `Ŵ`.
+        sign: -1 for the residual, 1 for the target.
+
+    Returns:
+        The checksum by which the file is known again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = factorization.device
+    checksum = 0
+    with explaining_failure(path), replacing(path) as temporary, temporary.open("wb") as file:
+        for chunk in row_chunks(factorization.vocab_size, factorization.dim):
+            rows = factorization.rows(torch.arange(chunk.start, chunk.stop, device=device))
+            values = base[chunk].to(device).float() if rows.dtype.itemsize < 4 else base[chunk].to(device)
+            values = (values + sign * rows).to(rows.dtype).cpu().contiguous()
+            # By bytes: numpy has no bfloat16.
+            data = values.view(torch.uint8).numpy().tobytes()
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+    return checksum
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value

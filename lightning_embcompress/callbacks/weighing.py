@@ -20,6 +20,7 @@ from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
 from lightning_embcompress.callbacks.evaluation import stream_token_counts
 from lightning_embcompress.compression.budget import Budget
+from lightning_embcompress.compression.tasks import Task, check_counts
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.tables.replacement import Table
@@ -111,19 +112,22 @@ class Weighing:
         """The statistics that were given, read from their file when they are first asked for."""
         return Statistics.load(self.statistics) if isinstance(self.statistics, str | Path) else self.statistics
 
-    def check(self, trainer: Trainer, module: LightningModule, tables: Sequence[Table]) -> None:
+    def check(self, trainer: Trainer, module: LightningModule, tasks: Sequence[Task]) -> None:
         """Check that errors can be weighed as it is asked for, and say by what they will be.
 
         Args:
             trainer: The Trainer that is fitting.
             module: Its module.
-            tables: What is to be compressed.
+            tasks: What is to be compressed.
 
         Raises:
             FileNotFoundError: If there is no file with statistics.
-            ValueError: If statistics are damaged, or of another model or vocabulary, or cannot be had, or the
-                perplexity cannot be measured.
+            ValueError: If statistics or token counts are damaged, or of another model or vocabulary, or cannot be had,
+                or the perplexity cannot be measured.
         """
+        tables = [task.table for task in tasks]
+        if (counts := self.known_counts(trainer, module, tables)) is not None:
+            check_counts(tasks, counts)
         if not self.by_loss(module):
             if self.config.uses_metric:
                 why = f"errors are weighed by the frequency of tokens alone, because {self._hindrance(module)}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +13,10 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_embcompress import EmbeddingCompression
-from lightning_embcompress.callbacks.optimizer import splice
-from lightning_embcompress.callbacks.residual import open_table, write_residual, write_target
+from lightning_embcompress.callbacks.solving import open_table, write_table
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import BlockLowRank, GroupReduceConfig, LowRank
-from lightning_embcompress.tables.replacement import replace_table
+from toys import DIM, VOCAB_SIZE, loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
 COUNTS = torch.arange(150, 0, -1) ** 2
@@ -64,16 +63,12 @@ def _error(table: Tensor, target: Tensor, weights: Tensor) -> float:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_it_moves_towards_what_was_left_out(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, method: str, tied: bool
-) -> None:
+def test_it_moves_towards_what_was_left_out(make_trainer: MakeTrainer, method: str, tied: bool) -> None:
     before, after = Note(), Note()
     # Rows are weighted by counts alone: the best there is is known then.
     arguments = {"token_counts": COUNTS, "statistics_batches": 0, **METHODS[method]}
     callback = EmbeddingCompression(method, at_epoch=1, refine_at_epochs=[2, 3], **arguments)
-    make_trainer(before, callback, after, max_epochs=4).fit(
-        foreign.model("tied" if tied else "untied"), **foreign.loaders()
-    )
+    make_trainer(before, callback, after, max_epochs=4).fit(model_of("tied" if tied else "untied"), **loaders_of())
     weights = torch.ones(150).double() if method == "low_rank" else COUNTS.double()
     for name in ("encoder", "decoder"):
         residual = before.tables[1][name] - after.tables[1][name]
@@ -94,11 +89,11 @@ def test_it_moves_towards_what_was_left_out(
             residual = target - solved
 
 
-def test_in_place_it_keeps_parameters_and_their_state(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_in_place_it_keeps_parameters_and_their_state(make_trainer: MakeTrainer) -> None:
     before, after = Note(), Note()
     callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, refine_at_epochs=[2])
     trainer = make_trainer(before, callback, after)
-    trainer.fit(foreign.model(), **foreign.loaders())
+    trainer.fit(model_of(), **loaders_of())
     assert before.parameters[1] != after.parameters[1]
     assert before.parameters[2] == after.parameters[2]
     torch.testing.assert_close(after.states[2], before.states[2], rtol=0, atol=0)
@@ -108,17 +103,15 @@ def test_in_place_it_keeps_parameters_and_their_state(foreign: SimpleNamespace, 
     assert "unknown" not in after.states[1]
 
 
-def test_changed_shapes_are_spliced(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_shapes_are_spliced(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(self: LowRank, target: Tensor, max_bytes: int, *_: Any) -> LowRank:
         return LowRank.decompose(target, max_bytes // 2)
 
     monkeypatch.setattr(LowRank, "refined", other)
     after = Note()
     callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=0, refine_at_epochs=[1])
-    trainer, model = make_trainer(callback, after), foreign.model("tied")
-    trainer.fit(model, **foreign.loaders())
+    trainer, model = make_trainer(callback, after), model_of("tied")
+    trainer.fit(model, **loaders_of())
     optimized = trainer.optimizers[0].param_groups[0]["params"]
     assert [id(parameter) for parameter in optimized] == [id(parameter) for parameter in model.parameters()]
     assert set(map(id, trainer.optimizers[0].state)) == set(map(id, optimized))
@@ -144,9 +137,7 @@ def _harm(path: Path, how: str) -> None:
         ("overwritten", r"decoder-epoch1.bin' is not the one that was written for this checkpoint"),
     ],
 )
-def test_a_residual_that_cannot_be_read(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, how: str, message: str
-) -> None:
+def test_a_residual_that_cannot_be_read(make_trainer: MakeTrainer, tmp_path: Path, how: str, message: str) -> None:
     class Harm(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
             if trainer.current_epoch == 2:
@@ -154,37 +145,35 @@ def test_a_residual_that_cannot_be_read(
                 _harm(path, how)
                 self.tables = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
-    harm, model = Harm(), foreign.model()
+    harm, model = Harm(), model_of()
     callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, refine_at_epochs=[2])
     with pytest.raises((FileNotFoundError, ValueError), match=message):
-        make_trainer(harm, callback).fit(model, **foreign.loaders())
+        make_trainer(harm, callback).fit(model, **loaders_of())
     torch.testing.assert_close(dict(model.state_dict()), harm.tables, rtol=0, atol=0)
 
 
-def test_factors_that_diverged_are_refused_before_any_table_is_changed(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer
-) -> None:
+def test_factors_that_diverged_are_refused_before_any_table_is_changed(make_trainer: MakeTrainer) -> None:
     class Diverge(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
             if trainer.current_epoch == 2:
                 pl_module.decoder.factorization.coefficients.data[4] = torch.nan
                 self.encoder = pl_module.encoder.factorization.materialize()
 
-    diverge, model = Diverge(), foreign.model()
+    diverge, model = Diverge(), model_of()
     callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, refine_at_epochs=[2])
     with pytest.raises(ValueError, match=r"table 'decoder' has NaN or infinite values in 1 .*\(rows 4\)"):
-        make_trainer(diverge, callback).fit(model, **foreign.loaders())
+        make_trainer(diverge, callback).fit(model, **loaders_of())
     assert torch.equal(model.encoder.factorization.materialize(), diverge.encoder)
 
 
-def test_a_layer_that_other_code_replaced(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_a_layer_that_other_code_replaced(make_trainer: MakeTrainer) -> None:
     class Replace(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-            pl_module.decoder = nn.Linear(foreign.dim, foreign.vocab_size)
+            pl_module.decoder = nn.Linear(DIM, VOCAB_SIZE)
 
     callback = EmbeddingCompression("low_rank", ratio=2, refine_at_epochs=[1])
     with pytest.raises(ValueError, match=r"table 'decoder' was compressed, but is a Linear now"):
-        make_trainer(Replace(), callback).fit(foreign.model(), **foreign.loaders())
+        make_trainer(Replace(), callback).fit(model_of(), **loaders_of())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -192,35 +181,14 @@ def test_residual_files(tmp_path: Path, dtype: torch.dtype) -> None:
     table = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     factors = BlockLowRank.decompose(table, table.nbytes // 2 + 600, None, GroupReduceConfig(groups=2))
     path = tmp_path / "made" / "table.bin"
-    checksum = write_residual(path, table, factors)
-    residual = open_table(path, factors, checksum)
+    checksum = write_table(path, table, factors, sign=-1)
+    residual = open_table(path, factors)
+    assert checksum == zlib.crc32(path.read_bytes())
     assert residual.dtype == dtype
     assert path.stat().st_size == table.nbytes
     torch.testing.assert_close(residual, (table.double() - factors.materialize().double()).to(dtype))
-    write_target(tmp_path / "target.bin", residual, factors)
+    write_table(tmp_path / "target.bin", residual, factors, sign=1)
     target = open_table(tmp_path / "target.bin", factors)
     rounding = 2 * torch.finfo(dtype).eps * table.abs().max().item()
     torch.testing.assert_close(target, table, rtol=0, atol=rounding)
     assert [file.name for file in path.parent.iterdir()] == ["table.bin"]
-
-
-def test_splice_keeps_groups_and_their_order() -> None:
-    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 50))
-    plain = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    biases = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": plain}, {"params": biases, "weight_decay": 0.0}], lr=0.1)
-    untouched = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    model(torch.tensor([1, 2])).sum().backward()
-    optimizer.step()
-    groups = [group["params"] for group in optimizer.param_groups]
-    old = {"2": model[2], "0": model[0]}
-    for path in old:
-        replace_table(model, [path], LowRank(50, 8, 3))
-    assert splice([untouched, optimizer], model, old) == ["2", "0"]
-    # The same lists, for some optimizers keep references to them.
-    assert groups[0] is optimizer.param_groups[0]["params"]
-    expected = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    assert list(map(id, groups[0])) == list(map(id, expected))
-    assert list(map(id, groups[1])) == list(map(id, biases))
-    assert len(optimizer.state) == 3
-    assert len(untouched.param_groups[0]["params"]) == 2
