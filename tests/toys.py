@@ -6,16 +6,19 @@ second, is the same for the same `seed`, and takes the sizes it should have.
 
 from __future__ import annotations
 
+import random
 from collections import UserList
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Metric
 
 VOCAB_SIZE, DIM = 150, 16
 
@@ -176,6 +179,53 @@ class LanguageModel(LightningModule):
         return self.optimizer(self)
 
 
+class HeadOnly(LanguageModel):
+    """Gets features `[batch_size, DIM]`, predicts ids."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**changes)
+        del self.encoder, self.mix
+        self.norm = nn.BatchNorm1d(DIM)
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        return self.norm(inputs)
+
+
+class EmbeddingOnly(LanguageModel):
+    """Gets ids, predicts one of four classes."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**changes)
+        del self.mix
+        self.decoder = nn.Linear(DIM, 4)
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        return self.encoder(input=inputs).mean(dim=1)
+
+
+def model_of(kind: str = "untied", **changes: Any) -> LanguageModel:
+    """A model with dropout of two tables, a `tied` one, a `head` or an `embedding`, and the random state of seed 0."""
+    seed_everything(0, verbose=False)
+    changes = {"dropout": 0.1, **changes}
+    if kind in ("untied", "tied"):
+        return LanguageModel(tied=kind == "tied", **changes)
+    return {"head": HeadOnly, "embedding": EmbeddingOnly}[kind](**changes)
+
+
+def dataset_of(kind: str = "untied") -> TensorDataset:
+    """The data that `model_of` learns."""
+    inputs, targets = dataset().tensors
+    if kind == "head":
+        features = torch.randn(VOCAB_SIZE, DIM, generator=torch.Generator().manual_seed(1))[inputs.flatten()]
+        return TensorDataset(features, targets.flatten())
+    return TensorDataset(inputs, inputs[:, 0] % 4 if kind == "embedding" else targets)
+
+
+def loaders_of(kind: str = "untied", **changes: Any) -> dict[str, Any]:
+    """Arguments of `Trainer.fit` for `model_of`, in batches of 8, or of 12 for a head."""
+    return loaders(dataset_of(kind), batch_size=12 if kind == "head" else 8, **changes)
+
+
 class Recorder(LightningModule):
     """Keeps the batches it sees in `trained` and `evaluated`, and has one weight to train."""
 
@@ -233,6 +283,35 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.values.append(float(outputs["loss"]))
+
+
+class Notes(Callback):
+    """Comes after others: notes what work within hooks could have changed, at the start of epochs and after steps."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+        self.names: list[Any] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        metrics = [part for part in pl_module.modules() if isinstance(part, Metric)]
+        self.notes.append(
+            [
+                [part.training for part in pl_module.modules()],
+                [parameter.requires_grad for parameter in pl_module.parameters()],
+                [None if parameter.grad is None else parameter.grad.clone() for parameter in pl_module.parameters()],
+                [value.clone() for value in (*pl_module.parameters(), *pl_module.buffers())],
+                [{name: torch.as_tensor(getattr(one, name)).clone() for name in one._defaults} for one in metrics],
+                [one._update_count for one in metrics],
+                torch.get_rng_state(),
+                torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore[index,union-attr]
+                random.getstate()[1],
+                (trainer.training, len(trainer.callback_metrics)),
+            ]
+        )
+        self.names.append(([type(logger).__name__ for logger in trainer.loggers], sorted(vars(pl_module))))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.notes.append([value.clone() for value in pl_module.state_dict().values()])
 
 
 class InMemory(Logger):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 
 from lightning_embcompress import EmbeddingCompression, compress
+from toys import loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -44,37 +44,33 @@ def _lbfgs(module: Any) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("other", [Unfreeze(), BackboneFinetuning()])
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_finetuning_callbacks_are_refused(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, other: Callback, ours_first: bool
-) -> None:
+def test_finetuning_callbacks_are_refused(make_trainer: MakeTrainer, other: Callback, ours_first: bool) -> None:
     steps, ours = Steps(), EmbeddingCompression("low_rank", ratio=2)
-    model = foreign.model()
+    model = model_of()
     model.backbone = model.mix
-    model.optimizers_of = _trained_only
+    model.optimizer = _trained_only
     callbacks = [ours, other] if ours_first else [other, ours]
     message = f"^{type(other).__name__} keeps the names of parameters.*by hand, or compress.*instead of by Embedding"
     with pytest.raises(ValueError, match=message):
-        make_trainer(*callbacks, steps).fit(model, **foreign.loaders())
+        make_trainer(*callbacks, steps).fit(model, **loaders_of())
     assert steps.count == 0
 
 
-def test_lbfgs_is_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    steps, model = Steps(), foreign.model()
-    model.optimizers_of = _lbfgs
+def test_lbfgs_is_refused(make_trainer: MakeTrainer) -> None:
+    steps, model = Steps(), model_of()
+    model.optimizer = _lbfgs
     with pytest.raises(ValueError, match="^LBFGS keeps its history.*another optimizer, such as Adam, or compress"):
-        make_trainer(EmbeddingCompression("low_rank", ratio=2), steps).fit(model, **foreign.loaders())
+        make_trainer(EmbeddingCompression("low_rank", ratio=2), steps).fit(model, **loaders_of())
     assert steps.count == 0
 
 
 @pytest.mark.parametrize("optimizers_of", [_trained_only, _lbfgs])
-def test_both_work_with_a_model_that_is_compressed_before(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, optimizers_of: Any
-) -> None:
-    model = foreign.model()
+def test_both_work_with_a_model_that_is_compressed_before(make_trainer: MakeTrainer, optimizers_of: Any) -> None:
+    model = model_of()
     compress(model, "low_rank", ratio=2)
-    model.optimizers_of = optimizers_of
+    model.optimizer = optimizers_of
     others = [Unfreeze()] if optimizers_of is _trained_only else []
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    make_trainer(*others, max_epochs=2).fit(model, **foreign.loaders())
+    make_trainer(*others, max_epochs=2).fit(model, **loaders_of())
     moved = [not torch.equal(before[name], parameter) for name, parameter in model.named_parameters()]
     assert all(moved)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from lightning_embcompress.callbacks.collecting import collect_in_training
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
+from toys import DIM, VOCAB_SIZE, LanguageModel, Notes, dataset_of, loaders_of, model_of, token_ids
 
 MakeTrainer = Callable[..., Trainer]
 WORKER = Path(__file__).parent / "workers" / "collect.py"
@@ -38,32 +38,6 @@ class Collect(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.found.append(collect_in_training(trainer, pl_module, *self.arguments))
-
-
-class Notes(Callback):
-    """Comes after: notes all that collecting could have changed."""
-
-    def __init__(self) -> None:
-        self.notes: list[Any] = []
-        self.names: list[Any] = []
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.notes.append(
-            [
-                [part.training for part in pl_module.modules()],
-                [parameter.requires_grad for parameter in pl_module.parameters()],
-                [None if parameter.grad is None else parameter.grad.clone() for parameter in pl_module.parameters()],
-                [value.clone() for value in pl_module.state_dict().values()],
-                torch.get_rng_state(),
-                torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore[index,union-attr]
-                random.getstate()[1],
-                (trainer.training, len(trainer.callback_metrics)),
-            ]
-        )
-        self.names.append(([type(logger).__name__ for logger in trainer.loggers], sorted(vars(pl_module))))
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self.notes.append([value.clone() for value in pl_module.state_dict().values()])
 
 
 def _close(found: Statistics, expected: Statistics, **tolerances: float) -> None:
@@ -94,37 +68,37 @@ class Sequence(Dataset[Any]):
         return self.text[:, start : start + 3], self.text[:, start + 1 : start + 4]
 
 
-def _windows(foreign: SimpleNamespace) -> DataLoader[Any]:
-    return DataLoader(Sequence(foreign.text()), batch_size=None)
+def _windows() -> DataLoader[Any]:
+    return DataLoader(Sequence(token_ids()), batch_size=None)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_they_are_those_of_the_training_data(foreign: SimpleNamespace, make_trainer: MakeTrainer, tied: bool) -> None:
-    model, collect, loaders = foreign.model("tied" if tied else "untied"), Collect(), foreign.loaders(shuffle=False)
+def test_they_are_those_of_the_training_data(make_trainer: MakeTrainer, tied: bool) -> None:
+    model, collect, loaders = model_of("tied" if tied else "untied"), Collect(), loaders_of(shuffle=False)
     expected = collect_statistics(model, loaders["train_dataloaders"], _loss_fn)
     first = collect_statistics(model, loaders["train_dataloaders"], _loss_fn, limit=2)
-    limited, given = Collect(2), Collect(2, ["decoder"], torch.arange(foreign.vocab_size))
+    limited, given = Collect(2), Collect(2, ["decoder"], torch.arange(VOCAB_SIZE))
     make_trainer(collect, limited, given, max_epochs=1).fit(model, **loaders)
     _close(collect.found[0], expected)
     _close(limited.found[0], first)
-    assert torch.equal(given.found[0].token_counts, torch.arange(foreign.vocab_size))
+    assert torch.equal(given.found[0].token_counts, torch.arange(VOCAB_SIZE))
     assert list(given.found[0].gradients) == (["encoder"] if tied else [])
     torch.testing.assert_close(given.found[0].hidden, first.hidden)
 
 
-def test_the_limit_of_the_trainer_holds(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    collect, loaders = Collect(), foreign.loaders(shuffle=False)
-    make_trainer(collect, max_epochs=1, limit_train_batches=3).fit(foreign.model(), **loaders)
+def test_the_limit_of_the_trainer_holds(make_trainer: MakeTrainer) -> None:
+    collect, loaders = Collect(), loaders_of(shuffle=False)
+    make_trainer(collect, max_epochs=1, limit_train_batches=3).fit(model_of(), **loaders)
     assert collect.found[0].num_targets == 3 * 8 * 6
 
 
-def _crowded(foreign: SimpleNamespace) -> Any:
+def _crowded() -> Any:
     """A module with everything that its training step could disturb."""
 
-    class Crowded(foreign.Foreign):  # type: ignore[misc,name-defined]
+    class Crowded(LanguageModel):
         def __init__(self) -> None:
             super().__init__(dropout=0.3)
-            self.batch_norm = nn.BatchNorm1d(foreign.dim)
+            self.batch_norm = nn.BatchNorm1d(DIM)
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
             self.running = MeanMetric()
             self.carried: dict[str, list[Tensor]] = {"state": [torch.zeros(2)]}
@@ -141,7 +115,7 @@ def _crowded(foreign: SimpleNamespace) -> Any:
             self.last = noise
             hidden = self.dropout(torch.tanh(self.mix(self.encoder(inputs))))
             hidden = self.batch_norm(hidden.flatten(0, 1) + self.carried["state"][-1].mean() * 0.01 * noise)
-            loss = self.loss(self.decoder(hidden), targets.flatten())
+            loss = F.cross_entropy(self.decoder(hidden), targets.flatten())
             self.running.update(loss.detach())
             self.log("train_loss", loss, prog_bar=True)
             self.log("train_mean", self.running)
@@ -152,15 +126,15 @@ def _crowded(foreign: SimpleNamespace) -> Any:
     return Crowded()
 
 
-def test_nothing_is_changed(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_nothing_is_changed(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     notes, texts = [], []
     for collects in (False, True):
         state, collect = Notes(), Collect(5)
         generator = torch.Generator().manual_seed(5)
         logger = CSVLogger(tmp_path, version=int(collects))
         trainer = make_trainer(*([collect] if collects else []), state, logger=logger, max_epochs=2)
-        model = _crowded(foreign)
-        trainer.fit(model, **foreign.loaders(generator=generator))
+        model = _crowded()
+        trainer.fit(model, **loaders_of(generator=generator))
         notes.append([*state.notes, generator.get_state(), model.counter, model.carried["state"]])
         texts.append([state.names, (Path(logger.log_dir) / "metrics.csv").read_text()])
     assert len(notes[0]) == 2 + 24 + 3
@@ -170,7 +144,7 @@ def test_nothing_is_changed(foreign: SimpleNamespace, make_trainer: MakeTrainer,
 
 
 @pytest.mark.parametrize("softmax", ["full", "sampled"])
-def test_lstm_that_carries_its_state(foreign: SimpleNamespace, make_trainer: MakeTrainer, softmax: Any) -> None:
+def test_lstm_that_carries_its_state(make_trainer: MakeTrainer, softmax: Any) -> None:
     class States(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
             # As if an epoch was under way.
@@ -186,11 +160,9 @@ def test_lstm_that_carries_its_state(foreign: SimpleNamespace, make_trainer: Mak
     final, found = [], []
     for collects in (False, True):
         seed_everything(0, verbose=False)
-        model = LSTMLanguageModel(
-            foreign.vocab_size, 8, 8, softmax=softmax, num_sampled=foreign.vocab_size, dropout=0.3
-        )
+        model = LSTMLanguageModel(VOCAB_SIZE, 8, 8, softmax=softmax, num_sampled=VOCAB_SIZE, dropout=0.3)
         states, check, collect = States(), Check(), Collect()
-        loader = _windows(foreign)
+        loader = _windows()
         callbacks = [states, collect, check] if collects else [states, check]
         make_trainer(*callbacks, max_epochs=1, num_sanity_val_steps=0).fit(model, loader, loader)
         final.append([value.clone() for value in model.state_dict().values()])
@@ -200,7 +172,7 @@ def test_lstm_that_carries_its_state(foreign: SimpleNamespace, make_trainer: Mak
 
     # With a state that starts from one in training, and from zero in validation.
     seed_everything(0, verbose=False)
-    model = LSTMLanguageModel(foreign.vocab_size, 8, 8)
+    model = LSTMLanguageModel(VOCAB_SIZE, 8, 8)
     start: Any = (torch.ones(1, 96, 8), torch.ones(1, 96, 8))
     state: dict[str, Any] = {"train": start, "val": None}
 
@@ -209,20 +181,20 @@ def test_lstm_that_carries_its_state(foreign: SimpleNamespace, make_trainer: Mak
         state[stage] = (h.detach(), c.detach())
         return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
 
-    expected = collect_statistics(model, _windows(foreign), loss_fn)
+    expected = collect_statistics(model, _windows(), loss_fn)
     torch.testing.assert_close(found[0].gradients, expected.gradients, rtol=1e-4, atol=1e-8)
     assert found[0].num_targets == expected.num_targets == 2 * 96 * 3
     if softmax == "sampled":
         assert not found[0].probabilities
-        expected = collect_statistics(model, _windows(foreign), lambda *arguments: loss_fn(*arguments, stage="val"))
+        expected = collect_statistics(model, _windows(), lambda *arguments: loss_fn(*arguments, stage="val"))
     else:
         torch.testing.assert_close(found[0].probabilities, expected.probabilities, rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(found[0].hidden, expected.hidden, rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(found[0].hidden_mean, expected.hidden_mean, rtol=1e-4, atol=1e-8)
 
 
-def test_reduced_precision(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model, collect, loaders = foreign.model(), Collect(), foreign.loaders(shuffle=False)
+def test_reduced_precision(make_trainer: MakeTrainer) -> None:
+    model, collect, loaders = model_of(), Collect(), loaders_of(shuffle=False)
     expected = collect_statistics(model, loaders["train_dataloaders"], _loss_fn)
     trainer = make_trainer(collect, max_epochs=1, precision="bf16-mixed")
     trainer.fit(model, **loaders)
@@ -234,16 +206,16 @@ def test_reduced_precision(foreign: SimpleNamespace, make_trainer: MakeTrainer) 
 
 
 @pytest.mark.parametrize("kind", ["embedding", "head"])
-def test_one_table_alone(foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str) -> None:
-    collect = Collect(token_counts=torch.ones(foreign.vocab_size) if kind == "head" else None)
-    make_trainer(collect, max_epochs=1).fit(foreign.model(kind), **foreign.loaders(kind))
+def test_one_table_alone(make_trainer: MakeTrainer, kind: str) -> None:
+    collect = Collect(token_counts=torch.ones(VOCAB_SIZE) if kind == "head" else None)
+    make_trainer(collect, max_epochs=1).fit(model_of(kind), **loaders_of(kind))
     (found,) = collect.found
-    assert found.num_targets == len(foreign.dataset(kind))
+    assert found.num_targets == len(dataset_of(kind))
     assert (bool(found.gradients), bool(found.hidden)) == (kind == "embedding", kind == "head")
 
 
-def test_compressed_tables(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model, loaders = foreign.model(), foreign.loaders(shuffle=False)
+def test_compressed_tables(make_trainer: MakeTrainer) -> None:
+    model, loaders = model_of(), loaders_of(shuffle=False)
     compress(model, "low_rank", ratio=2)
     expected = collect_statistics(model, loaders["train_dataloaders"], _loss_fn)
     auto, named = Collect(), Collect(tables=["encoder", "decoder"])
@@ -252,59 +224,59 @@ def test_compressed_tables(foreign: SimpleNamespace, make_trainer: MakeTrainer) 
     _close(named.found[0], expected)
 
 
-def test_modules_that_optimize_by_hand(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = foreign.model()
+def test_modules_that_optimize_by_hand(make_trainer: MakeTrainer) -> None:
+    model = model_of()
     model.automatic_optimization = False
     with pytest.raises(
         ValueError,
-        match=r"Foreign optimizes by hand.*statistics=collect_statistics\(",
+        match=r"LanguageModel optimizes by hand.*statistics=collect_statistics\(",
     ):
-        make_trainer(Collect()).fit(model, **foreign.loaders())
+        make_trainer(Collect()).fit(model, **loaders_of())
 
 
-def test_heads_that_no_step_calls(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    class Functional(foreign.Foreign):  # type: ignore[misc,name-defined]
+def test_heads_that_no_step_calls(make_trainer: MakeTrainer) -> None:
+    class Functional(LanguageModel):
         def forward(self, inputs: Tensor) -> Tensor:
             return F.linear(self.encoder(inputs), self.decoder.weight)
 
     with pytest.raises(ValueError, match="head 'decoder' was never called"):
-        make_trainer(Collect()).fit(Functional(), **foreign.loaders())
+        make_trainer(Collect()).fit(Functional(), **loaders_of())
 
 
-def test_all_passes_call_steps_as_lightning_does(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    class Short(foreign.Foreign):  # type: ignore[misc,name-defined]
+def test_all_passes_call_steps_as_lightning_does(make_trainer: MakeTrainer) -> None:
+    class Short(LanguageModel):
         def training_step(self, batch: Any) -> Tensor:
-            return self._loss(batch)
+            return self.loss(batch)
 
         def validation_step(self, batch: Any) -> None:
-            self.log("val_loss", self._loss(batch))
+            self.log("val_loss", self.loss(batch))
 
     class Passes(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-            self.counts = stream_token_counts(trainer, pl_module, pl_module.encoder, foreign.vocab_size)
+            self.counts = stream_token_counts(trainer, pl_module, pl_module.encoder, VOCAB_SIZE)
             self.perplexity = validation_perplexity(trainer, pl_module, None, "Measuring")
 
     passes, collect = Passes(), Collect()
-    make_trainer(passes, collect, max_epochs=1).fit(Short(), **foreign.loaders())
+    make_trainer(passes, collect, max_epochs=1).fit(Short(), **loaders_of())
     assert 1 < passes.perplexity < 1000
     assert int(passes.counts.sum()) == collect.found[0].num_targets == 96 * 6
     assert torch.equal(passes.counts, collect.found[0].token_counts)
 
 
-def test_steps_without_a_loss_and_with_infinite_ones(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    class Skips(foreign.Foreign):  # type: ignore[misc,name-defined]
+def test_steps_without_a_loss_and_with_infinite_ones(make_trainer: MakeTrainer) -> None:
+    class Skips(LanguageModel):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
             return {0: None, 1: loss * torch.inf}.get(batch_idx, loss)
 
     collect = Collect()
     with pytest.warns(UserWarning, match="2 of 12 batches were left out of the statistics"):
-        make_trainer(collect, max_epochs=1).fit(Skips(), **foreign.loaders())
+        make_trainer(collect, max_epochs=1).fit(Skips(), **loaders_of())
     assert collect.found[0].skipped_batches == 2
     assert collect.found[0].num_targets == 10 * 8 * 6
 
 
-def test_several_processes(foreign: SimpleNamespace, torchrun: Callable[..., str], tmp_path: Path) -> None:
+def test_several_processes(torchrun: Callable[..., str], tmp_path: Path) -> None:
     torchrun(WORKER, tmp_path, processes=2, timeout=120)
     seed_everything(0, verbose=False)
     model = LSTMLanguageModel(60, 8, 8, carry_state=False).double()

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from torch.optim import lr_scheduler
 from lightning_embcompress import EmbeddingCompression, GroupReduce, compress
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
+from toys import DIM, VOCAB_SIZE, loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -59,23 +59,24 @@ class Watch(Callback):
         self.losses.append(float(trainer.callback_metrics["val_loss"]))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULERS)
-@pytest.mark.parametrize("kind", TABLES)
-def test_foreign_modules(foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str, schedule: str) -> None:
-    model = foreign.model(kind)
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("untied", "lambda"), ("tied", "one_cycle"), ("head", "lambda"), ("embedding", "one_cycle")]
+)
+def test_foreign_modules(make_trainer: MakeTrainer, kind: str, schedule: str) -> None:
+    model = model_of(kind)
 
     def configure(module: Any) -> Any:
         optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
         return [optimizer], [{"scheduler": SCHEDULERS[schedule](optimizer), "interval": "step"}]
 
-    model.optimizers_of = configure
+    model.optimizer = configure
     dense = {id(model.get_submodule(path).weight) for paths in TABLES[kind] for path in paths}
     watch = Watch()
     # Nobody sees in the data how often tokens are targets.
-    counts = torch.ones(foreign.vocab_size) if kind == "head" else None
+    counts = torch.ones(VOCAB_SIZE) if kind == "head" else None
     callback = EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=1, token_counts=counts)
     trainer = make_trainer(callback, watch)
-    trainer.fit(model, **foreign.loaders(kind))
+    trainer.fit(model, **loaders_of(kind))
 
     assert watch.compressed == [False, True, True]
     assert [table.modules for table in plan_of(model).tables] == TABLES[kind]
@@ -94,20 +95,18 @@ def test_foreign_modules(foreign: SimpleNamespace, make_trainer: MakeTrainer, ki
     assert watch.losses[2] < watch.losses[0]
 
 
-def test_at_epoch_0_compresses_before_the_first_step(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model, expected, watch = foreign.model(), foreign.model(), Watch()
-    make_trainer(EmbeddingCompression("low_rank", ratio=2), watch, max_epochs=1).fit(model, **foreign.loaders())
+def test_at_epoch_0_compresses_before_the_first_step(make_trainer: MakeTrainer) -> None:
+    model, expected, watch = model_of(), model_of(), Watch()
+    make_trainer(EmbeddingCompression("low_rank", ratio=2), watch, max_epochs=1).fit(model, **loaders_of())
     compress(expected, "low_rank", ratio=2)
     assert watch.compressed == [True]
     torch.testing.assert_close(watch.at_start[0], dict(expected.named_parameters()), rtol=0, atol=0)
 
 
-def test_fast_dev_run_does_everything_and_leaves_nothing(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    model = foreign.model()
+def test_fast_dev_run_does_everything_and_leaves_nothing(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    model = model_of()
     callback = GroupReduce(ratio=2, at_epoch=5, refine_at_epochs=[6, 7], groups=3)
-    make_trainer(callback, fast_dev_run=True).fit(model, **foreign.loaders())
+    make_trainer(callback, fast_dev_run=True).fit(model, **loaders_of())
     state = callback.state_dict()
     assert len(plan_of(model).tables) == 2
     assert state["refined"] == [6, 7]
@@ -115,57 +114,57 @@ def test_fast_dev_run_does_everything_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_frozen_table_stays_frozen(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model, watch = foreign.model(), Watch()
+def test_a_frozen_table_stays_frozen(make_trainer: MakeTrainer) -> None:
+    model, watch = model_of(), Watch()
     model.encoder.weight.requires_grad_(False)
-    make_trainer(EmbeddingCompression("low_rank", ratio=2), watch, max_epochs=1).fit(model, **foreign.loaders())
+    make_trainer(EmbeddingCompression("low_rank", ratio=2), watch, max_epochs=1).fit(model, **loaders_of())
     for name, parameter in model.encoder.named_parameters(prefix="encoder"):
         assert not parameter.requires_grad
         assert torch.equal(parameter, watch.at_start[0][name])
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 4}, {"max_steps": 30}])
-def test_other_ways_of_training(foreign: SimpleNamespace, make_trainer: MakeTrainer, changes: dict[str, Any]) -> None:
+def test_other_ways_of_training(make_trainer: MakeTrainer, changes: dict[str, Any]) -> None:
     callback, watch = GroupReduce(ratio=2, at_epoch=1, refine_at_epochs=[2], groups=3), Watch()
     trainer = make_trainer(callback, watch, gradient_clip_val=1.0, deterministic=True, **{"max_epochs": 4, **changes})
-    trainer.fit(foreign.model(), **foreign.loaders())
+    trainer.fit(model_of(), **loaders_of())
     assert watch.losses[-1] < watch.losses[0]
     assert watch.compressed[:2] == [False, True]
 
 
-def test_one_callback_serves_one_model_after_the_other(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_one_callback_serves_one_model_after_the_other(make_trainer: MakeTrainer) -> None:
     callback = EmbeddingCompression("low_rank", ratio=2)
     for _ in range(2):
-        model = foreign.model()
-        make_trainer(callback, max_epochs=1).fit(model, **foreign.loaders())
+        model = model_of()
+        make_trainer(callback, max_epochs=1).fit(model, **loaders_of())
         assert len(plan_of(model).tables) == 2
     trainer = make_trainer(callback, max_epochs=1)
     parameters = dict(model.named_parameters())
-    trainer.fit(model, **foreign.loaders())
+    trainer.fit(model, **loaders_of())
     # A second fit of the compressed model goes on with what is there.
     assert {name: id(value) for name, value in model.named_parameters()} == {k: id(v) for k, v in parameters.items()}
 
 
-def test_report_and_logged_values(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_report_and_logged_values(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="run")
     callback = GroupReduce(size="7kB", at_epoch=1, refine_at_epochs=[2], groups=2)
-    model = foreign.model()
-    make_trainer(callback, logger=logger, max_epochs=4).fit(model, **foreign.loaders())
+    model = model_of()
+    make_trainer(callback, logger=logger, max_epochs=4).fit(model, **loaders_of())
 
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(report) == ["tables", "model", "perplexity"]
     keys = {"name", "method", "shape", "dense_bytes", "stored_bytes", "ratio", "parameter_ratio"}
     for table in report["tables"]:
         assert keys <= set(table)
-        assert table["shape"] == [foreign.vocab_size, foreign.dim]
-        assert table["dense_bytes"] == 4 * foreign.vocab_size * foreign.dim
+        assert table["shape"] == [VOCAB_SIZE, DIM]
+        assert table["dense_bytes"] == 4 * VOCAB_SIZE * DIM
         assert table["ratio"] == table["dense_bytes"] / table["stored_bytes"]
         factors = model.get_submodule(table["name"]).factorization.parameters()
         elements = sum(parameter.numel() for parameter in factors)
-        assert table["parameter_ratio"] == foreign.vocab_size * foreign.dim / elements
+        assert table["parameter_ratio"] == VOCAB_SIZE * DIM / elements
     assert [table["name"] for table in report["tables"]] == ["encoder", "decoder"]
     assert sum(table["stored_bytes"] for table in report["tables"]) <= 7000
-    whole, rest = report["model"], sum(value.nbytes for value in foreign.model().state_dict().values())
+    whole, rest = report["model"], sum(value.nbytes for value in model_of().state_dict().values())
     assert list(whole) == ["dense_bytes", "stored_bytes", "ratio"]
     assert whole["dense_bytes"] == rest
     assert whole["ratio"] == whole["dense_bytes"] / whole["stored_bytes"]
@@ -187,10 +186,10 @@ def test_report_and_logged_values(foreign: SimpleNamespace, make_trainer: MakeTr
     assert 0 < logged["embcompress/decoder/weighted_error"] < 1
 
 
-def test_without_validation_data(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_without_validation_data(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     callback = GroupReduce(ratio=2, at_epoch=1, refine_at_epochs=[2], groups=3)
-    loader = foreign.loaders()["train_dataloaders"]
-    make_trainer(callback).fit(foreign.model(), train_dataloaders=loader)
+    loader = loaders_of()["train_dataloaders"]
+    make_trainer(callback).fit(model_of(), train_dataloaders=loader)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["perplexity"] == {
         "dense": None,
@@ -201,15 +200,13 @@ def test_without_validation_data(foreign: SimpleNamespace, make_trainer: MakeTra
     }
 
 
-def test_a_diverged_run_still_has_a_report_in_json(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    model = foreign.model()
+def test_a_diverged_run_still_has_a_report_in_json(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    model = model_of()
     with torch.no_grad():
         model.decoder.bias[5] = 1e6
-    model.optimizers_of = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
+    model.optimizer = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
     callback = EmbeddingCompression("low_rank", ratio=2)
-    make_trainer(callback, max_epochs=1).fit(model, **foreign.loaders())
+    make_trainer(callback, max_epochs=1).fit(model, **loaders_of())
     assert callback.state_dict()["perplexity"]["final"] == math.inf
     text = (tmp_path / "report.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["perplexity"]["final"] is None
@@ -225,23 +222,20 @@ def _two_heads(model: Any) -> None:
         ({"at_epoch": 3}, None, r"at_epoch asks for epoch 3, but max_epochs=3.*at least 4"),
         ({"refine_at_epochs": [1, 9]}, None, r"refine_at_epochs asks for epoch 9"),
         ({"ratio": 500.0}, None, r"'encoder' \(150, 16\).*smallest it can be is"),
-        ({"ratio": None, "size": "1MB"}, None, r"size '1MB' is not below"),
-        ({"tables": ["encoder", "decodr"]}, None, r"no module 'decodr' \(did you mean 'decoder'"),
         ({}, _two_heads, r"found two or more projections.*'decoder'.*'second'.*Name the modules"),
         ({"token_counts": [1] * 149}, None, r"150 rows of table 'encoder', its shape is \(149,\)"),
-        ({"token_counts": [1] * 149 + [-1]}, None, r"entry 149 is -1"),
     ],
 )
 def test_refused_before_training_starts(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, arguments: Any, change: Any, message: str, tmp_path: Path
+    make_trainer: MakeTrainer, arguments: Any, change: Any, message: str, tmp_path: Path
 ) -> None:
-    model, watch = foreign.model(), Watch()
+    model, watch = model_of(), Watch()
     if change is not None:
         change(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     callback = EmbeddingCompression("weighted_low_rank", **{"ratio": 2, **arguments})
     with pytest.raises(ValueError, match=message):
-        make_trainer(callback, watch).fit(model, **foreign.loaders())
+        make_trainer(callback, watch).fit(model, **loaders_of())
     assert watch.steps == 0
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert list(tmp_path.iterdir()) == []
@@ -252,7 +246,6 @@ def test_refused_before_training_starts(
     [
         ({"at_epoch": 2, "refine_at_epochs": [1, 3]}, r"\[1, 3\] must all come after at_epoch=2; 1 does not"),
         ({"at_epoch": -1}, "at_epoch must be 0 or more"),
-        ({"ratio": 0.5}, "ratio must be above 1"),
         ({"size": "1MB"}, "exactly one of ratio, size, bits_per_weight"),
         ({"group": 3}, r"unknown option 'group' \(did you mean 'groups'"),
     ],
@@ -262,15 +255,15 @@ def test_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> Non
         EmbeddingCompression("group_reduce", **{"ratio": 2, **arguments})
 
 
-def test_a_table_of_nan_is_refused_when_its_epoch_comes(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = foreign.model()
+def test_a_table_of_nan_is_refused_when_its_epoch_comes(make_trainer: MakeTrainer) -> None:
+    model = model_of()
 
     class Diverge(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
             pl_module.decoder.weight.data[[7, 9]] = math.nan
 
     with pytest.raises(ValueError, match=r"'decoder' has NaN or infinite values in 2 of its 150 rows \(rows 7, 9\)"):
-        make_trainer(Diverge(), EmbeddingCompression("low_rank", ratio=2, at_epoch=1)).fit(model, **foreign.loaders())
+        make_trainer(Diverge(), EmbeddingCompression("low_rank", ratio=2, at_epoch=1)).fit(model, **loaders_of())
     assert not plan_of(model).tables
     assert model.encoder.weight.isfinite().all()
 
@@ -279,40 +272,38 @@ class EMAWeightAveraging(Callback):
     """Older versions of Lightning have none, so it is known by name."""
 
 
-def test_weight_averaging_is_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_weight_averaging_is_refused(make_trainer: MakeTrainer) -> None:
     averaging: list[Callback] = [StochasticWeightAveraging(0.1), type("WeightAveraging", (EMAWeightAveraging,), {})()]
     for other in averaging:
         with pytest.raises(ValueError, match=f"{type(other).__name__} averages weights by shape.*remove it"):
-            make_trainer(EmbeddingCompression("low_rank", ratio=2), other).fit(foreign.model(), **foreign.loaders())
+            make_trainer(EmbeddingCompression("low_rank", ratio=2), other).fit(model_of(), **loaders_of())
 
 
-def test_strategies_that_shard_are_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_strategies_that_shard_are_refused(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(devices=2, strategy=ModelParallelStrategy())
     with pytest.raises(
         ValueError, match="under ModelParallelStrategy, which shards.*compress_or_restore.*strategy='ddp'"
     ):
-        EmbeddingCompression("low_rank", ratio=2).setup(trainer, foreign.model(), "fit")
+        EmbeddingCompression("low_rank", ratio=2).setup(trainer, model_of(), "fit")
 
 
-def test_a_model_that_was_compressed_otherwise_is_refused(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = foreign.model()
+def test_a_model_that_was_compressed_otherwise_is_refused(make_trainer: MakeTrainer) -> None:
+    model = model_of()
     compress(model, "low_rank", ratio=2)
     # Not taken for a table: the only Linear that is left.
     with pytest.raises(ValueError, match=r"'encoder', 'decoder' are compressed already, and not by this"):
-        make_trainer(EmbeddingCompression("low_rank", ratio=2)).fit(model, **foreign.loaders())
+        make_trainer(EmbeddingCompression("low_rank", ratio=2)).fit(model, **loaders_of())
 
 
-def test_training_that_ends_before(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_training_that_ends_before(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=2)
     with pytest.warns(UserWarning, match="before at_epoch=2: nothing was compressed"):
-        make_trainer(callback, max_steps=5).fit(foreign.model(), **foreign.loaders())
+        make_trainer(callback, max_steps=5).fit(model_of(), **loaders_of())
     assert not (tmp_path / "report.json").exists()
 
 
-def test_counts_of_a_data_module_are_read_only_where_they_are_needed(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer
-) -> None:
-    loaders = foreign.loaders()
+def test_counts_of_a_data_module_are_read_only_where_they_are_needed(make_trainer: MakeTrainer) -> None:
+    loaders = loaders_of()
 
     class Data(LightningDataModule):
         asked = 0
@@ -320,12 +311,12 @@ def test_counts_of_a_data_module_are_read_only_where_they_are_needed(
         @property
         def token_counts(self) -> list[int]:
             self.asked += 1
-            return list(range(foreign.vocab_size, 0, -1))
+            return list(range(VOCAB_SIZE, 0, -1))
 
         def train_dataloader(self) -> Any:
             return loaders["train_dataloaders"]
 
     for method, asked in (("low_rank", False), ("weighted_low_rank", True)):
-        data, model = Data(), foreign.model()
+        data, model = Data(), model_of()
         make_trainer(EmbeddingCompression(method, ratio=2), max_epochs=1).fit(model, datamodule=data)
         assert bool(data.asked) is asked

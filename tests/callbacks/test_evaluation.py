@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection
+from torchmetrics import MaxMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks.evaluation import stream_token_counts, validation_perplexity
 from lightning_embcompress.compression.plan import plan_of
+from toys import DIM, VOCAB_SIZE, LanguageModel, Notes, dataset_of, loaders_of, model_of, token_ids
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -40,47 +41,17 @@ class Measure(Callback):
             self.counts.append(stream_token_counts(trainer, pl_module, embedding, embedding.num_embeddings))
 
 
-class State(Callback):
-    """Comes after: notes all that measuring could have changed."""
-
-    def __init__(self) -> None:
-        self.notes: list[Any] = []
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        metrics = [part for part in pl_module.modules() if isinstance(part, Metric)]
-        self.notes.append(
-            [
-                [part.training for part in pl_module.modules()],
-                [
-                    {name: torch.as_tensor(getattr(metric, name)).clone() for name in metric._defaults}
-                    for metric in metrics
-                ],
-                [metric._update_count for metric in metrics],
-                [buffer.clone() for buffer in pl_module.buffers()],
-                torch.get_rng_state(),
-                torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore[index,union-attr]
-                random.getstate()[1],
-                trainer.training,
-                len(trainer.callback_metrics),
-                "log" in pl_module.__dict__,
-            ]
-        )
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.notes.append([value.clone() for value in pl_module.state_dict().values()])
-
-
-def _crowded(foreign: SimpleNamespace, kind: str) -> Any:
+def _crowded(kind: str) -> Any:
     """A module with everything that an evaluation could disturb."""
 
-    class Crowded(type(foreign.model(kind))):  # type: ignore[misc]
+    class Crowded(type(model_of(kind))):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.frozen = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(foreign.dim)).eval()
+            self.frozen = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(DIM)).eval()
             self.running = MeanMetric()
             self.best = MaxMetric()
             self.sum = self.running + self.best
-            classes = {"task": "multiclass", "num_classes": foreign.vocab_size, "average": "micro"}
+            classes = {"task": "multiclass", "num_classes": VOCAB_SIZE, "average": "micro"}
             del classes["task"]
             self.both = MetricCollection([MulticlassAccuracy(**classes), MulticlassPrecision(**classes)])  # type: ignore[arg-type]
             self.started = 0
@@ -99,7 +70,7 @@ def _crowded(foreign: SimpleNamespace, kind: str) -> Any:
 
         def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
             assert not self.trainer.training
-            assert not self.norm.training
+            assert not self.mix.training if hasattr(self, "mix") else not self.norm.training
             loss = super().validation_step(batch, batch_idx)
             self.running.update(loss * torch.rand(()) + random.random() + np.random.rand())
             self.both.update(self(batch[0]).flatten(0, -2), batch[1].flatten())
@@ -117,36 +88,36 @@ def _crowded(foreign: SimpleNamespace, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["untied", "head"])
-def test_measuring_changes_nothing(foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str) -> None:
-    notes, values = [], []
+def test_measuring_changes_nothing(make_trainer: MakeTrainer, kind: str) -> None:
+    notes, names, values = [], [], []
     for measured in (False, True):
-        state, measure = State(), Measure(count=kind != "head")
+        state, measure = Notes(), Measure(count=kind != "head")
         generator = torch.Generator().manual_seed(5)
-        loaders = foreign.loaders(kind, generator=generator)
+        loaders = loaders_of(kind, generator=generator)
         trainer = make_trainer(*([measure] if measured else []), state, num_sanity_val_steps=1)
-        trainer.fit(_crowded(foreign, kind), **loaders)
+        trainer.fit(_crowded(kind), **loaders)
         notes.append([*state.notes, generator.get_state()])
+        names.append(state.names)
         values.append(measure.values)
-    assert len(notes[0]) == 5
+    assert len(notes[0]) == 3 * (1 + len(loaders["train_dataloaders"])) + 1
+    assert names[1] == names[0]
     torch.testing.assert_close(notes[1], notes[0], rtol=0, atol=0)
     assert values[1][2] < values[1][0]
 
 
-def test_counting_changes_nothing(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_counting_changes_nothing(make_trainer: MakeTrainer) -> None:
     results = []
-    for arguments in ({}, {"token_counts": torch.bincount(foreign.text()[:, :-1].flatten(), minlength=150)}):
-        model = foreign.model(dropout=0.3)
+    for arguments in ({}, {"token_counts": torch.bincount(token_ids()[:, :-1].flatten(), minlength=150)}):
+        model = model_of(dropout=0.3)
         callback = EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=1, **arguments)
-        make_trainer(callback).fit(model, **foreign.loaders())
+        make_trainer(callback).fit(model, **loaders_of())
         assert len(plan_of(model).tables) == 2
         results.append(dict(model.state_dict()))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("at_epoch", [0, 1])
-def test_a_callback_that_is_not_due_yet_changes_nothing(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, at_epoch: int
-) -> None:
+def test_a_callback_that_is_not_due_yet_changes_nothing(make_trainer: MakeTrainer, at_epoch: int) -> None:
     class Keep(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
             self.kept = {name: value.clone() for name, value in pl_module.state_dict().items()}
@@ -155,27 +126,27 @@ def test_a_callback_that_is_not_due_yet_changes_nothing(
     for callbacks in ([], [EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=at_epoch + 1)]):
         keep = Keep()
         trainer = make_trainer(keep, *callbacks, max_epochs=at_epoch + 2)
-        trainer.fit(foreign.model(dropout=0.3), **foreign.loaders())
+        trainer.fit(model_of(dropout=0.3), **loaders_of())
         results.append(keep.kept)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "embedding"])
-def test_streamed_counts(foreign: SimpleNamespace, make_trainer: MakeTrainer, kind: str) -> None:
+def test_streamed_counts(make_trainer: MakeTrainer, kind: str) -> None:
     measure = Measure(count=True)
-    make_trainer(measure, max_epochs=2).fit(foreign.model(kind), **foreign.loaders(kind))
-    true = torch.bincount(foreign.dataset(kind).tensors[0].flatten(), minlength=foreign.vocab_size)
+    make_trainer(measure, max_epochs=2).fit(model_of(kind), **loaders_of(kind))
+    true = torch.bincount(dataset_of(kind).tensors[0].flatten(), minlength=VOCAB_SIZE)
     assert [torch.equal(counts, true) for counts in measure.counts] == [True, True]
 
 
-def test_streamed_counts_obey_the_limit(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    measure, loaders = Measure(count=True), foreign.loaders(shuffle=False)
-    make_trainer(measure, max_epochs=1, limit_train_batches=5).fit(foreign.model(), **loaders)
-    true = torch.bincount(foreign.text()[:40, :-1].flatten(), minlength=foreign.vocab_size)
+def test_streamed_counts_obey_the_limit(make_trainer: MakeTrainer) -> None:
+    measure, loaders = Measure(count=True), loaders_of(shuffle=False)
+    make_trainer(measure, max_epochs=1, limit_train_batches=5).fit(model_of(), **loaders)
+    true = torch.bincount(token_ids()[:40, :-1].flatten(), minlength=VOCAB_SIZE)
     assert torch.equal(measure.counts[0], true)
 
 
-def test_counting_leaves_persistent_workers_to_training(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+def test_counting_leaves_persistent_workers_to_training(make_trainer: MakeTrainer) -> None:
     class Steps(Callback):
         count = 0
 
@@ -183,17 +154,15 @@ def test_counting_leaves_persistent_workers_to_training(foreign: SimpleNamespace
             self.count += 1
 
     steps = Steps()
-    loaders = foreign.loaders(num_workers=1, persistent_workers=True)
+    loaders = loaders_of(num_workers=1, persistent_workers=True)
     callback = EmbeddingCompression("weighted_low_rank", ratio=2, at_epoch=0)
-    make_trainer(callback, steps, max_epochs=1).fit(foreign.model(), **loaders)
+    make_trainer(callback, steps, max_epochs=1).fit(model_of(), **loaders)
     assert steps.count == 12
 
 
 @pytest.mark.parametrize("toggle", ["toggle_optimizer", "toggle_model"])
-def test_counting_leaves_toggled_optimizers_as_they_were(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, toggle: str
-) -> None:
-    class Manual(type(foreign.model())):  # type: ignore[misc]
+def test_counting_leaves_toggled_optimizers_as_they_were(make_trainer: MakeTrainer, toggle: str) -> None:
+    class Manual(type(model_of())):  # type: ignore[misc]
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -207,7 +176,7 @@ def test_counting_leaves_toggled_optimizers_as_they_were(
                     self.untoggle_optimizer(optimizer)
 
         def step(self, optimizer: Any, batch: Any) -> None:
-            loss = self._loss(batch)
+            loss = self.loss(batch)
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -216,9 +185,9 @@ def test_counting_leaves_toggled_optimizers_as_they_were(
     model, measure = Manual(), Measure(count=True)
     *rest, frozen, bias = model.parameters()
     frozen.requires_grad_(False)
-    model.optimizers_of = lambda _: [torch.optim.SGD([*rest[1:], frozen], 0.1), torch.optim.SGD([rest[0], bias], 0.1)]
+    model.optimizer = lambda _: [torch.optim.SGD([*rest[1:], frozen], 0.1), torch.optim.SGD([rest[0], bias], 0.1)]
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    make_trainer(measure, max_epochs=2).fit(model, **foreign.loaders())
+    make_trainer(measure, max_epochs=2).fit(model, **loaders_of())
     assert [bool(counts.any()) for counts in measure.counts] == [True, True]
     assert [parameter.requires_grad for parameter in model.parameters()] == [True] * len(rest) + [False, True]
     moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
@@ -226,10 +195,10 @@ def test_counting_leaves_toggled_optimizers_as_they_were(
     assert model._param_requires_grad_state == {}
 
 
-def test_no_embedding_to_count_by(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = foreign.model("head")
+def test_no_embedding_to_count_by(make_trainer: MakeTrainer) -> None:
+    model = model_of("head")
     with pytest.raises(ValueError, match="token_counts"):
-        make_trainer(EmbeddingCompression("group_reduce", ratio=2)).fit(model, **foreign.loaders("head"))
+        make_trainer(EmbeddingCompression("group_reduce", ratio=2)).fit(model, **loaders_of("head"))
     assert not plan_of(model).tables
 
 
@@ -247,11 +216,11 @@ def _cross_entropy(model: Any, loader: Any, limit: int = 10**9) -> tuple[float, 
 
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("loss", ["plain", "likelihood"])
-def test_the_value(foreign: SimpleNamespace, make_trainer: MakeTrainer, loss: str, limit: int | None) -> None:
-    model, loaders = foreign.model(), foreign.loaders()
+def test_the_value(make_trainer: MakeTrainer, loss: str, limit: int | None) -> None:
+    model, loaders = model_of(), loaders_of()
     if loss == "likelihood":
         model.decoder = nn.Sequential(model.decoder, nn.LogSoftmax(dim=-1))
-        model.loss = nn.NLLLoss()
+        model.loss = lambda batch: F.nll_loss(model(batch[0]).flatten(0, -2), batch[1].flatten())
     measure = Measure()
     changes = {} if limit is None else {"limit_val_batches": limit}
     total, count = _cross_entropy(model.eval(), loaders["val_dataloaders"], limit=limit or 10**9)
@@ -259,9 +228,9 @@ def test_the_value(foreign: SimpleNamespace, make_trainer: MakeTrainer, loss: st
     assert measure.values[0] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
-def test_the_value_over_several_loaders(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model, loaders = foreign.model(), foreign.loaders()
-    text = foreign.text()[:20]
+def test_the_value_over_several_loaders(make_trainer: MakeTrainer) -> None:
+    model, loaders = model_of(), loaders_of()
+    text = token_ids()[:20]
     second = DataLoader(TensorDataset(text[:, :3], text[:, 1:4]), batch_size=7)
     loaders["val_dataloaders"] = [loaders["val_dataloaders"], second]
     losses = [np.divide(*_cross_entropy(model.eval(), loader)) for loader in loaders["val_dataloaders"]]
@@ -272,8 +241,8 @@ def test_the_value_over_several_loaders(foreign: SimpleNamespace, make_trainer: 
     assert monitored.values[0] == pytest.approx(math.exp(losses[1]), rel=1e-5)
 
 
-def test_the_value_in_reduced_precision(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model, loaders, measure = foreign.model(), foreign.loaders(), Measure()
+def test_the_value_in_reduced_precision(make_trainer: MakeTrainer) -> None:
+    model, loaders, measure = model_of(), loaders_of(), Measure()
     exact = math.exp(np.divide(*_cross_entropy(model.eval(), loaders["val_dataloaders"])))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = math.exp(np.divide(*_cross_entropy(model, loaders["val_dataloaders"])))
@@ -282,10 +251,10 @@ def test_the_value_in_reduced_precision(foreign: SimpleNamespace, make_trainer: 
     assert measure.values[0] != pytest.approx(exact, rel=1e-5)
 
 
-def test_a_monitored_loss(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    loaders = foreign.loaders()
+def test_a_monitored_loss(make_trainer: MakeTrainer) -> None:
+    loaders = loaders_of()
     loaders["val_dataloaders"] = DataLoader(loaders["val_dataloaders"].dataset, batch_size=20)
-    model = foreign.model()
+    model = model_of()
     expected = math.exp(np.divide(*_cross_entropy(model.eval(), loaders["val_dataloaders"])))
     measure = Measure("val_loss")
     make_trainer(measure, max_epochs=1).fit(model.train(), **loaders)
@@ -293,8 +262,8 @@ def test_a_monitored_loss(foreign: SimpleNamespace, make_trainer: MakeTrainer) -
 
 
 @pytest.mark.parametrize("at_end", [False, True])
-def test_a_monitored_metric(foreign: SimpleNamespace, make_trainer: MakeTrainer, at_end: bool) -> None:
-    class Monitored(foreign.Foreign):  # type: ignore[misc,name-defined]
+def test_a_monitored_metric(make_trainer: MakeTrainer, at_end: bool) -> None:
+    class Monitored(LanguageModel):
         def __init__(self) -> None:
             super().__init__()
             self.nats = MeanMetric()
@@ -304,7 +273,7 @@ def test_a_monitored_metric(foreign: SimpleNamespace, make_trainer: MakeTrainer,
             return super().training_step(batch, batch_idx)  # type: ignore[no-any-return]
 
         def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = self._loss(batch)
+            loss = self.loss(batch)
             self.nats.update(loss, weight=batch[1].numel())
             if not at_end:
                 self.log("nats", self.nats)
@@ -315,8 +284,8 @@ def test_a_monitored_metric(foreign: SimpleNamespace, make_trainer: MakeTrainer,
                 self.log("nats", self.nats.compute())
 
     seed_everything(0, verbose=False)
-    model, loaders = Monitored(), foreign.loaders()
-    model.optimizers_of = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
+    model, loaders = Monitored(), loaders_of()
+    model.optimizer = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
     expected = math.exp(np.divide(*_cross_entropy(model.eval(), loaders["val_dataloaders"])))
     measure = Measure("nats")
     make_trainer(measure, max_epochs=2).fit(model.train(), **loaders)
@@ -324,11 +293,11 @@ def test_a_monitored_metric(foreign: SimpleNamespace, make_trainer: MakeTrainer,
     assert measure.values == pytest.approx([expected] * 2, rel=1e-5)
 
 
-def test_a_wrong_monitor(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = foreign.model()
+def test_a_wrong_monitor(make_trainer: MakeTrainer) -> None:
+    model = model_of()
     before = [value.clone() for value in model.state_dict().values()]
     with pytest.raises(ValueError, match=r"monitor 'val_los' is not logged in validation; logged are \['val_loss'\]"):
-        make_trainer(EmbeddingCompression("low_rank", ratio=2, monitor="val_los")).fit(model, **foreign.loaders())
+        make_trainer(EmbeddingCompression("low_rank", ratio=2, monitor="val_los")).fit(model, **loaders_of())
     torch.testing.assert_close(list(model.state_dict().values()), before, rtol=0, atol=0)
 
 
@@ -342,9 +311,9 @@ def test_a_wrong_monitor(foreign: SimpleNamespace, make_trainer: MakeTrainer) ->
     ],
 )
 def test_the_loss_that_counts(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, names: list[str], usual: str | None, expected: str | None
+    make_trainer: MakeTrainer, names: list[str], usual: str | None, expected: str | None
 ) -> None:
-    class Logs(foreign.Foreign):  # type: ignore[misc,name-defined]
+    class Logs(LanguageModel):
         monitored_loss = usual
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -352,15 +321,13 @@ def test_the_loss_that_counts(
 
     measure = Measure()
     with pytest.warns(UserWarning, match=expected) if expected else nullcontext():
-        make_trainer(measure, max_epochs=1).fit(Logs(), **foreign.loaders())
+        make_trainer(measure, max_epochs=1).fit(Logs(), **loaders_of())
     assert measure.values == [None if expected else pytest.approx(math.e)]
 
 
 @pytest.mark.parametrize("changes", [{"limit_val_batches": 0}, {"num_sanity_val_steps": 0}])
-def test_validation_that_is_off_or_late(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, changes: dict[str, Any]
-) -> None:
+def test_validation_that_is_off_or_late(make_trainer: MakeTrainer, changes: dict[str, Any]) -> None:
     measure = Measure()
     trainer = make_trainer(measure, max_epochs=2, check_val_every_n_epoch=2, **changes)
-    trainer.fit(foreign.model(), **foreign.loaders())
+    trainer.fit(model_of(), **loaders_of())
     assert [value is None for value in measure.values] == ["limit_val_batches" in changes] * 2

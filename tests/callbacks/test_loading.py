@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from lightning_embcompress.integrations.checkpoint import (
     write_record,
 )
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
+from toys import LanguageModel, loaders_of, model_of, token_ids
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -33,21 +33,21 @@ def _callback() -> EmbeddingCompression:
 
 
 @pytest.fixture
-def saved(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Any]:
+def saved(make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Any]:
     """Train a model, compress it on the way, and keep a checkpoint of every epoch."""
 
     def run(kind: str = "untied", weights_only: bool = False) -> tuple[Any, Path]:
-        model = foreign.model(kind)
+        model = model_of(kind)
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=weights_only)
         trainer = make_trainer(_callback(), keep, max_epochs=2, enable_checkpointing=True)
-        trainer.fit(model, **foreign.loaders(kind))
+        trainer.fit(model, **loaders_of(kind))
         return model.eval(), tmp_path / "epoch=1.ckpt"
 
     return run
 
 
-def _inputs(foreign: SimpleNamespace) -> Tensor:
-    inputs: Tensor = foreign.text()[:, :-1]
+def _inputs() -> Tensor:
+    inputs: Tensor = token_ids()[:, :-1]
     return inputs
 
 
@@ -70,12 +70,12 @@ def _to_version_1(checkpoint: dict[str, Any]) -> None:
         assert table.pop("untied") is None
 
 
-def _enter(entry: str, trainer: Trainer, model: LightningModule, foreign: SimpleNamespace, path: Path) -> Any:
+def _enter(entry: str, trainer: Trainer, model: LightningModule, path: Path) -> Any:
     if entry == "predict":
-        return trainer.predict(model, DataLoader(_inputs(foreign), batch_size=8), ckpt_path=path)
+        return trainer.predict(model, DataLoader(_inputs(), batch_size=8), ckpt_path=path)
     if entry == "fit":
-        return trainer.fit(model, **foreign.loaders(), ckpt_path=path)
-    data = foreign.loaders()["val_dataloaders"]
+        return trainer.fit(model, **loaders_of(), ckpt_path=path)
+    data = loaders_of()["val_dataloaders"]
     return getattr(trainer, entry)(model, data, ckpt_path=path, verbose=False)
 
 
@@ -83,7 +83,6 @@ def _enter(entry: str, trainer: Trainer, model: LightningModule, foreign: Simple
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_every_way_of_loading(
-    foreign: SimpleNamespace,
     make_trainer: MakeTrainer,
     saved: Callable[..., Any],
     kind: str,
@@ -94,20 +93,20 @@ def test_every_way_of_loading(
     assert ("callbacks" in torch.load(path, weights_only=True)) != weights_only
     if version == 1:
         path = _edited(path, _to_version_1)
-    inputs = _inputs(foreign)
+    inputs = _inputs()
     # Through the callback alone, in the Trainer's own ways.
     measured = {}
     for entry in ("validate", "test", "predict"):
-        module = foreign.model(kind)
+        module = model_of(kind)
         assert module.strict_loading
-        measured[entry] = _enter(entry, make_trainer(_callback()), module, foreign, path)
+        measured[entry] = _enter(entry, make_trainer(_callback()), module, path)
         _assert_same(module, model, inputs)
     assert measured["validate"] == measured["test"]
     torch.testing.assert_close(torch.cat(measured["predict"]), model(inputs).detach())
     # By our function, for the class as it is.
-    _assert_same(load_from_checkpoint(foreign.Foreign, path, tied=kind == "tied"), model, inputs)
+    _assert_same(load_from_checkpoint(LanguageModel, path, tied=kind == "tied"), model, inputs)
     # By the structure alone, which is given to the model before its weights are loaded.
-    module = foreign.model(kind)
+    module = model_of(kind)
     plan = structure_from_checkpoint(path)
     assert plan.tables == plan_of(model).tables
     apply_plan(module, plan)
@@ -116,28 +115,26 @@ def test_every_way_of_loading(
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_the_structure_in_configure_model(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, saved: Callable[..., Any], epoch: int
-) -> None:
+def test_the_structure_in_configure_model(make_trainer: MakeTrainer, saved: Callable[..., Any], epoch: int) -> None:
     model, path = saved()
     path = path.with_name(f"epoch={epoch}.ckpt")
 
-    class Prepared(foreign.Foreign):  # type: ignore[misc,name-defined]
+    class Prepared(LanguageModel):
         def configure_model(self) -> None:
             if not plan_of(self).tables:
                 apply_plan(self, structure_from_checkpoint(path))
 
     module = Prepared()
     # No callback, and Lightning's own way of loading.
-    make_trainer().validate(module, foreign.loaders()["val_dataloaders"], ckpt_path=path, verbose=False)
+    make_trainer().validate(module, loaders_of()["val_dataloaders"], ckpt_path=path, verbose=False)
     assert len(plan_of(module).tables) == (2 if epoch else 0)
     loaded = Prepared.load_from_checkpoint(path)
     torch.testing.assert_close(dict(loaded.state_dict()), dict(module.state_dict()), rtol=0, atol=0)
     if epoch:
-        _assert_same(module, model, _inputs(foreign))
+        _assert_same(module, model, _inputs())
 
 
-def test_the_structure_of_a_sharded_checkpoint(foreign: SimpleNamespace, saved: Callable[..., Any]) -> None:
+def test_the_structure_of_a_sharded_checkpoint(saved: Callable[..., Any]) -> None:
     model, path = saved()
     checkpoint = torch.load(path, weights_only=True)
     for name in ("state_dict", "optimizer_states"):
@@ -147,7 +144,7 @@ def test_the_structure_of_a_sharded_checkpoint(foreign: SimpleNamespace, saved: 
     torch.save(checkpoint, folder / "meta.pt")
     assert structure_from_checkpoint(folder) == plan_of(model)
     # Strategies that shard have loaded the weights when they hand over the rest.
-    module = foreign.model()
+    module = model_of()
     with pytest.raises(
         ValueError, match=r"tables 'decoder', 'encoder' are stored otherwise .* sharded, with apply_plan"
     ):
@@ -161,7 +158,7 @@ def test_the_structure_of_a_sharded_checkpoint(foreign: SimpleNamespace, saved: 
     del checkpoint["embcompress"]
     with pytest.raises(ValueError, match=r"tables 'decoder', 'encoder' are stored otherwise"):
         restore_structure(module, checkpoint)
-    restore_structure(foreign.model(), checkpoint)
+    restore_structure(model_of(), checkpoint)
 
 
 def test_paths_within_wrappers_of_strategies() -> None:
@@ -205,47 +202,24 @@ def test_what_has_no_structure(tmp_path: Path) -> None:
         structure_from_checkpoint(tmp_path / "nosuch.ckpt")
 
 
-def _with_nan(checkpoint: dict[str, Any]) -> None:
-    checkpoint["state_dict"]["decoder.factorization.basis"][0, 0] = float("nan")
+def _ranks(checkpoint: dict[str, Any]) -> list[int]:
+    return checkpoint["embcompress"]["tables"][1]["spec"]["ranks"]  # type: ignore[no-any-return]
 
 
-def _without_a_factor(checkpoint: dict[str, Any]) -> None:
-    del checkpoint["state_dict"]["decoder.factorization.packed_block_index"]
-
-
-def _with_damaged_blocks(checkpoint: dict[str, Any]) -> None:
-    checkpoint["state_dict"]["decoder.factorization.packed_block_index"].fill_(255)
-
-
-def _with_another_rank(checkpoint: dict[str, Any]) -> None:
-    checkpoint["embcompress"]["tables"][1]["spec"]["ranks"][-1] -= 1
-
-
-def _with_a_negative_rank(checkpoint: dict[str, Any]) -> None:
-    checkpoint["embcompress"]["tables"][1]["spec"]["ranks"][-1] = -1
+FACTORS = "decoder.factorization."
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            _with_nan,
-            r"edited.ckpt' has NaN or infinite values in 'decoder.factorization.basis': training had diverged",
-        ),
-        (
-            _without_a_factor,
-            r"edited.ckpt' does not fit its plan: 'decoder.factorization.packed_block_index' is missing",
-        ),
-        (_with_damaged_blocks, r"edited.ckpt' is damaged: .*the block index .*block sizes differ from the plan"),
-        (
-            _with_a_negative_rank,
-            r"edited.ckpt' cannot be loaded: 'spec' of table 'decoder' .* that are not negative, it is",
-        ),
-        (_with_another_rank, r"edited.ckpt' does not fit its plan: 'decoder.factorization.* has the shape"),
+        (lambda saved: saved["state_dict"][FACTORS + "basis"].fill_(torch.nan), f"NaN .* '{FACTORS}basis'"),
+        (lambda saved: saved["state_dict"].pop(FACTORS + "packed_block_index"), "packed_block_index' is missing"),
+        (lambda saved: saved["state_dict"][FACTORS + "packed_block_index"].fill_(255), "is damaged: .*the block index"),
+        (lambda saved: _ranks(saved).__setitem__(-1, -1), "'spec' of table 'decoder' .* that are not negative, it is"),
+        (lambda saved: _ranks(saved).append(_ranks(saved).pop() - 1), f"'{FACTORS}.* has the shape"),
     ],
 )
 def test_damaged_factors_are_refused_everywhere(
-    foreign: SimpleNamespace,
     make_trainer: MakeTrainer,
     saved: Callable[..., Any],
     damage: Callable[[dict[str, Any]], Any],
@@ -254,20 +228,18 @@ def test_damaged_factors_are_refused_everywhere(
     _, path = saved()
     path = _edited(path, damage)
     for entry in ("fit", "validate", "test", "predict"):
-        module = foreign.model()
+        module = model_of()
         values = copy.deepcopy(module.state_dict())
         with pytest.raises(ValueError, match=message):
-            _enter(entry, make_trainer(_callback()), module, foreign, path)
+            _enter(entry, make_trainer(_callback()), module, path)
         assert type(module.decoder) is nn.Linear
         assert type(module.encoder) is nn.Embedding
         torch.testing.assert_close(module.state_dict(), values, rtol=0, atol=0)
     with pytest.raises(ValueError, match=message):
-        load_from_checkpoint(foreign.Foreign, path)
+        load_from_checkpoint(LanguageModel, path)
 
 
-def test_damaged_files_are_refused_everywhere(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, saved: Callable[..., Any]
-) -> None:
+def test_damaged_files_are_refused_everywhere(make_trainer: MakeTrainer, saved: Callable[..., Any]) -> None:
     _, path = saved()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -276,35 +248,35 @@ def test_damaged_files_are_refused_everywhere(
         trainer = make_trainer(_callback())
         use_atomic_checkpoints(trainer)
         with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*Bad CRC-32"):
-            _enter(entry, trainer, foreign.model(), foreign, path)
+            _enter(entry, trainer, model_of(), path)
     with pytest.raises(ValueError, match=r"epoch=1.ckpt' is damaged .*Bad CRC-32"):
-        load_from_checkpoint(foreign.Foreign, path)
+        load_from_checkpoint(LanguageModel, path)
 
 
-def test_factors_without_a_record(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_factors_without_a_record(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def trained(keep: bool) -> Any:
-        model = foreign.model()
+        model = model_of()
         compress(model, "low_rank", ratio=2)
         if keep:
             keep_structure(model)
         trainer = make_trainer(max_epochs=1)
-        trainer.fit(model, **foreign.loaders())
+        trainer.fit(model, **loaders_of())
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return model.eval()
 
     trained(keep=False)
-    module = foreign.model()
+    module = model_of()
     compress(module, "low_rank", ratio=2)
     keep_structure(module)
     message = (
         r"factors of table 'encoder', but does not say how it is compressed: .*call keep_structure\(model\) before"
     )
     with pytest.raises(ValueError, match=message):
-        _enter("validate", make_trainer(), module, foreign, tmp_path / "last.ckpt")
+        _enter("validate", make_trainer(), module, tmp_path / "last.ckpt")
     assert len(plan_of(module).tables) == 2
     model = trained(keep=True)
-    _enter("validate", make_trainer(), module, foreign, tmp_path / "last.ckpt")
-    _assert_same(module, model, _inputs(foreign))
+    _enter("validate", make_trainer(), module, tmp_path / "last.ckpt")
+    _assert_same(module, model, _inputs())
 
 
 class _Renames:
@@ -318,36 +290,36 @@ class _Renames:
         checkpoint["state_dict"] = {name.removeprefix("student."): value for name, value in state.items()}
 
 
-def test_modules_that_rename_their_weights(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    class Own(_Renames, foreign.Foreign):  # type: ignore[misc,name-defined]
+def test_modules_that_rename_their_weights(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Own(_Renames, LanguageModel):
         pass
 
     model = Own()
     trainer = make_trainer(_callback(), max_epochs=2)
-    trainer.fit(model, **foreign.loaders())
+    trainer.fit(model, **loaders_of())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert "student.encoder.factorization.basis" in torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     module = Own()
-    _enter("validate", make_trainer(_callback()), module, foreign, tmp_path / "last.ckpt")
-    _assert_same(module, model.eval(), _inputs(foreign))
-    _assert_same(load_from_checkpoint(Own, tmp_path / "last.ckpt"), model, _inputs(foreign))
+    _enter("validate", make_trainer(_callback()), module, tmp_path / "last.ckpt")
+    _assert_same(module, model.eval(), _inputs())
+    _assert_same(load_from_checkpoint(Own, tmp_path / "last.ckpt"), model, _inputs())
 
 
-def test_objects_are_loaded_only_where_that_is_asked_for(foreign: SimpleNamespace, saved: Callable[..., Any]) -> None:
+def test_objects_are_loaded_only_where_that_is_asked_for(saved: Callable[..., Any]) -> None:
     model, path = saved()
     path = _edited(path, lambda checkpoint: checkpoint.update(hyper_parameters={"bias": Path("x")}))
     with pytest.raises(ValueError, match=r"edited.ckpt' holds more than tensors and plain values \(pathlib"):
-        load_from_checkpoint(foreign.Foreign, path)
+        load_from_checkpoint(LanguageModel, path)
     for chosen in ({"weights_only": None}, {"weights_only": True}):
         with pytest.raises(Exception, match="pathlib"):
-            load_from_checkpoint(foreign.Foreign, path, **chosen)
-    _assert_same(load_from_checkpoint(foreign.Foreign, path, weights_only=False), model, _inputs(foreign))
+            load_from_checkpoint(LanguageModel, path, **chosen)
+    _assert_same(load_from_checkpoint(LanguageModel, path, weights_only=False), model, _inputs())
 
 
-def test_a_loader_that_would_run_code_is_not_reached(foreign: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_loader_that_would_run_code_is_not_reached(tmp_path: Path) -> None:
     """Versions of Lightning before 2.6 load objects, and have no argument that says otherwise."""
 
-    class Older(foreign.Foreign):  # type: ignore[misc,name-defined]
+    class Older(LanguageModel):
         @classmethod
         def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None) -> Any:
             module, checkpoint = cls(), torch.load(checkpoint_path, map_location, weights_only=False)
@@ -359,12 +331,12 @@ def test_a_loader_that_would_run_code_is_not_reached(foreign: SimpleNamespace, t
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "marker",)
 
-    model = foreign.model().eval()
+    model = model_of().eval()
     compress(model, "low_rank", ratio=2)
     checkpoint = {"state_dict": dict(model.state_dict())}
     write_record(model, checkpoint)
     torch.save(checkpoint, tmp_path / "last.ckpt")
-    _assert_same(load_from_checkpoint(Older, tmp_path / "last.ckpt"), model, _inputs(foreign))
+    _assert_same(load_from_checkpoint(Older, tmp_path / "last.ckpt"), model, _inputs())
     torch.save({**checkpoint, "hyper_parameters": Touches()}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"last.ckpt' holds more than tensors and plain values"):
         load_from_checkpoint(Older, tmp_path / "last.ckpt")

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from lightning_embcompress.calibration.statistics import Statistics, collect_sta
 from lightning_embcompress.callbacks import weighing
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.tables.replacement import Table
+from toys import LanguageModel, loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -46,8 +46,8 @@ def _loss_fn(model: Any, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
 
 
-def _statistics(foreign: SimpleNamespace, model: Any, **changes: Any) -> Statistics:
-    return collect_statistics(model, foreign.loaders(shuffle=False, **changes)["train_dataloaders"], _loss_fn)
+def _statistics(model: Any, **changes: Any) -> Statistics:
+    return collect_statistics(model, loaders_of(shuffle=False, **changes)["train_dataloaders"], _loss_fn)
 
 
 def _by_hand(module: type) -> type:
@@ -61,38 +61,36 @@ def _by_hand(module: type) -> type:
         def training_step(self, batch: Any, batch_idx: int) -> None:
             optimizer = self.optimizers()
             optimizer.zero_grad()
-            self.manual_backward(self._loss(batch))
+            self.manual_backward(self.loss(batch))
             optimizer.step()
 
     return ByHand
 
 
-@pytest.mark.parametrize("method", ["shared_basis", "transform_coding", "weighted_low_rank", "auto"])
-def test_given_statistics_do_what_compress_does(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, method: str
-) -> None:
-    model, after = foreign.model(), Keep()
-    statistics = _statistics(foreign, model)
+@pytest.mark.parametrize("method", ["transform_coding", "auto"])
+def test_given_statistics_do_what_compress_does(make_trainer: MakeTrainer, tmp_path: Path, method: str) -> None:
+    model, after = model_of(), Keep()
+    statistics = _statistics(model)
     statistics.save(tmp_path / "statistics.safetensors")
-    expected = foreign.model()
+    expected = model_of()
     plan = compress(expected, method, ratio=2, statistics=statistics)
     callback = EmbeddingCompression(method, ratio=2, statistics=tmp_path / "statistics.safetensors")
-    make_trainer(callback, after, max_epochs=1, limit_train_batches=1).fit(model, **foreign.loaders())
+    make_trainer(callback, after, max_epochs=1, limit_train_batches=1).fit(model, **loaders_of())
     torch.testing.assert_close(dict(after.models[0].state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
     assert plan_of(after.models[0]) == plan
-    # Both tables together, and more for the one that is worth more; low rank of 16 columns has not many sizes.
+    # Both tables together, and more for the one that is worth more.
     assert plan.ratio >= 2
-    assert method == "weighted_low_rank" or plan.tables[0].stored_bytes != plan.tables[1].stored_bytes
+    assert plan.tables[0].stored_bytes != plan.tables[1].stored_bytes
 
 
 def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+    make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
-    model, before, after = foreign.model(), Keep(), Keep()
+    model, before, after = model_of(), Keep(), Keep()
     callback = SharedBasis(ratio=3, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
     logger = CSVLogger(tmp_path / "logs")
     with caplog.at_level("INFO"):
-        make_trainer(before, callback, after, max_epochs=4, logger=logger).fit(model, **foreign.loaders())
+        make_trainer(before, callback, after, max_epochs=4, logger=logger).fit(model, **loaders_of())
     assert (
         "shared_basis: errors are weighed by what the loss grows by, by statistics of 20 batches of the training data."
         in caplog.text
@@ -113,7 +111,7 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
     # Nothing is kept that no refinement will read.
     assert callback.state_dict()["statistics"] is None
     # Biases make up for the mean error of the logits, whenever the table is solved.
-    mean = _statistics(foreign, before.models[2]).hidden_mean["decoder"].float()
+    mean = _statistics(before.models[2]).hidden_mean["decoder"].float()
     for epoch in (2, 3):
         logits = [kept.models[epoch].decoder(mean).detach() for kept in (before, after)]
         biases = [kept.models[epoch].decoder.bias.detach() for kept in (before, after)]
@@ -122,11 +120,11 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
         assert shift <= 0.05 * (logits[1] - biases[1] - logits[0] + biases[0]).norm()
 
 
-def test_refinement_is_in_the_metric_of_the_loss_too(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model, before, after = foreign.model(), Keep(), Keep()
-    statistics = _statistics(foreign, model)
+def test_refinement_is_in_the_metric_of_the_loss_too(make_trainer: MakeTrainer) -> None:
+    model, before, after = model_of(), Keep(), Keep()
+    statistics = _statistics(model)
     callback = SharedBasis(ratio=3, at_epoch=1, refine_at_epochs=[2], statistics=statistics)
-    make_trainer(before, callback, after).fit(model, **foreign.loaders())
+    make_trainer(before, callback, after).fit(model, **loaders_of())
     sizes = {entry["modules"][0]: entry["max_bytes"] for entry in callback.state_dict()["compressed"]}
     for table in plan_of(model).tables:
         path = table.name
@@ -150,10 +148,10 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("refresh", [False, True])
 def test_resuming_equals_the_uninterrupted_run(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: bool
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: bool
 ) -> None:
     def fit(folder: Path, **changes: Any) -> tuple[Any, ...]:
-        model = foreign.model()
+        model = model_of()
         callback = TransformCoding(
             max_perplexity_increase="10%",
             at_epoch=1,
@@ -164,7 +162,7 @@ def test_resuming_equals_the_uninterrupted_run(
         keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         trainer = make_trainer(callback, keep, max_epochs=5, enable_checkpointing=True, default_root_dir=folder)
         # Shuffled: statistics are of a part of the batches.
-        trainer.fit(model, **foreign.loaders(), **changes)
+        trainer.fit(model, **loaders_of(), **changes)
         report = json.loads((folder / "report.json").read_text())
         return dict(model.state_dict()), trainer.optimizers[0].state_dict(), plan_of(model), report
 
@@ -182,12 +180,12 @@ def test_resuming_equals_the_uninterrupted_run(
 
 
 def test_the_smallest_tables_within_a_limit(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = foreign.model()
+    model = model_of()
     callback = SharedBasis(max_perplexity_increase="5%", at_epoch=2)
     with caplog.at_level("INFO"):
-        make_trainer(callback).fit(model, **foreign.loaders())
+        make_trainer(callback).fit(model, **loaders_of())
     perplexity = json.loads((tmp_path / "report.json").read_text())["perplexity"]
     assert 0.02 < perplexity["compressed"] / perplexity["dense"] - 1 <= 0.05
     # What was tried is said, and what was found is one of them.
@@ -196,24 +194,22 @@ def test_the_smallest_tables_within_a_limit(
     assert callback.state_dict()["settings"]["max_perplexity_increase"] == "5%"
 
 
-def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer
-) -> None:
-    model, before = foreign.model(), Keep()
+def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(make_trainer: MakeTrainer) -> None:
+    model, before = model_of(), Keep()
     callback = TransformCoding(max_perplexity_increase=1e-7, at_epoch=1, bits=1)
     trainer = make_trainer(before, callback)
     with pytest.raises(
         ValueError, match=r"max_perplexity_increase: the perplexity grows by .*% at least .* allow more"
     ):
-        trainer.fit(model, **foreign.loaders())
+        trainer.fit(model, **loaders_of())
     torch.testing.assert_close(dict(model.state_dict()), dict(before.models[1].state_dict()), rtol=0, atol=0)
     assert [id(parameter) for parameter in model.parameters()] == [
         id(parameter) for parameter in trainer.optimizers[0].param_groups[0]["params"]
     ]
 
 
-def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    class Unknown(foreign.Foreign):  # type: ignore[misc,name-defined]
+def test_a_limit_needs_a_perplexity(make_trainer: MakeTrainer) -> None:
+    class Unknown(LanguageModel):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("val_squares", self(batch[0]).square().mean())
 
@@ -221,13 +217,13 @@ def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: Make
     with pytest.raises(
         ValueError, match=r"max_perplexity_increase='1%' needs the perplexity .* is not known: name a logged loss"
     ):
-        trainer.fit(Unknown(), **foreign.loaders())
-    loaders = foreign.loaders()
+        trainer.fit(Unknown(), **loaders_of())
+    loaders = loaders_of()
     del loaders["val_dataloaders"]
     with pytest.raises(
         ValueError, match=r"max_perplexity_increase='1%' measures the perplexity on validation data, and there is no"
     ):
-        make_trainer(TransformCoding(max_perplexity_increase="1%")).fit(foreign.model(), **loaders)
+        make_trainer(TransformCoding(max_perplexity_increase="1%")).fit(model_of(), **loaders)
 
 
 @pytest.mark.parametrize(
@@ -238,30 +234,29 @@ def test_a_limit_needs_a_perplexity(foreign: SimpleNamespace, make_trainer: Make
     ],
 )
 def test_without_statistics_rows_count_by_their_frequency(
-    foreign: SimpleNamespace,
     make_trainer: MakeTrainer,
     caplog: pytest.LogCaptureFixture,
     by_hand: bool,
     arguments: dict[str, Any],
     reason: str,
 ) -> None:
-    model = _by_hand(foreign.Foreign)() if by_hand else foreign.model()
+    model = _by_hand(LanguageModel)() if by_hand else model_of()
     expected, after = deepcopy(model), Keep()
-    counts = _statistics(foreign, expected).token_counts
+    counts = _statistics(expected).token_counts
     compress(expected, "shared_basis", ratio=2, groups=3, token_counts=counts)
     callback = SharedBasis(ratio=2, groups=3, token_counts=counts, **arguments)
     with caplog.at_level("INFO"):
-        make_trainer(callback, after, max_epochs=1).fit(model, **foreign.loaders())
+        make_trainer(callback, after, max_epochs=1).fit(model, **loaders_of())
     assert reason in caplog.text
     torch.testing.assert_close(dict(after.models[0].state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
 
 
-def test_optimized_by_hand_with_given_statistics(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = _by_hand(foreign.Foreign)()
+def test_optimized_by_hand_with_given_statistics(make_trainer: MakeTrainer) -> None:
+    model = _by_hand(LanguageModel)()
     callback = EmbeddingCompression(
-        "shared_basis", ratio=2, at_epoch=0, refine_at_epochs=[1], statistics=_statistics(foreign, model)
+        "shared_basis", ratio=2, at_epoch=0, refine_at_epochs=[1], statistics=_statistics(model)
     )
-    make_trainer(callback).fit(model, **foreign.loaders())
+    make_trainer(callback).fit(model, **loaders_of())
 
 
 @pytest.mark.parametrize(
@@ -279,30 +274,21 @@ def test_optimized_by_hand_with_given_statistics(foreign: SimpleNamespace, make_
     ],
 )
 def test_optimized_by_hand_what_needs_statistics_is_refused(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, arguments: dict[str, Any], message: str
+    make_trainer: MakeTrainer, arguments: dict[str, Any], message: str
 ) -> None:
     trainer = make_trainer(EmbeddingCompression(**{"method": "shared_basis", "ratio": 2, **arguments}))
     with pytest.raises(ValueError, match=message):
-        trainer.fit(_by_hand(foreign.Foreign)(), **foreign.loaders())
+        trainer.fit(_by_hand(LanguageModel)(), **loaders_of())
     assert trainer.global_step == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give exactly one of ratio, size, bits_per_weight"),
         ({"ratio": 2, "max_perplexity_increase": "1%"}, "give exactly one of ratio, size, bits_per_weight"),
-        (
-            {"max_perplexity_increase": "one"},
-            "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is 'one'",
-        ),
         (
             {"max_perplexity_increase": "1%", "method": "group_reduce"},
             "max_perplexity_increase cannot be predicted for method 'group_reduce'",
-        ),
-        (
-            {"max_perplexity_increase": "1%", "method": "low_rank"},
-            "max_perplexity_increase cannot be predicted for method 'low_rank'",
         ),
         ({"ratio": 2, "statistics_batches": -1}, "statistics_batches must be 0 or more, it is -1"),
         (
@@ -320,7 +306,7 @@ def test_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_statistics_of_another_model_are_refused_before_the_first_step(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
+    make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     other = nn.Sequential(nn.Embedding(150, 16), nn.Linear(16, 150))
     ids = torch.arange(150).reshape(5, 30)
@@ -335,27 +321,23 @@ def test_statistics_of_another_model_are_refused_before_the_first_step(
     ):
         trainer = make_trainer(SharedBasis(ratio=2, at_epoch=1, statistics=statistics))  # type: ignore[arg-type]
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            trainer.fit(foreign.model(), **foreign.loaders())
+            trainer.fit(model_of(), **loaders_of())
         assert trainer.global_step == 0
 
 
-def test_a_trial_run_searches_too(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    model = foreign.model()
+def test_a_trial_run_searches_too(make_trainer: MakeTrainer) -> None:
+    model = model_of()
     callback = TransformCoding(max_perplexity_increase="50%", at_epoch=3, refine_at_epochs=[4])
-    make_trainer(callback, fast_dev_run=True).fit(model, **foreign.loaders())
+    make_trainer(callback, fast_dev_run=True).fit(model, **loaders_of())
     assert len(plan_of(model).tables) == 2
     assert math.isfinite(callback.state_dict()["perplexity"]["compressed"])
 
 
-def test_a_run_of_an_older_version_goes_on_by_the_method_of_now(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
+def test_a_run_of_an_older_version_goes_on_by_the_method_of_now(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"ratio": 2, "groups": 3, "refine_at_epochs": [1], "statistics_batches": 5}
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    whole = foreign.model()
-    make_trainer(SharedBasis(**arguments), keep, max_epochs=2, enable_checkpointing=True).fit(
-        whole, **foreign.loaders()
-    )
+    whole = model_of()
+    make_trainer(SharedBasis(**arguments), keep, max_epochs=2, enable_checkpointing=True).fit(whole, **loaders_of())
     saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
     # As it was written when this was a variant of another method.
     options = {"variant": "loss", "groups": 3, "refine_rounds": 5, "grouping": "equal"}
@@ -370,12 +352,12 @@ def test_a_run_of_an_older_version_goes_on_by_the_method_of_now(
     for table in plan["tables"]:
         table |= {"method": "group_reduce", "options": options}
     torch.save(saved, tmp_path / "old.ckpt")
-    resumed = foreign.model()
+    resumed = model_of()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*is ignored")
         trainer = make_trainer(SharedBasis(**arguments), max_epochs=2)
-        trainer.fit(resumed, **foreign.loaders(), ckpt_path=tmp_path / "old.ckpt")
+        trainer.fit(resumed, **loaders_of(), ckpt_path=tmp_path / "old.ckpt")
     torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
     trainer = make_trainer(GroupReduce(ratio=2, groups=3, refine_at_epochs=[1]), max_epochs=2)
     with pytest.raises(ValueError, match="compressed by 'shared_basis' and cannot be refined by 'group_reduce'"):
-        trainer.fit(foreign.model(), **foreign.loaders(), ckpt_path=tmp_path / "old.ckpt")
+        trainer.fit(model_of(), **loaders_of(), ckpt_path=tmp_path / "old.ckpt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_embcompress import EmbeddingCompression, GroupReduce
 from lightning_embcompress.callbacks.checks import Turn, check_order
-from lightning_embcompress.callbacks.reporting import merged_perplexity
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
+from toys import DIM, loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -50,11 +49,11 @@ class Note(Callback):
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_one_after_the_other(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, kind: str) -> None:
+def test_one_after_the_other(make_trainer: MakeTrainer, tmp_path: Path, kind: str) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    callbacks, model, note = _twice(refine_at_epochs=[4]), foreign.model(kind), Note()
+    callbacks, model, note = _twice(refine_at_epochs=[4]), model_of(kind), Note()
     trainer = make_trainer(note, *callbacks, keep, max_epochs=6, enable_checkpointing=True)
-    trainer.fit(model, **foreign.loaders())
+    trainer.fit(model, **loaders_of())
     tables = plan_of(model).tables
     assert len(tables) == (1 if kind == "tied" else 2)
     for table in tables:
@@ -74,47 +73,66 @@ def test_one_after_the_other(foreign: SimpleNamespace, make_trainer: MakeTrainer
     }
     assert [entry["epoch"] for entry in report["perplexity"]["refined"]] == [2, 4]
     for epoch in range(5):
-        again, resumed = _twice(refine_at_epochs=[4]), foreign.model(kind)
+        again, resumed = _twice(refine_at_epochs=[4]), model_of(kind)
         trainer = make_trainer(*again, max_epochs=6, default_root_dir=tmp_path / f"from{epoch}")
-        trainer.fit(resumed, **foreign.loaders(), ckpt_path=tmp_path / "kept" / f"epoch={epoch}.ckpt")
+        trainer.fit(resumed, **loaders_of(), ckpt_path=tmp_path / "kept" / f"epoch={epoch}.ckpt")
         torch.testing.assert_close(dict(resumed.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
         assert [_state(callback)["perplexity"] for callback in again] == [first, second]
         assert json.loads((tmp_path / f"from{epoch}" / "report.json").read_text()) == report
 
 
-def test_the_second_solves_for_what_the_first_has_left(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    before, after, model = Note(), Note(), foreign.model()
+def test_the_second_solves_for_what_the_first_has_left(make_trainer: MakeTrainer) -> None:
+    before, after, model = Note(), Note(), model_of()
     callbacks = [
         EmbeddingCompression("low_rank", ratio=1.5, at_epoch=1),
         EmbeddingCompression("low_rank", ratio=4, at_epoch=2),
     ]
-    make_trainer(before, *callbacks, after, max_epochs=3).fit(model, **foreign.loaders())
+    make_trainer(before, *callbacks, after, max_epochs=3).fit(model, **loaders_of())
     for name in ("encoder", "decoder"):
         left, right = before.tables[2][name], after.tables[2][name]
         rank = int(torch.linalg.matrix_rank(right))
-        assert rank < int(torch.linalg.matrix_rank(left)) < foreign.dim
+        assert rank < int(torch.linalg.matrix_rank(left)) < DIM
         u, s, v = torch.linalg.svd(left.double(), full_matrices=False)
         torch.testing.assert_close(right.double(), (u[:, :rank] * s[:rank]) @ v[:rank], rtol=1e-4, atol=1e-5)
 
 
-def test_others_stay_as_they_are(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            {"refine_at_epochs": [2]},
+            {"at_epoch": 2, "tables": "decoder"},
+            "table 'decoder' is to be refined at epoch 2, but another callback compresses",
+        ),
+        ({"at_epoch": 1, "tables": "encoder"}, {"at_epoch": 1}, "two callbacks compress table 'encoder' at epoch 1"),
+        (
+            {"keep_reference": "reference"},
+            {"at_epoch": 1, "keep_reference": "reference"},
+            "keep_reference='reference' of two callbacks would keep table '(en|de)coder' .*two folders",
+        ),
+    ],
+)
+def test_orders_that_are_refused(
+    make_trainer: MakeTrainer, first: dict[str, Any], second: dict[str, Any], message: str
+) -> None:
+    callbacks = [EmbeddingCompression("low_rank", ratio=2, **first), GroupReduce(ratio=3, groups=2, **second)]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(*callbacks).fit(model_of(), **loaders_of())
+
+
+def test_others_stay_as_they_are(make_trainer: MakeTrainer) -> None:
     callbacks = [
-        EmbeddingCompression("low_rank", ratio=2, at_epoch=0, refine_at_epochs=[3]),
+        EmbeddingCompression("low_rank", ratio=2, at_epoch=0),
         EmbeddingCompression("low_rank", ratio=5, at_epoch=2, tables="decoder"),
     ]
-    with pytest.raises(
-        ValueError, match="table 'decoder' is to be refined at epoch 3, but another callback compresses"
-    ):
-        make_trainer(*callbacks, max_epochs=4).fit(foreign.model(), **foreign.loaders())
-    callbacks[0] = EmbeddingCompression("low_rank", ratio=2, at_epoch=0)
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
             layer = pl_module.encoder
             self.layers = {*getattr(self, "layers", ()), id(layer)}
 
-    watch, model = Watch(), foreign.model()
-    make_trainer(*callbacks, watch, max_epochs=4).fit(model, **foreign.loaders())
+    watch, model = Watch(), model_of()
+    make_trainer(*callbacks, watch, max_epochs=4).fit(model, **loaders_of())
     assert [(table.name, table.ratio >= 5) for table in plan_of(model).tables] == [
         ("encoder", False),
         ("decoder", True),
@@ -124,7 +142,7 @@ def test_others_stay_as_they_are(foreign: SimpleNamespace, make_trainer: MakeTra
 
 
 def test_a_solver_that_fails_leaves_the_first_compression(
-    foreign: SimpleNamespace, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_embcompress.methods.registry import CP
 
@@ -136,35 +154,35 @@ def test_a_solver_that_fails_leaves_the_first_compression(
         EmbeddingCompression("low_rank", ratio=2, at_epoch=0),
         EmbeddingCompression("cp", ratio=4, at_epoch=1),
     ]
-    model = foreign.model("tied")
+    model = model_of("tied")
     with pytest.raises(RuntimeError, match="no convergence"):
-        make_trainer(*callbacks).fit(model, **foreign.loaders())
+        make_trainer(*callbacks).fit(model, **loaders_of())
     (table,) = plan_of(model).tables
     assert (table.method, table.modules) == ("low_rank", ("encoder", "decoder"))
     assert model.encoder.factorization is model.decoder.factorization
 
 
 @pytest.mark.parametrize("listed", [1, -1])
-def test_a_trial_run_does_both(foreign: SimpleNamespace, make_trainer: MakeTrainer, listed: int) -> None:
-    model, callbacks = foreign.model(), _twice(refine_at_epochs=[4])
-    make_trainer(*callbacks[::listed], fast_dev_run=True).fit(model, **foreign.loaders())
+def test_a_trial_run_does_both(make_trainer: MakeTrainer, listed: int) -> None:
+    model, callbacks = model_of(), _twice(refine_at_epochs=[4])
+    make_trainer(*callbacks[::listed], fast_dev_run=True).fit(model, **loaders_of())
     # In the order of their epochs, however they are listed.
     assert all(table.ratio >= 3 for table in plan_of(model).tables)
     assert [_state(callback)["refined"] for callback in callbacks] == [[2], [4]]
 
 
 @pytest.mark.parametrize("listed", [1, -1])
-def test_both_are_late(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path, listed: int) -> None:
-    dense, model = make_trainer(max_epochs=4), foreign.model()
-    dense.fit(foreign.model(), **foreign.loaders())
+def test_both_are_late(make_trainer: MakeTrainer, tmp_path: Path, listed: int) -> None:
+    dense, model = make_trainer(max_epochs=4), model_of()
+    dense.fit(model_of(), **loaders_of())
     dense.save_checkpoint(tmp_path / "dense.ckpt")
     trainer = make_trainer(*_twice()[::listed], max_epochs=5)
     with pytest.warns(UserWarning, match="refinement at epoch 2 is left out"):
-        trainer.fit(model, **foreign.loaders(), ckpt_path=tmp_path / "dense.ckpt")
+        trainer.fit(model, **loaders_of(), ckpt_path=tmp_path / "dense.ckpt")
     assert all(table.ratio >= 3 for table in plan_of(model).tables)
 
 
-def test_a_plateau_scheduler_steps_once(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_plateau_scheduler_steps_once(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def configure(module: Any) -> Any:
         optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
         return [optimizer], [
@@ -172,10 +190,10 @@ def test_a_plateau_scheduler_steps_once(foreign: SimpleNamespace, make_trainer: 
         ]
 
     def fit(epochs: int, ckpt_path: Path | None = None, *callbacks: Callback) -> Trainer:
-        model = foreign.model()
-        model.optimizers_of = configure
+        model = model_of()
+        model.optimizer = configure
         trainer = make_trainer(*_twice(), *callbacks, max_epochs=epochs, enable_checkpointing=True)
-        trainer.fit(model, **foreign.loaders(), ckpt_path=ckpt_path)
+        trainer.fit(model, **loaders_of(), ckpt_path=ckpt_path)
         return trainer
 
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=20, save_top_k=-1, filename="{step}")
@@ -187,39 +205,6 @@ def test_a_plateau_scheduler_steps_once(foreign: SimpleNamespace, make_trainer: 
         assert fit(epochs, path).lr_scheduler_configs[0].scheduler.last_epoch == epochs
 
 
-def test_two_at_the_same_time(foreign: SimpleNamespace, make_trainer: MakeTrainer) -> None:
-    callbacks = [
-        EmbeddingCompression("low_rank", ratio=2, at_epoch=1, tables="encoder"),
-        GroupReduce(ratio=2, at_epoch=1, groups=2),
-    ]
-    with pytest.raises(ValueError, match="two callbacks compress table 'encoder' at epoch 1"):
-        make_trainer(*callbacks).fit(foreign.model(), **foreign.loaders())
-
-
-def test_two_references_in_one_file(foreign: SimpleNamespace, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    callbacks = [
-        EmbeddingCompression("low_rank", ratio=ratio, at_epoch=epoch, keep_reference=tmp_path / "reference")
-        for ratio, epoch in ((2, 0), (4, 1))
-    ]
-    with pytest.raises(
-        ValueError, match="keep_reference=.*of two callbacks would keep table '(en|de)coder' .*two folders"
-    ):
-        make_trainer(*callbacks).fit(foreign.model(), **foreign.loaders())
-
-
 def test_turns_of_different_tables_are_free() -> None:
     one, other = frozenset({"encoder"}), frozenset({"decoder"})
     check_order([Turn(1, [2, 9], one), Turn(1, [3], other), Turn(10, [], one)])
-
-
-def test_perplexities_of_a_run() -> None:
-    first = {
-        "dense": 9.0,
-        "compressed": 8.0,
-        "refined": [{"epoch": 1, "value": 7.0}],
-        "final": None,
-        "split": "validation",
-    }
-    second = {"dense": 7.5, "compressed": 8.5, "refined": [], "final": 6.0, "split": "validation"}
-    assert merged_perplexity([first]) == first
-    assert merged_perplexity([first, second]) == {**first, "compressed": 8.5, "final": 6.0}

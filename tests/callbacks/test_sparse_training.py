@@ -9,26 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress.callbacks import GroupReduce
 from lightning_embcompress.callbacks.optimizer import pull_back, splice
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.layers.compressed import CompressedEmbedding
+from toys import DIM, VOCAB_SIZE, LanguageModel, loaders, quiet_trainer
 
-VOCAB_SIZE, DIM = 120, 12
 IDS = torch.tensor([[3, 5, 3, 117], [7, 5, 3, 64]])
 COUNTS = torch.arange(VOCAB_SIZE, 0, -1)
-
-
-def _model() -> nn.ModuleDict:
-    torch.manual_seed(0)
-    return nn.ModuleDict({"encoder": nn.Embedding(VOCAB_SIZE, DIM, sparse=True), "decoder": nn.Linear(DIM, VOCAB_SIZE)})
 
 
 def _step(layer: nn.Module, optimizer: Optimizer) -> None:
@@ -47,27 +40,27 @@ def _step(layer: nn.Module, optimizer: Optimizer) -> None:
     ],
 )
 def test_optimizers_of_sparse_gradients_go_on_with_the_factors(make: Callable[[Any], Optimizer]) -> None:
-    model = _model()
-    optimizer = make(list(model["encoder"].parameters()))
+    model = LanguageModel(sparse=True)
+    optimizer = make(list(model.encoder.parameters()))
     for _ in range(2):
-        _step(model["encoder"], optimizer)
-    old = {"encoder": model["encoder"]}
+        _step(model.encoder, optimizer)
+    old = {"encoder": model.encoder}
     compress(model, "group_reduce", ratio=1.5, tables="encoder", token_counts=COUNTS, groups=3)
     splice([optimizer], model, old)
-    before = copy.deepcopy(model["encoder"].state_dict())
+    before = copy.deepcopy(model.encoder.state_dict())
     for _ in range(2):
-        _step(model["encoder"], optimizer)
-    names = [name for name, _ in model["encoder"].named_parameters()]
-    assert any(not torch.equal(before[name], model["encoder"].state_dict()[name]) for name in names)
+        _step(model.encoder, optimizer)
+    names = [name for name, _ in model.encoder.named_parameters()]
+    assert any(not torch.equal(before[name], model.encoder.state_dict()[name]) for name in names)
     for group in optimizer.param_groups:
-        assert list(map(id, group["params"])) == list(map(id, model["encoder"].parameters()))
+        assert list(map(id, group["params"])) == list(map(id, model.encoder.parameters()))
 
 
 def test_sparse_momentum_is_that_of_the_factors() -> None:
-    model = _model()
+    model = LanguageModel(sparse=True)
     compress(model, "group_reduce", ratio=1.5, tables="encoder", token_counts=COUNTS, groups=3)
     moment = torch.zeros(VOCAB_SIZE, DIM).index_add_(0, IDS.flatten(), torch.randn(8, DIM))
-    factors = model["encoder"].factorization
+    factors = model.encoder.factorization
     for some in (moment, torch.zeros_like(moment)):
         expected = pull_back(factors, some)
         for (one, value), (other, dense) in zip(pull_back(factors, some.to_sparse(1)), expected, strict=True):
@@ -75,21 +68,20 @@ def test_sparse_momentum_is_that_of_the_factors() -> None:
             torch.testing.assert_close(value, dense)
 
 
-class _TwoOptimizers(LightningModule):
+def _two_optimizers(module: Any) -> list[Optimizer]:
+    rest = [*module.mix.parameters(), *module.decoder.parameters()]
+    return [SparseAdam(list(module.encoder.parameters()), lr=0.02), Adam(rest, lr=0.02)]
+
+
+class _TwoOptimizers(LanguageModel):
     """A language model whose embedding has an optimizer of its own."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(sparse=True, optimizer=_two_optimizers)
         self.automatic_optimization = False
-        self.encoder, self.decoder = _model().values()
-        self.norm = nn.LayerNorm(DIM)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.decoder(torch.tanh(self.norm(self.encoder(ids))))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        ids, targets = batch
-        loss = F.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
+        loss = self.loss(batch)
         for optimizer in self.optimizers():
             optimizer.zero_grad()
         self.manual_backward(loss)
@@ -98,36 +90,17 @@ class _TwoOptimizers(LightningModule):
             optimizer.step()
         return loss
 
-    def configure_optimizers(self) -> list[Optimizer]:
-        rest = [*self.norm.parameters(), *self.decoder.parameters()]
-        return [SparseAdam(list(self.encoder.parameters()), lr=0.02), Adam(rest, lr=0.02)]
-
 
 def _trainer(folder: Path, **given: Any) -> Trainer:
-    return Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_epochs=4,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[3], groups=3),
-            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
-        ],
-        **given,
-    )
-
-
-def _data() -> DataLoader[Any]:
-    text = torch.randint(0, VOCAB_SIZE, (16, 7), generator=torch.Generator().manual_seed(2))
-    return DataLoader(TensorDataset(text[:, :-1], text[:, 1:]), batch_size=4)
+    callback = GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[3], groups=3)
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    return quiet_trainer(folder, callback, keep, max_epochs=4, enable_checkpointing=True, **given)
 
 
 def _fitted(folder: Path, resume: Path | None = None) -> tuple[_TwoOptimizers, Trainer]:
     seed_everything(0, verbose=False)
     model, trainer = _TwoOptimizers(), _trainer(folder)
-    trainer.fit(model, _data(), ckpt_path=resume)
+    trainer.fit(model, **loaders(), ckpt_path=resume)
     return model, trainer
 
 
@@ -161,5 +134,5 @@ def test_callbacks_refuse_data_parallel_training_before_the_first_step(tmp_path:
     before = copy.deepcopy(model.state_dict())
     message = r"module 'encoder' of table 'encoder' has sparse=True, .* that GroupReduce puts .* set `sparse = False`"
     with pytest.raises(ValueError, match=message):
-        _trainer(tmp_path, strategy="ddp", devices=1).fit(model, _data())
+        _trainer(tmp_path, strategy="ddp", devices=1).fit(model, **loaders())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

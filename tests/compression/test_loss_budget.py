@@ -84,7 +84,7 @@ def _perplexity(model: nn.Module) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.parametrize("method", ["transform_coding", "shared_basis", "weighted_low_rank", "product_quantization"])
+@pytest.mark.parametrize("method", ["transform_coding", "weighted_low_rank"])
 def test_one_budget_for_all_tables(trained: dict[str, Any], method: str) -> None:
     model, statistics = _model(trained)
     plan = compress(model, method, ratio=3, statistics=statistics)
@@ -240,8 +240,7 @@ def test_the_search_is_quick(trained: dict[str, Any]) -> None:
     [
         ({"max_perplexity_increase": "1%"}, "max_perplexity_increase needs statistics"),
         ({"method": "auto", "ratio": 4}, "method='auto' minimises what the loss grows by"),
-        ({"max_perplexity_increase": "1%", "ratio": 3}, "give exactly one of"),
-        ({"max_perplexity_increase": "much"}, "max_perplexity_increase must be an increase of the perplexity"),
+        ({"method": "low_rank", "max_perplexity_increase": "1%"}, "max_perplexity_increase cannot be predicted"),
         ({"max_perplexity_increase": -1}, "max_perplexity_increase must be an increase of the perplexity"),
     ],
 )
@@ -250,12 +249,6 @@ def test_requests_that_cannot_be_met(arguments: dict[str, Any], message: str) ->
     with pytest.raises(ValueError, match=message):
         compress(model, **arguments)
     assert not plan_of(model).tables
-
-
-def test_methods_without_a_prediction_cannot_be_searched(trained: dict[str, Any]) -> None:
-    model, statistics = _model(trained)
-    with pytest.raises(ValueError, match="max_perplexity_increase cannot be predicted for method 'low_rank'"):
-        compress(model, "low_rank", max_perplexity_increase="1%", statistics=statistics, evaluate=_perplexity)
 
 
 def test_floats_and_codes_are_what_their_names_say(trained: dict[str, Any]) -> None:
