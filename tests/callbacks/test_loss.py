@@ -87,7 +87,7 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
     make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
     model, before, after = model_of(), Keep(), Keep()
-    callback = SharedBasis(ratio=3, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
+    callback = SharedBasis(ratio=6, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
     logger = CSVLogger(tmp_path / "logs")
     with caplog.at_level("INFO"):
         make_trainer(before, callback, after, max_epochs=4, logger=logger).fit(model, **loaders_of())

@@ -162,7 +162,7 @@ def test_sizes_that_are_not_possible_change_nothing(method: str, given: dict[str
     assert dict(model.named_modules()) == modules
 
 
-@pytest.mark.parametrize("method", ["group_reduce", "tensor_train"])
+@pytest.mark.parametrize("method", ["group_reduce", "low_rank"])
 def test_untying_gives_each_role_factors_of_half_the_bytes(method: str, tmp_path: Path) -> None:
     model, fresh = _model(2000, tied=True), _model(2000, tied=True)
     table = model.encoder.weight.detach().clone()
