@@ -124,7 +124,12 @@ def loss_of_head(
     in_order = None if order is None else objective.reordered(order)
     called, tensors = _read_once(head)
     terms, gradients = _with_gradients(
-        called, flat, objective if in_order is None else in_order, tensors, chunk_tokens, as_kept=in_order is not None
+        called,
+        flat,
+        objective if in_order is None else in_order,
+        tensors,
+        chunk_tokens,
+        in_storage_order=in_order is not None,
     )
     function: Any = _Differentiated
     trained = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -201,7 +206,7 @@ def _with_gradients(
     objective: Objective,
     tensors: dict[str, Tensor],
     chunk_tokens: int | None,
-    as_kept: bool,
+    in_storage_order: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Means of the terms, and the gradients of the loss at the hidden states and at tensors that require one."""
     # Other tensors of the same values: hooks of the parameters are called once, by the backward pass.
@@ -220,7 +225,9 @@ def _with_gradients(
     for part in parts:
         states = hidden.detach()[part].requires_grad_(not is_product)
         with torch.set_grad_enabled(not is_product):
-            logits: Tensor = functional_call(head, called, (states,), {"as_kept": True} if as_kept else None)
+            logits: Tensor = functional_call(
+                head, called, (states,), {"in_storage_order": True} if in_storage_order else None
+            )
         if total is None and not is_product:
             _check_own(logits, [states, *leaves.values()])
         half = logits.dtype == torch.float16

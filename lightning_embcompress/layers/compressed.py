@@ -146,10 +146,10 @@ class CompressedLinear(CompressedLayer):
         self.out_features = factorization.vocab_size
         self.register_parameter("bias", bias)
 
-    def forward(self, input: Tensor, *, as_kept: bool = False) -> Tensor:
+    def forward(self, input: Tensor, *, in_storage_order: bool = False) -> Tensor:
         """Logits of hidden states, `[*, in_features] -> [*, out_features]`.
 
-        With `as_kept` they stay in the order in which the factorization keeps its rows, see
+        With `in_storage_order` they stay in the order in which the factorization keeps its rows, see
         `Factorization.storage_order`.
         """
         if self.best is not None and not torch.is_grad_enabled():
@@ -157,12 +157,12 @@ class CompressedLinear(CompressedLayer):
             none = found.logits.new_full((*input.shape[:-1], self.out_features), -torch.inf)
             return none.scatter_(-1, found.ids, found.logits)
         logits: Tensor = (
-            self.factorization.logits_in_storage_order(input) if as_kept else self.factorization.logits(input)
+            self.factorization.logits_in_storage_order(input) if in_storage_order else self.factorization.logits(input)
         )
         if self.bias is None:
             return logits
         bias: Tensor = self.bias
-        storage_order = self.factorization.storage_order if as_kept else None
+        storage_order = self.factorization.storage_order if in_storage_order else None
         if storage_order is not None:
             bias = torch.empty_like(bias).index_copy(0, storage_order, bias)
         # Under autocast the logits are narrower than the bias: as in `nn.Linear`, their dtype is the result's.
