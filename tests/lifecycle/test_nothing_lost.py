@@ -220,14 +220,14 @@ class FullDisk(Callback):
         self.at_start = _files(Path(trainer.default_root_dir))
 
 
-# Which function writes, in which epoch, at which call there, whether its file was there before (None: no matter), and
-# whether the model has changed by then.
+# Which function writes, in which epoch, at which call there (a refinement writes its targets first), whether its file
+# was there before (None: no matter), and whether the model has changed by then.
 WRITES = {
-    "residual": (solving, "write_residual", 2, 2, False, False),
+    "residual": (solving, "write_table", 2, 2, False, False),
     "reference": (solving, "write_reference", 2, 2, False, False),
     "checkpoint": (AtomicCheckpointIO, "save_checkpoint", 2, 1, False, True),
-    "target-of-refinement": (solving, "write_target", 4, 2, False, False),
-    "residual-of-refinement": (solving, "write_residual", 4, 2, None, False),
+    "target-of-refinement": (solving, "write_table", 4, 2, False, False),
+    "residual-of-refinement": (solving, "write_table", 4, 4, None, False),
     "last-checkpoint": (AtomicCheckpointIO, "save_checkpoint", 4, 2, True, True),
 }
 
@@ -306,7 +306,7 @@ def test_refining_again_in_the_same_folder_leaves_later_checkpoints_whole(
 ) -> None:
     whole = worker.fit(tmp_path)
     before = _files(tmp_path / "residuals")
-    full = FullDisk(monkeypatch, solving, "write_residual", 4, 1, "limit")
+    full = FullDisk(monkeypatch, solving, "write_table", 4, 3, "limit")
     with pytest.raises(OSError, match="could not be written"):
         worker.fit(tmp_path, full, ckpt_path=tmp_path / "epoch=3.ckpt")
     monkeypatch.undo()
