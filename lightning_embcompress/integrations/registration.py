@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_embcompress.tables.listeners import add_listener
 
@@ -34,14 +34,21 @@ def register() -> None:
     add_listener(_follow)
     if _AWAITED in sys.modules:
         importlib.import_module(_OURS)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    else:
+        # One, also where this module is imported anew: two would ask each other for ever.
+        sys.meta_path[:] = [_Finder(), *_finders_of_others()]
 
 
 def _follow(model: nn.Module) -> None:
     # Where nobody has imported transformers, no model of it can be there.
     if "transformers.modeling_utils" in sys.modules:
         importlib.import_module(_FOLLOWS).follow(model)
+
+
+def _finders_of_others() -> list[Any]:
+    # Ours are known by their name: of a module that is imported anew the class is another one.
+    ours = (__name__, "_Finder")
+    return [finder for finder in sys.meta_path if (type(finder).__module__, type(finder).__name__) != ours]
 
 
 class _Finder(MetaPathFinder):
@@ -56,15 +63,14 @@ class _Finder(MetaPathFinder):
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self)
+                    spec.loader = _Loader(spec.loader)
                 return spec
         return None
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Loader, finder: _Finder) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
-        self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -75,5 +81,5 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        sys.meta_path.remove(self.finder)
+        sys.meta_path[:] = _finders_of_others()
         importlib.import_module(_OURS)

@@ -234,6 +234,20 @@ def test_registering_again_changes_nothing() -> None:
     assert sys.meta_path == finders
 
 
+def test_a_package_that_is_imported_anew() -> None:
+    program = """
+import sys
+import lightning_embcompress
+for name in [name for name in sys.modules if name.partition(".")[0] == "lightning_embcompress"]:
+    del sys.modules[name]
+import lightning_embcompress
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "embcompress" in AUTO_QUANTIZER_MAPPING
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_module_that_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("awaited", "ours"):
         (tmp_path / f"{name}_{tmp_path.name}.py").write_text("import sys\norder = list(sys.modules)\n")
