@@ -194,7 +194,7 @@ def structure_from_checkpoint(path: str | os.PathLike[str]) -> Plan:
     """Read which tables are compressed in a checkpoint, and how, without reading its tensors.
 
     For models that are sharded when they are built: give them the structure first, in `configure_model`, with
-    `apply_plan(self, structure_from_checkpoint(path))`.
+    `compression.plan.apply_plan(self, structure_from_checkpoint(path))`.
 
     Args:
         path: A file of Lightning's Trainer, or the directory that strategies write which save every shard by itself.

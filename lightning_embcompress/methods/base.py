@@ -59,7 +59,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     One instance serves an embedding (`rows`), a softmax projection (`logits`), or both at once when they are tied.
     The table itself is never built while training or predicting.
 
-    A new method subclasses this in a file of its own, implements the abstract methods, and gets one line in
+    A new method subclasses this in a folder of its own, implements the abstract methods, and gets one line in
     `lightning_embcompress.methods.registry.METHODS`.
 
     Args:
