@@ -197,9 +197,11 @@ class Skip(Callback):
 def middle(tmp_path: Path) -> SimpleNamespace:
     """The losses of an epoch of six steps, and its checkpoints after the third, whole and of the weights alone."""
     whole = Losses()
-    keep = {"dirpath": tmp_path, "every_n_train_steps": 3, "save_top_k": -1}
-    checkpoints = [ModelCheckpoint(**keep, filename="{step}")]
-    checkpoints.append(ModelCheckpoint(**keep, filename="weights-{step}", save_weights_only=True))
+    keep = {"dirpath": tmp_path, "save_top_k": -1}
+    checkpoints = [ModelCheckpoint(**keep, filename="{step}", every_n_train_steps=3)]
+    # Of every step: two callbacks that save as often cannot both be kept in a checkpoint.
+    weights = ModelCheckpoint(**keep, filename="weights-{step}", every_n_train_steps=1, save_weights_only=True)
+    checkpoints.append(weights)
     trainer = _trainer(tmp_path, callbacks=[whole, *checkpoints], enable_checkpointing=True)
     trainer.fit(_model(), datamodule=Windows())
     return SimpleNamespace(path=tmp_path / "step=3.ckpt", losses=whole.values)
