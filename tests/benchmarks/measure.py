@@ -63,7 +63,8 @@ class PeakMemory:
     """Most resident bytes of the process beyond those at the start of a block, on Linux; blocks must not be nested.
 
     The kernel keeps the mark, exactly. Without mapped files, which the system may drop when memory is short, a thread
-    looks every 2 ms. Memory that was freed but that the allocator has kept is given back first.
+    looks every 2 ms. Memory that was freed but that the allocator has kept is given back first, except what glibc
+    cannot give back: the end of a heap that had to go on elsewhere. What a block takes of that does not count.
     """
 
     def __init__(self, mapped: bool = True) -> None:

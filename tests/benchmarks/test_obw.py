@@ -68,7 +68,8 @@ def test_ratios_are_of_the_same_round_and_memory_is_beyond_gradients() -> None:
     leaf = torch.zeros(10_000_000, requires_grad=True)
 
     def work() -> None:
-        temporary = torch.ones(5_000_000)
+        # More than a process that has run other tests keeps of what it freed, which would not count.
+        temporary = torch.ones(40_000_000)
         leaf.grad = torch.ones(10_000_000)
         del temporary
 
@@ -79,7 +80,7 @@ def test_ratios_are_of_the_same_round_and_memory_is_beyond_gradients() -> None:
     found = in_turns(sides, 3)
     assert found["four"].ratio == 1
     assert 2 < found["one"].ratio < 8
-    assert 15e6 < found["work"].peak_bytes < 30e6
+    assert 150e6 < found["work"].peak_bytes < 170e6
     assert leaf.grad is None
     product = in_turns({"product": Side(lambda: torch.ones(100, 200) @ torch.ones(200, 300), exponentials=10)}, 1)
     assert product["product"].flops == 2 * 100 * 200 * 300
