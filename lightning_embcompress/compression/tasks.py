@@ -14,14 +14,13 @@ from lightning_embcompress.calibration.counts import checked_counts
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import Budget
-from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.config import WIDTHS, MethodConfig
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rate_allocation import RateCurve, allocate
 from lightning_embcompress.methods.registry import Factorization, get_method
 from lightning_embcompress.methods.shared_basis.layout import bit_budget
 from lightning_embcompress.methods.shared_basis.solver import rate_curve
-from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 from lightning_embcompress.tables.replacement import Table, check_finite, find_tables
 from lightning_embcompress.utils.progress import progress_bar
 
@@ -261,7 +260,7 @@ def share(model: nn.Module, tasks: Tasks, statistics: Statistics) -> Tasks:
             vocab_size, dim = task.table.shape
             blocks = min(_GROUPS, vocab_size)
             # Of floats only ranks are to be decided, not bits.
-            widths = () if task.config.keeps_floats else TransformCodingConfig().widths
+            widths = () if task.config.keeps_floats else WIDTHS
             bits, always = bit_budget(vocab_size, dim, task.table.weight.element_size(), 0, widths)
             metric = metric_of(model, task.table, statistics)
             known.append(replace(task, metric=metric))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_embcompress.methods.config import WIDTHS
 from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
-
-# Bits of a coefficient that are chosen from; with 8, what is lost is a ten-thousandth of the energy.
-_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -41,4 +39,4 @@ class TransformCodingConfig(SharedBasisConfig):
     @property
     def widths(self) -> tuple[int, ...]:
         """Bits of a coefficient to choose from."""
-        return _WIDTHS if self.bits is None else (self.bits,)
+        return WIDTHS if self.bits is None else (self.bits,)
