@@ -395,7 +395,7 @@ def compress_toy(model: nn.Module, method: str, ratio: float = 3.0, **given: Any
     """Compress by falling counts to `ratio`, or as far as the method goes if it does not reach it; gives the plan."""
     from lightning_embcompress.compression.plan import compress
     from lightning_embcompress.methods.registry import METHODS
-    from lightning_embcompress.tables.replacement import find_tables
+    from lightning_embcompress.tables.finding import find_tables
 
     tables = find_tables(model)
     chosen = METHODS[method]

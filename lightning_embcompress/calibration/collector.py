@@ -15,7 +15,7 @@ from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, wid
 from lightning_embcompress.calibration.counts import checked_counts
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.scaled_embeddings import scale_of
-from lightning_embcompress.tables.replacement import all_modules, find_tables
+from lightning_embcompress.tables.finding import all_modules, find_tables
 from lightning_embcompress.utils.division import sum_over_processes
 
 # Of the loss in float16, so that its gradient is finite.

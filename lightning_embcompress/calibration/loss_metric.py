@@ -13,7 +13,7 @@ from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.layers.compressed import CompressedLinear
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.registry import Factorization
-from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.tables.finding import Table
 
 # Tokens are taken together, in the order of their counts, until they have been seen so often.
 _SEEN = 1000

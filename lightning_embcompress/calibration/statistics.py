@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_embcompress.calibration.collector import Collector, find_layers, summed
-from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.utils.division import failing_together
 from lightning_embcompress.utils.files import explaining_failure, replacing
 from lightning_embcompress.utils.progress import progress_bar
@@ -92,7 +92,7 @@ class Statistics:
         Example:
             >>> model = nn.Sequential(nn.Embedding(10, 4))
             >>> statistics = Statistics(torch.ones(10), gradients={"0": torch.eye(4, dtype=torch.float64)})
-            >>> from lightning_embcompress.tables.replacement import find_tables
+            >>> from lightning_embcompress.tables.finding import find_tables
             >>> statistics.check(find_tables(model))
         """
         remedy = "they are of another model or vocabulary: collect them from this model with collect_statistics"

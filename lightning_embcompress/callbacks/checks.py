@@ -20,7 +20,7 @@ from torch.optim import LBFGS
 from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.reference import reference_file
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.tables.finding import Table
 
 
 def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: Sequence[int]) -> None:

@@ -54,7 +54,8 @@ from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.compression.tasks import Tie, plan
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
-from lightning_embcompress.tables.replacement import find_tables, put_back
+from lightning_embcompress.tables.finding import find_tables
+from lightning_embcompress.tables.replacement import put_back
 from lightning_embcompress.utils.division import divided, failing_together
 
 
@@ -92,7 +93,7 @@ class EmbeddingCompression(ScheduledCallback):
         refine_at_epochs: Later epochs at whose start they are solved again, for the table as training has moved it
             plus what the last solution left out of it. That residual is kept in the run's folder, as large as the
             dense tables, and may be deleted when the run will not be resumed any more.
-        tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.replacement.find_tables`.
+        tables: `auto`, or the names of the modules, see `lightning_embcompress.tables.finding.find_tables`.
         keep_reference: Folder in which the dense tables are kept when they are compressed, for
             `lightning_embcompress.compression.reference.open_reference`; residuals are then kept after the last
             refinement too, so that a resumed run may refine at further epochs.

@@ -20,7 +20,7 @@ from lightning_embcompress.layers.sizes import compressed_tables
 from lightning_embcompress.methods.quantizers.quantization import storage_of
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import conversion_report, plan_qat
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 from lightning_embcompress.utils.division import failing_together
 
 

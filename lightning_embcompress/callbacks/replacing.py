@@ -17,7 +17,8 @@ from torch.distributed import broadcast
 from lightning_embcompress.callbacks.optimizer import levels_of_adagrad, splice, start_anew
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import Factorization
-from lightning_embcompress.tables.replacement import all_modules, replace_table, restore_dense
+from lightning_embcompress.tables.finding import all_modules
+from lightning_embcompress.tables.replacement import replace_table, restore_dense
 
 
 def replace_in_training(

@@ -37,7 +37,7 @@ from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import Factorization, get_method
-from lightning_embcompress.tables.replacement import Table, check_finite
+from lightning_embcompress.tables.finding import Table, check_finite
 from lightning_embcompress.utils.division import failing_together
 from lightning_embcompress.utils.files import explaining_failure, replacing
 from lightning_embcompress.utils.random_state import gather_over_processes

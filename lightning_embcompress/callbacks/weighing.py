@@ -23,7 +23,7 @@ from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.tasks import Task, check_counts
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.utils.division import failing_together
 
 

@@ -16,7 +16,7 @@ from lightning_embcompress.integrations.contents import model_class, quiet_trans
 from lightning_embcompress.integrations.skeleton import build_skeleton, choose_tables
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.tables.replacement import Table, find_tables
+from lightning_embcompress.tables.finding import Table, find_tables
 
 if TYPE_CHECKING:
     from lightning_embcompress.cli.commands import Inspect

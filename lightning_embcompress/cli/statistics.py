@@ -32,7 +32,7 @@ def collect_from_text(
         text: Of which no more than some blocks are read, spread over the part to count.
         block_size: Tokens that the model reads at once.
         token_counts: `[vocab_size]` counts of the whole part.
-        tables: See `lightning_embcompress.tables.replacement.find_tables`.
+        tables: See `lightning_embcompress.tables.finding.find_tables`.
 
     Raises:
         ValueError: If a table is never called, or no block has a finite loss.

@@ -24,7 +24,7 @@ from lightning_embcompress.compression.tasks import check_counts, plan
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import FullTable, Quantization, get_config
 from lightning_embcompress.quantization.aware import quantize_tables
-from lightning_embcompress.tables.replacement import Table, check_finite, find_tables
+from lightning_embcompress.tables.finding import Table, check_finite, find_tables
 from lightning_embcompress.utils.progress import progress_bar
 
 DEFAULT_METHODS = (
@@ -137,7 +137,7 @@ def sweep(
         bits: Widths of plain quantization of the tables, to integers in groups of 32 with 16-bit scales, 2 to 8; none
             for a sweep without it.
         match_bits: Whether every method is also tried at the very bytes of plain quantization.
-        tables: See `lightning_embcompress.tables.replacement.find_tables`.
+        tables: See `lightning_embcompress.tables.finding.find_tables`.
         token_counts: `[vocab_size]` how often every token occurs in the training data.
         data: What `evaluate` measures on, as JSON, by the names that an error may use (`{"text": checksum}`): points of
             other data are not added to.

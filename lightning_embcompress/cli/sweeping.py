@@ -20,7 +20,7 @@ from lightning_embcompress.compression.report import say
 from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 
 if TYPE_CHECKING:
     from lightning_embcompress.cli.commands import Sweep

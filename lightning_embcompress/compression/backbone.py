@@ -33,8 +33,8 @@ from lightning_embcompress.layers.parametrized_weights import (
 )
 from lightning_embcompress.methods.quantizers.factors import FakeQuantizer, check_storable
 from lightning_embcompress.methods.quantizers.quantization import HALVES, Quantization, State, Storage
+from lightning_embcompress.tables.finding import all_modules, find_tables
 from lightning_embcompress.tables.listeners import layers_replaced
-from lightning_embcompress.tables.replacement import all_modules, find_tables
 from lightning_embcompress.tables.transformers_models import vocabulary_layers
 
 _KINDS = {nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell}

@@ -27,11 +27,8 @@ from lightning_embcompress.layers.sizes import compressed_tables
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, factorization_from_spec, get_config
 from lightning_embcompress.methods.specs import dense_bytes
-from lightning_embcompress.tables.replacement import (
-    all_modules,
-    replace_table,
-    restore_dense,
-)
+from lightning_embcompress.tables.finding import all_modules
+from lightning_embcompress.tables.replacement import replace_table, restore_dense
 from lightning_embcompress.utils.storage import check_whole
 
 PLAN_VERSION = 6

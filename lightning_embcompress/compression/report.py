@@ -18,7 +18,7 @@ from lightning_embcompress.compression.plan import TablePlan, plan_of
 from lightning_embcompress.compression.tasks import Task
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.tables.replacement import all_modules
+from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.utils.files import explaining_failure, replacing
 from lightning_embcompress.utils.progress import output_console
 

@@ -21,7 +21,7 @@ from lightning_embcompress.methods.numerics.rate_allocation import RateCurve, al
 from lightning_embcompress.methods.registry import Factorization, get_method
 from lightning_embcompress.methods.shared_basis.layout import bit_budget
 from lightning_embcompress.methods.shared_basis.solver import rate_curve
-from lightning_embcompress.tables.replacement import Table, check_finite, find_tables
+from lightning_embcompress.tables.finding import Table, check_finite, find_tables
 from lightning_embcompress.utils.progress import progress_bar
 
 # Equal groups by which the shares of tables are found; which number hardly changes them.

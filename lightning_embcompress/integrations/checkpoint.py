@@ -18,7 +18,7 @@ from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan,
 from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.integrations.checkpoint_io import check_whole_file, read_mapped
 from lightning_embcompress.layers.compressed import CompressedLayer
-from lightning_embcompress.tables.replacement import all_modules
+from lightning_embcompress.tables.finding import all_modules
 
 RECORD_KEY = "embcompress"
 """Where a Lightning checkpoint keeps the plan; a checkpoint of a dense model has no such key."""

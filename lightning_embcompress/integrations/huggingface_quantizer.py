@@ -109,7 +109,7 @@ def _fitted(plan: Plan, model: Any) -> Plan:
     Paths are taken with or without the name of the base model, as transformers takes those of weights. What this model
     ties to a table reads it too, and a softmax that it does not have is left out.
     """
-    from lightning_embcompress.tables.replacement import all_modules
+    from lightning_embcompress.tables.finding import all_modules
 
     base, there = f"{model.base_model_prefix}.", all_modules(model)
     headless = model.get_output_embeddings() is None

@@ -18,7 +18,7 @@ from lightning_embcompress.integrations.contents import load_pretrained, read_co
 from lightning_embcompress.integrations.sources import CONFIG_FILE, SAVED_FORMAT, WEIGHTS_FILE, find_directory
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.quantization.aware import converted
-from lightning_embcompress.tables.replacement import all_modules
+from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.transformers_models import only_model
 from lightning_embcompress.utils.files import explaining_failure, replacing, synchronize
 from lightning_embcompress.utils.storage import check_whole, identity_of

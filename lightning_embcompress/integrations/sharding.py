@@ -27,7 +27,7 @@ from lightning_embcompress.integrations.checkpoint import keep_structure, struct
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
-from lightning_embcompress.tables.replacement import Table, find_tables
+from lightning_embcompress.tables.finding import Table, find_tables
 from lightning_embcompress.utils.division import count_processes, divided, failing_together
 from lightning_embcompress.utils.random_state import gather_over_processes
 from lightning_embcompress.utils.storage import is_sharded

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_embcompress.compression.backbone_files import backbone_shapes, check_backbone_tensors
 from lightning_embcompress.compression.plan import Plan, apply_plan
 from lightning_embcompress.compression.records import check_factors, dtype_of
-from lightning_embcompress.tables.replacement import all_modules
+from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.utils.storage import identity_of
 
 

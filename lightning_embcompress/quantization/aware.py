@@ -27,7 +27,8 @@ from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.factors import check_storable
 from lightning_embcompress.methods.quantizers.quantization import name_of, storage_of
 from lightning_embcompress.methods.registry import Factorization, FullTable, Quantization
-from lightning_embcompress.tables.replacement import Table, find_tables, put_back, replace_table
+from lightning_embcompress.tables.finding import Table, find_tables
+from lightning_embcompress.tables.replacement import put_back, replace_table
 from lightning_embcompress.utils.storage import check_whole
 
 

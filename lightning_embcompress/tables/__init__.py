@@ -1,4 +1,5 @@
 """Find the tables of a model, replace them, and put them back.
 
-`replacement` says what may be replaced, and by what; `layers.scaled_embeddings` which subclasses of `nn.Embedding` may.
+`finding` says which tables a model has and whether they may be replaced, `replacement` puts compressed layers in their
+place and dense ones back; `layers.scaled_embeddings` says which subclasses of `nn.Embedding` may be replaced.
 """

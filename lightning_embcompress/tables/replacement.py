@@ -1,106 +1,20 @@
-"""Finding the tables of a model, checking that they may be replaced, and replacing them."""
+"""Replacing the tables of a model, and putting them back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.scaled_embeddings import scale_of
-from lightning_embcompress.methods.numerics.gram import row_chunks
-from lightning_embcompress.methods.registry import Factorization, nearest
+from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.methods.specs import dense_bytes
+from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.listeners import layers_replaced
-from lightning_embcompress.tables.transformers_models import vocabulary_layers
-
-
-@dataclass(frozen=True)
-class Table:
-    """One weight matrix with a row per token, and every module that reads it.
-
-    Attributes:
-        modules: Paths of the modules in the order of `model.named_modules()`; several if they are tied.
-        weight: What they share, `[vocab_size, dim]`.
-    """
-
-    modules: tuple[str, ...]
-    weight: Tensor
-
-    @property
-    def name(self) -> str:
-        """Path of the first module: how the table is called in plans, reports and messages."""
-        return self.modules[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(vocab_size, dim)`."""
-        return self.weight.shape[0], self.weight.shape[1]
-
-
-def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[Table]:
-    """Find the tables of a model.
-
-    `auto` takes the embedding and the projection of the same vocabulary size, tied or not; a model that has only one
-    of them gives that one. Where more than one choice is possible none is made: name the modules.
-
-    Args:
-        model: Any module.
-        tables: `"auto"`, or the path of one or more modules (`["encoder", "decoder"]`); modules tied to a named one
-            come with it.
-
-    Returns:
-        The tables in the order of `model.named_modules()`.
-
-    Raises:
-        ValueError: If nothing is found, if two candidates are, or if a module cannot be replaced.
-
-    Example:
-        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 100))
-        >>> [table.name for table in find_tables(model)]
-        ['0', '2']
-    """
-    named = all_modules(model)
-    found = (
-        _automatic(model, named) if tables == "auto" else _named(named, [tables] if isinstance(tables, str) else tables)
-    )
-    for table in found:
-        _check_replaceable(table, named)
-    return found
-
-
-def all_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its path; one that is registered twice has two paths, and must be replaced in both."""
-    return dict(model.named_modules(remove_duplicate=False))
-
-
-def check_finite(table: Table) -> None:
-    """Refuse a table that holds NaN or infinite values, or none at all.
-
-    Raises:
-        ValueError: Naming the first such rows.
-    """
-    if table.weight.is_meta:
-        raise ValueError(
-            f"table {table.name!r} is on the meta device and has no values to compress: build it, or load its weights, "
-            "on a real device before"
-        )
-    bad = [
-        ids[~torch.isfinite(table.weight.detach()[chunk]).all(dim=1).cpu()]
-        for chunk in row_chunks(*table.shape)
-        for ids in [torch.arange(chunk.start, chunk.stop)]
-    ]
-    rows = torch.cat(bad).tolist()
-    if rows:
-        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-        raise ValueError(
-            f"table {table.name!r} has NaN or infinite values in {len(rows)} of its {table.shape[0]} rows "
-            f"(rows {shown}); the training diverged or the checkpoint is damaged: nothing was compressed"
-        )
 
 
 def replace_table(
@@ -224,125 +138,3 @@ def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
     parent_path, _, name = path.rpartition(".")
     new.train(model.get_submodule(path).training)
     setattr(model.get_submodule(parent_path), name, new)
-
-
-def _table_of(named: dict[str, nn.Module], path: str, weight: Tensor) -> Table:
-    # A parametrized weight is another tensor at every access, and found nowhere: it is refused later by its module.
-    paths = tuple(path for path, module in named.items() if getattr(module, "weight", None) is weight)
-    return Table(paths or (path,), weight)
-
-
-_Dense = nn.Embedding | nn.Linear
-
-
-def _automatic(model: nn.Module, named: dict[str, nn.Module]) -> list[Table]:
-    embeddings = {path: module for path, module in named.items() if isinstance(module, nn.Embedding)}
-    linears = {path: module for path, module in named.items() if isinstance(module, nn.Linear)}
-    said, projections = vocabulary_layers(model)
-    compressed = [path for path, module in named.items() if isinstance(module, CompressedLayer)]
-    sizes = {module.num_embeddings for module in embeddings.values()}
-    sizes &= {module.out_features for module in linears.values()}
-    if said:
-        # The model says which it is: no other layer that happens to have as many rows is meant.
-        embeddings = {path: module for path, module in embeddings.items() if module in said}
-        linears = {path: module for path, module in linears.items() if module in projections}
-        sizes = {module.num_embeddings for module in embeddings.values()}
-    if any(isinstance(module, CompressedLayer) for module in said + projections) or (compressed and not sizes):
-        raise ValueError(
-            f"the model's tables {', '.join(map(repr, compressed))} are compressed already: restore them with "
-            "densify(model) first, or name the modules to compress beside them, as in tables=['encoder']"
-        )
-    if len(sizes) > 1:
-        raise _ambiguous("embeddings and projections of several sizes", {**embeddings, **linears})
-    chosen: dict[str, _Dense]
-    if sizes:
-        (size,) = sizes
-        heads = {path: module for path, module in linears.items() if module.out_features == size}
-        tokens = {path: module for path, module in embeddings.items() if module.num_embeddings == size}
-        roles: list[tuple[str, Mapping[str, _Dense]]] = [("embeddings", tokens), ("projections", heads)]
-        for role, modules in roles:
-            if len({id(module.weight) for module in modules.values()}) > 1:
-                raise _ambiguous(f"{role} of the same vocabulary size", modules)
-        chosen = {**tokens, **heads}
-    else:
-        chosen = {**(embeddings or linears)}
-        if not chosen:
-            raise ValueError(
-                "found no table: the model has neither an nn.Embedding nor an nn.Linear. "
-                "Layers that are built in `configure_model` exist only once the Trainer has called it"
-            )
-        if len({id(module.weight) for module in chosen.values()}) > 1:
-            raise _ambiguous("candidates and no embedding and projection of the same vocabulary size", chosen)
-    weights = {id(weight): (path, weight) for path in named if path in chosen for weight in [chosen[path].weight]}
-    return [_table_of(named, path, weight) for path, weight in weights.values()]
-
-
-def _ambiguous(what: str, modules: Mapping[str, _Dense]) -> ValueError:
-    listed = "; ".join(f"{path!r} {tuple(module.weight.shape)}" for path, module in modules.items())
-    return ValueError(f"found two or more {what}: {listed}. Name the modules to compress, as in tables=['encoder']")
-
-
-def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
-    weights: dict[int, tuple[str, Tensor]] = {}
-    for path in paths:
-        if path not in named:
-            candidates = [p for p, module in named.items() if isinstance(module, nn.Embedding | nn.Linear)]
-            raise ValueError(
-                f"the model has no module {path!r}{nearest(path, named)}; candidates are "
-                f"{', '.join(map(repr, candidates)) or 'none'}"
-            )
-        module = named[path]
-        if isinstance(module, CompressedLayer):
-            raise ValueError(f"module {path!r} is compressed already; restore it with densify(model) first")
-        if not isinstance(module, nn.Embedding | nn.Linear):
-            remedy = "only nn.Embedding and nn.Linear can be compressed"
-            if "_orig_mod" in module._modules:
-                remedy = _remedy_of_wrapped(path)
-            raise ValueError(f"module {path!r} is a {type(module).__name__}: {remedy}")
-        weight = module.weight
-        weights[id(weight)] = (path, weight)
-    tables = [_table_of(named, path, weight) for path, weight in weights.values()]
-    if not tables:
-        raise ValueError("tables is an empty list: name at least one module, or use 'auto'")
-    order = list(named)
-    return sorted(tables, key=lambda table: order.index(table.name))
-
-
-def _remedy_of_wrapped(path: str) -> str:
-    """What to do about `model.layer = torch.compile(model.layer)`, which calls the layer whatever takes its place."""
-    return (
-        "only the layer that torch.compile has wrapped can be replaced; pass the model without the wrapper, and call "
-        f"module.{path}.compile() after compression"
-    )
-
-
-def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
-    for path, module in named.items():
-        if path not in table.modules and all(other is not table.weight for other in module._parameters.values()):
-            continue
-        where = f"module {path!r} of table {table.name!r}"
-        if not path:
-            raise ValueError(
-                f"the model is itself an {type(module).__name__}, which cannot be replaced in place: put it into a "
-                "module, as in nn.Sequential(layer)"
-            )
-        # A subclass may do more with its weight than its base class does (scale it, for one): replacing it blindly
-        # would drop that.
-        scaled = isinstance(module, nn.Embedding) and scale_of(module) is not None
-        if type(module) not in (nn.Embedding, nn.Linear) and not scaled:
-            remedy = (
-                "only plain nn.Embedding and nn.Linear, and scaled embeddings of transformers that are known, can be "
-                "replaced; name other modules in tables=[...]"
-            )
-            if "_orig_mod" in module._modules:
-                remedy = _remedy_of_wrapped(path)
-            raise ValueError(f"{where} is a {type(module).__module__}.{type(module).__qualname__}: {remedy}")
-        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
-            raise ValueError(
-                f"{where} has scale_grad_by_freq=True: gradients of rows are divided by how often a batch has them, "
-                "and factors that many rows share have no such gradient; set it to False before compressing"
-            )
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise ValueError(f"{where} has hooks, which would be lost; remove them and register them after compression")
-    if not table.weight.is_floating_point():
-        raise ValueError(f"table {table.name!r} holds {table.weight.dtype}: only floating-point tables can be solved")

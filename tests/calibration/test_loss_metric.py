@@ -13,7 +13,7 @@ from lightning_embcompress.calibration.loss_metric import add_to_biases, bias_of
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.methods.registry import LowRank
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 from toys import LanguageModel
 
 _VOCAB_SIZE, _DIM = 60, 8

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.compression.plan import compress, densify
 from lightning_embcompress.layers.full_softmax import full_softmax_loss
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 from toys import gpt2
 
 VOCAB_SIZE, EMBEDDING_DIM, HEAD_DIM, IGNORED = 90, 5, 6, -100

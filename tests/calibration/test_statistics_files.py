@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 
 VOCAB_SIZE, EMBEDDING_DIM, HEAD_DIM = 90, 5, 6
 

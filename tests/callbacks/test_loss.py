@@ -24,7 +24,7 @@ from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.callbacks import weighing
 from lightning_embcompress.compression.plan import plan_of
-from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.tables.finding import Table
 from toys import LanguageModel, loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from lightning_embcompress.compression.plan import compress
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 
 _VOCAB = 64
 _GPT2 = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": _VOCAB, "vocab_size": _VOCAB}

@@ -33,7 +33,7 @@ from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
 from lightning_embcompress.modules.finetuning.reconstruction import Reconstruction
 from lightning_embcompress.quantization.aware import prepare_qat, quantize_tables
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 from toys import Losses, quiet_trainer
 
 WORDS, DIM = 58, 12

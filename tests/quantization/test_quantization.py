@@ -20,7 +20,7 @@ from lightning_embcompress.compression.report import table_report
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import LatentCodes, LowRank, Quantization, SharedBasisBlocks
 from lightning_embcompress.quantization.aware import convert_qat, converted, prepare_qat, quantize_tables
-from lightning_embcompress.tables.replacement import find_tables
+from lightning_embcompress.tables.finding import find_tables
 from toys import LanguageModel, falling_counts, gpt2
 
 VOCAB_SIZE, DIM = 400, 24

@@ -12,7 +12,8 @@ from torch import nn
 from lightning_embcompress.compression.plan import compress, densify
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.methods.registry import LowRank
-from lightning_embcompress.tables.replacement import Table, check_finite, find_tables, replace_table, restore_dense
+from lightning_embcompress.tables.finding import Table, check_finite, find_tables
+from lightning_embcompress.tables.replacement import replace_table, restore_dense
 
 
 def _pair(vocab_size: int = 100, dim: int = 8) -> nn.ModuleDict:

@@ -93,7 +93,7 @@ class CompressedLanguageModel(VocabularyModule):
         factor_learning_rate: Of the tables; None for the optimizer's.
         backbone_learning_rate: Of everything else; None for the optimizer's. Schedulers scale each from its own start.
         tables: ``auto``, or names of the modules that are the tables, see
-            :func:`~lightning_embcompress.tables.replacement.find_tables`.
+            :func:`~lightning_embcompress.tables.finding.find_tables`.
         optimizer: Makes the optimizer from two groups of parameters, the backbone and the tables, in this order.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer, or None for a constant rate.
         lr_scheduler_interval: Whether the scheduler steps after each ``epoch`` or each optimizer ``step``.

@@ -32,7 +32,7 @@ class Parts:
 
     Args:
         model: The model.
-        tables: `auto`, or paths of modules, see `lightning_embcompress.tables.replacement.find_tables`.
+        tables: `auto`, or paths of modules, see `lightning_embcompress.tables.finding.find_tables`.
 
     Attributes:
         tables: For every table the paths of its modules.

@@ -22,7 +22,7 @@ from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.methods.numerics.metric import smoothed_frequencies
 from lightning_embcompress.modules.finetuning.parts import table_rows, table_shape
-from lightning_embcompress.tables.replacement import Table
+from lightning_embcompress.tables.finding import Table
 
 
 class Reconstruction:
