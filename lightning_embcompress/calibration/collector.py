@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, wide
 from lightning_embcompress.calibration.counts import checked_counts
+from lightning_embcompress.layers.bags import AnyEmbedding, CompressedEmbeddingBag, pool, rows_of_bag
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.tables.finding import all_modules, find_tables
@@ -69,8 +70,9 @@ def find_layers(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
 
 
 def _reads(layer: nn.Module, sizes: set[int]) -> bool:
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings in sizes and (type(layer) is nn.Embedding or scale_of(layer) is not None)
+    if isinstance(layer, AnyEmbedding):
+        known = type(layer) in (nn.Embedding, nn.EmbeddingBag) or scale_of(layer) is not None
+        return layer.num_embeddings in sizes and known
     return type(layer) is nn.Linear and layer.out_features in sizes
 
 
@@ -100,7 +102,7 @@ class Collector:
         self.tables = [list(modules) for modules in tables]
         layers = {path: model.get_submodule(path) for modules in tables for path in modules}
         self.embeddings = {
-            p: layer for p, layer in layers.items() if isinstance(layer, nn.Embedding | CompressedEmbedding)
+            p: layer for p, layer in layers.items() if isinstance(layer, AnyEmbedding | CompressedEmbedding)
         }
         self.heads = {path: layer for path, layer in layers.items() if isinstance(layer, nn.Linear | CompressedLinear)}
         sizes = {path: layer.num_embeddings for path, layer in self.embeddings.items()}
@@ -170,12 +172,16 @@ class Collector:
         self._stack.close()
 
     def _embedding_hook(self, path: str, layer: nn.Module) -> Callable[..., Any]:
-        scale = layer.scale if isinstance(layer, CompressedEmbedding) else scale_of(layer)  # type: ignore[arg-type]
+        scale = layer.scale if isinstance(layer, CompressedEmbedding) else scale_of(layer)
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
             ids = arguments[0] if arguments else keywords["input"]
+            if isinstance(layer, nn.EmbeddingBag | CompressedEmbeddingBag):
+                ids, rows = rows_of_bag(layer, ids)
+                self._embedding_calls.append(EmbeddingCall(path, rows, 1.0, ids))
+                return pool(layer, rows, *arguments, **keywords)
             rows = output.detach().requires_grad_()
             self._embedding_calls.append(EmbeddingCall(path, rows, 1.0 if scale is None else scale.value, ids))
             # A copy: what comes after may change it in place.

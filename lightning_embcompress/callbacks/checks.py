@@ -13,12 +13,12 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS
 
 from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.reference import reference_file
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.tables.finding import Table
 
@@ -90,7 +90,7 @@ def check_gradients(trainer: Trainer, name: str, tables: Sequence[Table]) -> Non
     for table in tables:
         for path in table.modules:
             layer = trainer.lightning_module.get_submodule(path)
-            if isinstance(layer, nn.Embedding) and layer.sparse:
+            if isinstance(layer, AnyEmbedding) and layer.sparse:
                 raise ValueError(
                     f"module {path!r} of table {table.name!r} has sparse=True, and DistributedDataParallel takes "
                     f"sparse gradients of nn.Embedding alone, not of the factors that {name} puts in its place: set "

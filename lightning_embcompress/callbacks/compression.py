@@ -54,9 +54,10 @@ from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.compression.tasks import Tie, plan
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
-from lightning_embcompress.tables.finding import find_tables
+from lightning_embcompress.tables.finding import find_tables, large_and_dense
 from lightning_embcompress.tables.replacement import put_back
 from lightning_embcompress.utils.division import divided, failing_together
+from lightning_embcompress.utils.progress import say_line
 
 
 class EmbeddingCompression(ScheduledCallback):
@@ -261,6 +262,8 @@ class EmbeddingCompression(ScheduledCallback):
         if self.keep_reference is not None and not trainer.ckpt_path:
             check_references(self.keep_reference, tables)
         show_tasks(tasks, self.budget, self._weighing.by_loss(module))
+        if self.tables == "auto":
+            say_line(large_and_dense(module, tables))
 
     def _turn(self, module: LightningModule) -> Turn:
         paths = frozenset(path for table in find_tables(module, self.tables) for path in table.modules)

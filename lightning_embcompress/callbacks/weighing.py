@@ -21,6 +21,7 @@ from lightning_embcompress.callbacks.collecting import collect_in_training
 from lightning_embcompress.callbacks.evaluation import stream_token_counts
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.tasks import Task, check_counts
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.tables.finding import Table
@@ -208,4 +209,4 @@ class Weighing:
 def _embeds(layer: nn.Module, rows: int) -> bool:
     if isinstance(layer, CompressedEmbedding):
         return layer.factorization.vocab_size == rows
-    return isinstance(layer, nn.Embedding) and layer.num_embeddings == rows
+    return isinstance(layer, AnyEmbedding) and layer.num_embeddings == rows

@@ -119,7 +119,10 @@ def backbone_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     library = sys.modules.get("transformers.pytorch_utils")
     kinds = {*_KINDS, getattr(library, "Conv1D", nn.Linear)}
-    sizes, heads = _vocabulary_sizes(model), {id(layer) for layer in vocabulary_layers(model)[1]}
+    sizes, heads = (
+        _vocabulary_sizes(model),
+        {id(layer) for _, heads in vocabulary_layers(model).values() for layer in heads},
+    )
     found: dict[str, nn.Parameter] = {}
     others: set[int] = set()
     for path, module in all_modules(model).items():

@@ -22,13 +22,15 @@ from lightning_embcompress.compression.records import by_method_of_now, check_ta
 from lightning_embcompress.compression.search import search
 from lightning_embcompress.compression.solution import Solution, put_in_place, solve
 from lightning_embcompress.compression.tasks import Tie, plan
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import compressed_tables
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, factorization_from_spec, get_config
 from lightning_embcompress.methods.specs import dense_bytes
-from lightning_embcompress.tables.finding import all_modules
+from lightning_embcompress.tables.finding import all_modules, large_and_dense
 from lightning_embcompress.tables.replacement import replace_table, restore_dense
+from lightning_embcompress.utils.progress import say_line
 from lightning_embcompress.utils.storage import check_whole
 
 PLAN_VERSION = 6
@@ -254,16 +256,17 @@ def compress(
         bits_per_weight=bits_per_weight,
         max_perplexity_increase=max_perplexity_increase,
     )
-    if budget is None or not budget.is_searched:
-        return apply(
-            model, solve(plan(model, config, budget, tables, tie, statistics=statistics, token_counts=token_counts))
-        )
-    if statistics is None or evaluate is None:
+    is_searched = budget is not None and budget.is_searched
+    if is_searched and (statistics is None or evaluate is None):
         raise ValueError(
             "max_perplexity_increase needs statistics, as collect_statistics(model, batches) gives them, to predict "
             "sizes, and evaluate, a function of the model that gives its perplexity on validation data, to verify them"
         )
-    tasks = plan(model, config, budget, tables, tie, statistics=statistics)
+    tasks = plan(model, config, budget, tables, tie, statistics=statistics, token_counts=token_counts)
+    if tables == "auto":
+        say_line(large_and_dense(model, [task.table for task in tasks]))
+    if budget is None or evaluate is None or not budget.is_searched:
+        return apply(model, solve(tasks))
     return apply(model, search(model, tasks, budget, evaluate(model), evaluate))
 
 
@@ -365,7 +368,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         shape = (table.spec.get("vocab_size"), table.spec.get("dim"))
         for path in table.modules:
             module = named.get(path)
-            if not isinstance(module, nn.Embedding | nn.Linear | CompressedLayer):
+            if not isinstance(module, AnyEmbedding | nn.Linear | CompressedLayer):
                 raise ValueError(
                     f"the plan compresses module {shown(path)}, but the model has no embedding or projection there"
                 )
@@ -381,7 +384,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 def _table_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, CompressedLayer):
         return module.factorization.vocab_size, module.factorization.dim
-    assert isinstance(module, nn.Embedding | nn.Linear)
+    assert isinstance(module, AnyEmbedding | nn.Linear)
     return module.weight.shape[0], module.weight.shape[1]
 
 
@@ -389,5 +392,5 @@ def _table_place(module: nn.Module) -> tuple[torch.dtype, torch.device, bool]:
     """Dtype and device of a table, and whether what takes its place is to train."""
     if isinstance(module, CompressedLayer):
         return module.factorization.dtype, module.factorization.device, module.factorization.may_train
-    assert isinstance(module, nn.Embedding | nn.Linear)
+    assert isinstance(module, AnyEmbedding | nn.Linear)
     return module.weight.dtype, module.weight.device, module.weight.requires_grad

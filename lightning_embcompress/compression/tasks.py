@@ -14,6 +14,7 @@ from lightning_embcompress.calibration.counts import checked_counts
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import Budget
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.methods.config import WIDTHS, MethodConfig
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
@@ -308,7 +309,7 @@ def _sized(
 
 def _untied(model: nn.Module, table: Table) -> list[Table]:
     """A table by the two ways in which it is read, or as it is where there is only one."""
-    embeddings = tuple(path for path in table.modules if isinstance(model.get_submodule(path), nn.Embedding))
+    embeddings = tuple(path for path in table.modules if isinstance(model.get_submodule(path), AnyEmbedding))
     others = tuple(path for path in table.modules if path not in embeddings)
     return [Table(modules, table.weight) for modules in (embeddings, others) if modules]
 

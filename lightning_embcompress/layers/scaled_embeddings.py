@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Scale:
         return layer
 
 
-def scale_of(embedding: nn.Embedding) -> Scale | None:
+def scale_of(embedding: nn.Module) -> Scale | None:
     """The scale of an embedding of a class that is known to have one, otherwise None.
 
     Example:
@@ -61,7 +61,8 @@ def scale_of(embedding: nn.Embedding) -> Scale | None:
         >>> scale_of(BartScaledWordEmbedding(10, 4, padding_idx=0, embed_scale=2.0)).value
         2.0
     """
-    layer, known = type(embedding), cast(Any, embedding)
+    known: Any = embedding
+    layer = type(known)
     if not layer.__module__.startswith("transformers.models.") or layer.__name__ not in KNOWN:
         return None
     scale = known.embed_scale

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import nearest
-from lightning_embcompress.tables.transformers_models import vocabulary_layers
+from lightning_embcompress.tables.automatic import choose_tables, large_beside
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,21 @@ class Table:
 def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[Table]:
     """Find the tables of a model.
 
-    `auto` takes the embedding and the projection of the same vocabulary size, tied or not; a model that has only one
-    of them gives that one. Where more than one choice is possible none is made: name the modules.
+    `auto` takes the tables of tokens, and the rules are few:
+
+    1. Of a model of transformers it takes what `get_input_embeddings` and `get_output_embeddings` name, of the model
+       and of all models within it, and other embeddings that share their weight with a projection. Nothing else: not
+       positions, a pooler or an MLP.
+    2. Of other modules it takes embeddings (`nn.Embedding`, `nn.EmbeddingBag`) together with the projection that is
+       tied to them or has as many rows, up to a tenth of padding. What another layer reads is hidden, no softmax.
+    3. It takes an embedding without such a softmax if it has more rows than all that have one, and its name does not
+       say that it holds positions.
+    4. A vocabulary with less than a tenth of the weights of the largest table is small, and left.
+    5. Without a softmax by these rules it takes the projection with the most rows if all embeddings are small beside
+       it, or all other projections where there are no embeddings.
+
+    Where two softmaxes of one vocabulary, two models side by side or several projections leave no answer, none is made
+    up: name the modules.
 
     Args:
         model: Any module.
@@ -53,7 +67,8 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
         The tables in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: If nothing is found, if two candidates are, or if a module cannot be replaced.
+        ValueError: If nothing is found, if it is not clear which candidates are meant, or if a module cannot be
+            replaced.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 100))
@@ -61,12 +76,37 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
         ['0', '2']
     """
     named = all_modules(model)
-    found = (
-        _automatic(model, named) if tables == "auto" else _named(named, [tables] if isinstance(tables, str) else tables)
-    )
+    if tables == "auto":
+        found = [_table_of(named, path, weight) for path, weight in choose_tables(named)]
+    else:
+        found = _named(named, [tables] if isinstance(tables, str) else tables)
     for table in found:
         _check_replaceable(table, named)
     return found
+
+
+def large_and_dense(model: nn.Module, tables: Sequence[Table]) -> str:
+    """Say what is large beside the tables that are compressed, and stays dense.
+
+    Args:
+        model: The model, before anything is replaced.
+        tables: What is compressed.
+
+    Returns:
+        One line that says how it is named; nothing if nothing is large.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(9000, 8), nn.Embedding(2000, 8), nn.Linear(8, 9000))
+        >>> large_and_dense(model, find_tables(model))
+        "Stays dense: '1' (2000, 8). To compress it too, name it: tables=['0', '2', '1']"
+    """
+    left = large_beside(all_modules(model), [table.weight for table in tables])
+    if not left:
+        return ""
+    listed = ", ".join(f"{path!r} {shape}" for path, shape in left.items())
+    it = "it" if len(left) == 1 else "them"
+    names = [*(table.name for table in tables), *left]
+    return f"Stays dense: {listed}. To compress {it} too, name {it}: tables={names}"
 
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -105,61 +145,11 @@ def _table_of(named: dict[str, nn.Module], path: str, weight: Tensor) -> Table:
     return Table(paths or (path,), weight)
 
 
-_Dense = nn.Embedding | nn.Linear
-
-
-def _automatic(model: nn.Module, named: dict[str, nn.Module]) -> list[Table]:
-    embeddings = {path: module for path, module in named.items() if isinstance(module, nn.Embedding)}
-    linears = {path: module for path, module in named.items() if isinstance(module, nn.Linear)}
-    said, projections = vocabulary_layers(model)
-    compressed = [path for path, module in named.items() if isinstance(module, CompressedLayer)]
-    sizes = {module.num_embeddings for module in embeddings.values()}
-    sizes &= {module.out_features for module in linears.values()}
-    if said:
-        # The model says which it is: no other layer that happens to have as many rows is meant.
-        embeddings = {path: module for path, module in embeddings.items() if module in said}
-        linears = {path: module for path, module in linears.items() if module in projections}
-        sizes = {module.num_embeddings for module in embeddings.values()}
-    if any(isinstance(module, CompressedLayer) for module in said + projections) or (compressed and not sizes):
-        raise ValueError(
-            f"the model's tables {', '.join(map(repr, compressed))} are compressed already: restore them with "
-            "densify(model) first, or name the modules to compress beside them, as in tables=['encoder']"
-        )
-    if len(sizes) > 1:
-        raise _ambiguous("embeddings and projections of several sizes", {**embeddings, **linears})
-    chosen: dict[str, _Dense]
-    if sizes:
-        (size,) = sizes
-        heads = {path: module for path, module in linears.items() if module.out_features == size}
-        tokens = {path: module for path, module in embeddings.items() if module.num_embeddings == size}
-        roles: list[tuple[str, Mapping[str, _Dense]]] = [("embeddings", tokens), ("projections", heads)]
-        for role, modules in roles:
-            if len({id(module.weight) for module in modules.values()}) > 1:
-                raise _ambiguous(f"{role} of the same vocabulary size", modules)
-        chosen = {**tokens, **heads}
-    else:
-        chosen = {**(embeddings or linears)}
-        if not chosen:
-            raise ValueError(
-                "found no table: the model has neither an nn.Embedding nor an nn.Linear. "
-                "Layers that are built in `configure_model` exist only once the Trainer has called it"
-            )
-        if len({id(module.weight) for module in chosen.values()}) > 1:
-            raise _ambiguous("candidates and no embedding and projection of the same vocabulary size", chosen)
-    weights = {id(weight): (path, weight) for path in named if path in chosen for weight in [chosen[path].weight]}
-    return [_table_of(named, path, weight) for path, weight in weights.values()]
-
-
-def _ambiguous(what: str, modules: Mapping[str, _Dense]) -> ValueError:
-    listed = "; ".join(f"{path!r} {tuple(module.weight.shape)}" for path, module in modules.items())
-    return ValueError(f"found two or more {what}: {listed}. Name the modules to compress, as in tables=['encoder']")
-
-
 def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
     weights: dict[int, tuple[str, Tensor]] = {}
     for path in paths:
         if path not in named:
-            candidates = [p for p, module in named.items() if isinstance(module, nn.Embedding | nn.Linear)]
+            candidates = [p for p, module in named.items() if isinstance(module, AnyEmbedding | nn.Linear)]
             raise ValueError(
                 f"the model has no module {path!r}{nearest(path, named)}; candidates are "
                 f"{', '.join(map(repr, candidates)) or 'none'}"
@@ -167,8 +157,8 @@ def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:
         module = named[path]
         if isinstance(module, CompressedLayer):
             raise ValueError(f"module {path!r} is compressed already; restore it with densify(model) first")
-        if not isinstance(module, nn.Embedding | nn.Linear):
-            remedy = "only nn.Embedding and nn.Linear can be compressed"
+        if not isinstance(module, AnyEmbedding | nn.Linear):
+            remedy = "only nn.Embedding, nn.EmbeddingBag and nn.Linear can be compressed"
             if "_orig_mod" in module._modules:
                 remedy = _remedy_of_wrapped(path)
             raise ValueError(f"module {path!r} is a {type(module).__name__}: {remedy}")
@@ -202,15 +192,15 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
         # A subclass may do more with its weight than its base class does (scale it, for one): replacing it blindly
         # would drop that.
         scaled = isinstance(module, nn.Embedding) and scale_of(module) is not None
-        if type(module) not in (nn.Embedding, nn.Linear) and not scaled:
+        if type(module) not in (nn.Embedding, nn.EmbeddingBag, nn.Linear) and not scaled:
             remedy = (
-                "only plain nn.Embedding and nn.Linear, and scaled embeddings of transformers that are known, can be "
-                "replaced; name other modules in tables=[...]"
+                "only plain nn.Embedding, nn.EmbeddingBag and nn.Linear, and scaled embeddings of transformers that "
+                "are known, can be replaced; name other modules in tables=[...]"
             )
             if "_orig_mod" in module._modules:
                 remedy = _remedy_of_wrapped(path)
             raise ValueError(f"{where} is a {type(module).__module__}.{type(module).__qualname__}: {remedy}")
-        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        if isinstance(module, AnyEmbedding) and module.scale_grad_by_freq:
             raise ValueError(
                 f"{where} has scale_grad_by_freq=True: gradients of rows are divided by how often a batch has them, "
                 "and factors that many rows share have no such gradient; set it to False before compressing"

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_embcompress.layers.bags import CompressedEmbeddingBag
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.methods.registry import Factorization
@@ -36,8 +37,18 @@ def replace_table(
     for path in modules:
         old = model.get_submodule(path)
         new: CompressedLayer
-        if isinstance(old, nn.Embedding | CompressedEmbedding):
-            scale = scale_of(old) if isinstance(old, nn.Embedding) else old.scale
+        if isinstance(old, nn.EmbeddingBag | CompressedEmbeddingBag):
+            new = CompressedEmbeddingBag(
+                factorization,
+                old.mode,
+                old.padding_idx,
+                old.max_norm,
+                old.norm_type,
+                sparse=old.sparse,
+                include_last_offset=old.include_last_offset,
+            )
+        elif isinstance(old, nn.Embedding | CompressedEmbedding):
+            scale = old.scale if isinstance(old, CompressedEmbedding) else scale_of(old)
             new = CompressedEmbedding(
                 factorization, old.padding_idx, old.max_norm, old.norm_type, scale, sparse=old.sparse
             )
@@ -78,7 +89,9 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
         table = old.factorization
         new: nn.Module
         if isinstance(old, CompressedEmbedding):
-            if old.scale is not None:
+            if isinstance(old, CompressedEmbeddingBag):
+                new = old.dense(weight)
+            elif old.scale is not None:
                 new = old.scale.dense(weight, old.padding_idx)
             else:
                 new = nn.Embedding(table.vocab_size, table.dim, padding_idx=old.padding_idx, _weight=weight)

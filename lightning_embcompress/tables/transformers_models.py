@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.layers.compressed import CompressedLayer
 
 
 def pretrained_models(root: nn.Module) -> dict[str, Any]:
@@ -31,35 +31,54 @@ def only_model(root: nn.Module) -> Any:
     return models[outer[0]] if len(outer) == 1 else None
 
 
-def vocabulary_layers(root: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Token embeddings and softmax projections of a module, as far as a model of transformers in it says.
+def vocabulary_layers(root: nn.Module) -> dict[str, tuple[list[nn.Module], list[nn.Module]]]:
+    """Token embeddings and softmax projections that models of transformers within a module name.
+
+    They are what `get_input_embeddings` and `get_output_embeddings` give, of a model and of all models within it: an
+    encoder and a decoder may have one each, and a model of images the text model inside.
 
     Returns:
-        Its embeddings, of which an encoder and a decoder may have one each, and its projection; where it has none,
-        projections that are outside of it. Nothing if there is no such model, or it does not say.
+        Embeddings and projections by the paths of the outermost models; without models that name no embedding, such as
+        those of images alone.
 
     Example:
-        >>> from transformers import GPT2Config, GPT2Model
-        >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50, n_positions=50))
-        >>> vocabulary_layers(nn.Sequential(model, nn.Linear(8, 50)))
-        ([Embedding(50, 8)], [Linear(in_features=8, out_features=50, bias=True)])
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50, n_positions=50))
+        >>> vocabulary_layers(nn.Sequential(model))
+        {'0': ([Embedding(50, 8)], [Linear(in_features=8, out_features=50, bias=False)])}
     """
-    model = only_model(root)
-    if model is None:
-        return [], []
-    parts = [model, model.get_encoder(), model.get_decoder()] if _has_encoder_and_decoder(model) else [model]
+    found: dict[str, tuple[list[nn.Module], list[nn.Module]]] = {}
+    outer = ""
+    for path, model in pretrained_models(root).items():
+        # A model comes before those within it.
+        if not found or not path.startswith(f"{outer}." if outer else ""):
+            outer = path
+            found[outer] = ([], [])
+        own = set(found[outer][0] + found[outer][1])
+        for layers, give, other in zip(
+            found[outer],
+            (model.get_input_embeddings, model.get_output_embeddings),
+            (nn.Linear, nn.Embedding),
+            strict=True,
+        ):
+            named = _named(give)
+            layers += [
+                layer for layer in named if _is_matrix(layer) and not isinstance(layer, other) and layer not in own
+            ]
+    return {path: layers for path, layers in found.items() if layers[0]}
+
+
+def _named(give: Any) -> list[nn.Module]:
+    """The layer that a model gives, or those of the list that it gives."""
     try:
-        layers, projection = [part.get_input_embeddings() for part in parts], model.get_output_embeddings()
-    except NotImplementedError:
-        return [], []
-    embeddings = {id(layer): layer for layer in layers if isinstance(layer, nn.Embedding | CompressedEmbedding)}
-    if not embeddings:
-        return [], []
-    own = set(model.modules())
-    candidates = [layer for layer in root.modules() if layer not in own] if projection is None else [projection]
-    projections: list[nn.Module] = [layer for layer in candidates if isinstance(layer, nn.Linear | CompressedLinear)]
-    return list(embeddings.values()), projections
+        layer = give()
+    except (NotImplementedError, AttributeError):
+        # It has none, or is a part that was not made to be asked.
+        return []
+    return list(layer) if isinstance(layer, nn.ModuleList) else [layer]
 
 
-def _has_encoder_and_decoder(model: Any) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
+def _is_matrix(layer: Any) -> bool:
+    """Whether a layer has a row per token, rather than patches of an image or nothing."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(layer, CompressedLayer) or (isinstance(weight, Tensor) and weight.dim() == 2)

@@ -58,6 +58,17 @@ def progress_bar(description: str, total: float) -> Iterator[Callable[[float], N
             _shown.remove(progress)
 
 
+def say_line(line: str) -> None:
+    """Write a line to standard error, above the bars, in the process of rank zero only; nothing if it is empty.
+
+    Example:
+        >>> say_line("Stays dense: 'kinds' (2000, 8).")
+    """
+    if line and getattr(rank_zero_only, "rank", 0) in (0, None):
+        console = _shown[-1].console if _shown else Console(stderr=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def output_console() -> Console:
     """Where lines of the result are printed: standard output, above the bars while some are on the same terminal.
 

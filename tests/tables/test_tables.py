@@ -123,9 +123,7 @@ _WRAPPED = r"'encoder'.*OptimizedModule.*module\.encoder\.compile"
 _REFUSED: list[tuple[Callable[[], nn.Module], str | list[str], str]] = [
     (lambda: nn.LSTM(8, 8), "auto", "configure_model"),
     (_beside(other=nn.Linear(8, 100)), "auto", r"'decoder' \(100, 8\); 'other' \(100, 8\)"),
-    (_beside(target=nn.Embedding(100, 8)), "auto", r"'encoder' \(100, 8\); 'target' \(100, 8\)"),
-    (_beside(c=nn.Embedding(30, 8), d=nn.Linear(8, 30)), "auto", r"'c' \(30, 8\)"),
-    (lambda: nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Embedding(8, 4)}), "auto", r"'a' \(9, 4\); 'b' \(8, 4\)"),
+    (lambda: nn.Sequential(nn.Linear(9, 4), nn.Linear(4, 8)), "auto", r"'0' \(4, 9\); '1' \(8, 4\)"),
     (_pair, ["encodr"], "'encodr' .*'encoder'"),
     (_pair, [], "tables is an empty list"),
     (_beside(lstm=nn.LSTM(8, 8)), ["lstm"], "'lstm' is a LSTM"),

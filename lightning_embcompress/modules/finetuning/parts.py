@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_embcompress.calibration.collector import find_layers
 from lightning_embcompress.callbacks.passes import step_arguments
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.methods.quantizers.factors import FakeQuantizer
 
@@ -61,7 +62,7 @@ class Parts:
     def embeddings(self, model: nn.Module) -> list[nn.Module]:
         """The layers that look rows up."""
         layers = [model.get_submodule(path) for path in self.paths]
-        return [layer for layer in layers if isinstance(layer, nn.Embedding | CompressedEmbedding)]
+        return [layer for layer in layers if isinstance(layer, AnyEmbedding | CompressedEmbedding)]
 
     def head(self, model: nn.Module) -> nn.Module | None:
         """The layer that computes logits; None if there is none."""
@@ -153,7 +154,7 @@ def table_shape(layer: nn.Module) -> tuple[int, int]:
     """`(vocab_size, dim)` of the table that an embedding or a head reads."""
     if isinstance(layer, CompressedLayer):
         return layer.factorization.vocab_size, layer.factorization.dim
-    assert isinstance(layer, nn.Embedding | nn.Linear)
+    assert isinstance(layer, AnyEmbedding | nn.Linear)
     return layer.weight.shape[0], layer.weight.shape[1]
 
 
@@ -170,7 +171,7 @@ def table_rows(layer: nn.Module, ids: Tensor) -> Tensor:
     if isinstance(layer, CompressedLayer):
         rows: Tensor = layer.factorization.rows(ids)
         return rows
-    assert isinstance(layer, nn.Embedding | nn.Linear)
+    assert isinstance(layer, AnyEmbedding | nn.Linear)
     return F.embedding(ids, layer.weight)
 
 
