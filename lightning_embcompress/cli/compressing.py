@@ -136,6 +136,7 @@ def run_densify(given: Densify, source: Source, target: Path) -> None:
     after = model_bytes(opened.model)["stored_bytes"]
     names = ", ".join(" = ".join(table.modules) for table in compressed)
     say(f"Made dense: {names}; {before / 1e6:,.3f} MB became {after / 1e6:,.3f} MB")
+    _say_left_out(opened)
     say(f"Written: {target}")
 
 
@@ -221,6 +222,11 @@ def _say_perplexity(perplexity: dict[str, Any], text: _Text, predicted_loss: flo
             say(f"The loss was predicted to grow by {predicted_loss:.4f} nats: measured {math.log(after / dense):+.4f}")
 
 
+def _say_left_out(opened: OpenedModel) -> None:
+    if opened.left_out:
+        say(f"Not copied, as weights of the model before: {', '.join(opened.left_out)}")
+
+
 def _write(
     source: Source, target: Path, opened: OpenedModel, perplexity: dict[str, Any], extra: dict[str, Any]
 ) -> None:
@@ -232,6 +238,7 @@ def _write(
             write_report(path / report.name, opened.model, perplexity, extra)
     if not source.is_directory:
         write_report(report, opened.model, perplexity, extra)
+    _say_left_out(opened)
     if opened.dropped:
         say(
             f"Not in {target}: {', '.join(opened.dropped)}. It is for load_from_checkpoint, validate, test and "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lightning_embcompress.integrations.sources import CONFIG_FILE, Source
+from lightning_embcompress.integrations.sources import CONFIG_FILE, REPORT_FILE, Source, module_folders
 
 
 def report_path(target: Path, source: Source) -> Path:
     """Where the report is: in a directory, or beside a checkpoint under its name."""
     # Not `report.json`: several checkpoints may lie in one folder, and the callback's report beside them.
-    return target / "report.json" if source.is_directory else target.with_suffix(".report.json")
+    return target / REPORT_FILE if source.is_directory else target.with_suffix(".report.json")
 
 
 def check_target(target: Path, source: Source, overwrite: bool | None) -> str:
@@ -71,7 +71,8 @@ def _irreplaceable(target: Path, source: Source) -> str:
     here = target.resolve()
     if here in source.path.resolve().parents or here in Path.cwd().parents:
         return f"TARGET {str(target)!r} holds SOURCE or the current folder: choose another"
-    other = next((path for path in target.iterdir() if path.is_dir()), None)
+    modules = module_folders(target)
+    other = next((path for path in target.iterdir() if path.is_dir() and path.name not in modules), None)
     if other is not None or not (target / CONFIG_FILE).is_file():
         found = f"it has no {CONFIG_FILE}" if other is None else f"it has the folder {other.name!r}"
         return f"TARGET {str(target)!r} is not only a model ({found}): remove it yourself, or choose another"

@@ -21,7 +21,7 @@ from lightning_embcompress.integrations.checkpoint import (
 from lightning_embcompress.integrations.contents import Contents, load_pretrained, quiet_transformers, read_contents
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
 from lightning_embcompress.integrations.skeleton import build_skeleton, choose_tables
-from lightning_embcompress.integrations.sources import Source
+from lightning_embcompress.integrations.sources import CONFIG_FILE, REPORT_FILE, Source, module_folders
 from lightning_embcompress.tables.transformers_models import only_model
 
 # What only goes on with the training of the model that was: the optimizer's state of tables that are no more, the
@@ -39,7 +39,11 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "*processor_config.json",
 )
-_LICENSE_FILES = ("LICENSE*", "NOTICE*")
+# Weights of the model as it was, in whatever format, and what only training goes on from.
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack", ".ot", ".gguf", ".ggml"),
+    *(".onnx", ".onnx_data", ".tflite", ".mlmodel", ".pdparams", ".engine"),
+)
 
 # Classes of LightningModules that checkpoints are opened with.
 _MODULES: dict[type[LightningModule], tuple[frozenset[str], dict[str, Any]]] = {}
@@ -75,31 +79,62 @@ class OpenedModel:
         """The parts of the checkpoint that are not written."""
         return [] if self.contents is None else sorted(_TRAINING_KEYS & self.contents.checkpoint.keys())
 
+    @property
+    def left_out(self) -> list[str]:
+        """Files and folders of the directory that are not copied: they hold the weights in other formats."""
+        return self._beside()[1] if self.source.is_directory else []
+
     def write(self, path: Path) -> None:
-        """Write the model as it is now, as the kind of files it came from.
+        """Write the model as it is now, as the kind of files it came from, with all that lies beside them.
 
         Args:
             path: An empty directory, or a file that does not exist yet.
         """
-        if self.source.kind == "pretrained":
-            self._write_pretrained(path)
-        elif self.source.kind == "saved":
-            save_compressed(self.model, path)
+        if self.source.is_directory:
+            self._write_directory(path)
         else:
             assert self.contents is not None
             self._write_checkpoint(path, self.contents)
 
-    def _write_pretrained(self, path: Path) -> None:
-        """Write what `from_pretrained` reads, and the files of the tokenizer."""
+    def _write_directory(self, path: Path) -> None:
         model: Any = self.model
-        with quiet_transformers():
-            model.save_pretrained(path)
-        written = {file.name for file in path.iterdir()}
-        folder = self.source.path if self.source.has_tokenizer or self.tokenizer is None else self.tokenizer
-        for origin, patterns in ((folder, _TOKENIZER_FILES), (self.source.path, _LICENSE_FILES)):
-            for file in [file for pattern in patterns for file in origin.glob(pattern)]:
-                if file.is_file() and file.name not in written:
-                    shutil.copyfile(file, path / file.name)
+        if self.source.kind == "saved":
+            save_compressed(model, path)
+        else:
+            with quiet_transformers():
+                model.save_pretrained(path)
+        copied = {name: self.source.path / name for name in self._beside()[0]}
+        if self.tokenizer is not None and not self.source.has_tokenizer:
+            copied |= {file.name: file for pattern in _TOKENIZER_FILES for file in self.tokenizer.glob(pattern)}
+        for name, file in copied.items():
+            if file.is_file() and not (path / name).exists():
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, path / name)
+
+    def _beside(self) -> tuple[list[str], list[str]]:
+        """Files beside the weights, relative to the directory; and what there is of the weights in other formats.
+
+        Nobody here knows what they are for: modules that sentence-transformers runs after the model, a card, code. A
+        folder that holds weights is another model, unless a list of modules names it.
+        """
+        folder, modules = self.source.path, module_folders(self.source.path)
+        own = {file.name for file in self.source.weights} | {CONFIG_FILE, REPORT_FILE}
+        kept: list[str] = []
+        left_out: list[str] = []
+        for entry in sorted(folder.iterdir()):
+            if entry.is_file():
+                is_weights = entry.name.endswith(_WEIGHT_SUFFIXES)
+                if entry.name in own or entry.name.endswith(".index.json"):
+                    continue
+                (left_out if is_weights else kept).append(entry.name)
+            elif not entry.name.startswith("."):
+                files = [file for file in sorted(entry.rglob("*")) if file.is_file()]
+                is_other = entry.name not in modules and any(file.name.endswith(_WEIGHT_SUFFIXES) for file in files)
+                if is_other:
+                    left_out.append(f"{entry.name}/")
+                else:
+                    kept += [str(file.relative_to(folder)) for file in files]
+        return kept, left_out
 
     def _write_checkpoint(self, path: Path, contents: Contents) -> None:
         """Write a checkpoint as the Trainer does with `weights_only`, and with all that others have put there."""

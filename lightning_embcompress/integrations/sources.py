@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import zipfile
@@ -14,6 +15,8 @@ from lightning_embcompress.utils.files import read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+REPORT_FILE = "report.json"
+"""What the shell's commands write beside a model."""
 SAVED_FORMAT = "lightning-embcompress"
 """The `format` in `config.json` of what `save_compressed` wrote."""
 QUANT_METHOD = "embcompress"
@@ -25,7 +28,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml", ".yml")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 # What a repository of the hub also holds: the same weights in other formats, and other repositories' layouts.
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 _HUB_IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*/*.safetensors")
 
 Kind: TypeAlias = Literal["pretrained", "checkpoint", "saved"]
@@ -133,6 +136,21 @@ def find_directory(path: Path, name: str | None = None) -> Source:
     )
 
 
+def module_folders(path: Path) -> set[str]:
+    """Folders of a directory in which sentence-transformers keeps the modules that it runs beside a model.
+
+    Example:
+        >>> module_folders(Path("nosuch"))
+        set()
+    """
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        return {str(module["path"]).partition("/")[0] for module in modules} - {""}
+    # There is none, or it is of another program.
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
 def _hint(path: Path) -> str:
     checkpoints = sorted(path.glob("*.ckpt"))
     if checkpoints:
@@ -144,6 +162,9 @@ def _hint(path: Path) -> str:
         )
     if (path / "adapter_config.json").is_file():
         return "; it is an adapter of PEFT: merge it into its model first (merge_and_unload, save_pretrained)"
+    inner = next((folder for folder in sorted(module_folders(path)) if (path / folder / CONFIG_FILE).is_file()), None)
+    if inner is not None:
+        return f"; if it is a model of sentence-transformers, name the folder of its transformer: {str(path / inner)!r}"
     return ": give a directory that save_pretrained or save_compressed has written"
 
 
@@ -179,6 +200,8 @@ def _download(name: str) -> Path:
         if not any((path / file).is_file() for file in _WEIGHTS):
             # An older model, of which there are no other weights.
             path = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"]))
+        if modules := module_folders(path):
+            path = Path(snapshot_download(name, allow_patterns=[f"{folder}/*" for folder in sorted(modules)]))
     # Whatever can go wrong between here and a server, the remedy is the same.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

@@ -97,7 +97,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2LMHeadModel(Shell.config()).save_pretrained(folder)
     save_byte_tokenizer(folder, TEXT, VOCAB)
     (folder / "LICENSE.txt").write_text("Do as you like.")
-    (folder / "notes.md").write_text("Nothing that a model needs.")
+    (folder / "notes.md").write_text("Nothing that this package knows.")
     return folder
 
 

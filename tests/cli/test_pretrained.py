@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -46,7 +47,7 @@ def test_compress_a_hugging_face_directory(shell: Any, gpt2: Path, text: Path) -
     assert model.transformer.wte.factorization is model.lm_head.factorization
     tokenizer = AutoTokenizer.from_pretrained("out")
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(gpt2).get_vocab()
-    written = "LICENSE.txt config.json generation_config.json model.safetensors report.json tokenizer.json"
+    written = "LICENSE.txt config.json generation_config.json model.safetensors notes.md report.json tokenizer.json"
     assert sorted(path.name for path in Path("out").iterdir()) == [*written.split(), "tokenizer_config.json"]
     # The same as in Python.
     ids = torch.tensor(tokenizer(shell.sentences)["input_ids"] + [0])
@@ -61,6 +62,41 @@ def test_compress_a_hugging_face_directory(shell: Any, gpt2: Path, text: Path) -
     assert perplexity["split"] == "text"
     assert perplexity["final"] == perplexity["compressed"]
     assert f"{perplexity['dense']:.2f} before, {perplexity['compressed']:.2f} compressed" in captured.out
+
+
+def test_what_lies_beside_a_model_is_copied(shell: Any, gpt2: Path) -> None:
+    shutil.copytree(gpt2, "source")
+    modules = [{"idx": index, "path": path, "type": "?"} for index, path in enumerate(["", "1_Pooling", "2_Dense"])]
+    beside = {
+        "modules.json": json.dumps(modules),
+        "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": "of another module",
+        "2_Dense/config.json": "{}",
+        "README.md": "# A model",
+        "prompts/system.txt": "Be brief.",
+        "preprocessing.py": "",
+        ".gitattributes": "",
+    }
+    weights = ["tf_model.h5", "onnx/model.onnx", "checkpoint-5/model.safetensors", "checkpoint-5/trainer_state.json"]
+    unseen = ["pytorch_model.bin.index.json", ".git/HEAD"]
+    for name in [*beside, *weights, *unseen]:
+        file = Path("source", name)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(beside.get(name, "weights"))
+    words = ["--method", "low_rank", "--rank", 4]
+    assert shell("compress", "source", "small", *words) == 0
+    assert "Not copied, as weights of the model before: checkpoint-5/, onnx/, tf_model.h5\n" in shell.printed()
+    # Of folders only those of modules are known to be a part of a model, which may be replaced.
+    shutil.rmtree("small/prompts")
+    assert shell("compress", "source", "small", "--overwrite", *words) == 0
+    assert shell("densify", "small", "dense") == 0
+    for folder in ("small", "dense"):
+        for name, content in beside.items():
+            assert Path(folder, name).read_text() == content
+        assert not [name for name in [*weights, *unseen] if Path(folder, name).exists()]
+    GPT2LMHeadModel.from_pretrained("small")
+    assert Path("small/report.json").exists()
+    assert not Path("dense/report.json").exists()
 
 
 def _reference_perplexity(model: Any, ids: Tensor, start: int, block_size: int) -> float:

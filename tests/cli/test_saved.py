@@ -34,8 +34,10 @@ def _model(tied: bool = False, seed: int = 0) -> LanguageModel:
 @pytest.mark.parametrize("tied", [False, True])
 def test_there_and_back(tied: bool, shell: Any) -> None:
     save_compressed(_model(tied), "source")
+    Path("source", "notes.txt").write_text("")
     assert shell("compress", "source", "small", "--method", "low_rank", "--rank", 3) == 0
-    assert sorted(path.name for path in Path("small").iterdir()) == ["config.json", "model.safetensors", "report.json"]
+    written = ["config.json", "model.safetensors", "notes.txt", "report.json"]
+    assert sorted(path.name for path in Path("small").iterdir()) == written
     dense, model = _model(tied), _model(tied, seed=1)
     compress(dense, "low_rank", rank=3)
     load_compressed("small", model)

@@ -78,6 +78,7 @@ _CONFIG = "model/config.json"
         ("model/epoch=1.ckpt", "", "model", "no config.json.* name the file, for example .*epoch=1.ckpt"),
         ("model/.metadata", "", "model", "no config.json.* python -m lightning.pytorch.utilities.consolidate_checkpoi"),
         ("model/adapter_config.json", "", "model", "no config.json.*merge_and_unload"),
+        ("model/0_Transformer/config.json", "", "model", "no config.json.* sentence-transformers.*model/0_Transformer"),
         ("model/notes.txt", "", "model", "no config.json.* save_pretrained or save_compressed"),
         ("recipe.yaml", "text", "recipe.yaml", "embcompress run "),
         ("model.safetensors", "text", "model.safetensors", "give its directory"),
@@ -85,8 +86,10 @@ _CONFIG = "model/config.json"
     ],
 )
 def test_what_is_no_model(file: str, content: str, named: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / file).write_text(content)
+    if "Transformer" in file:
+        (tmp_path / "model" / "modules.json").write_text('[{"path": "0_Transformer"}, {"path": "1_Pooling"}]')
     with pytest.raises((ValueError, FileNotFoundError), match=f"{named}.*{message}"):
         find_source(str(tmp_path / named))
 
@@ -117,6 +120,10 @@ def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (source.name, source.path) == ("someone/model", tmp_path / "cache")
     assert source.weights[0].name == "pytorch_model.bin"
     assert len(asked) == 2, "other weights are only asked for where there are no safetensors"
+
+    (tmp_path / "cache" / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    find_source("someone/sentences")
+    assert asked[-1] == ["2_Dense/*"], "weights of other folders than those of modules are not asked for"
 
     def fail(*args: Any, **kwargs: Any) -> str:
         raise OSError("no\nconnection")
