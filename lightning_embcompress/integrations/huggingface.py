@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.quantization.aware import converted, is_prepared
 from lightning_embcompress.tables.transformers_models import pretrained_models
+from lightning_embcompress.utils.storage import check_plain
 
 _DENSE_TIES = "_embcompress_dense_ties"
 _RESIZE = "resize_token_embeddings"
@@ -45,7 +48,10 @@ def follow(root: nn.Module) -> None:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Compressed modules whose factors belong to another module too: their paths, and the path of the first one.
+    """Compressed modules whose factors belong to another module too: their paths, and that of the one that keeps them.
+
+    It is the one under whose name transformers keeps the dense weight, so that classes without the others find it too;
+    where nothing is known of ties, the first.
 
     Example:
         >>> from lightning_embcompress.compression.plan import compress
@@ -55,13 +61,14 @@ def aliases(model: nn.Module) -> dict[str, str]:
         >>> aliases(model)
         {'decoder': 'encoder'}
     """
-    first: dict[int, str] = {}
-    found = {}
-    for path, factorization in _factorizations(model).items():
-        source = first.setdefault(id(factorization), path)
-        if source != path:
-            found[path] = source
-    return found
+    _, ties = model.__dict__.get(_DENSE_TIES, (None, {}))
+    sources = {source.removesuffix(".weight") for source in ties.values()}
+    factorizations = _factorizations(model)
+    keepers: dict[int, str] = {}
+    for path in sorted(factorizations, key=lambda path: path not in sources):
+        keepers.setdefault(id(factorizations[path]), path)
+    found = {path: keepers[id(factorization)] for path, factorization in factorizations.items()}
+    return {path: keeper for path, keeper in found.items() if path != keeper}
 
 
 def _factorizations(model: nn.Module) -> dict[str, Factorization[Any]]:
@@ -103,19 +110,33 @@ class _SaveHook(_Hook):
     ) -> Any:
         # A part of the model may have been changed by itself.
         follow(self.model)
-        if state_dict is not None and is_prepared(self.model):
+        trains_on = is_prepared(self.model) and _is_trainer_checkpoint(save_directory)
+        if state_dict is not None and is_prepared(self.model) and not trains_on:
             raise ValueError(
                 "the model is prepared for quantization, and a state_dict of numbers has no integers: call "
                 "save_pretrained without a state_dict, or convert_qat(model) before"
             )
-        with converted(self.model):
+        with nullcontext() if trains_on else converted(self.model):
+            twice = aliases(self.model)
             state = self.model.state_dict() if state_dict is None else state_dict
-            twice = tuple(f"{path}.factorization." for path in aliases(self.model))
-            state = {name: tensor for name, tensor in state.items() if not name.startswith(twice)}
+            prefixes = tuple(f"{path}.factorization." for path in twice)
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
             # Only while it is written: a configuration is shared by models, and made into new ones, that are dense.
-            record = {"quant_method": QUANT_METHOD, **plan_of(self.model).to_dict()}
-            with _quantization_config(self.model.config, record):
+            with _quantization_config(self.model.config, _record(self.model, twice)):
+                check_plain(self.model, "save_pretrained")
                 return self.original(save_directory, is_main_process, state, *args, **kwargs)
+
+
+def _is_trainer_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether the Trainer of transformers takes a directory for one of its checkpoints, from which training goes on."""
+    return re.fullmatch(r"checkpoint-\d+", os.path.basename(os.path.abspath(path))) is not None
+
+
+def _record(model: nn.Module, twice: Mapping[str, str]) -> dict[str, Any]:
+    """The plan of a model; the first of the layers that share a table is the one under whose name it is stored."""
+    plan = plan_of(model)
+    tables = [replace(table, modules=tuple(sorted(table.modules, key=twice.__contains__))) for table in plan.tables]
+    return {"quant_method": QUANT_METHOD, **replace(plan, tables=tuple(tables)).to_dict()}
 
 
 @contextmanager
@@ -123,9 +144,11 @@ def _quantization_config(config: Any, record: dict[str, Any]) -> Iterator[None]:
     before = config.__dict__.get("quantization_config")
     method = before.get("quant_method") if isinstance(before, Mapping) else getattr(before, "quant_method", None)
     if method not in (None, QUANT_METHOD):
+        method = getattr(method, "value", method)
         raise ValueError(
-            f"the model is quantized by {method!s} besides, and {type(config).__name__} has room for one record: make "
-            "the tables dense with densify(model) before save_pretrained, or use save_compressed(model, path)"
+            f"the model is quantized by {method} besides, and {type(config).__name__} has room for one record: make "
+            f"the tables dense with densify(model) before save_pretrained, or load the model without {method}, and "
+            "compress and save that"
         )
     config.quantization_config = record
     try:

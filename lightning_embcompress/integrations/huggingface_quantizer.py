@@ -6,10 +6,13 @@ imports more than that is imported when it is used.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -51,8 +54,9 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         from lightning_embcompress.compression.plan import Plan, check_plan
         from lightning_embcompress.integrations import huggingface
         from lightning_embcompress.tables.replacement import replace_table
+        from lightning_embcompress.tables.transformers_models import pretrained_models
 
-        self.plan = _fitted(Plan.from_dict(self.quantization_config.to_dict()), model)
+        self.plan, self.stored = _fitted(Plan.from_dict(self.quantization_config.to_dict()), model)
         check_plan(model, self.plan)
         for table in self.plan.tables:
             dense = model.get_submodule(table.name).weight
@@ -68,6 +72,19 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
                 del model.get_submodule(path).factorization
         apply_backbone(model, self.plan.backbone)
         huggingface.follow(model)
+        # A bias that the files lack, as where a base model gets a head, becomes what it is in the dense class.
+        for part in pretrained_models(model).values():
+            part.__dict__["_init_weights"] = _initializing(part._init_weights)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Factors that are stored under the name of a layer that this model does not have, or has beside another."""
+        from transformers.core_model_loading import WeightRenaming
+
+        return [
+            WeightRenaming(rf"^{re.escape(stored)}\.factorization\.", f"{path}.factorization.")
+            for stored, path in self.stored.items()
+            if stored != path
+        ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Give the loaded factors to all layers that share them, and look at the weights beside them.
@@ -90,6 +107,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for part in pretrained_models(model).values():
             part.config.__dict__.pop("_is_quantized", None)
+            del part.__dict__["_init_weights"]
         huggingface.follow(model)
         return model
 
@@ -103,11 +121,14 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         return True
 
 
-def _fitted(plan: Plan, model: Any) -> Plan:
-    """A plan for a model of another head than the one it was saved from, or of none.
+def _fitted(plan: Plan, model: Any) -> tuple[Plan, dict[str, str]]:
+    """A plan for a model of another class than the one it was saved from.
 
     Paths are taken with or without the name of the base model, as transformers takes those of weights. What this model
-    ties to a table reads it too, and a softmax that it does not have is left out.
+    ties to a table reads it too, and layers that it does not have are left out.
+
+    Returns:
+        The plan, and the paths of the layers under which factors are loaded by those under which they may be stored.
     """
     from lightning_embcompress.tables.finding import all_modules
 
@@ -117,9 +138,12 @@ def _fitted(plan: Plan, model: Any) -> Plan:
     placed = []
     for table in plan.tables:
         names = [(path, base + path, path.removeprefix(base)) for path in table.modules]
-        # One that is not found keeps its name, which `check_plan` then names.
-        paths = [next((name for name in candidates if name in there), candidates[0]) for candidates in names]
-        placed.append([path for path in paths if path in there or not headless])
+        found = [name for candidates in names if (name := next((one for one in candidates if one in there), None))]
+        # The softmax of another model, or a table that `check_plan` then misses.
+        placed.append(found or ([] if headless else list(table.modules)))
+    if not headless and any(set(paths) & there.keys() for paths in placed):
+        # A softmax that is not tied is left out where a model has its own.
+        placed = [paths if set(paths) & there.keys() else [] for paths in placed]
     taken = {path for paths in placed for path in paths}
     for paths in placed:
         # Every tie has the same source: from any of a group the source is one step away, and the rest another one.
@@ -127,10 +151,11 @@ def _fitted(plan: Plan, model: Any) -> Plan:
             tied = [one if other in paths else other for one, other in ties if one in paths or other in paths]
             paths += [path for path in dict.fromkeys(tied) if path not in taken]
             taken.update(paths)
-    tables = zip(plan.tables, placed, strict=True)
-    fitted = replace(plan, tables=tuple(replace(table, modules=tuple(paths)) for table, paths in tables if paths))
+    pairs = [(table, paths) for table, paths in zip(plan.tables, placed, strict=True) if paths]
+    stored = {path: paths[0] for table, paths in pairs for path in table.modules}
+    fitted = replace(plan, tables=tuple(replace(table, modules=tuple(paths)) for table, paths in pairs))
     if plan.backbone is None:
-        return fitted
+        return fitted, stored
     known = dict(model.named_parameters(remove_duplicate=False))
     weights = {}
     for name, shape in plan.backbone.weights.items():
@@ -138,7 +163,27 @@ def _fitted(plan: Plan, model: Any) -> Plan:
         # One outside of the base model belongs to a head that this model may not have.
         if own is not None or name.startswith(base):
             weights[own or name] = shape
-    return replace(fitted, backbone=replace(plan.backbone, weights=weights) if weights else None)
+    return replace(fitted, backbone=replace(plan.backbone, weights=weights) if weights else None), stored
+
+
+def _initializing(init_weights: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """`_init_weights` of a model as its classes know it: a compressed softmax is a linear layer to it.
+
+    Its table has been loaded. What a layer has beside it, a bias, is initialised as that of a dense one.
+    """
+    from lightning_embcompress.layers.compressed import CompressedLayer, CompressedLinear
+
+    def initialize(module: nn.Module) -> None:
+        if not isinstance(module, CompressedLayer):
+            init_weights(module)
+        elif isinstance(module, CompressedLinear) and module.bias is not None:
+            dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            dense.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            dense.bias = module.bias
+            init_weights(dense)
+            module.bias = dense.bias
+
+    return initialize
 
 
 def _is_missing(tensor: torch.Tensor) -> bool:

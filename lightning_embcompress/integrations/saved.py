@@ -21,7 +21,7 @@ from lightning_embcompress.quantization.aware import converted
 from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.transformers_models import only_model
 from lightning_embcompress.utils.files import explaining_failure, replacing, synchronize
-from lightning_embcompress.utils.storage import check_whole, identity_of
+from lightning_embcompress.utils.storage import check_plain, check_whole, identity_of
 
 
 def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -38,12 +38,13 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: A directory, made if it is missing, for `model.safetensors` and `config.json`.
 
     Raises:
-        ValueError: If the module is sharded, or keeps state that is not a tensor, or the directory holds a
-            `config.json` that `save_compressed` did not write.
+        ValueError: If the module is sharded, or keeps state that is not a tensor, or weights that another library has
+            quantized, or the directory holds a `config.json` that `save_compressed` did not write.
         OSError: If a file cannot be written; what was there before is as it was.
     """
     check_whole(model, "saved by save_compressed")
     with converted(model):
+        check_plain(model, "save_compressed")
         _save(model, Path(path))
 
 

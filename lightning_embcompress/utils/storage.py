@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+_PLAIN = (Tensor, nn.Parameter, DTensor)
+
 
 def place_of(tensor: Tensor) -> int:
     """Where the values of a tensor begin: the same for those that share them.
@@ -68,3 +70,28 @@ def check_whole(module: nn.Module, action: str) -> None:
             "FSDPStrategy(state_dict_type='full')), and load it in one process by "
             "lightning_embcompress.load_from_checkpoint(Class, path)"
         )
+
+
+def check_plain(module: nn.Module, action: str) -> None:
+    """Refuse a module with tensors that hold more than their values, as those of torchao and bitsandbytes do.
+
+    Args:
+        module: The module.
+        action: What cannot store them (`"save_compressed"`).
+
+    Raises:
+        ValueError: Naming the first of them and the remedy.
+
+    Example:
+        >>> check_plain(nn.Linear(2, 2), "save_compressed")
+    """
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and type(tensor) not in _PLAIN:
+            path, _, own = name.rpartition(".")
+            library = type(tensor).__module__.partition(".")[0]
+            raise ValueError(
+                f"{action} cannot store {name!r}, a {type(tensor).__name__} of {library}, in a file of plain tensors: "
+                f"save the model before {library} quantizes it, and quantize what is loaded; or make the weight "
+                f"ordinary, as in layer = model.get_submodule({path!r}) and layer.{own} = "
+                f"torch.nn.Parameter(layer.{own}.dequantize())"
+            )

@@ -1,0 +1,122 @@
+"""Compressed models of transformers, loaded into another class than the one that was saved, as dense ones are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lightning_embcompress import densify
+from lightning_embcompress.compression.plan import plan_of
+from toys import compress_toy
+
+_VOCAB = 300
+_TOKENS = {"vocab_size": _VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+_BERT |= {"max_position_embeddings": 66}
+_BART = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("layers", "attention_heads", "ffn_dim")}
+# Sizes, the classes that are saved, and more that are loaded.
+_FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "Bert": (_BERT, "Model ForMaskedLM ForPreTraining", "ForSequenceClassification ForTokenClassification"),
+    "DistilBert": (
+        {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64},
+        "Model ForMaskedLM",
+        "ForSequenceClassification ForQuestionAnswering",
+    ),
+    "ModernBert": (_BERT | {"cls_token_id": 1, "sep_token_id": 2}, "Model ForMaskedLM", "ForTokenClassification"),
+    "Electra": (_BERT | {"embedding_size": 16}, "Model ForPreTraining ForMaskedLM", "ForSequenceClassification"),
+    # The head is registered before the model whose embedding it is tied to.
+    "XLMRoberta": (_BERT, "Model ForMaskedLM", "ForSequenceClassification ForTokenClassification"),
+    "GPT2": (
+        {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64},
+        "Model LMHeadModel",
+        "ForSequenceClassification ForTokenClassification",
+    ),
+    "Llama": (_BERT, "Model ForCausalLM", "ForSequenceClassification"),
+    "T5": (
+        {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+        "Model ForConditionalGeneration",
+        "EncoderModel ForTokenClassification",
+    ),
+    "Bart": (_BART | {"d_model": 32}, "Model ForConditionalGeneration", "ForSequenceClassification"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_dirty() -> Iterator[None]:
+    """What nobody initialises is NaN, as it may be in a process that has run for a while."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _build(family: str, name: str) -> Any:
+    torch.manual_seed(0)
+    model_class = getattr(transformers, family + name)
+    model = model_class(model_class.config_class(**_TOKENS, **_FAMILIES[family][0]))
+    for parameter_name, parameter in model.named_parameters():
+        # Otherwise biases are zero, and a lost one shows nowhere.
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def _load(family: str, name: str, folder: Path) -> tuple[Any, dict[str, set[str]]]:
+    torch.manual_seed(1)
+    model, report = getattr(transformers, family + name).from_pretrained(folder, output_loading_info=True)
+    # Factors stand for the weight of their layer.
+    return model, {
+        key: {name.partition(".factorization.")[0].removesuffix(".weight") for name in names}
+        for key, names in report.items()
+    }
+
+
+@pytest.mark.parametrize("family", sorted(_FAMILIES))
+def test_every_class_loads_what_another_saved(family: str, tmp_path: Path) -> None:
+    _, saved, loaded = _FAMILIES[family]
+    for source in saved.split():
+        model = _build(family, source)
+        compress_toy(model, "low_rank", 1.3)
+        model.save_pretrained(tmp_path / "compressed")
+        densify(model)
+        model.save_pretrained(tmp_path / "dense")
+        for target in f"{saved} {loaded}".split():
+            expected, dense_report = _load(family, target, tmp_path / "dense")
+            found, report = _load(family, target, tmp_path / "compressed")
+            assert report == dense_report, (source, target)
+            assert plan_of(found).tables, (source, target)
+            densify(found)
+            state = found.state_dict()
+            assert state.keys() == expected.state_dict().keys()
+            for name, tensor in expected.state_dict().items():
+                torch.testing.assert_close(state[name], tensor, msg=f"{source} as {target}: {name}")
+            assert found.all_tied_weights_keys == expected.all_tied_weights_keys
+
+
+def test_files_that_keep_the_factors_under_the_head(tmp_path: Path) -> None:
+    model = _build("XLMRoberta", "ForMaskedLM")
+    compress_toy(model, "low_rank", 1.3)
+    model.save_pretrained(tmp_path)
+    (table,) = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["tables"]
+    assert table["modules"] == ["roberta.embeddings.word_embeddings", "lm_head.decoder"]
+    # As earlier versions wrote them.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["tables"][0]["modules"].reverse()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {
+        name.replace("roberta.embeddings.word_embeddings.fa", "lm_head.decoder.fa"): tensors[name] for name in tensors
+    }
+    assert old.keys() != tensors.keys()
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    table = model.roberta.embeddings.word_embeddings.factorization.materialize()
+    for name in ("Model", "ForMaskedLM", "ForSequenceClassification"):
+        loaded, report = _load("XLMRoberta", name, tmp_path)
+        assert not any("word_embeddings" in key or "lm_head.decoder" in key for keys in report.values() for key in keys)
+        assert torch.equal(loaded.get_input_embeddings().factorization.materialize(), table)
