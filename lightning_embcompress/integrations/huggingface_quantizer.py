@@ -59,17 +59,14 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         self.plan, self.stored = _fitted(Plan.from_dict(self.quantization_config.to_dict()), model)
         check_plan(model, self.plan)
         for table in self.plan.tables:
-            dense = model.get_submodule(table.name).weight
-            # What stands for the weight until the end of loading: some models initialise it from outside its layer.
-            placeholder = torch.empty_like(dense, device="meta")
-            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
-            replace_table(model, table.modules, _empty(table, dense.dtype).to("meta"))
-            for path in table.modules:
-                model.get_submodule(path).__dict__["weight"] = placeholder
+            empty = _empty(table, model.get_submodule(table.name).weight.dtype).to("meta")
+            replace_table(model, table.modules, empty)
             # A tensor with two names is read from the file under one of them; transformers would take the other for
-            # missing, and overwrite what was read. So only the first layer has the factors while they are loaded.
+            # missing, and overwrite what was read. So only the first layer lists the factors while they are loaded.
             for path in table.modules[1:]:
-                del model.get_submodule(path).factorization
+                layer = model.get_submodule(path)
+                del layer.factorization
+                layer.__dict__["factorization"] = empty
         apply_backbone(model, self.plan.backbone)
         huggingface.follow(model)
         # A bias that the files lack, as where a base model gets a head, becomes what it is in the dense class.
@@ -99,9 +96,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         for table in self.plan.tables:
             factorization = _loaded(table, model.get_submodule(table.name).factorization)
             for path in table.modules:
-                layer = model.get_submodule(path)
-                layer.factorization = factorization
-                del layer.__dict__["weight"]
+                model.get_submodule(path).factorization = factorization
         finish_loading(model, _is_missing)
         # From here on it is a model like any other: what transformers calls quantized can neither be cast nor trained.
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_embcompress.layers.decoding import Best, decoding_rows, log_prob, sample, topk
 from lightning_embcompress.layers.scaled_embeddings import Scale
+from lightning_embcompress.layers.table_weight import TableWeight, table_weight
 from lightning_embcompress.methods.base import is_exporting
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
@@ -24,17 +25,36 @@ class CompressedLayer(nn.Module):
         super().__init__()
         self.factorization = factorization
 
-    def __getattr__(self, name: str) -> Any:
-        """Explain why there is no weight."""
-        # AttributeError keeps `hasattr(layer, "weight")` False; the message is for those who read the weight anyway.
-        if name == "weight":
-            # Not `self.factorization`: while a model is being loaded there may be none.
-            stored = type(self._modules.get("factorization")).__name__
-            raise AttributeError(
-                f"{type(self).__name__} has no weight: the table is stored as {stored}. Call the layer, read single "
-                "rows with `.factorization.rows(ids)`, or build the whole table with `.factorization.materialize()`"
+    @property
+    def weight(self) -> TableWeight:
+        """What stands for the table where others read the weight of a layer, see `TableWeight`.
+
+        Tied layers have one. Assigning that of another layer ties them; nothing else can be assigned.
+        """
+        return table_weight(self.factorization)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a weight that is assigned is that of a layer to be tied to.
+
+        Raises:
+            ValueError: If the weight is not that of a compressed layer, or of another shape.
+        """
+        if name != "weight":
+            super().__setattr__(name, value)
+            return
+        table = self.factorization
+        if not isinstance(value, TableWeight) or not value.view_of.is_plain:
+            raise ValueError(
+                f"the weight of a {type(self).__name__} cannot be a {type(value).__name__}: its table of "
+                f"{table.vocab_size} x {table.dim} is stored as {type(table).__name__}. Assign the weight of another "
+                "compressed layer to tie them, or make the model dense with densify(model), assign, and compress again"
             )
-        return super().__getattr__(name)
+        if value.shape != self.weight.shape:
+            raise ValueError(
+                f"the weight of a {type(self).__name__} of {table.vocab_size} x {table.dim} cannot be tied to one of "
+                f"shape {tuple(value.shape)}: tied layers have tables of one shape"
+            )
+        self.factorization = value.factorization
 
 
 class CompressedEmbedding(CompressedLayer):

@@ -75,6 +75,8 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     """Attributes that the structure records beside kind and shape."""
     divides: ClassVar[bool] = False
     """Whether its solver divides a table's work over processes, see `utils.division`."""
+    weight_of_layers: Any = None
+    """What layers that read it answer with as their weight, once it was asked for; see `layers.table_weight`."""
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         """Keep the shape."""
@@ -85,6 +87,10 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         """What the mean loss is predicted to grow by for the errors, in nats; None if that is not known."""
         self.provenance: dict[str, Any] = {}
         """How the factors were found (method, options, error), as JSON; kept in plans."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: not the weight of layers, which knows this one."""
+        return {name: value for name, value in self.__dict__.items() if name != "weight_of_layers"}
 
     @abstractmethod
     def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:

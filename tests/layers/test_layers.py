@@ -76,16 +76,6 @@ def test_bias_keeps_the_dtype_of_the_logits_under_autocast() -> None:
             assert CompressedLinear(factors, bias)(torch.randn(2, 8)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("role", [CompressedEmbedding, CompressedLinear])
-def test_weight_is_missing_and_says_why(role: type[nn.Module]) -> None:
-    layer = role(_factors())
-    assert not hasattr(layer, "weight")
-    with pytest.raises(AttributeError, match=rf"{role.__name__} has no weight: .* LowRank.*factorization\.rows\(ids\)"):
-        _ = layer.weight
-    with pytest.raises(AttributeError, match="nosuch"):
-        _ = layer.nosuch
-
-
 def test_attributes_of_the_layers_they_replace() -> None:
     embedding, linear = CompressedEmbedding(_factors(), padding_idx=4), CompressedLinear(_factors())
     assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (200, 8, 4)
