@@ -8,19 +8,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.reference import reference_file
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.tables.finding import Table
+
+
+def check_package(trainer: Trainer, name: str) -> None:
+    """Refuse the Trainer of another package.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if not isinstance(trainer, Trainer):
+        package = type(trainer).__module__.partition(".")[0]
+        raise ValueError(
+            f"{name} is a callback of lightning.pytorch, and this Trainer is one of {package}, which is another "
+            "package with classes of its own: import lightning.pytorch in place of it everywhere"
+        )
 
 
 def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: Sequence[int]) -> None:
@@ -74,8 +90,44 @@ def check_trainer(trainer: Trainer, name: str, at_epoch: int, refine_at_epochs: 
         )
 
 
+def check_copies(trainer: Trainer, name: str, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse what keeps layers, or copies of them, and would go on with those when they are replaced.
+
+    Args:
+        trainer: The Trainer that is fitting.
+        name: Of the callback that asks.
+        layers: Those that it replaces or has replaced, by their paths in the module.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    remedy = f"or do before training what {name} does"
+    paths = {id(layer): path for path, layer in layers.items()}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        pruned = callback._parameters_to_prune if isinstance(callback, ModelPruning) else ()
+        if known := [paths[id(layer)] for layer, _ in pruned if id(layer) in paths]:
+            raise ValueError(
+                f"{type(callback).__name__} prunes the layer {known[0]!r}, which {name} replaces in the middle of "
+                f"training: name other layers by parameters_to_prune, {remedy}"
+            )
+    shapes = {_shape_of(layer): path for path, layer in layers.items()}
+    for path, part in trainer.lightning_module.named_modules():
+        copies = part.modules() if isinstance(part, AveragedModel) else ()
+        if known := [shapes[_shape_of(copy)] for copy in copies if _shape_of(copy) in shapes]:
+            raise ValueError(
+                f"AveragedModel {path!r} averages weights by shape, also those of {known[0]!r}, and breaks when {name} "
+                f"replaces it in the middle of training: average parts without tables, {remedy}"
+            )
+
+
+def _shape_of(layer: nn.Module) -> Any:
+    """Of its weight; the layer itself if it has none, which is like no other."""
+    weight = getattr(layer, "weight", None)
+    return layer if weight is None else tuple(weight.shape)
+
+
 def check_gradients(trainer: Trainer, name: str, tables: Sequence[Table]) -> None:
-    """Refuse sparse gradients of tables where those of their factors cannot be had.
+    """Refuse gradients of tables where those of their factors cannot be had, or would not be used.
 
     Args:
         trainer: The Trainer that is fitting.
@@ -85,12 +137,24 @@ def check_gradients(trainer: Trainer, name: str, tables: Sequence[Table]) -> Non
     Raises:
         ValueError: Naming the remedy.
     """
-    if not isinstance(trainer.strategy, DDPStrategy):
-        return
     for table in tables:
+        if getattr(table.weight, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"the weight of table {table.name!r} is trained by a hook in the backward pass "
+                f"(register_post_accumulate_grad_hook), which would not train the factors that {name} puts in its "
+                "place: return its optimizer from configure_optimizers"
+            )
+        for optimizer in trainer.optimizers:
+            owned = any(table.weight is one for group in optimizer.param_groups for one in group["params"])
+            # Of other packages too.
+            if owned and "Muon" in type(optimizer).__name__:
+                raise ValueError(
+                    f"{type(optimizer).__name__} trains matrices only, and not all factors that {name} puts in the "
+                    f"place of table {table.name!r} are: give its weight to another optimizer, such as Adam"
+                )
         for path in table.modules:
             layer = trainer.lightning_module.get_submodule(path)
-            if isinstance(layer, AnyEmbedding) and layer.sparse:
+            if isinstance(trainer.strategy, DDPStrategy) and isinstance(layer, AnyEmbedding) and layer.sparse:
                 raise ValueError(
                     f"module {path!r} of table {table.name!r} has sparse=True, and DistributedDataParallel takes "
                     f"sparse gradients of nn.Embedding alone, not of the factors that {name} puts in its place: set "

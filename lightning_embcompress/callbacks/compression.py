@@ -20,6 +20,7 @@ from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.arguments import doc_of, init_of
 from lightning_embcompress.callbacks.checks import (
     Turn,
+    check_copies,
     check_gradients,
     check_optimizers,
     check_order,
@@ -28,6 +29,7 @@ from lightning_embcompress.callbacks.checks import (
     settings_of,
     warn_of_other_settings,
 )
+from lightning_embcompress.callbacks.monitors import restart_comparisons, warn_of_early_end
 from lightning_embcompress.callbacks.replacing import make_dense, replace_in_training, uninterrupted
 from lightning_embcompress.callbacks.reporting import (
     merged_perplexity,
@@ -72,11 +74,17 @@ class EmbeddingCompression(ScheduledCallback):
     budget, and biases of heads make up for the mean error of their logits. Where that cannot be done rows are weighted
     by the frequency of their tokens alone; the log says so.
 
+    A compressed model is compared with itself only: the best scores of `ModelCheckpoint`, the patience of
+    `EarlyStopping` and `ReduceLROnPlateau` begin anew when the tables are compressed, and checkpoints that were the
+    best ones before stay on disk.
+
     Under DDP the processes share the work of solving, and hold the same factors afterwards. Several callbacks may
-    compress different tables, or the same ones one after the other, each time from the table as it is then. Checkpoints
-    keep the random state of all processes, so that a resumed run goes on as the uninterrupted one would have: from
-    anywhere with the data modules of this package and other loaders with a `state_dict`, with plain loaders from the
-    end of an epoch.
+    compress different tables, or the same ones one after the other, each time from the table as it is then; one of
+    method, `at_epoch` and `tables` has to differ, by which checkpoints tell them apart.
+
+    Checkpoints keep the random state of all processes, so that a resumed run goes on as the uninterrupted one would
+    have: from anywhere with the data modules of this package and other loaders with a `state_dict`, with plain loaders
+    from the end of an epoch.
 
     Epochs count from 0; what is due at an epoch happens before its first step. With `fast_dev_run`, whose only epoch
     is the first, everything happens there.
@@ -84,8 +92,8 @@ class EmbeddingCompression(ScheduledCallback):
     Args:
         method: Config of a method or its name, such as `group_reduce`; `auto` for the one of the least predicted loss,
             for every table.
-        ratio: Dense bytes over stored bytes, for every table; of all tables together where errors are weighed by what
-            the loss grows by. Some methods have an option that takes its place, such as `max_rank` of `tensor_train`.
+        ratio: Dense bytes over stored bytes, `6` or `6x`, for every table; of all tables together where errors are
+            weighed by what the loss grows by. Some methods have an option instead, as `max_rank` of `tensor_train`.
         size: Instead of a ratio, bytes of all tables together: `80MB` (MB = 10⁶ bytes).
         bits_per_weight: Instead of a ratio, stored bits over the numbers of the dense tables: 4 is 8x of float32.
         max_perplexity_increase: Instead of a size, the most that the perplexity on the validation data may grow by when
@@ -124,7 +132,7 @@ class EmbeddingCompression(ScheduledCallback):
         self,
         method: MethodConfig | str = DEFAULT_METHOD,
         *,
-        ratio: float | None = None,
+        ratio: float | str | None = None,
         size: str | int | None = None,
         bits_per_weight: float | None = None,
         max_perplexity_increase: str | float | None = None,
@@ -153,6 +161,8 @@ class EmbeddingCompression(ScheduledCallback):
         self._weighing = Weighing(
             self.config, self.budget, token_counts, statistics, statistics_batches, refresh_statistics
         )
+        if isinstance(refine_at_epochs, int):
+            raise ValueError(f"refine_at_epochs must be a list of epochs such as [3, 4], it is {refine_at_epochs}")
         if early := [epoch for epoch in refine_at_epochs if epoch <= at_epoch]:
             raise ValueError(
                 f"refine_at_epochs {list(refine_at_epochs)} must all come after at_epoch={at_epoch}; {early[0]} does "
@@ -239,6 +249,8 @@ class EmbeddingCompression(ScheduledCallback):
         if self._compressed:
             if not set(self.refine_at_epochs) <= set(self._refined):
                 check_residuals(pl_module, self._compressed, self.config, self._resumed_from)
+            paths = [path for entry in self._compressed for path in entry["modules"]]
+            check_copies(trainer, type(self).__name__, {path: pl_module.get_submodule(path) for path in paths})
             warn_of_other_settings(self._settings, self.config, self.budget)
         elif not (there and by_others):
             with failing_together():
@@ -256,6 +268,8 @@ class EmbeddingCompression(ScheduledCallback):
         tasks = plan(module, self.config, self.budget, self.tables, self.tie, is_preview=True)
         tables = [task.table for task in tasks]
         check_gradients(trainer, type(self).__name__, tables)
+        layers = {path: module.get_submodule(path) for table in tables for path in table.modules}
+        check_copies(trainer, type(self).__name__, layers)
         self._weighing.check(trainer, module, tasks)
         if len(compressing(trainer)) > 1:
             check_order([callback._turn(module) for callback in compressing(trainer) if not callback._compressed])
@@ -313,11 +327,10 @@ class EmbeddingCompression(ScheduledCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final model and write the report."""
         if not self._compressed:
-            rank_zero_warn(
-                f"training ended at epoch {trainer.current_epoch}, before at_epoch={self.at_epoch}: "
-                "nothing was compressed"
-            )
+            warn_of_early_end(trainer, f"at_epoch={self.at_epoch}: nothing was compressed")
             return
+        if missed := [due for due in self.refine_at_epochs if due not in self._refined]:
+            warn_of_early_end(trainer, f"refine_at_epochs {missed}: the tables were not refined then")
         last = [callback for callback in compressing(trainer) if callback._compressed][-1]
         if last is not self:
             # It measures for all.
@@ -361,6 +374,7 @@ class EmbeddingCompression(ScheduledCallback):
             )
             self._unmeasured = "compressed"
             self._settings = settings_of(self.config, self.budget)
+            restart_comparisons(trainer, "Compressed")
         self._measure_change(trainer, module)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:

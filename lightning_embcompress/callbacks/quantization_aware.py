@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_embcompress.callbacks.checks import check_optimizers, is_fast_dev_run
+from lightning_embcompress.callbacks.checks import check_copies, check_optimizers, is_fast_dev_run
 from lightning_embcompress.callbacks.compression import compressing
+from lightning_embcompress.callbacks.monitors import restart_comparisons, warn_of_early_end
 from lightning_embcompress.callbacks.replacing import changing_in_training, rewrap, uninterrupted
 from lightning_embcompress.callbacks.reporting import log, show_and_log, show_perplexities, unmeasured
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback
@@ -182,15 +183,19 @@ class QuantizationAware(ScheduledCallback):
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
         if all(callback._compressed for callback in compressing(trainer)):
-            plan_qat(module, self.quantization, self.tables, self.backbone)
+            self._check_plan(trainer, module, self.tables)
             return
         # Tables that are compressed first are dense now; what is there already can be checked.
         compressed = {path for paths, _ in compressed_tables(module) for path in paths}
         names = self._names - {"auto"}
         if (names & compressed) or self.backbone is not None:
-            plan_qat(module, self.quantization, sorted(names & compressed), self.backbone)
+            self._check_plan(trainer, module, sorted(names & compressed))
         if names - compressed:
             find_tables(module, sorted(names - compressed))
+
+    def _check_plan(self, trainer: Trainer, module: LightningModule, tables: str | list[str]) -> None:
+        plan = plan_qat(module, self.quantization, tables, self.backbone)
+        check_copies(trainer, type(self).__name__, {path: module.get_submodule(path) for path in plan.layers})
 
     @property
     def _names(self) -> set[str]:
@@ -232,6 +237,7 @@ class QuantizationAware(ScheduledCallback):
                 plan.carry_out(module)
             self._state |= {"prepared": plan.tables, "measured": False, "settings": self.settings}
             self._state["perplexity"] = {"epoch": trainer.current_epoch, "before": before, "after": None}
+            restart_comparisons(trainer, "Quantized")
 
     def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
         for paths, factors in compressed_tables(module):
@@ -277,10 +283,7 @@ class QuantizationAware(ScheduledCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final model and write the report, unless a callback that compresses does."""
         if self._state["prepared"] is None:
-            rank_zero_warn(
-                f"training ended at epoch {trainer.current_epoch}, before at_epoch={self.at_epoch}: "
-                "nothing was quantized"
-            )
+            warn_of_early_end(trainer, f"at_epoch={self.at_epoch}: nothing was quantized")
         elif not any(callback._compressed for callback in compressing(trainer)):
             final = self._measure(trainer, pl_module, "final")
             values = self._perplexities(trainer, final)

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_embcompress.callbacks.checks import check_trainer
+from lightning_embcompress.callbacks.checks import check_package, check_trainer
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.reporting import log, write_run_report
 from lightning_embcompress.integrations.checkpoint import keep_structure
@@ -44,8 +44,8 @@ class ScheduledCallback(Callback, ABC):
 
     def __init__(self, at_epoch: int, monitor: str | None) -> None:
         """Begin a run that goes on from nothing."""
-        if at_epoch < 0:
-            raise ValueError(f"at_epoch must be 0 or more, it is {at_epoch}")
+        if not isinstance(at_epoch, int) or at_epoch < 0:
+            raise ValueError(f"at_epoch must be a whole number, 0 or more, it is {at_epoch!r}")
         self.at_epoch, self.monitor = at_epoch, monitor
         self._begin_run()
         self._resumed_from: str | None = None
@@ -121,6 +121,7 @@ class ScheduledCallback(Callback, ABC):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a run, keep the structure in checkpoints, and refuse what cannot work with this Trainer."""
+        check_package(trainer, type(self).__name__)
         self._begin_run()
         keep_structure(pl_module)
         use_atomic_checkpoints(trainer)

@@ -12,7 +12,11 @@ from lightning_embcompress.methods.config import MethodConfig
 
 _INCREASE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%?)\s*", re.IGNORECASE)
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?B?)\s*", re.IGNORECASE)
+# What may stand behind a number that is given as text.
+_SUFFIXES = {"ratio": "x", "bits_per_weight": ""}
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# A larger number is most likely meant in percent: few models are of use with half their perplexity more.
+_LARGEST_FRACTION = 0.5
 # For tables whose size is searched for: none that is of use cannot be made smaller by so much.
 _ANY_RATIO = 1.5
 
@@ -61,6 +65,7 @@ class Budget:
             ValueError: If the size is given in no way or in several, a value is out of its range, or the method does
                 not predict what `max_perplexity_increase` searches by.
         """
+        given |= {name: _number(name, given[name]) for name in _SUFFIXES if isinstance(given.get(name), str)}
         fixed = {name: getattr(config, name) for name in config.size_fields}
         _check_one({**dict.fromkeys(BUDGETS), **given, **fixed})
         if config.fixes_size:
@@ -130,7 +135,7 @@ def parse_perplexity_increase(max_perplexity_increase: str | float) -> float:
     """Nats that a relative increase of the perplexity is: `1%` or `0.01` is `log 1.01`.
 
     Raises:
-        ValueError: If it cannot be read or is not positive.
+        ValueError: If it cannot be read, is not positive, or is above 0.5 without a percent sign.
 
     Example:
         >>> round(parse_perplexity_increase("1%"), 5)
@@ -143,7 +148,21 @@ def parse_perplexity_increase(max_perplexity_increase: str | float) -> float:
             "max_perplexity_increase must be an increase of the perplexity such as '1%' or 0.01, it is "
             f"{max_perplexity_increase!r}"
         )
+    if match and number > _LARGEST_FRACTION and not match.group(2):
+        raise ValueError(
+            f"max_perplexity_increase={max_perplexity_increase!r} is an increase by {number:.0%}: write "
+            f"'{number:.0%}' if that is meant, or '{number:g}%' for {number:g} percent"
+        )
     return math.log1p(number)
+
+
+def _number(name: str, value: str) -> float:
+    """A number that is given as text, as in `6x`."""
+    try:
+        return float(value.strip().lower().removesuffix(_SUFFIXES[name]))
+    except ValueError:
+        example = f"6{_SUFFIXES[name]}"
+        raise ValueError(f"{name} must be a number such as 6 or {example!r}, it is {value!r}") from None
 
 
 def _check_one(given: Mapping[str, Any]) -> None:

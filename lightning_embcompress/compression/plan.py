@@ -198,7 +198,7 @@ def compress(
     model: nn.Module,
     method: MethodConfig | str = DEFAULT_METHOD,
     *,
-    ratio: float | None = None,
+    ratio: float | str | None = None,
     size: str | int | None = None,
     bits_per_weight: float | None = None,
     max_perplexity_increase: str | float | None = None,

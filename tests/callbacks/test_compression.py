@@ -245,7 +245,9 @@ def test_refused_before_training_starts(
     ("arguments", "message"),
     [
         ({"at_epoch": 2, "refine_at_epochs": [1, 3]}, r"\[1, 3\] must all come after at_epoch=2; 1 does not"),
-        ({"at_epoch": -1}, "at_epoch must be 0 or more"),
+        ({"at_epoch": -1}, "at_epoch must be a whole number, 0 or more"),
+        ({"at_epoch": "2"}, "at_epoch must be a whole number, 0 or more"),
+        ({"refine_at_epochs": 3}, "refine_at_epochs must be a list"),
         ({"size": "1MB"}, "exactly one of ratio, size, bits_per_weight"),
         ({"group": 3}, r"unknown option 'group' \(did you mean 'groups'"),
     ],

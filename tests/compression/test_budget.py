@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_embcompress.compression.budget import Budget, parse_size
 from lightning_embcompress.compression.plan import Plan, apply_plan, compress, densify, plan_of
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.methods.registry import METHODS, TransformCodingConfig
+from lightning_embcompress.methods.registry import METHODS, GroupReduceConfig, TransformCodingConfig
 from toys import LanguageModel, falling_counts
 
 _IDS = torch.tensor([[1, 5, 499], [0, 5, 17]])
@@ -270,3 +271,18 @@ def test_the_default_method_and_configs() -> None:
 def test_budgets_out_of_their_range(budget: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=list(budget)[-1] if budget else "exactly one"):
         Budget(**budget)
+
+
+def test_a_ratio_may_be_written_with_an_x() -> None:
+    config = GroupReduceConfig()
+    assert Budget.of(config, ratio="6x") == Budget.of(config, ratio=6) == Budget.of(config, ratio=" 6.0 X")
+    for name, value in (("ratio", "six"), ("ratio", "0.5x"), ("bits_per_weight", "4x")):
+        with pytest.raises(ValueError, match=f"^{name} must be .* it is "):
+            Budget.of(config, **{name: value})
+
+
+@pytest.mark.parametrize("value", [1, 0.51, "5"])
+def test_a_large_increase_needs_a_percent_sign(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^max_perplexity_increase={value!r} .*'{value}%' for {value} percent"):
+        Budget(max_perplexity_increase=value)
+    assert Budget(max_perplexity_increase=f"{value}%").max_loss == pytest.approx(math.log1p(float(value) / 100))

@@ -208,7 +208,7 @@ def test_a_run_that_ends_before_the_compression_is_told(make_trainer: MakeTraine
 
 
 def test_early_stopping_and_a_timer_after_the_compression(make_trainer: MakeTrainer) -> None:
-    model, timer, stopping = Plain(), Timer(timedelta(hours=1)), EarlyStopping("watched", patience=2)
+    model, timer, stopping = Plain(), Timer(timedelta(hours=1)), EarlyStopping("watched", patience=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "nothing was compressed")
         make_trainer(_callback(), Rising(), timer, stopping, max_epochs=8, num_sanity_val_steps=0).fit(model)
@@ -218,23 +218,23 @@ def test_early_stopping_and_a_timer_after_the_compression(make_trainer: MakeTrai
 
 
 def test_checkpoints_of_all_kinds(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    # The best epoch is the first, before the compression.
+    # The best epoch of all is the first, before the compression; of those after it the best is the first of them.
     best = ModelCheckpoint(tmp_path, monitor="watched", save_top_k=2, save_last=True, filename="{epoch}")
     trainer = make_trainer(_callback(), Rising(), best, enable_checkpointing=True)
     model = Plain()
     trainer.fit(model)
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"]
-    assert Path(best.best_model_path).name == "epoch=0.ckpt"
+    names = [f"epoch={epoch}.ckpt" for epoch in range(3)]
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [*names, "last.ckpt"]
+    assert Path(best.best_model_path).name == "epoch=1.ckpt"
     perplexities = {}
-    for choice in (None, "last", tmp_path / "epoch=1.ckpt", "best"):
+    for choice in (None, "last", "best", tmp_path / names[0]):
         (logged,) = trainer.test(model, ckpt_path=choice, verbose=False)
         perplexities[choice] = math.exp(logged["val_loss"])
-        assert isinstance(model.encoder, CompressedLayer) == (choice != "best")
+        assert isinstance(model.encoder, CompressedLayer) == (choice != tmp_path / names[0])
     # The test has the data of the validation.
     assert perplexities[None] == pytest.approx(_report(tmp_path)["final"], rel=1e-5)
-    assert perplexities["best"] == pytest.approx(_report(tmp_path)["dense"], rel=1e-5)
-    # The last that was among the best.
-    assert perplexities["last"] == perplexities[tmp_path / "epoch=1.ckpt"] != perplexities[None]
+    assert perplexities[tmp_path / names[0]] == pytest.approx(_report(tmp_path)["dense"], rel=1e-5)
+    assert perplexities["last"] == perplexities[None] != perplexities["best"]
     _assert_equal(model, _by_hand(Plain(), steps=BATCHES))
 
 
