@@ -185,7 +185,24 @@ class _ResizeHook(_RefusalHook):
         return super().__call__(new_num_tokens, *args, **kwargs)
 
 
+class _SubmoduleHook(_Hook):
+    """`get_submodule`, which gives prompt learning of PEFT the embedding by the name it has in BERT.
+
+    In other models PEFT takes the first parameter with a row for every token for that of an embedding.
+    """
+
+    def __call__(self, target: str) -> Any:
+        try:
+            return self.original(target)
+        except AttributeError:
+            embedding = self.model.get_input_embeddings() if target == "embeddings.word_embeddings" else None
+            if not isinstance(embedding, CompressedLayer):
+                raise
+            return embedding
+
+
 _HOOKS: dict[str, type[_Hook]] = {
+    "get_submodule": _SubmoduleHook,
     "save_pretrained": _SaveHook,
     _RESIZE: _ResizeHook,
     "set_input_embeddings": _RefusalHook,

@@ -1,4 +1,4 @@
-"""LoRA on top of a compressed model, where PEFT is installed."""
+"""Adapters and prompts on top of a compressed model, where PEFT is installed."""
 
 from __future__ import annotations
 
@@ -70,3 +70,47 @@ def test_adapters_of_transformers_itself_are_saved_alone(folder: Path, tmp_path:
 def test_adapters_of_a_compressed_table_are_refused_by_peft(folder: Path) -> None:
     with pytest.raises(ValueError, match="CompressedLinear"):
         _adapted(folder, target_modules=["lm_head"])
+
+
+_PROMPTS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "sampled": lambda: peft.PromptTuningConfig(
+        num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
+    ),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", _PROMPTS)
+@pytest.mark.parametrize("method", ["low_rank", "transform_coding"])
+def test_prompts_train_and_are_saved(method: str, name: str, tmp_path: Path) -> None:
+    base = gpt2()
+    compress_toy(base, method, 1.5)
+    model = peft.get_peft_model(base, _PROMPTS[name]()).eval()
+    loss = model(_IDS, labels=_IDS).loss
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(again(_IDS, labels=_IDS).loss, loss)
+
+
+def test_a_copy_of_a_compressed_table_trains_beside_adapters(folder: Path) -> None:
+    model = _adapted(folder, modules_to_save=["lm_head"])
+    scores, kept = model(_IDS).logits, model.get_input_embeddings().factorization.materialize()
+    scores.square().mean().backward()
+    head = model.get_output_embeddings()
+    copied = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    assert copied
+    torch.optim.SGD(copied, lr=1.0).step()
+    assert not torch.equal(model(_IDS).logits, scores)
+    assert torch.equal(model.get_input_embeddings().factorization.materialize(), kept)
+
+
+def test_single_tokens_of_a_compressed_table_do_not_train(folder: Path) -> None:
+    model = _adapted(folder, trainable_token_indices=[5, 6])
+    with pytest.raises(TypeError, match=r"^index_copy .* compressed layer: its table of 300 x 32"):
+        model(_IDS)
