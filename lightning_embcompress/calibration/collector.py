@@ -155,7 +155,9 @@ class Collector:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             for path, embedding in self.embeddings.items():
-                hook = embedding.register_forward_hook(self._embedding_hook(path, embedding), with_kwargs=True)
+                seen = self._embedding_hook(path, embedding)
+                # Before those of others: these may change the rows, and the gradient of the table's own is wanted.
+                hook = embedding.register_forward_hook(seen, with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
             for path, head in self.heads.items():
                 stack.callback(head.register_forward_pre_hook(self._head_hook(path, head), with_kwargs=True).remove)

@@ -18,7 +18,7 @@ from lightning_embcompress.callbacks.optimizer import levels_of_adagrad, splice,
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.tables.finding import all_modules
-from lightning_embcompress.tables.replacement import replace_table, restore_dense
+from lightning_embcompress.tables.replacement import check_replaceable, replace_table, restore_dense
 
 
 def replace_in_training(
@@ -36,6 +36,7 @@ def replace_in_training(
         replaced: The layers that the optimizers know, by their paths, where others stand in the module now.
     """
     old = {path: module.get_submodule(path) for paths, _ in solved for path in paths} | dict(replaced or {})
+    check_replaceable(module, old)
     for paths, factorization in solved:
         replace_table(module, paths, factorization)
     # All at once: two tables may take the place of one.

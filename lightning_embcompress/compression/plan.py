@@ -29,9 +29,10 @@ from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, factorization_from_spec, get_config
 from lightning_embcompress.methods.specs import dense_bytes
 from lightning_embcompress.tables.finding import all_modules, large_and_dense
-from lightning_embcompress.tables.replacement import replace_table, restore_dense
+from lightning_embcompress.tables.replacement import check_replaceable, replace_table, restore_dense
+from lightning_embcompress.utils.inference import outside_inference_mode
 from lightning_embcompress.utils.progress import say_line
-from lightning_embcompress.utils.storage import check_whole
+from lightning_embcompress.utils.storage import check_in_memory, check_whole
 
 PLAN_VERSION = 6
 """Version 2 added `untied`, version 3 `predicted_loss`, version 4 `quantization` in structures and `body`; version 5
@@ -194,6 +195,7 @@ class Plan:
         )
 
 
+@outside_inference_mode
 def compress(
     model: nn.Module,
     method: MethodConfig | str = DEFAULT_METHOD,
@@ -301,6 +303,7 @@ def plan_of(model: nn.Module) -> Plan:
     )
 
 
+@outside_inference_mode
 def densify(model: nn.Module) -> None:
     """Turn a compressed model back into one of ordinary layers, in place: every table is built from its factors.
 
@@ -317,10 +320,12 @@ def densify(model: nn.Module) -> None:
         ('Embedding', 'Linear')
     """
     check_whole(model, "made dense")
+    check_in_memory(model, "the model")
     restore_dense(model)
     restore_backbone(model)
 
 
+@outside_inference_mode
 def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Give a model the structure of a plan, empty and ready to be loaded into.
 
@@ -336,6 +341,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         ValueError: If the plan does not fit the model. The model is as it was.
     """
     check_plan(model, plan)
+    check_replaceable(model, (path for table in plan.tables for path in table.modules))
     named = all_modules(model)
     factorizations = []
     for table in plan.tables:

@@ -21,7 +21,8 @@ from lightning_embcompress.quantization.aware import converted
 from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.transformers_models import only_model
 from lightning_embcompress.utils.files import explaining_failure, replacing, synchronize
-from lightning_embcompress.utils.storage import check_plain, check_whole, identity_of
+from lightning_embcompress.utils.inference import outside_inference_mode
+from lightning_embcompress.utils.storage import allocate, check_in_memory, check_plain, check_whole, identity_of
 
 
 def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -43,6 +44,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: If a file cannot be written; what was there before is as it was.
     """
     check_whole(model, "saved by save_compressed")
+    check_in_memory(model, "the model")
     with converted(model):
         check_plain(model, "save_compressed")
         _save(model, Path(path))
@@ -58,6 +60,8 @@ def _save(model: nn.Module, directory: Path) -> None:
                 f"{name!r} of the model's state is a {type(tensor).__name__}: only tensors can be saved; remove its "
                 "get_extra_state"
             )
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} of the model is on the meta device and has no values: load the model before")
         if (identity := identity_of(tensor)) in stored:
             aliases[name] = stored[identity]
             continue
@@ -100,14 +104,16 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan: ...
 def load_compressed(path: str | os.PathLike[str], model: None = None) -> nn.Module: ...
 
 
+@outside_inference_mode
 def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None) -> Plan | nn.Module:
     """Load what `save_compressed`, or `save_pretrained` of a compressed model of transformers, wrote.
 
     Args:
         path: The directory.
         model: A module of the same architecture, dense or compressed in whatever way: its tables are replaced, in
-            place; it keeps its dtype. It may hold the model of transformers that was saved. Without it the model is
-            built as the directory says, which only one that `save_pretrained` wrote does.
+            place; it keeps its dtype, and its device unless that is the meta device. It may hold the model of
+            transformers that was saved. Without it the model is built as the directory says, which only one that
+            `save_pretrained` wrote does.
 
     Returns:
         The plan of the model that was given, or the model that was built.
@@ -151,6 +157,8 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None
     if not is_saved:
         tensors |= {name: tensors[stored] for name, stored in _aliases(model, plan, tensors).items()}
     _check_tensors(repr(source.name), model, plan, tensors)
+    check_in_memory(model, "the model")
+    allocate(model)
     apply_plan(model, plan)
     model.load_state_dict(tensors)
     return plan_of(model)

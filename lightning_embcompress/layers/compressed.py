@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_embcompress.layers.decoding import Best, decoding_rows, log_prob, sample, topk
+from lightning_embcompress.layers.offloading import with_offloaded_factors
 from lightning_embcompress.layers.scaled_embeddings import Scale
 from lightning_embcompress.layers.table_weight import TableWeight, table_weight
 from lightning_embcompress.methods.base import is_exporting
@@ -103,6 +104,7 @@ class CompressedEmbedding(CompressedLayer):
         self.scale = scale
         self.sparse = sparse
 
+    @with_offloaded_factors
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table for ids, `[*] -> [*, embedding_dim]`, in the dtype of the factors.
 
@@ -166,6 +168,7 @@ class CompressedLinear(CompressedLayer):
         self.out_features = factorization.vocab_size
         self.register_parameter("bias", bias)
 
+    @with_offloaded_factors
     def forward(self, input: Tensor, *, in_storage_order: bool = False) -> Tensor:
         """Logits of hidden states, `[*, in_features] -> [*, out_features]`.
 

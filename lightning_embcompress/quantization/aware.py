@@ -28,10 +28,12 @@ from lightning_embcompress.methods.quantizers.factors import check_storable
 from lightning_embcompress.methods.quantizers.quantization import name_of, storage_of
 from lightning_embcompress.methods.registry import Factorization, FullTable, Quantization
 from lightning_embcompress.tables.finding import Table, find_tables
-from lightning_embcompress.tables.replacement import put_back, replace_table
-from lightning_embcompress.utils.storage import check_whole
+from lightning_embcompress.tables.replacement import check_replaceable, put_back, replace_table
+from lightning_embcompress.utils.inference import outside_inference_mode
+from lightning_embcompress.utils.storage import check_in_memory, check_whole
 
 
+@outside_inference_mode
 def prepare_qat(
     model: nn.Module,
     quantization: Quantization | None = None,
@@ -123,6 +125,7 @@ def plan_qat(
         ValueError: As `prepare_qat`.
     """
     check_whole(model, "quantized")
+    check_in_memory(model, "the model")
     beside = None if backbone is None else plan_backbone(model, storage_of(backbone, quantization))
     if beside is not None and not tables:
         return Preparation(quantization, [], [], beside)
@@ -138,6 +141,7 @@ def plan_qat(
         )
     for modules, factors in chosen:
         _check_trainable(modules[0], factors)
+        check_replaceable(model, modules)
     dense = find_tables(model, missing) if missing else []
     preparation = Preparation(quantization, chosen, dense, beside)
     for modules, factors in preparation.factorizations():
@@ -156,6 +160,7 @@ def _check_trainable(name: str, factors: Factorization[Any]) -> None:
         )
 
 
+@outside_inference_mode
 def convert_qat(model: nn.Module) -> Plan:
     """Pack what was prepared, in place: afterwards tables and backbone are integers, and do not train.
 
@@ -166,7 +171,10 @@ def convert_qat(model: nn.Module) -> Plan:
         ValueError: If nothing is prepared: it was converted already, or never prepared.
     """
     check_whole(model, "converted")
+    check_in_memory(model, "the model")
     changes = _conversions(model)
+    for modules, _ in changes:
+        check_replaceable(model, modules)
     if not convert_backbone(model) and not changes:
         packed = [modules[0] for modules, factors in compressed_tables(model) if factors.is_packed]
         state = f"{', '.join(map(repr, packed))} packed already" if packed else "nothing is prepared"
@@ -192,6 +200,7 @@ def converted(model: nn.Module) -> Iterator[None]:
             put_back(model, before)
 
 
+@outside_inference_mode
 def quantize_tables(
     model: nn.Module,
     quantization: Quantization | None = None,

@@ -13,6 +13,7 @@ from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import nearest
+from lightning_embcompress.tables.attachments import check_attachments
 from lightning_embcompress.tables.automatic import choose_tables, large_beside
 
 
@@ -205,7 +206,18 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
                 f"{where} has scale_grad_by_freq=True: gradients of rows are divided by how often a batch has them, "
                 "and factors that many rows share have no such gradient; set it to False before compressing"
             )
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise ValueError(f"{where} has hooks, which would be lost; remove them and register them after compression")
-    if not table.weight.is_floating_point():
-        raise ValueError(f"table {table.name!r} holds {table.weight.dtype}: only floating-point tables can be solved")
+        check_attachments(where, module)
+        if "weight" not in module._parameters:
+            raise ValueError(f"{where} has a weight that is no parameter: make it one (nn.Parameter) before")
+    if type(table.weight) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"table {table.name!r} is stored as a {type(table.weight).__module__}.{type(table.weight).__qualname__}: "
+            "only plain tensors can be solved; compress the model first, and let the other library quantize or shard "
+            "the layers beside the tables afterwards"
+        )
+    # Float8 has neither products nor sums.
+    if not table.weight.is_floating_point() or table.weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"table {table.name!r} holds {table.weight.dtype}: only floating-point numbers of 16 bits or more can be "
+            f"solved; cast it before, as in model.get_submodule({table.name!r}).to(torch.bfloat16)"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_embcompress.layers.compressed import CompressedEmbedding, Compres
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.methods.specs import dense_bytes
+from lightning_embcompress.tables.attachments import carry_over, check_attachments
 from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.listeners import layers_replaced
 
@@ -23,8 +24,9 @@ def replace_table(
 ) -> None:
     """Put compressed layers that share one factorization in the place of the modules that read a table.
 
-    Bias, `padding_idx`, `max_norm`, `sparse` and the scale of a scaled embedding stay what they were. A layer that was
-    compiled by `layer.compile()` is followed by one that is not, and it is said.
+    Bias, `padding_idx`, `max_norm`, `sparse`, the scale of a scaled embedding and all that others have attached to a
+    layer (`carry_over`) stay what they were; `check_replaceable` has to come before. A layer that was compiled by
+    `layer.compile()` is followed by one that is not, and it is said.
 
     Args:
         model: The module that holds them.
@@ -34,11 +36,11 @@ def replace_table(
     """
     if not for_a_while:
         _say_compiled(model, modules)
+    layers: dict[str, nn.Module] = {}
     for path in modules:
         old = model.get_submodule(path)
-        new: CompressedLayer
         if isinstance(old, nn.EmbeddingBag | CompressedEmbeddingBag):
-            new = CompressedEmbeddingBag(
+            layers[path] = CompressedEmbeddingBag(
                 factorization,
                 old.mode,
                 old.padding_idx,
@@ -49,14 +51,13 @@ def replace_table(
             )
         elif isinstance(old, nn.Embedding | CompressedEmbedding):
             scale = old.scale if isinstance(old, CompressedEmbedding) else scale_of(old)
-            new = CompressedEmbedding(
+            layers[path] = CompressedEmbedding(
                 factorization, old.padding_idx, old.max_norm, old.norm_type, scale, sparse=old.sparse
             )
         else:
             assert isinstance(old, nn.Linear | CompressedLinear)
-            new = CompressedLinear(factorization, old.bias)
-        _swap(model, path, new)
-    layers_replaced(model)
+            layers[path] = CompressedLinear(factorization, old.bias)
+    put_back(model, layers)
 
 
 def restore_dense(model: nn.Module, fill: bool = True) -> None:
@@ -68,13 +69,14 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             to be loaded into, and ties again what was untied.
 
     Raises:
-        ValueError: If there is no memory for a table; the model is as it was.
+        ValueError: If there is no memory for a table, or as `check_replaceable`; the model is as it was.
     """
     weights: dict[Any, nn.Parameter] = {}
     compressed: list[tuple[str, CompressedLayer, nn.Parameter]] = []
     for path, old in all_modules(model).items():
         if not isinstance(old, CompressedLayer):
             continue
+        check_attachments(f"layer {path!r}", old)
         table = old.factorization
         # Two tables that were one have two values now; what is loaded into them has one.
         key = None if fill else table.provenance.get("untied")
@@ -85,6 +87,7 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             weights[key] = nn.Parameter(values.to(table.device), requires_grad=table.may_train)
         compressed.append((path, old, weights[key]))
     _say_compiled(model, [path for path, _, _ in compressed])
+    layers: dict[str, nn.Module] = {}
     for path, old, weight in compressed:
         table = old.factorization
         new: nn.Module
@@ -103,8 +106,8 @@ def restore_dense(model: nn.Module, fill: bool = True) -> None:
             new = nn.Linear(table.dim, table.vocab_size, bias=False, device="meta")
             new.weight = weight
             new.register_parameter("bias", old.bias)
-        _swap(model, path, new)
-    layers_replaced(model)
+        layers[path] = new
+    put_back(model, layers)
 
 
 def _check_memory(path: str, table: Factorization[Any]) -> None:
@@ -121,15 +124,31 @@ def _check_memory(path: str, table: Factorization[Any]) -> None:
 
 
 def put_back(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put layers where they were before `restore_dense` or `replace_table` took their places.
+    """Put layers in the places of others, whose attachments go over to them.
 
     Args:
-        model: The module that held them.
-        layers: The layers by their paths.
+        model: The module that holds the others.
+        layers: The layers by their paths: new ones, or those that were there before `restore_dense` or `replace_table`.
     """
     for path, layer in layers.items():
-        _swap(model, path, layer)
+        carry_over(model.get_submodule(path), layer)
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, layer)
     layers_replaced(model)
+
+
+def check_replaceable(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse layers with attachments that cannot go over to others, before anything is changed.
+
+    Args:
+        model: The module that holds them.
+        paths: Of the layers.
+
+    Raises:
+        ValueError: Naming the layer, as `check_attachments`.
+    """
+    for path in paths:
+        check_attachments(f"layer {path!r}", model.get_submodule(path))
 
 
 def _say_compiled(model: nn.Module, paths: Sequence[str]) -> None:
@@ -145,9 +164,3 @@ def _say_compiled(model: nn.Module, paths: Sequence[str]) -> None:
             f"Not compiled any more: {', '.join(map(repr, compiled))}, replaced by new layers. To compile those, call "
             f"{calls} on the model, with the arguments you gave before."
         )
-
-
-def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
-    parent_path, _, name = path.rpartition(".")
-    new.train(model.get_submodule(path).training)
-    setattr(model.get_submodule(parent_path), name, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -95,3 +96,53 @@ def check_plain(module: nn.Module, action: str) -> None:
                 f"ordinary, as in layer = model.get_submodule({path!r}) and layer.{own} = "
                 f"torch.nn.Parameter(layer.{own}.dequantize())"
             )
+
+
+def check_in_memory(module: nn.Module, where: str) -> None:
+    """Refuse a module whose values accelerate keeps elsewhere while it is not called.
+
+    Args:
+        module: The module.
+        where: What messages call it.
+
+    Raises:
+        ValueError: Naming the remedy.
+    """
+    is_hooked = any("_hf_hook" in vars(part) for part in module.modules())
+    if is_hooked and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise ValueError(
+            f"{where} is offloaded by accelerate, and has no values here: bring them back with "
+            "accelerate.hooks.remove_hook_from_submodules(model), and offload the model again afterwards"
+        )
+
+
+def allocate(module: nn.Module) -> None:
+    """Put empty tensors in the place of those on the meta device, ready to be loaded into; what is shared stays shared.
+
+    Raises:
+        ValueError: If a buffer is among them that state dicts do not have. The module is as it was.
+
+    Example:
+        >>> layer = nn.Linear(2, 3, device="meta")
+        >>> allocate(layer)
+        >>> layer.weight.device
+        device(type='cpu')
+    """
+    stored = module.state_dict(keep_vars=True).keys()
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta and name not in stored:
+            raise ValueError(
+                f"the buffer {name!r} is on the meta device, and no file has its values: build the model on a real "
+                "device"
+            )
+    made: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if tensor not in made:
+                    empty = torch.empty_like(tensor, device=torch.get_default_device())
+                    trains = tensor.requires_grad
+                    made[tensor] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
+                tensors[name] = made[tensor]  # type: ignore[assignment]

@@ -23,7 +23,7 @@ from lightning_embcompress.modules.base import LanguageModel
 from lightning_embcompress.modules.finetuning.architecture import open_model
 from lightning_embcompress.modules.finetuning.parts import Parts, own_step, watch
 from lightning_embcompress.modules.finetuning.reconstruction import Reconstruction
-from lightning_embcompress.tables.replacement import put_back
+from lightning_embcompress.tables.listeners import layers_replaced
 
 # Of a model that was stored in float16, a parameter of the backbone differs by less from what it was.
 _SAME_BACKBONE = 1e-2
@@ -282,7 +282,10 @@ def over_shared_backbone(student: LightningModule, original: LightningModule, pa
     if len(dtypes) == 1 and any(one.dtype not in dtypes for table in tables.values() for one in table.parameters()):
         # A backbone in another precision. Not in place: the original may be somebody's, or its tables be compared with.
         tables = {path: table.to(dtype=next(iter(dtypes))) for path, table in copy.deepcopy(tables).items()}
-    put_back(view, tables)
+    # Not by `put_back`: what is attached to the student's layers is nothing to those of the original.
+    for path, table in tables.items():
+        view.set_submodule(path, table)
+    layers_replaced(view)
     return view
 
 

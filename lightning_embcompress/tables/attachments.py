@@ -1,0 +1,120 @@
+"""Attachments of a layer: whatever others have put on it, which goes over to the layer that takes its place."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from lightning_embcompress.utils.storage import check_in_memory
+
+# Hooks of all kinds and whether the layer is training: all that any module has, apart from its tensors and children.
+_OF_ANY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_LAYERS = (nn.Embedding(1, 1), nn.EmbeddingBag(1, 1), nn.Linear(1, 1))
+# Of a layer itself: its successor gets these, or what they stand for, when it is built.
+_OF_ANY_LAYER = frozenset(name for layer in _LAYERS for name in vars(layer))
+_OF_SOME_LAYERS = frozenset({"scale", "embed_scale", "scalar_embed_scale", "best"})
+# Dropped, see `replacement._say_compiled`.
+_COMPILED = "_compiled_call_impl"
+_OWN = (_OF_ANY_LAYER | _OF_SOME_LAYERS | {_COMPILED}) - _OF_ANY_MODULE
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Put the attachments of a layer on the one that takes its place.
+
+    Both have the same dictionaries of hooks from then on: a handle of one registered before removes it from both.
+    Bound methods of the old layer, and the forward that accelerate gave it, are bound to the new one.
+
+    Args:
+        old: An embedding or a softmax, dense or compressed.
+        new: Its successor, just built.
+
+    Example:
+        >>> import torch
+        >>> old, new = nn.Linear(2, 3), nn.Linear(2, 3)
+        >>> handle = old.register_forward_hook(lambda module, inputs, output: 0 * output)
+        >>> old.tag = 3
+        >>> carry_over(old, new)
+        >>> new.tag, new(torch.ones(2)).tolist()
+        (3, [0.0, 0.0, 0.0])
+        >>> handle.remove()
+        >>> len(new._forward_hooks)
+        0
+    """
+    for name, value in vars(old).items():
+        if name in _OF_ANY_MODULE or name not in _OWN | vars(new).keys():
+            vars(new)[name] = _rebound(value, old, new)
+    # Its children too.
+    new.train(old.training)
+    for name, buffer in old._buffers.items():
+        if name not in _OWN | new._buffers.keys():
+            new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for hook in new._load_state_dict_pre_hooks.values():
+        # Torch keeps the module that such a hook is called with, not alive, in the hook.
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
+
+
+def check_attachments(where: str, layer: nn.Module) -> None:
+    """Refuse a layer with attachments that cannot go over to another one.
+
+    Args:
+        where: What messages call the layer.
+        layer: An embedding or a softmax, dense or compressed.
+
+    Raises:
+        ValueError: If its forward is replaced by other than accelerate, its weight is computed or has hooks, it has
+            parameters or children of others, or accelerate has offloaded it; with the remedy.
+    """
+    forward = vars(layer).get("forward")
+    if forward is not None and not _is_own_forward(forward, layer) and not _is_of_accelerate(layer):
+        raise ValueError(
+            f"{where} has a forward of its own, {forward!r}, which would go on calling the layer that is replaced: "
+            "register a forward hook in its place (register_forward_hook), which stays, or set it after compression"
+        )
+    check_in_memory(layer, where)
+    others = [name for name in (*layer._parameters, *layer._modules) if name not in ("weight", "bias", "factorization")]
+    if others:
+        raise ValueError(
+            f"{where} has {', '.join(map(repr, others))} beside its weight and bias, of pruning, of a normalization of "
+            "its weight, or your own: remove them before (torch.nn.utils.remove_weight_norm, "
+            "torch.nn.utils.prune.remove, ...), or keep them on another module"
+        )
+    weight = layer._parameters.get("weight")
+    if weight is not None and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
+        raise ValueError(
+            f"the weight of {where} has hooks for its gradient, which a compressed table does not have: remove them "
+            "(handle.remove(); wandb.unwatch()) before"
+        )
+
+
+def _is_own_forward(forward: Any, layer: nn.Module) -> bool:
+    # As accelerate leaves it when its hooks are removed.
+    return isinstance(forward, MethodType) and forward.__self__ is layer and forward.__func__ is type(layer).forward
+
+
+def _is_of_accelerate(layer: nn.Module) -> bool:
+    """Whether `accelerate.hooks.add_hook_to_module` has wrapped the layer's own forward, and nobody another one."""
+    forward, inner = vars(layer).get("forward"), vars(layer).get("_old_forward")
+    return (
+        isinstance(forward, functools.partial)
+        and forward.func.__module__ == "accelerate.hooks"
+        and [one is layer for one in forward.args] == [True]
+        and _is_own_forward(inner, layer)
+    )
+
+
+def _rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A method of the old layer as one of the new; other values are the same."""
+    if isinstance(value, MethodType) and value.__self__ is old:
+        name = value.__name__
+        is_of_class = getattr(type(old), name, None) is value.__func__
+        return MethodType(getattr(type(new), name) if is_of_class else value.__func__, new)
+    if isinstance(value, functools.partial) and any(one is old for one in value.args):
+        bound = functools.partial(value.func, *(new if one is old else one for one in value.args), **value.keywords)
+        wrapped = vars(value).get("__wrapped__")
+        return bound if wrapped is None else functools.update_wrapper(bound, _rebound(wrapped, old, new))
+    return value
