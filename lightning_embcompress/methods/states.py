@@ -29,6 +29,8 @@ class QuantizationStates(nn.Module):
     """Names of the factors that all tokens share, of a class in which tokens have numbers of their own beside them."""
     provenance: dict[str, Any]
     """How the factors were found, see `Factorization`."""
+    _trained: bool = True
+    """Whether numbers that take the place of packed integers are to train."""
 
     def __init__(self) -> None:
         """As the factors are found."""
@@ -46,9 +48,14 @@ class QuantizationStates(nn.Module):
 
     @property
     def may_train(self) -> bool:
-        """Whether what takes its place is to train: not if its parameters were frozen; packed integers have none."""
+        """Whether what takes its place is to train: not if its parameters are frozen, or were before it was packed."""
         trains = [parameter.requires_grad for parameter in self.parameters()]
-        return any(trains) or not trains
+        return any(trains) if trains else self._trained
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze it or let it train; packed integers keep it in mind for what takes their place."""
+        self._trained = requires_grad
+        return super().requires_grad_(requires_grad)
 
     @property
     def num_values(self) -> int:
@@ -131,6 +138,7 @@ class QuantizationStates(nn.Module):
         if not self.is_prepared:
             raise ValueError("there is nothing to convert: it is not prepared for quantization")
         packed = self._copied()
+        packed._trained = self.may_train
         packed._replace_factors(lambda _, factor: factor.packed())
         packed.state = "packed"
         return cast("Factorization[Any]", packed)

@@ -118,6 +118,34 @@ def test_hooks_flags_and_buffers_survive_every_replacement(course: str, name: st
     assert not seen.after_all(model)
 
 
+@pytest.mark.parametrize("method", ["low_rank", "transform_coding"])
+def test_frozen_tables_stay_frozen_and_others_do_not(method: str, tmp_path: Path) -> None:
+    counts = torch.arange(150, 0, -1)
+
+    def trained(model: LanguageModel) -> list[bool]:
+        tables = [
+            [*layer.factorization.parameters()] if isinstance(layer, CompressedLayer) else [layer.weight]
+            for layer in (model.encoder, model.decoder)
+        ]
+        return [any(one.requires_grad for one in table) for table in tables if table]
+
+    model = _model()
+    model.encoder.requires_grad_(False)
+    for step in (
+        lambda: compress(model, method, ratio=1.5, token_counts=counts),
+        lambda: prepare_qat(model),
+        lambda: convert_qat(model),
+        lambda: save_compressed(model, tmp_path),
+        lambda: load_compressed(tmp_path, model),
+        lambda: densify(model),
+        lambda: load_compressed(tmp_path, model),
+        lambda: densify(model),
+    ):
+        step()
+        assert trained(model) in ([], [False, True])
+    assert trained(model)
+
+
 def test_hooks_change_the_output_as_they_did_before(tmp_path: Path) -> None:
     model = _model()
     handle = model.decoder.register_forward_hook(lambda module, inputs, output: output / 4)
