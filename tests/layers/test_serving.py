@@ -72,9 +72,10 @@ def test_models_without_such_heads_stay_as_they_are() -> None:
 
 
 def test_factors_of_inference_mode_are_refused() -> None:
+    model = _model()
+    compress(model, "low_rank", ratio=2, tables=["decoder"])
     with torch.inference_mode():
-        model = copy.deepcopy(_model())
-        compress(model, "low_rank", ratio=2, tables=["decoder"])
+        model = copy.deepcopy(model)
         with pytest.raises(ValueError, match="factors of 'decoder' were made in torch.inference_mode"):
             optimize_for_inference(model)
 
