@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_embcompress.layers.compressed import CompressedEmbedding
+from lightning_embcompress.layers.offloading import with_offloaded_factors
 from lightning_embcompress.methods.registry import Factorization
 
 AnyEmbedding: TypeAlias = nn.Embedding | nn.EmbeddingBag
@@ -49,6 +50,7 @@ class CompressedEmbeddingBag(CompressedEmbedding):
         self.mode = mode
         self.include_last_offset = include_last_offset
 
+    @with_offloaded_factors
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """One vector a bag, in the dtype of the factors.
 

@@ -35,7 +35,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     Example:
         >>> import torch
         >>> old, new = nn.Linear(2, 3), nn.Linear(2, 3)
-        >>> handle = old.register_forward_hook(lambda module, inputs, output: 0 * output)
+        >>> handle = old.register_forward_hook(lambda module, inputs, output: output.zero_())
         >>> old.tag = 3
         >>> carry_over(old, new)
         >>> new.tag, new(torch.ones(2)).tolist()
