@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -210,9 +212,26 @@ _HOOKS: dict[str, type[_Hook]] = {
 }
 
 
+@cache
+def _watch_assembled(kind: Any) -> None:
+    """Let models that are put together of compressed ones afterwards, which no layer tells, be saved as compressed."""
+    save = kind.save_pretrained
+
+    @wraps(save)
+    def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if _DENSE_TIES not in model.__dict__:
+            follow(model)
+            if _DENSE_TIES in model.__dict__:
+                return model.save_pretrained(*args, **kwargs)
+        return save(model, *args, **kwargs)
+
+    kind.save_pretrained = save_pretrained
+
+
 def _hook(model: Any) -> None:
     if _DENSE_TIES in model.__dict__:
         return
+    _watch_assembled(sys.modules["transformers.modeling_utils"].PreTrainedModel)
     model.__dict__[_DENSE_TIES] = (model.__dict__.get("_tied_weights_keys"), dict(model.all_tied_weights_keys))
     for name, hook in _HOOKS.items():
         model.__dict__[name] = hook(model, name)

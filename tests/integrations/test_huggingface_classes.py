@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import EncoderDecoderModel
 
 from lightning_embcompress import densify
 from lightning_embcompress.compression.plan import plan_of
@@ -56,10 +57,10 @@ def _memory_is_dirty() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def _build(family: str, name: str) -> Any:
+def _build(family: str, name: str, **given: Any) -> Any:
     torch.manual_seed(0)
     model_class = getattr(transformers, family + name)
-    model = model_class(model_class.config_class(**_TOKENS, **_FAMILIES[family][0]))
+    model = model_class(model_class.config_class(**_TOKENS, **_FAMILIES[family][0], **given))
     for parameter_name, parameter in model.named_parameters():
         # Otherwise biases are zero, and a lost one shows nowhere.
         if parameter_name.endswith("bias"):
@@ -120,3 +121,22 @@ def test_files_that_keep_the_factors_under_the_head(tmp_path: Path) -> None:
         loaded, report = _load("XLMRoberta", name, tmp_path)
         assert not any("word_embeddings" in key or "lm_head.decoder" in key for keys in report.values() for key in keys)
         assert torch.equal(loaded.get_input_embeddings().factorization.materialize(), table)
+
+
+def test_models_put_together_of_compressed_ones(tmp_path: Path) -> None:
+    parts = [_build("Bert", "Model"), _build("Bert", "LMHeadModel", is_decoder=True, add_cross_attention=True)]
+    for part in parts:
+        compress_toy(part, "low_rank", 1.3)
+    model = EncoderDecoderModel(encoder=parts[0], decoder=parts[1]).eval()
+    model.save_pretrained(tmp_path / "compressed")
+    loaded, report = EncoderDecoderModel.from_pretrained(tmp_path / "compressed", output_loading_info=True)
+    assert not any(report.values())
+    assert [len(table.modules) for table in plan_of(loaded).tables] == [1, 2]
+    densify(model)
+    model.save_pretrained(tmp_path / "dense")
+    dense = EncoderDecoderModel.from_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    ids = torch.randint(3, _VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
+    logits = [one(input_ids=ids, decoder_input_ids=ids).logits for one in (loaded, model, dense)]
+    torch.testing.assert_close(logits[0], logits[1])
+    assert torch.equal(logits[1], logits[2])

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_embcompress.compression.plan import apply_plan, compress
 from lightning_embcompress.layers.sizes import model_bytes
-from lightning_embcompress.utils.storage import identity_of, place_of
+from lightning_embcompress.utils.storage import check_plain, identity_of, place_of
 
 
 def test_tensors_that_are_one() -> None:
@@ -53,3 +53,17 @@ def test_shared_tensors_are_counted_once_on_any_device(device: str) -> None:
     assert model.decoder.factorization.device.type == device
     stored = rest + model.encoder.factorization.stored_bytes()
     assert model_bytes(model) == {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored}
+
+
+class _Packed(nn.Parameter):
+    """As weights that another library has quantized."""
+
+
+def test_tensors_that_are_not_plain() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    check_plain(model, "save_compressed")
+    model[0].weight = _Packed(torch.zeros(2, 2))
+    with pytest.raises(
+        ValueError, match=r"save_compressed cannot store '0\.weight', a _Packed of .*get_submodule\('0'\)"
+    ):
+        check_plain(model, "save_compressed")
