@@ -22,6 +22,7 @@ from lightning_embcompress.methods.numerics.rate_allocation import RateCurve, al
 from lightning_embcompress.methods.registry import Factorization, get_method
 from lightning_embcompress.methods.shared_basis.layout import bit_budget
 from lightning_embcompress.methods.shared_basis.solver import rate_curve
+from lightning_embcompress.methods.specs import padding_bytes
 from lightning_embcompress.tables.finding import Table, check_finite, find_tables
 from lightning_embcompress.utils.progress import progress_bar
 
@@ -60,10 +61,16 @@ class Task:
         return get_method(self.config.method).factorization
 
     @property
+    def padding_bytes(self) -> int:
+        """Bytes that the rows of padding tokens take, which stay what they are."""
+        return padding_bytes(self.table.padding, self.table.padding_rows)
+
+    @property
     def smallest_bytes(self) -> int:
         """Fewest bytes that the table can be stored in."""
         itemsize = self.table.weight.element_size()
-        return self.factorization.smallest_bytes(*self.table.shape, itemsize, self.config.candidates[0])
+        smallest = self.factorization.smallest_bytes(*self.table.shape, itemsize, self.config.candidates[0])
+        return smallest + self.padding_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -98,8 +105,12 @@ class Task:
 
     def _solve_by(self, config: MethodConfig, weight: Tensor, advance: Callable[[float], None]) -> Factorization[Any]:
         metric = self.metric if config.uses_metric else None
-        solve = get_method(config.method).factorization.decompose if self.start is None else self.start.refined
-        found = solve(weight, self.max_bytes, self.token_counts, config, advance, metric)
+        if self.start is not None:
+            found = self.start.refined(weight, self.max_bytes, self.token_counts, config, advance, metric)
+        else:
+            decompose, most = get_method(config.method).factorization.decompose, self.max_bytes - self.padding_bytes
+            found = decompose(weight, most, self.token_counts, config, advance, metric)
+            found.keep_padding(self.table.padding, self.table.padding_rows)
         found.provenance = {"method": config.method}
         return found
 
@@ -266,7 +277,7 @@ def share(model: nn.Module, tasks: Tasks, statistics: Statistics) -> Tasks:
             metric = metric_of(model, task.table, statistics)
             known.append(replace(task, metric=metric))
             curves.append(rate_curve(task.table.weight.detach(), metric, bits, blocks))
-            fixed.append(8 * always + blocks * bits.block + bits.index(blocks))
+            fixed.append(8 * (always + task.padding_bytes) + blocks * bits.block + bits.index(blocks))
             advance(1.0)
     return Tasks(tuple(known), statistics, tuple(curves), tuple(fixed))
 
@@ -311,7 +322,8 @@ def _untied(model: nn.Module, table: Table) -> list[Table]:
     """A table by the two ways in which it is read, or as it is where there is only one."""
     embeddings = tuple(path for path in table.modules if isinstance(model.get_submodule(path), AnyEmbedding))
     others = tuple(path for path in table.modules if path not in embeddings)
-    return [Table(modules, table.weight) for modules in (embeddings, others) if modules]
+    parts = Table(embeddings, table.weight, table.padding), Table(others, table.weight)
+    return [part for part in parts if part.modules]
 
 
 def _round_down(ratio: float) -> float:

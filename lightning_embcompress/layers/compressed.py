@@ -63,7 +63,8 @@ class CompressedEmbedding(CompressedLayer):
 
     Args:
         factorization: The table, `[num_embeddings, embedding_dim]`.
-        padding_idx: Id whose row is read without a gradient, as in `nn.Embedding`.
+        padding_idx: Id whose row is read without a gradient, as in `nn.Embedding`. What a compressed table has of it is
+            the row as it was, whatever is trained, see `Factorization.keep_padding`.
         max_norm: Rows of a larger norm are scaled down to it when they are read.
         norm_type: The p of that norm.
         scale: What rows are multiplied by, if the embedding was of a class that does so; the factors are those of the
@@ -114,7 +115,7 @@ class CompressedEmbedding(CompressedLayer):
         # `input` as in `nn.Embedding`: foreign code may pass it by name.
         ids = input
         with torch.autocast(ids.device.type, enabled=False):
-            rows: Tensor = self.factorization.rows(ids, sparse=self.sparse and not is_exporting())
+            rows: Tensor = self.factorization.read(ids, sparse=self.sparse and not is_exporting())
             if self.sparse and rows.requires_grad:
                 _refuse_data_parallel(type(self).__name__)
             if self.padding_idx is not None:
@@ -179,9 +180,7 @@ class CompressedLinear(CompressedLayer):
             found = self.topk(input, self.best)
             none = found.logits.new_full((*input.shape[:-1], self.out_features), -torch.inf)
             return none.scatter_(-1, found.ids, found.logits)
-        logits: Tensor = (
-            self.factorization.logits_in_storage_order(input) if in_storage_order else self.factorization.logits(input)
-        )
+        logits: Tensor = self.factorization.score(input, in_storage_order)
         if self.bias is None:
             return logits
         bias: Tensor = self.bias

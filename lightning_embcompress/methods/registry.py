@@ -24,7 +24,7 @@ from lightning_embcompress.methods.product_quantization.factorization import Pro
 from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
 from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks
-from lightning_embcompress.methods.specs import dense_bytes
+from lightning_embcompress.methods.specs import checked_padding, dense_bytes
 from lightning_embcompress.methods.tensor_train.config import TensorTrainConfig
 from lightning_embcompress.methods.tensor_train.factorization import TensorTrain
 from lightning_embcompress.methods.tensor_train_matrix.config import TensorTrainMatrixConfig
@@ -156,8 +156,11 @@ def factorization_from_spec(
 
 def _empty(spec: Mapping[str, Any], dtype: torch.dtype, device: torch.device | None) -> Factorization[Any]:
     structure = dict(spec)
-    quantization = structure.pop("quantization", None)
+    quantization, padding = structure.pop("quantization", None), structure.pop("padding", None)
     empty = _kinds()[spec["kind"]].from_spec(structure, dtype, device)
+    if padding is not None:
+        ids, stored = checked_padding(padding, empty.vocab_size)
+        empty.keep_padding(ids, torch.zeros(len(ids), empty.dim) if stored else None)
     if quantization is not None:
         empty.hold(*Quantization.from_record(quantization))
     return empty

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,40 @@ def plain(value: Any) -> Any:
 def stored_bytes(tensor_bytes: int, num_tensors: int, spec: dict[str, Any]) -> int:
     """Bytes that tensors and their structure take in a file."""
     return tensor_bytes + num_tensors * TENSOR_HEADER_BYTES + len(json.dumps(spec, separators=(",", ":")))
+
+
+def padding_record(ids: Sequence[int], stored: bool) -> dict[str, Any]:
+    """Rows of a table that are constant, as JSON: of which tokens, and whether they are stored or zero.
+
+    Example:
+        >>> padding_record((0,), stored=False)
+        {'ids': [0], 'stored': False}
+    """
+    return {"ids": list(ids), "stored": stored}
+
+
+def padding_bytes(ids: Sequence[int], rows: Tensor | None) -> int:
+    """Bytes that constant rows take in a file, beside a factorization that has none."""
+    if not ids:
+        return 0
+    entry = len(json.dumps({"padding": padding_record(ids, rows is not None)}, separators=(",", ":")))
+    return entry + (0 if rows is None else rows.nbytes + TENSOR_HEADER_BYTES)
+
+
+def checked_padding(record: Any, vocab_size: int) -> tuple[list[int], bool]:
+    """Read what `padding_record` wrote, from a structure that came from a file.
+
+    Raises:
+        ValueError: If it is something else, or a token is out of range or named twice.
+    """
+    if not isinstance(record, dict) or set(record) != {"ids", "stored"} or type(record["stored"]) is not bool:
+        raise ValueError(f"the structure's 'padding' must have 'ids' and 'stored', it is {reprlib.repr(record)}")
+    ids = integers(record, "ids")
+    if not ids or len(set(ids)) < len(ids) or max(ids) >= vocab_size:
+        raise ValueError(
+            f"the structure's 'padding' must name rows of the table's {vocab_size}, each once: {reprlib.repr(ids)}"
+        )
+    return ids, record["stored"]
 
 
 def dense_bytes(vocab_size: int, dim: int, itemsize: int) -> int:

@@ -75,6 +75,21 @@ class Tiles(NamedTuple):
         ]
         return self._replace(owned=[*self.owned, own], tiles=tiles)
 
+    def with_logits(self, token: int, logits: Tensor) -> Tiles:
+        """The same with other logits, `[N]`, of one token."""
+        row = token if self.position is None else int(self.position[token])
+        tiles = [
+            tile._replace(
+                reads=(len(self.shared), *tile.reads),
+                logits=_with_column(tile.logits, row - tile.start),
+                is_product=False,
+            )
+            if tile.start <= row < tile.stop
+            else tile
+            for tile in self.tiles
+        ]
+        return self._replace(shared=[*self.shared, logits], tiles=tiles)
+
 
 class Places(NamedTuple):
     """Where some ids are among tiles.
@@ -110,6 +125,15 @@ def _plus(logits: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return found + bias.to(found.dtype)
 
     return sums
+
+
+def _with_column(logits: Callable[..., Tensor], column: int) -> Callable[..., Tensor]:
+    def replaced(own: Tensor, *read: Tensor) -> Tensor:
+        found = logits(*read)
+        is_own = torch.arange(found.shape[-1], device=found.device) == column
+        return torch.where(is_own, own.to(found.dtype).unsqueeze(-1), found)
+
+    return replaced
 
 
 class TileMaker:

@@ -105,9 +105,10 @@ class Preparation:
 
     def factorizations(self) -> list[Placed]:
         """The factors of all tables, as they are."""
-        return self.compressed + [
-            (table.modules, FullTable.of(cast(nn.Parameter, table.weight))) for table in self.dense
-        ]
+        dense: list[Placed] = [(table.modules, FullTable.of(cast(nn.Parameter, table.weight))) for table in self.dense]
+        for table, (_, factors) in zip(self.dense, dense, strict=True):
+            factors.keep_padding(table.padding, table.padding_rows)
+        return self.compressed + dense
 
     def carry_out(self, model: nn.Module) -> None:
         """Let what was chosen train as it will be stored."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,12 @@ class Table:
     Attributes:
         modules: Paths of the modules in the order of `model.named_modules()`; several if they are tied.
         weight: What they share, `[vocab_size, dim]`.
+        padding: Ids that one of them has as `padding_idx`.
     """
 
     modules: tuple[str, ...]
     weight: Tensor
+    padding: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -38,6 +41,12 @@ class Table:
     def shape(self) -> tuple[int, int]:
         """`(vocab_size, dim)`."""
         return self.weight.shape[0], self.weight.shape[1]
+
+    @cached_property
+    def padding_rows(self) -> Tensor | None:
+        """`[n, dim]` rows of the padding; None where they are zero, as most are."""
+        rows = self.weight.detach()[list(self.padding)]
+        return rows if not rows.is_meta and bool(rows.any()) else None
 
 
 def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[Table]:
@@ -83,7 +92,7 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
         found = _named(named, [tables] if isinstance(tables, str) else tables)
     for table in found:
         _check_replaceable(table, named)
-    return found
+    return [replace(table, padding=_padding(table, named)) for table in found]
 
 
 def large_and_dense(model: nn.Module, tables: Sequence[Table]) -> str:
@@ -144,6 +153,11 @@ def _table_of(named: dict[str, nn.Module], path: str, weight: Tensor) -> Table:
     # A parametrized weight is another tensor at every access, and found nowhere: it is refused later by its module.
     paths = tuple(path for path, module in named.items() if getattr(module, "weight", None) is weight)
     return Table(paths or (path,), weight)
+
+
+def _padding(table: Table, named: Mapping[str, nn.Module]) -> tuple[int, ...]:
+    ids = {getattr(named[path], "padding_idx", None) for path in table.modules}
+    return tuple(sorted(one for one in ids if one is not None))
 
 
 def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:

@@ -104,7 +104,7 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         latent.log_scales.copy_(torch.cat([latent.log_scales[:0], *scales]).clamp(min=smallest).log2())
         for numbers, codes, offsets in zip(latent.coefficients, coded._block_codes(), coded._offsets(), strict=True):
             numbers.copy_(latent.levels[(codes.int() + offsets).long()])
-        latent.provenance, latent.predicted_loss = dict(coded.provenance), coded.predicted_loss
+        latent.inherit(coded)
         return latent.requires_grad_(coded.may_train)
 
     @classmethod
@@ -146,7 +146,7 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
                 codes[-1][chunk] = nearest_codes(numbers[chunk], runs, tables).to(torch.uint8)
         basis, means = self.basis * self.units[0], self.means * self.units[1]
         coded.store(codes, basis, means, torch.exp2(self.log_scales.double()))
-        coded.provenance, coded.predicted_loss = dict(self.provenance), self.predicted_loss
+        coded.inherit(self)
         return coded.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
 
     def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
