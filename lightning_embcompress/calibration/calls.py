@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_embcompress.methods.numerics.gram import compute_dtype
 
@@ -25,12 +26,16 @@ class EmbeddingCall:
         rows: `[*, d]`, the output as a leaf that requires a gradient.
         scale: What the rows of the table were multiplied by.
         ids: `[*]`, what was looked up.
+        words: `[*]` bool, where those are words and no padding.
+        padding: The id whose row is a constant, if there is one.
     """
 
     path: str
     rows: Tensor
     scale: float
     ids: Tensor
+    words: Tensor
+    padding: int | None
 
 
 class HeadCall:
@@ -38,23 +43,27 @@ class HeadCall:
 
     Args:
         path: Of the module.
-        layer: The module.
+        logits_of: Gives logits of hidden states.
         hidden: `[*, d]`, what it reads.
+        targets: `[*]` bool, which positions are of targets where logits are not seen; None for all.
 
     Attributes:
         hidden: `[N, d]`, without its gradient.
         reached: `[*, d]`, with it.
-        is_target: `[N]`, which positions are of targets: all, unless logits are seen.
+        is_target: `[N]`, which positions are of targets, by the gradient once logits are seen.
         probabilities: `[2, vocab_size]`, the sum over all positions, and that of squares; None unless logits are seen.
     """
 
-    def __init__(self, path: str, layer: nn.Module, hidden: Tensor) -> None:
+    def __init__(
+        self, path: str, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor | None = None
+    ) -> None:
         """Note what is needed to compute logits once more."""
         self.path = path
-        self.layer = layer
+        self._logits_of = logits_of
         self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
         self.reached = hidden
-        self.is_target = torch.ones(len(self.hidden), dtype=torch.bool, device=hidden.device)
+        every = torch.ones(len(self.hidden), dtype=torch.bool, device=hidden.device)
+        self.is_target = every if targets is None else targets.flatten().to(hidden.device)
         self.probabilities: Tensor | None = None
         device = hidden.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -94,8 +103,8 @@ class HeadCall:
         chunk = max(1, _chunk_elements(self.hidden) // total.shape[1])
         with torch.no_grad(), torch.autocast(device, dtype, enabled):
             for hidden in torch.split(self.hidden[which], chunk):
-                # Not the layer itself, which has our hooks.
-                total += _sum_of_probabilities(self.layer.forward(hidden))
+                # Not by the layer itself, which has our hooks.
+                total += _sum_of_probabilities(self._logits_of(hidden))
         return total
 
 
@@ -121,3 +130,12 @@ def _sum_of_probabilities(logits: Tensor) -> Tensor:
         total[0] += probabilities.sum(0).to(device)
         total[1] += probabilities.square_().sum(0).to(device)
     return total
+
+
+def never_called(role: str, path: str) -> str:
+    """What to say of a table that no batch went through."""
+    return (
+        f"{role} {path!r} was never called with gradients enabled{' at a target' * (role == 'head')}, so it has no "
+        "statistics: compute a loss that goes through it (the full softmax, not a sampled one), or name only the other "
+        "modules, as in tables=['encoder']"
+    )

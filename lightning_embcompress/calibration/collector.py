@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, wide
-from lightning_embcompress.calibration.counts import checked_counts
+from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, never_called, wide
+from lightning_embcompress.calibration.counts import Vocabulary, counts_by_table
+from lightning_embcompress.calibration.products import TableProducts
+from lightning_embcompress.calibration.words import WordMasks
 from lightning_embcompress.layers.bags import AnyEmbedding, CompressedEmbeddingBag, pool, rows_of_bag
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.tables.finding import all_modules, find_tables
-from lightning_embcompress.utils.division import sum_over_processes
 
 # Of the loss in float16, so that its gradient is finite.
 _LARGEST_HALF_SCALE = 2.0**15
@@ -90,10 +90,11 @@ class Collector:
     Args:
         model: The module.
         tables: Paths of the modules of every table, see `find_layers`.
-        token_counts: `[vocab_size]` counts; None to count the ids that embeddings get.
+        token_counts: `[vocab_size]` counts, or such counts by the paths of tables; None to count the words that
+            embeddings get. Tables with as many rows are of one vocabulary.
 
     Raises:
-        ValueError: If the tables have different numbers of rows, or the counts do not fit them.
+        ValueError: If nothing of a vocabulary could be counted, or the counts do not fit the tables.
     """
 
     def __init__(self, model: nn.Module, tables: Sequence[Sequence[str]], token_counts: Any = None) -> None:
@@ -105,43 +106,47 @@ class Collector:
             p: layer for p, layer in layers.items() if isinstance(layer, AnyEmbedding | CompressedEmbedding)
         }
         self.heads = {path: layer for path, layer in layers.items() if isinstance(layer, nn.Linear | CompressedLinear)}
-        sizes = {path: layer.num_embeddings for path, layer in self.embeddings.items()}
-        sizes |= {path: layer.out_features for path, layer in self.heads.items()}
-        if len(set(sizes.values())) != 1:
-            listed = ", ".join(f"{path!r} {size}" for path, size in sizes.items())
-            raise ValueError(
-                f"the tables have different numbers of rows ({listed}), but statistics are of one vocabulary: collect "
-                f"them for each by itself, as in tables=[{next(iter(sizes))!r}]"
-            )
-        self.vocab_size = next(iter(sizes.values()))
-        self.given_counts = (
-            None if token_counts is None else _checked_counts(token_counts, self.tables[0][0], self.vocab_size)
-        )
-        if token_counts is None and not self.embeddings:
-            raise ValueError(
-                f"table {self.tables[0][0]!r} is read by no embedding whose ids could be counted: give token_counts, "
-                "how often every token occurs in the training data (torch.bincount(ids, minlength=vocab_size))"
-            )
+        self.sizes = {path: layer.num_embeddings for path, layer in self.embeddings.items()}
+        self.sizes |= {path: layer.out_features for path, layer in self.heads.items()}
+        self.given_counts = None if token_counts is None else _given_counts(token_counts, self.tables, self.sizes)
+        counted = {self.sizes[path] for path in self.embeddings}
+        for modules in self.tables:
+            if token_counts is None and self.sizes[modules[0]] not in counted:
+                raise ValueError(
+                    f"table {modules[0]!r} is read by no embedding whose ids could be counted: give token_counts, how "
+                    "often every token occurs in the training data (torch.bincount(ids, minlength=vocab_size))"
+                )
+        # Tables that no layer reads as a softmax: something else may.
+        self.products = {
+            modules[0]: weight
+            for modules in self.tables
+            if not any(path in self.heads for path in modules)
+            and (weight := getattr(layers[modules[0]], "weight", None)) is not None
+        }
         self.sums: dict[tuple[str, str], Tensor] = {}
         for path, embedding in self.embeddings.items():
             self._make_sum("gradients", path, embedding.embedding_dim, embedding.embedding_dim)
-            self._make_sum("gradient_energies", path, self.vocab_size)
-        for path, head in self.heads.items():
-            self._make_sum("hidden", path, head.in_features, head.in_features)
-            self._make_sum("hidden_mean", path, head.in_features)
-            self._make_sum("probabilities", path, self.vocab_size)
-            self._make_sum("squared_probabilities", path, self.vocab_size)
-        self.counted = torch.zeros(self.vocab_size, dtype=torch.long)
-        # Positions of a head, those with probabilities, and calls of embeddings.
-        self.positions = dict.fromkeys(self.heads, 0)
-        self.scored = dict.fromkeys(self.heads, 0)
+            self._make_sum("gradient_energies", path, self.sizes[path])
+        softmaxes = {path: head.in_features for path, head in self.heads.items()}
+        softmaxes |= {path: self.embeddings[path].embedding_dim for path in self.products}
+        for path, dim in softmaxes.items():
+            self._make_sum("hidden", path, dim, dim)
+            self._make_sum("hidden_mean", path, dim)
+            self._make_sum("probabilities", path, self.sizes[path])
+            self._make_sum("squared_probabilities", path, self.sizes[path])
+        self.counted = {size: torch.zeros(size, dtype=torch.long) for size in sorted(counted)}
+        # Positions of a softmax, those with probabilities, and calls of embeddings.
+        self.positions = dict.fromkeys(softmaxes, 0)
+        self.scored = dict.fromkeys(softmaxes, 0)
         self.calls = dict.fromkeys(self.embeddings, 0)
         self.num_targets = 0
         self.batches = 0
         self.skipped = 0
+        self.words = WordMasks(model, self.embeddings)
         self._embedding_calls: list[EmbeddingCall] = []
         self._head_calls: list[HeadCall] = []
-        self._stops = False
+        # A head multiplies with its weight by itself.
+        self._within_head = self._stops = self._adds = False
         self._stack = ExitStack()
 
     def _make_sum(self, kind: str, path: str, *shape: int) -> None:
@@ -162,6 +167,9 @@ class Collector:
             for path, head in self.heads.items():
                 stack.callback(head.register_forward_pre_hook(self._head_hook(path, head), with_kwargs=True).remove)
                 stack.callback(head.register_forward_hook(self._logits_hook).remove)
+            stack.enter_context(self.words.watching())
+            if self.products:
+                stack.enter_context(TableProducts(self.products, self._see_product, self._see_logits))
             # Compiled code would not know of the hooks, or be compiled anew with them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.enable_grad())
@@ -180,14 +188,14 @@ class Collector:
             if not torch.is_grad_enabled():
                 return None
             ids = arguments[0] if arguments else keywords["input"]
-            if isinstance(layer, nn.EmbeddingBag | CompressedEmbeddingBag):
-                ids, rows = rows_of_bag(layer, ids)
-                self._embedding_calls.append(EmbeddingCall(path, rows, 1.0, ids))
-                return pool(layer, rows, *arguments, **keywords)
-            rows = output.detach().requires_grad_()
-            self._embedding_calls.append(EmbeddingCall(path, rows, 1.0 if scale is None else scale.value, ids))
+            bag = layer if isinstance(layer, nn.EmbeddingBag | CompressedEmbeddingBag) else None
+            ids, rows = (ids, output.detach().requires_grad_()) if bag is None else rows_of_bag(bag, ids)
+            factor = 1.0 if scale is None else scale.value
+            padding = getattr(layer, "padding_idx", None)
+            call = EmbeddingCall(path, rows, factor, ids, self.words.words(path, ids), padding)
+            self._embedding_calls.append(call)
             # A copy: what comes after may change it in place.
-            return rows.clone()
+            return rows.clone() if bag is None else pool(bag, rows, *arguments, **keywords)
 
         return hook
 
@@ -196,24 +204,48 @@ class Collector:
             if not self._stops and not torch.is_grad_enabled():
                 return None
             hidden = arguments[0] if arguments else keywords["input"]
-            if not self._stops:
-                # A node of its own: there may be no embedding before the head, and other readers after it.
-                hidden = hidden.view_as(hidden) if hidden.requires_grad else hidden.detach().requires_grad_()
-            self._head_calls.append(HeadCall(path, layer, hidden))
-            if self._stops:
-                raise HeadReached
-            return (hidden,), {}
+            self._within_head = True
+            return (self._reach(path, layer.forward, hidden),), {}
 
         return hook
 
+    def _reach(self, path: str, logits_of: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Note a call of a softmax; gives what it is to read."""
+        if not self._stops:
+            # A node of its own: there may be no embedding before the head, and other readers after it.
+            hidden = hidden.view_as(hidden) if hidden.requires_grad else hidden.detach().requires_grad_()
+        self._head_calls.append(HeadCall(path, logits_of, hidden, self.words.targets(hidden.shape[:-1])))
+        if self._stops:
+            raise HeadReached
+        return hidden
+
     def _logits_hook(self, _: nn.Module, __: tuple[Any, ...], logits: Tensor) -> None:
+        self._within_head = False
+        self._see_logits(logits)
+
+    def _see_product(self, path: str, logits_of: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor | None:
+        if self._within_head or self._adds or not (self._stops or torch.is_grad_enabled()):
+            return None
+        return self._reach(path, logits_of, hidden)
+
+    def _see_logits(self, logits: Tensor) -> None:
         if torch.is_grad_enabled():
             self._head_calls[-1].see_logits(logits)
 
+    def begin(self, batch: Any) -> None:
+        """Note the batch that is going through the model next, which may say what of it is padding."""
+        self._forget()
+        self.words.begin(batch)
+
     @property
     def reached_head(self) -> bool:
-        """Whether a head was called since the last `add`, or the model has none."""
+        """Whether a softmax was called since the last `add`, or the model has none."""
         return bool(self._head_calls) or not self.heads
+
+    @property
+    def knows_targets(self) -> bool:
+        """Whether a softmax says how many targets there are."""
+        return bool(self._head_calls or self.heads)
 
     @contextmanager
     def stopping_at_head(self) -> Iterator[None]:
@@ -241,15 +273,18 @@ class Collector:
             ValueError: If the loss is no scalar, or does not come from the tables.
         """
         self.batches += 1
+        self._adds = True
         try:
             added = loss is not None and self._add(_checked_loss(loss), num_targets)
         finally:
+            self._adds = False
             self._forget()
         self.skipped += not added
         return added
 
     def _forget(self) -> None:
         self._embedding_calls, self._head_calls = [], []
+        self._within_head = False
 
     def _add(self, loss: Tensor, num_targets: int | None) -> bool:
         if not bool(torch.isfinite(loss.detach())):
@@ -272,15 +307,18 @@ class Collector:
         gradients = torch.autograd.grad(loss, inputs, torch.full_like(loss, scale), allow_unused=True)
         targets = [int(call.is_target.sum()) for call in heads]
         if num_targets is None and not heads:
-            raise ValueError(_never_called("head", next(iter(self.heads))) if self.heads else _UNKNOWN_NUMBER)
+            raise ValueError(never_called("head", next(iter(self.heads))) if self.heads else _UNKNOWN_NUMBER)
         number = sum(targets) if num_targets is None else num_targets
         with torch.autocast(loss.device.type, enabled=False):
             parts: list[tuple[str, str, Tensor]] = []
             for call, gradient in zip(embedded, gradients[: len(embedded)], strict=True):
                 if gradient is not None:
                     flat = wide(gradient.reshape(-1, gradient.shape[-1])) * (call.scale * number / scale)
+                    if call.padding is not None:
+                        # Its row does not change.
+                        flat = flat.where(call.ids.reshape(-1, 1) != call.padding, 0)
                     parts.append(("gradients", call.path, flat.T @ flat))
-                    energies = flat.new_zeros(self.vocab_size)
+                    energies = flat.new_zeros(self.sizes[call.path])
                     energies.index_add_(0, call.ids.flatten(), flat.square().sum(dim=1))
                     parts.append(("gradient_energies", call.path, energies))
             for head, count in zip(heads, targets, strict=True):
@@ -301,69 +339,10 @@ class Collector:
         for call in embedded:
             self.calls[call.path] += 1
             if self.given_counts is None:
-                self.counted += torch.bincount(call.ids.flatten(), minlength=self.vocab_size).cpu()
+                size = self.sizes[call.path]
+                self.counted[size] += torch.bincount(call.ids[call.words], minlength=size).cpu()
         self.num_targets += number
         return True
-
-
-def summed(collector: Collector) -> dict[str, Any]:
-    """What all processes have collected together, as the attributes of `Statistics`.
-
-    Args:
-        collector: All processes call this, with collectors of the same tables.
-
-    Raises:
-        ValueError: If there was no batch, or none with finite values, or a table was never called.
-    """
-    numbers = [collector.batches, collector.skipped, collector.num_targets]
-    tallies = [collector.positions, collector.scored, collector.calls]
-    numbers += [number for tally in tallies for number in tally.values()]
-    sums = iter(sum_over_processes(torch.tensor(numbers)).tolist())
-    batches, skipped, num_targets = (int(next(sums)) for _ in range(3))
-    positions, scored, calls = ({path: int(next(sums)) for path in tally} for tally in tallies)
-    if not batches:
-        raise ValueError(
-            "there is no data to collect statistics from: the dataloader yields nothing. Give one with batches; a "
-            "generator that was read before is empty, make it anew"
-        )
-    if batches == skipped:
-        raise ValueError(
-            f"each of the {batches} batches has a NaN or infinite loss, gradient or hidden state: no statistics can be "
-            "collected. The training diverged, or the loss is a mean over no targets; try precision='32-true'"
-        )
-    _check_called(collector, positions, calls)
-    if skipped:
-        rank_zero_warn(
-            f"{skipped} of {batches} batches were left out of the statistics: a NaN or infinite loss, gradient or "
-            "hidden state"
-        )
-    counts = sum_over_processes(collector.counted) if collector.given_counts is None else collector.given_counts
-    over = {"gradients": dict.fromkeys(calls, num_targets), "probabilities": scored}
-    over |= {"gradient_energies": over["gradients"], "squared_probabilities": scored}
-    over |= {"hidden": positions, "hidden_mean": positions}
-    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in over}
-    for (kind, path), total in collector.sums.items():
-        mean = sum_over_processes(total).cpu() / max(1, over[kind][path])
-        if over[kind][path] and (not kind.startswith("gradient") or calls[path]):
-            # Products are symmetric but for rounding.
-            found[kind][path] = (mean + mean.T) / 2 if mean.dim() == 2 else mean
-    return {"token_counts": counts, **found, "num_targets": num_targets, "skipped_batches": skipped}
-
-
-def _check_called(collector: Collector, positions: dict[str, int], calls: dict[str, int]) -> None:
-    for modules in collector.tables:
-        for role, called in (("embedding", calls), ("head", positions)):
-            paths = [path for path in modules if path in called]
-            if paths and not any(called[path] for path in paths):
-                raise ValueError(_never_called(role, paths[0]))
-
-
-def _never_called(role: str, path: str) -> str:
-    return (
-        f"{role} {path!r} was never called with gradients enabled{' at a target' * (role == 'head')}, so it has no "
-        "statistics: compute a loss that goes through it (the full softmax, not a sampled one), or name only the other "
-        "modules, as in tables=['encoder']"
-    )
 
 
 @contextmanager
@@ -396,7 +375,11 @@ def _checked_loss(loss: Any) -> Tensor:
     return loss
 
 
-def _checked_counts(token_counts: Any, name: str, vocab_size: int) -> Tensor:
-    counts = checked_counts(token_counts, {name: vocab_size})
-    wide = counts.double()
-    return counts.long() if torch.equal(wide, wide.round()) else wide
+def _given_counts(token_counts: Any, tables: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Counts of the table of every module, whole numbers as such."""
+    found = {}
+    known = counts_by_table(token_counts, [Vocabulary(modules, sizes[modules[0]]) for modules in tables])
+    for modules, counts in zip(tables, known, strict=True):
+        wide = counts.double()
+        found.update(dict.fromkeys(modules, counts.long() if torch.equal(wide, wide.round()) else wide))
+    return found

@@ -19,7 +19,7 @@ from lightning_embcompress.tables.finding import Table
 _SEEN = 1000
 
 
-def metric_of(model: nn.Module, table: Table, statistics: Statistics) -> Metric:
+def metric_of(model: nn.Module, table: Table, statistics: Statistics, token_counts: Tensor | None = None) -> Metric:
     """What an error in a table costs, for all the ways in which it is read.
 
     An embedding adds `E[g gᵀ]`, a head `E[h hᵀ]`; a tied table has both. Of a head with a bias it is the covariance:
@@ -31,13 +31,15 @@ def metric_of(model: nn.Module, table: Table, statistics: Statistics) -> Metric:
         model: The model.
         table: One of its tables, dense or compressed.
         statistics: Of the model.
+        token_counts: `[vocab_size]` counts by which rows count; None for those of the statistics.
 
     Raises:
         ValueError: If the statistics are of another model or vocabulary.
     """
     statistics.check([table])
     total = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
-    weights = smoothed_frequencies(statistics.token_counts)
+    counts = statistics.counts_of(table.modules)
+    weights = smoothed_frequencies(counts if token_counts is None else token_counts)
     heads = [path for path in table.modules if path in statistics.hidden]
     for path in heads:
         total += statistics.hidden[path]
@@ -50,7 +52,7 @@ def metric_of(model: nn.Module, table: Table, statistics: Statistics) -> Metric:
     if not embeddings and len(heads) == 1 and heads[0] in statistics.squared_probabilities:
         weights = weights * _doubts(statistics, heads[0])
     if not heads and len(embeddings) == 1 and embeddings[0] in statistics.gradient_energies:
-        weights = weights * _relative_energies(statistics, embeddings[0])
+        weights = weights * _relative_energies(statistics, counts, embeddings[0])
     metric = Metric(total, weights)
     if metric.floored:
         rank_zero_info(
@@ -72,9 +74,9 @@ def _doubts(statistics: Statistics, path: str) -> Tensor:
     return ((mean - square) / mean.clamp(min=1e-300)).clamp(0.05, 1.0)
 
 
-def _relative_energies(statistics: Statistics, path: str) -> Tensor:
+def _relative_energies(statistics: Statistics, token_counts: Tensor, path: str) -> Tensor:
     """Mean squared gradient of tokens of about the same frequency, over that of all; 1 where none was seen."""
-    counts, energies = statistics.token_counts.double(), statistics.gradient_energies[path]
+    counts, energies = token_counts.double(), statistics.gradient_energies[path]
     # The statistics are often of a part of the text that was counted.
     seen = counts * (statistics.num_targets / max(1.0, float(counts.sum())))
     order = torch.argsort(counts, descending=True, stable=True)

@@ -24,7 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_embcompress.calibration.collector import Collector, find_layers, summed
+from lightning_embcompress.calibration.collector import Collector, find_layers
+from lightning_embcompress.calibration.rows import as_batch
+from lightning_embcompress.calibration.sums import summed
+from lightning_embcompress.calibration.words import IGNORE_INDEX, padding_ids
 from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.utils.division import failing_together
 from lightning_embcompress.utils.files import explaining_failure, replacing
@@ -35,7 +38,8 @@ LossFunction: TypeAlias = Callable[[Any, Any], Any]
 
 _FORMAT = "lightning-embcompress statistics"
 _VERSION = 1
-_KINDS = ("hidden", "hidden_mean", "probabilities", "squared_probabilities", "gradients", "gradient_energies")
+_MOMENTS = ("hidden", "hidden_mean", "probabilities", "squared_probabilities", "gradients", "gradient_energies")
+_KINDS = (*_MOMENTS, "table_counts")
 # `[vocab_size]`, and not square.
 _OF_TOKENS = ("probabilities", "squared_probabilities", "gradient_energies")
 
@@ -63,6 +67,8 @@ class Statistics:
             from the positions of each token.
         squared_probabilities: Path of a head to the mean square of the predicted probability of every token,
             `[vocab_size]` float64; missing as `probabilities` is.
+        table_counts: Path of a module to the token counts of its table, where that has another vocabulary than the
+            first table has; empty for a model of one vocabulary.
     """
 
     token_counts: Tensor
@@ -74,11 +80,16 @@ class Statistics:
     skipped_batches: int = 0
     gradient_energies: dict[str, Tensor] = field(default_factory=dict)
     squared_probabilities: dict[str, Tensor] = field(default_factory=dict)
+    table_counts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens of the first vocabulary."""
         return len(self.token_counts)
+
+    def counts_of(self, modules: Sequence[str]) -> Tensor:
+        """Token counts of the table that modules read, by their paths."""
+        return next((self.table_counts[path] for path in modules if path in self.table_counts), self.token_counts)
 
     def check(self, tables: Sequence[Table]) -> None:
         """Refuse tables of another model or vocabulary than the one that was looked at.
@@ -98,9 +109,10 @@ class Statistics:
         remedy = "they are of another model or vocabulary: collect them from this model with collect_statistics"
         for table in tables:
             vocab_size, dim = table.shape
-            if vocab_size != self.vocab_size:
+            counted = len(self.counts_of(table.modules))
+            if vocab_size != counted:
                 raise ValueError(
-                    f"the statistics count {self.vocab_size} tokens, but table {table.name!r} {table.shape} has "
+                    f"the statistics count {counted} tokens, but table {table.name!r} {table.shape} has "
                     f"{vocab_size} rows: {remedy}"
                 )
             moments = [
@@ -138,12 +150,14 @@ class Statistics:
             ...     Statistics.load(f"{folder}/statistics.safetensors").token_counts
             tensor([3, 0])
         """
-        counts = self.token_counts.double() if self.token_counts.is_floating_point() else self.token_counts.long()
-        tensors = {"token_counts": counts}
+        tensors = {"token_counts": self.token_counts}
         for kind in _KINDS:
             tensors |= {f"{kind}/{name}": tensor for name, tensor in getattr(self, kind).items()}
+        wide = {
+            name: tensor.double() if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()
+        }
         # Copies: the format knows no memory that is shared.
-        tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
+        tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in wide.items()}
         record = {"version": _VERSION, "num_targets": self.num_targets, "skipped_batches": self.skipped_batches}
         with explaining_failure(path), replacing(path) as temporary:
             save_file(tensors, temporary, {_FORMAT: json.dumps(record)})
@@ -205,12 +219,14 @@ def collect_statistics(
 
     Args:
         model: Any module that calls its tables as modules.
-        batches: Batches of the data, such as a DataLoader. They are moved to the model's device.
+        batches: Batches of the data, such as a DataLoader, or without loss_fn the rows of a `datasets.Dataset` of token
+            ids. They are moved to the model's device.
         loss_fn: Called with the model and a batch, gives the mean loss over the batch's targets, or
             `(mean loss, number of targets)`. Without a number, positions of the heads are targets where the gradient at
             the logits is not zero. None for a model of transformers, called as `model(**batch)`; the labels are the
-            `input_ids`, without what the `attention_mask` leaves out, if the batch has none.
-        token_counts: `[vocab_size]` how often every token occurs; None to count the ids that embeddings get.
+            `input_ids`, without padding, if the batch has none.
+        token_counts: `[vocab_size]` how often every token occurs, of several vocabularies by the paths of tables; None
+            to count the ids that embeddings get, without padding, see `WordMasks`.
         tables: `auto`, or the paths of one or more modules, see `find_tables`.
         limit: Number of batches at most; None for all.
         description: What the progress bar says.
@@ -244,7 +260,9 @@ def collect_statistics(
             progress_bar(description, total=min(sizes, default=1)) as advance,
         ):
             for batch in islice(batches, limit):
-                result = (loss_fn or _loss_of_output)(model, move_data_to_device(batch, device))
+                batch = move_data_to_device(batch if loss_fn else as_batch(batch, model.forward), device)
+                collector.begin(batch)
+                result = (loss_fn or _loss_of_output)(model, batch)
                 loss, num_targets = result if isinstance(result, tuple | list) else (result, None)
                 collector.add(loss, None if num_targets is None else int(num_targets))
                 advance(1)
@@ -263,7 +281,11 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Any:
     if "labels" not in arguments and "input_ids" in arguments:
         labels = arguments["input_ids"]
         mask = arguments.get("attention_mask")
-        arguments["labels"] = labels if mask is None or mask.shape != labels.shape else labels.where(mask != 0, -100)
+        if mask is None or mask.shape != labels.shape:
+            mask = torch.ones_like(labels)
+            for token in padding_ids(getattr(model, "config", None)):
+                mask = mask.where(labels != token, 0)
+        arguments["labels"] = labels.where(mask != 0, IGNORE_INDEX)
     output = model(**arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
@@ -271,22 +293,28 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Any:
     return loss
 
 
+def _are_counts(tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.float64) and bool((tensor >= 0).all())
+
+
 def _from_tensors(tensors: dict[str, Tensor], record: dict[str, Any]) -> Statistics:
     counts = tensors.pop("token_counts")
-    if counts.dim() != 1 or counts.dtype not in (torch.int64, torch.float64) or not (counts >= 0).all():
+    if not _are_counts(counts):
         raise ValueError("token_counts are no counts")
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
     for key, tensor in tensors.items():
         kind, slash, path = key.partition("/")
         if not slash or kind not in found:
             raise ValueError(f"{key!r} is unknown")
-        if kind in _OF_TOKENS:
-            fits = tensor.shape == counts.shape
+        if kind == "table_counts":
+            fits = _are_counts(tensor)
+        elif kind in _OF_TOKENS:
+            fits = tensor.shape == tensors.get(f"table_counts/{path}", counts).shape
         elif kind == "hidden_mean":
             fits = tensor.shape == tensors[f"hidden/{path}"].shape[:1]
         else:
             fits = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
-        if not fits or tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
+        if not fits or (tensor.dtype != torch.float64 and kind in _MOMENTS) or not torch.isfinite(tensor).all():
             raise ValueError(f"{key!r} is damaged")
         found[kind][path] = tensor
     for name in ("num_targets", "skipped_batches"):

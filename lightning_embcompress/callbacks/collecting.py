@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_embcompress.calibration.collector import Collector, find_layers, summed
+from lightning_embcompress.calibration.collector import Collector, find_layers
 from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.calibration.sums import summed
 from lightning_embcompress.callbacks.passes import step_arguments, training_pass, validating
 from lightning_embcompress.utils.division import failing_together
 
@@ -30,9 +31,9 @@ def collect_in_training(
     by that much: give statistics that were collected before.
 
     Where `training_step` does not call the head, as with a sampled softmax, the hidden states are those that
-    `validation_step` computes for the same batch: it is left at the moment it calls the head. All positions there count
-    as targets, also those that the loss ignores, and the mean probabilities are missing. A module whose tables are all
-    embeddings has as many targets as its batches have samples.
+    `validation_step` computes for the same batch: it is left at the moment it calls the head. Positions there count as
+    targets unless the batch says otherwise, by targets of -100 or a mask; the mean probabilities are missing. A module
+    whose tables are all embeddings has as many targets as its batches have samples.
 
     Of several processes each reads its own part of the data, and all get the statistics of everything.
 
@@ -70,6 +71,7 @@ def _collect(
     with collector, training_pass(trainer, module, limit, "Collecting statistics") as read:
         started = False
         for batch, index, _ in read:
+            collector.begin(batch)
             with trainer.precision_plugin.train_step_context():
                 output = module.training_step(*step_arguments(module.training_step, batch, index))
             loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -81,5 +83,5 @@ def _collect(
                         module.on_validation_epoch_start()
                         started = True
                     module.validation_step(*step_arguments(module.validation_step, batch, index))
-            collector.add(loss, None if collector.heads else extract_batch_size(batch))
+            collector.add(loss, None if collector.knows_targets else extract_batch_size(batch))
     return collector

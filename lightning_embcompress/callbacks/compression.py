@@ -111,7 +111,10 @@ class EmbeddingCompression(ScheduledCallback):
         monitor: Name of a loss that validation logs, in nats per token, to measure the perplexity by. By default the
             only one with "loss" in its name.
         token_counts: `[vocab_size]` how often every token occurs in the training data. By default they are the data
-            module's `token_counts`, or counted by one pass over the training data; needed where that never ends.
+            module's `token_counts`, or counted by one pass over the training data, without padding; needed where that
+            never ends. Of tables with vocabularies of their own, such counts by the paths of the tables.
+        keep_rows: Ids of tokens that are to be kept finely however seldom they occur, see
+            `lightning_embcompress.compress`; special tokens of models of transformers are anyway.
         statistics: Of the model, or the file that `Statistics.save` has written; with token counts of their own. By
             default they are collected.
         statistics_batches: Batches of training data, in each process, from which they are collected; 0 for none: then
@@ -141,7 +144,8 @@ class EmbeddingCompression(ScheduledCallback):
         tables: str | list[str] = "auto",
         tie: Tie = "keep",
         monitor: str | None = None,
-        token_counts: list[int] | Tensor | None = None,
+        token_counts: list[int] | dict[str, list[int]] | Tensor | None = None,
+        keep_rows: list[int] | dict[str, list[int]] | None = None,
         statistics: Statistics | str | Path | None = None,
         statistics_batches: int = 200,
         refresh_statistics: bool = False,
@@ -169,7 +173,7 @@ class EmbeddingCompression(ScheduledCallback):
                 "not: there is nothing to refine before the tables are compressed"
             )
         self.refine_at_epochs = sorted(set(refine_at_epochs))
-        self.tables, self.tie = tables, tie
+        self.tables, self.tie, self.keep_rows = tables, tie, keep_rows
         self.keep_reference = None if keep_reference is None else Path(keep_reference)
         self._start_anew()
 
@@ -183,7 +187,7 @@ class EmbeddingCompression(ScheduledCallback):
     def _start_anew(self) -> None:
         self._compressed: list[dict[str, Any]] = []
         self._refined: list[int] = []
-        self._counts: Tensor | None = None
+        self._counts: Tensor | dict[str, Tensor] | None = None
         self._statistics: Statistics | None = None
         # What was changed last and not measured yet: an interruption may come in between.
         self._unmeasured: str | None = None
@@ -265,7 +269,8 @@ class EmbeddingCompression(ScheduledCallback):
                 f"{type(self).__name__}: resume with the method, at_epoch and tables of the run that did it, remove "
                 "the callback, restore them with densify(model), or name other modules as tables"
             )
-        tasks = plan(module, self.config, self.budget, self.tables, self.tie, is_preview=True)
+        known: dict[str, Any] = {"keep_rows": self.keep_rows, "is_preview": True}
+        tasks = plan(module, self.config, self.budget, self.tables, self.tie, **known)
         tables = [task.table for task in tasks]
         check_gradients(trainer, type(self).__name__, tables)
         layers = {path: module.get_submodule(path) for table in tables for path in table.modules}
@@ -350,7 +355,7 @@ class EmbeddingCompression(ScheduledCallback):
             self._perplexity["dense"] = dense = self._measure(trainer, module, "dense")
             statistics = self._weighing.find_statistics(trainer, module, paths, counts)
             with divided():
-                known = {"statistics": statistics, "token_counts": counts}
+                known = {"statistics": statistics, "token_counts": counts, "keep_rows": self.keep_rows}
                 tasks = plan(module, self.config, self.budget, self.tables, self.tie, **known)
             if self.budget is not None and self.budget.is_searched:
                 solution = search_in_training(trainer, module, tasks, self.budget, dense, self.monitor)
@@ -369,9 +374,7 @@ class EmbeddingCompression(ScheduledCallback):
             add_to_biases(module, corrections)
             self._compressed = entries
             # Only a refinement reads them again.
-            self._counts, self._statistics = (
-                (tasks[0].token_counts, statistics) if files.keeps_residual else (None,) * 2
-            )
+            self._counts, self._statistics = (tasks.token_counts, statistics) if files.keeps_residual else (None,) * 2
             self._unmeasured = "compressed"
             self._settings = settings_of(self.config, self.budget)
             restart_comparisons(trainer, "Compressed")

@@ -11,8 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_embcompress.calibration.words import WordMasks
 from lightning_embcompress.callbacks.passes import Logged, data_pass, step_arguments, training_pass, validating
 from lightning_embcompress.utils.division import sum_over_processes
+
+NOTHING_TO_COUNT = (
+    "no embedding reads the table, so that nobody can see in the training data how often every token occurs: give the "
+    "callback token_counts, of the targets of the head"
+)
 
 
 def validation_perplexity(trainer: Trainer, module: LightningModule, monitor: str | None, title: str) -> float | None:
@@ -81,8 +87,8 @@ def stream_token_counts(
 ) -> Tensor:
     """Count the tokens of the training data by one pass over it, for modules whose data module has no counts.
 
-    `training_step` is entered with every batch and left again where it calls the embedding. Nothing is trained. Data
-    that never ends, or can be read only once, needs given counts instead.
+    `training_step` is entered with every batch and left again where it calls the embedding. Nothing is trained, and
+    padding is not counted, see `WordMasks`. Data that never ends, or can be read only once, needs given counts instead.
 
     Args:
         trainer: The Trainer that is fitting.
@@ -97,21 +103,27 @@ def stream_token_counts(
         ValueError: If there is no embedding, or no token was seen.
     """
     if embedding is None:
-        raise ValueError(
-            "no embedding reads the table, so that nobody can see in the training data how often every token occurs: "
-            "give the callback token_counts, of the targets of the head"
-        )
+        raise ValueError(NOTHING_TO_COUNT)
     counts = torch.zeros(vocab_size, dtype=torch.long)
+    path = next(path for path, layer in module.named_modules() if layer is embedding)
+    masks = WordMasks(module, {path: embedding})
 
     def count(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        ids = (arguments[0] if arguments else next(iter(keywords.values()))).detach().flatten().cpu()
+        read = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
+        read = read.values() if read.is_nested else read
+        ids = read[masks.words(path, read)].cpu()
         counts.add_(torch.bincount(ids[(ids >= 0) & (ids < vocab_size)], minlength=vocab_size))
         raise _SeenEnough
 
     limit, hook = trainer.num_training_batches, embedding.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        with torch.no_grad(), training_pass(trainer, module, limit, "Counting tokens") as batches:
+        with (
+            torch.no_grad(),
+            masks.watching(),
+            training_pass(trainer, module, limit, "Counting tokens") as batches,
+        ):
             for batch, batch_index, _ in batches:
+                masks.begin(batch)
                 with suppress(_SeenEnough), trainer.precision_plugin.train_step_context():
                     module.training_step(*step_arguments(module.training_step, batch, batch_index))
     finally:

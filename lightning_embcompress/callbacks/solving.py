@@ -138,7 +138,7 @@ def solve_again(
     module: nn.Module,
     entries: Sequence[Mapping[str, Any]],
     config: MethodConfig,
-    counts: Tensor | None,
+    counts: Tensor | Mapping[str, Tensor] | None,
     epoch: int,
     files: Files,
     statistics: Statistics | None = None,
@@ -149,7 +149,7 @@ def solve_again(
         module: The module that is training.
         entries: Of the tables.
         config: Of the method.
-        counts: `[vocab_size]` token counts.
+        counts: `[vocab_size]` token counts, or by the names of tables where they differ.
         epoch: Of the refinement.
         files: Where residuals are and go.
         statistics: Of the module, where errors are weighed by what the loss grows by.
@@ -172,10 +172,13 @@ def solve_again(
             # Mapped by all: a killed process leaves nothing, where the system lets it go under their hands.
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-            metric = None if statistics is None else metric_of(module, table, statistics)
+            own_counts = counts[table.name] if isinstance(counts, Mapping) else counts
+            metric = None if statistics is None else metric_of(module, table, statistics, own_counts)
             table = replace(table, weight=table.weight.to(own.device))
             # A copy: the model changes when all tables are solved and their residuals are on the disk.
-            tasks.append(Task(table, config, entry["max_bytes"], entry["untied"], metric, counts, start=deepcopy(own)))
+            tasks.append(
+                Task(table, config, entry["max_bytes"], entry["untied"], metric, own_counts, start=deepcopy(own))
+            )
         solved = []
         found = solve(tasks, together=True).factors
         for entry, own, task, factors in zip(entries, owned, tasks, found, strict=True):

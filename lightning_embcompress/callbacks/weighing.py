@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
-from lightning_embcompress.callbacks.evaluation import stream_token_counts
+from lightning_embcompress.callbacks.evaluation import NOTHING_TO_COUNT, stream_token_counts
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.tasks import Task, check_counts
 from lightning_embcompress.layers.bags import AnyEmbedding
@@ -35,7 +35,8 @@ class Weighing:
     Attributes:
         config: Of the method.
         budget: How small the tables are to become.
-        token_counts: `[vocab_size]` how often every token occurs; None to ask the data module or the training data.
+        token_counts: `[vocab_size]` how often every token occurs, or such counts by the paths of tables; None to ask
+            the data module or the training data.
         statistics: Of the model, or a file with them; None to collect them from the training data.
         statistics_batches: Batches to collect them from; 0 for none.
         refresh_statistics: Whether they are collected anew before every refinement.
@@ -128,7 +129,9 @@ class Weighing:
         """
         tables = [task.table for task in tasks]
         if (counts := self.known_counts(trainer, module, tables)) is not None:
-            check_counts(tasks, counts)
+            check_counts(tables, self.config, counts)
+        elif self.config.needs_counts and None in _counted_embeddings(module, tables).values():
+            raise ValueError(NOTHING_TO_COUNT)
         if not self.by_loss(module):
             if self.config.uses_metric:
                 why = f"errors are weighed by the frequency of tokens alone, because {self._hindrance(module)}"
@@ -155,15 +158,20 @@ class Weighing:
             tables: What is to be compressed.
         """
         if self.given is not None and self.by_loss(module):
-            return self.given.token_counts
+            return {table.name: self.given.counts_of(table.modules) for table in tables}
         # Data modules may count a corpus only when they are asked: not for a method that does not need it.
         if self.token_counts is not None or not self.config.needs_counts:
             return self.token_counts
         counts = getattr(trainer.datamodule, "token_counts", None)  # type: ignore[attr-defined]
-        rows = min(table.shape[0] for table in tables)
-        if counts is not None and len(counts) < rows:
+        sizes = {table.shape[0] for table in tables}
+        if counts is None or isinstance(counts, Mapping):
+            return counts
+        if len(sizes) > 1:
+            # Of which vocabulary they are is not known.
+            return None
+        if len(counts) < min(sizes):
             # Tables are often padded to a round number of rows; no token of the data is in those.
-            counts = nn.functional.pad(torch.as_tensor(counts), (0, rows - len(counts)))
+            counts = nn.functional.pad(torch.as_tensor(counts), (0, min(sizes) - len(counts)))
         return counts
 
     def find_counts(self, trainer: Trainer, module: LightningModule, tables: Sequence[Table]) -> Any:
@@ -171,15 +179,15 @@ class Weighing:
         with failing_together():
             counts = self.known_counts(trainer, module, tables)
         if counts is None and self.config.needs_counts:
-            rows = tables[0].shape[0]
-            layers = [module.get_submodule(path) for table in tables for path in table.modules]
-            # Of a head alone the ids are those that another embedding of the same vocabulary reads.
-            embedding = next((layer for layer in (*layers, *module.modules()) if _embeds(layer, rows)), None)
-            counts = stream_token_counts(trainer, module, embedding, rows)
+            embeddings = _counted_embeddings(module, tables)
+            streamed = {
+                rows: stream_token_counts(trainer, module, embedding, rows) for rows, embedding in embeddings.items()
+            }
+            counts = {table.name: streamed[table.shape[0]] for table in tables}
         return counts
 
     def find_statistics(
-        self, trainer: Trainer, module: LightningModule, paths: Sequence[str], counts: Tensor | None
+        self, trainer: Trainer, module: LightningModule, paths: Sequence[str], counts: Any
     ) -> Statistics | None:
         """The statistics that were given, or those of the training data; None where errors are weighed without.
 
@@ -187,15 +195,13 @@ class Weighing:
             trainer: The Trainer that is fitting.
             module: Its module, with the tables in place.
             paths: Of the modules that read the tables.
-            counts: `[vocab_size]` token counts.
+            counts: `[vocab_size]` token counts, or such counts by the paths of tables.
         """
         if not self.by_loss(module):
             return None
         return self.given or self.collect(trainer, module, paths, counts)
 
-    def collect(
-        self, trainer: Trainer, module: LightningModule, paths: Sequence[str], counts: Tensor | None
-    ) -> Statistics:
+    def collect(self, trainer: Trainer, module: LightningModule, paths: Sequence[str], counts: Any) -> Statistics:
         """Statistics of the training data, see `collect_in_training`."""
         with isolate_rng():
             # Of batches that do not depend on what has been drawn: where a run is resumed at the start of this epoch,
@@ -204,6 +210,15 @@ class Weighing:
             np.random.seed(trainer.current_epoch)
             random.seed(trainer.current_epoch)
             return collect_in_training(trainer, module, list(paths), counts, self.statistics_batches)
+
+
+def _counted_embeddings(module: nn.Module, tables: Sequence[Table]) -> dict[int, nn.Module | None]:
+    """Of every vocabulary, by its rows, the embedding whose ids are counted."""
+    layers = [module.get_submodule(path) for table in tables for path in table.modules]
+    # Of a head alone the ids are those that another embedding of the same vocabulary reads.
+    candidates = [*layers, *module.modules()]
+    sizes = dict.fromkeys(table.shape[0] for table in tables)
+    return {rows: next((layer for layer in candidates if _embeds(layer, rows)), None) for rows in sizes}
 
 
 def _embeds(layer: nn.Module, rows: int) -> bool:

@@ -228,7 +228,7 @@ def _trials(
             except ValueError as error:
                 note = str(error)
             else:
-                check_counts(tasks, token_counts)
+                check_counts([task.table for task in tasks], config, token_counts)
             trials.append(replace(trial, ratio=ratio, note=note))
     return list({trial.key: trial for trial in trials}.values())
 

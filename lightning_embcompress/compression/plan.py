@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_embcompress.calibration.special_tokens import KeepRows
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.backbone import (
     Backbone,
@@ -207,6 +208,7 @@ def compress(
     tables: str | Sequence[str] = "auto",
     tie: Tie = "keep",
     token_counts: Any = None,
+    keep_rows: KeepRows = None,
     statistics: Statistics | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     **options: Any,
@@ -230,7 +232,11 @@ def compress(
             `"untie"`: each gets its own, of half the bytes. `"auto"`: whichever leaves the lower predicted loss at
             equal bytes; without statistics, when rows count the same in both roles, one set is never worse, and kept.
         token_counts: `[vocab_size]` how often every token occurs in the training data; needed by the methods that
-            weight by frequency, where there are no statistics.
+            weight by frequency, where there are no statistics. Of tables with vocabularies of their own, such counts by
+            the paths of the tables: `{"source": counts, "target": counts}`.
+        keep_rows: Ids of tokens that are to be kept finely however seldom they occur: they are counted at least as
+            often as a common word. Special tokens that a model of transformers or its tokenizer names (ends, masks,
+            ...) are so anyway. By the paths of tables where these have vocabularies of their own.
         statistics: What `collect_statistics` has found for this model: methods that can, minimise what the loss grows
             by, all tables share one budget, and biases of heads make up for the mean error of their logits.
         evaluate: For `max_perplexity_increase`: measures the perplexity of the model on validation data.
@@ -264,7 +270,8 @@ def compress(
             "max_perplexity_increase needs statistics, as collect_statistics(model, batches) gives them, to predict "
             "sizes, and evaluate, a function of the model that gives its perplexity on validation data, to verify them"
         )
-    tasks = plan(model, config, budget, tables, tie, statistics=statistics, token_counts=token_counts)
+    known: dict[str, Any] = {"statistics": statistics, "token_counts": token_counts, "keep_rows": keep_rows}
+    tasks = plan(model, config, budget, tables, tie, **known)
     if tables == "auto":
         say_line(large_and_dense(model, [task.table for task in tasks]))
     if budget is None or evaluate is None or not budget.is_searched:

@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.calibration.counts import checked_counts
+from lightning_embcompress.calibration.counts import Vocabulary, counts_by_table
 from lightning_embcompress.calibration.loss_metric import metric_of
+from lightning_embcompress.calibration.special_tokens import KeepRows, protected_counts, rows_to_keep, special_tokens
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.layers.bags import AnyEmbedding
@@ -157,9 +158,23 @@ class Tasks(Sequence[Task]):
         return iter(self.tables)
 
     @property
+    def token_counts(self) -> Tensor | dict[str, Tensor] | None:
+        """Counts of all tables, or by their names where they are not the same."""
+        counts = {task.table.name: one for task in self if (one := task.token_counts) is not None}
+        known = list(counts.values())
+        same = all(one.shape == known[0].shape and torch.equal(one, known[0]) for one in known)
+        return counts if not same else known[0] if known else None
+
+    @property
     def max_bytes(self) -> int:
         """Most bytes of all tables together."""
         return sum(task.max_bytes for task in self)
+
+    def counted(self, tables: Sequence[Table], counts: Sequence[Tensor | None]) -> Tasks:
+        """The tasks with the counts of their tables; parts of one table have the same."""
+        of = {id(table.weight): one for table, one in zip(tables, counts, strict=True)}
+        known = tuple(replace(task, token_counts=of[id(task.table.weight)]) for task in self)
+        return replace(self, tables=known)
 
     def within(self, max_bytes: int) -> Tasks:
         """The tasks with the bytes of all tables shared so that the next byte is worth the same everywhere."""
@@ -203,6 +218,7 @@ def plan(
     *,
     statistics: Statistics | None = None,
     token_counts: Any = None,
+    keep_rows: KeepRows = None,
     is_preview: bool = False,
 ) -> Tasks:
     """Decide what becomes of which table, and refuse what cannot be reached, before anything is solved or changed.
@@ -218,7 +234,10 @@ def plan(
         tables: See `find_tables`.
         tie: What becomes of a table that embedding and softmax share, see `compress`.
         statistics: Of the model.
-        token_counts: `[vocab_size]` how often every token occurs, where there are no statistics that say it.
+        token_counts: `[vocab_size]` how often every token occurs, where there are no statistics that say it; of several
+            vocabularies, by the paths of the tables.
+        keep_rows: Ids that are counted at least as often as a common word, in all tables or by the paths of some;
+            special tokens of models of transformers are anyway.
         is_preview: Whether statistics and counts are still to come, so that only sizes are decided.
 
     Raises:
@@ -227,8 +246,8 @@ def plan(
     """
     if tie not in get_args(Tie):
         raise ValueError(f"tie must be one of {', '.join(map(repr, get_args(Tie)))}, it is {tie!r}")
-    if statistics is not None and (token_counts is None or config.uses_metric):
-        token_counts = statistics.token_counts
+    takes_statistics = statistics is not None and (token_counts is None or config.uses_metric)
+    counted = statistics if takes_statistics else None
     if not config.uses_metric:
         statistics = None
     if config.needs_metric and statistics is None and not is_preview:
@@ -239,23 +258,29 @@ def plan(
     found = find_tables(model, tables)
     ways: tuple[Tie, ...] = ("keep", "untie") if tie == "auto" and statistics is not None else (tie,)
     tasks = Tasks(_sized(model, found, config, budget, ways[0]), statistics)
+    kept = _kept(found, config, keep_rows)
+    counts: list[Tensor | None] = [None] * len(found)
     if not is_preview:
-        counts = _checked(tasks, token_counts)
-        tasks = replace(tasks, tables=tuple(replace(task, token_counts=counts) for task in tasks))
+        if counted is not None:
+            token_counts = {table.name: counted.counts_of(table.modules) for table in found}
+        counts = [
+            _protected(model, *one) for one in zip(found, _checked(found, config, token_counts), kept, strict=True)
+        ]
+        tasks = tasks.counted(found, counts)
     if statistics is None:
         return tasks
     is_searched = budget is not None and budget.is_searched
     # Nothing is shared where the config says how large each is, or one table has it all.
     if not is_searched and (config.fixes_size or (len(tasks) == 1 and len(ways) == 1)):
-        known = tuple(replace(task, metric=metric_of(model, task.table, statistics)) for task in tasks)
+        known = tuple(
+            replace(task, metric=metric_of(model, task.table, statistics, task.token_counts)) for task in tasks
+        )
         return replace(tasks, tables=known)
     best = share(model, tasks, statistics)
     if len(ways) > 1:
         untied = _sized(model, found, config, budget, "untie")
         if len(untied) > len(tasks):
-            counts = tasks[0].token_counts
-            other = Tasks(tuple(replace(task, token_counts=counts) for task in untied), statistics)
-            other = share(model, other, statistics)
+            other = share(model, Tasks(untied, statistics).counted(found, counts), statistics)
             best = min(best, other, key=lambda one: one.loss_at(one.max_bytes))
     return best if is_searched else best.within(best.max_bytes)
 
@@ -274,7 +299,7 @@ def share(model: nn.Module, tasks: Tasks, statistics: Statistics) -> Tasks:
             # Of floats only ranks are to be decided, not bits.
             widths = () if task.config.keeps_floats else WIDTHS
             bits, always = bit_budget(vocab_size, dim, task.table.weight.element_size(), 0, widths)
-            metric = metric_of(model, task.table, statistics)
+            metric = metric_of(model, task.table, statistics, task.token_counts)
             known.append(replace(task, metric=metric))
             curves.append(rate_curve(task.table.weight.detach(), metric, bits, blocks))
             fixed.append(8 * (always + task.padding_bytes) + blocks * bits.block + bits.index(blocks))
@@ -331,30 +356,48 @@ def _round_down(ratio: float) -> float:
     return math.floor(ratio * 100) / 100
 
 
-def _checked(tasks: Tasks, token_counts: Any) -> Tensor | None:
-    """Token counts as a tensor, and all that solving needs checked."""
-    counts = check_counts(tasks, token_counts)
-    for task in tasks:
-        check_finite(task.table)
+def _checked(tables: Sequence[Table], config: MethodConfig, token_counts: Any) -> list[Tensor | None]:
+    """Token counts as a tensor for every table, and all that solving needs checked."""
+    counts = check_counts(tables, config, token_counts)
+    for table in tables:
+        check_finite(table)
     return counts
 
 
-def check_counts(tasks: Sequence[Task], token_counts: Any) -> Tensor | None:
+def check_counts(tables: Sequence[Table], config: MethodConfig, token_counts: Any) -> list[Tensor | None]:
     """Check token counts against the tables that need them.
 
     Returns:
-        `[vocab_size]` tensor, or None.
+        For every table a `[vocab_size]` tensor, or None.
 
     Raises:
         ValueError: If they are needed and missing, of the wrong length, negative or not finite.
     """
     if token_counts is not None:
-        return checked_counts(token_counts, {task.table.name: task.table.shape[0] for task in tasks})
-    for task in tasks:
-        if task.config.needs_counts:
-            raise ValueError(
-                f"method {task.config.method!r} weights the rows of table {task.table.name!r} by frequency: give "
-                "token_counts, how often every token occurs in the training data (torch.bincount(ids, "
-                "minlength=vocab_size)), or use a method that needs none"
-            )
-    return None
+        return list(counts_by_table(token_counts, [Vocabulary(table.modules, table.shape[0]) for table in tables]))
+    if config.needs_counts:
+        raise ValueError(
+            f"method {config.method!r} weights the rows of table {tables[0].name!r} by frequency: give token_counts, "
+            "how often every token occurs in the training data (torch.bincount(ids, minlength=vocab_size)), or use a "
+            "method that needs none"
+        )
+    return [None] * len(tables)
+
+
+def _kept(tables: Sequence[Table], config: MethodConfig, keep_rows: KeepRows) -> list[list[int]]:
+    """Ids that are named to be kept, for every table."""
+    kept = [rows_to_keep(table, keep_rows, tables) for table in tables]
+    if any(kept) and not (config.needs_counts or config.uses_metric):
+        raise ValueError(
+            f"keep_rows cannot be followed by {config.method!r}, which does not weigh rows by how often they occur: "
+            "leave it out, or use a method that does, such as the default"
+        )
+    return kept
+
+
+def _protected(model: nn.Module, table: Table, counts: Tensor | None, kept: Sequence[int]) -> Tensor | None:
+    """Counts in which neither special tokens nor those that were named are rare."""
+    if counts is None:
+        return None
+    special = {**special_tokens(model, table), **dict.fromkeys(kept, "keep_rows")}
+    return protected_counts(counts, special, table.padding)

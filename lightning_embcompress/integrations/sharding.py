@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from lightning_embcompress.calibration.special_tokens import KeepRows
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
@@ -62,8 +63,8 @@ def compress_or_restore(
         method: See `compress`.
         ckpt_path: The checkpoint, a file or a directory, that the Trainer will be given; None to start afresh.
         **arguments: As for `compress`: `ratio`, `size` or `bits_per_weight`, `tables`, `tie`, `token_counts`,
-            `statistics`, and options of the method. Counts and statistics have to be the same in all processes;
-            nothing is collected here.
+            `keep_rows`, `statistics`, and options of the method. Counts and statistics have to be the same in all
+            processes; nothing is collected here.
 
     Returns:
         The plan that the module has now.
@@ -166,6 +167,7 @@ def _compress(
     tables: str | Sequence[str] = "auto",
     tie: Tie = "keep",
     token_counts: Any = None,
+    keep_rows: KeepRows = None,
     statistics: Statistics | None = None,
     **given: Any,
 ) -> None:
@@ -182,7 +184,8 @@ def _compress(
         found = find_tables(module, tables)
     _check_alike(found)
     with divided():
-        tasks = plan(module, config, budget, tables, tie, statistics=statistics, token_counts=token_counts)
+        known: dict[str, Any] = {"statistics": statistics, "token_counts": token_counts, "keep_rows": keep_rows}
+        tasks = plan(module, config, budget, tables, tie, **known)
     # Layers that are made afterwards start from the same random numbers in all processes, whichever has solved what.
     with isolate_rng():
         solution = solve(tasks, together=True)

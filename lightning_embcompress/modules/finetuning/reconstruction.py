@@ -65,7 +65,7 @@ class Reconstruction:
             self.root = metric.root.float()
             self.chances = metric.weights.float()
             self.total = float(metric.weights.sum())
-            self.relative = (metric.weights / smoothed_frequencies(statistics.token_counts)).float()
+            self.relative = (metric.weights / smoothed_frequencies(statistics.counts_of(paths))).float()
 
     def to(self, device: torch.device) -> None:
         """Move what is read."""

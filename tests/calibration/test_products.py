@@ -1,0 +1,81 @@
+"""Softmaxes that are products with the weight of an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_embcompress.calibration.statistics import collect_statistics
+from lightning_embcompress.compression.plan import compress
+
+VOCAB_SIZE, DIM = 90, 8
+Product = Callable[[Tensor, Tensor], Tensor]
+PRODUCTS: dict[str, Product] = {
+    "linear": F.linear,
+    "by name": lambda hidden, weight: F.linear(input=hidden, weight=weight, bias=hidden.new_ones(VOCAB_SIZE)),
+    "operator": lambda hidden, weight: hidden @ weight.T,
+    "matmul": lambda hidden, weight: torch.matmul(hidden, weight.transpose(0, 1)),
+}
+
+
+class Sequential(nn.Module):
+    """Scores items by products with what it knows of them, or by a layer that is tied to it."""
+
+    def __init__(self, product: Product | None) -> None:
+        super().__init__()
+        self.items, self.mix, self.product = nn.Embedding(VOCAB_SIZE, DIM), nn.Linear(DIM, DIM), product
+        if product is None:
+            self.head = nn.Linear(DIM, VOCAB_SIZE, bias=False)
+            self.head.weight = self.items.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.mix(self.items(ids)))
+        return self.head(hidden) if self.product is None else self.product(hidden, self.items.weight)
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    targets = ids[:, 1:].masked_fill(ids[:, 1:] < 5, -100)
+    return F.cross_entropy(model(ids[:, :-1])[..., :VOCAB_SIZE].flatten(0, 1), targets.flatten())
+
+
+def _model(product: Product | None) -> Sequential:
+    torch.manual_seed(0)
+    return Sequential(product).double()
+
+
+IDS = [torch.randint(VOCAB_SIZE, (4, 7), generator=torch.Generator().manual_seed(1))] * 2
+
+
+@pytest.mark.parametrize("how", PRODUCTS)
+def test_they_are_seen_as_a_layer_is(how: str) -> None:
+    expected = collect_statistics(_model(None), IDS, _loss)
+    model = _model(PRODUCTS[how])
+    model.items.weight.data, model.mix = _model(None).items.weight.data, _model(None).mix
+    found = collect_statistics(model, IDS, _loss)
+    assert found.num_targets == expected.num_targets
+    for kind in ("hidden", "hidden_mean", "probabilities", "squared_probabilities"):
+        torch.testing.assert_close(getattr(found, kind)["items"], getattr(expected, kind)["head"])
+    torch.testing.assert_close(found.gradients, expected.gradients)
+    assert compress(model.float(), "weighted_low_rank", ratio=1.5, statistics=found).predicted_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("product", "name"),
+    [
+        (lambda hidden, weight: torch.einsum("btd,vd->btv", hidden, weight), "einsum"),
+        (lambda hidden, weight: hidden @ F.normalize(weight, dim=-1).T, "normalize"),
+        (lambda hidden, weight: F.pad(F.linear(hidden, weight[1:]), (1, 0)), "linear"),
+    ],
+)
+def test_it_is_said_of_what_is_not_seen(product: Product, name: str) -> None:
+    def loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
+        return _loss(model, ids), 24
+
+    with pytest.warns(UserWarning, match=f"'items' is read by '{name}'"):
+        found = collect_statistics(_model(product), IDS, loss)
+    assert not found.hidden
+    assert list(found.gradients) == ["items"]
