@@ -64,7 +64,7 @@ class TableView:
 
     def right_of(self, left: Tensor) -> Tensor:
         """`left @ matrix`."""
-        return self._read("logits", left) if self.transposed else self._mixture(left)
+        return self._read("score", left) if self.transposed else self._mixture(left)
 
     def left_of(self, right: Tensor) -> Tensor:
         """`matrix @ right`."""
@@ -75,7 +75,7 @@ class TableView:
         """Rows of the table, `[*, dim]` for ids `[*]`."""
         # As in `CompressedEmbedding`: a lookup is no product.
         with torch.autocast(ids.device.type, enabled=False):
-            return self._read("rows", ids)
+            return self._read("read", ids)
 
     def item(self, index: Any) -> Tensor | None:
         """`matrix[index]` where these are rows of the table, or slices of rows; otherwise None."""
@@ -124,7 +124,7 @@ class TableView:
             raise ValueError(f"cannot multiply a tensor of shape {tuple(shares.shape)} with a table of {self.shape}")
 
         def product(shares: Tensor, start: int, stop: int) -> Tensor:
-            return shares @ self._read("rows", torch.arange(start, stop, device=shares.device))
+            return shares @ self._read("read", torch.arange(start, stop, device=shares.device))
 
         total: Any = 0
         for chunk in row_chunks(*self.shape):
@@ -132,7 +132,7 @@ class TableView:
         return cast(Tensor, total)
 
     def _read(self, method: str, argument: Tensor) -> Tensor:
-        """What `rows` or `logits` of the factorization give."""
+        """What `read` or `score` of the factorization give."""
         table, device = self.table, self.device or argument.device
         argument = argument.to(table.device)
         dtype = self.dtype or table.dtype
