@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_embcompress.layers.state_entry import is_table_entry
 from lightning_embcompress.methods.quantizers.factors import PackedFactor
 from lightning_embcompress.methods.registry import METHODS, Factorization, check_spec, factorization_from_spec
 
@@ -126,7 +127,7 @@ def check_factors(tables: Sequence[TablePlan], state: Mapping[str, Any], where: 
         for path in table.modules:
             found = owned[path]
             if found or complete:
-                if f"{path}.weight" in state:
+                if (weight := state.get(f"{path}.weight")) is not None and not is_table_entry(weight):
                     raise ValueError(f"{where} is damaged: it has {path + '.weight'!r}, whose table is compressed")
                 _check_layout(expected, found, f"{path}.factorization.", where)
                 _check_values(found, looked_at, f"{path}.factorization.", where)

@@ -82,24 +82,33 @@ def _factorizations(model: nn.Module) -> dict[str, Factorization[Any]]:
     }
 
 
-class _Hook:
+class Hook:
     """Stands in for a method on one instance. A class, not a closure: the model stays picklable and can be copied."""
 
     def __init__(self, model: Any, name: str) -> None:
+        """Remember the method of a model."""
         self.model = model
         self.name = name
         self.previous = model.__dict__.get(name)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method itself."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
 
+    def remove(self) -> None:
+        """Give the instance back the method it had."""
+        del self.model.__dict__[self.name]
+        if self.previous is not None:
+            self.model.__dict__[self.name] = self.previous
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What is done in the place of the method."""
         raise NotImplementedError
 
 
-class _SaveHook(_Hook):
+class _SaveHook(Hook):
     """`save_pretrained` with the plan of the model as it is now, and every factor once."""
 
     def __call__(
@@ -121,7 +130,7 @@ class _SaveHook(_Hook):
         with nullcontext() if trains_on else converted(self.model):
             twice = aliases(self.model)
             state = self.model.state_dict() if state_dict is None else state_dict
-            prefixes = tuple(f"{path}.factorization." for path in twice)
+            prefixes = tuple(f"{path}.{name}" for path in twice for name in ("factorization.", "weight"))
             state = {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
             # Only while it is written: a configuration is shared by models, and made into new ones, that are dense.
             with _quantization_config(self.model.config, _record(self.model, twice)):
@@ -161,7 +170,7 @@ def _quantization_config(config: Any, record: dict[str, Any]) -> Iterator[None]:
             config.quantization_config = before
 
 
-class _RefusalHook(_Hook):
+class _RefusalHook(Hook):
     """A method that would put an ordinary layer beside or in the place of a compressed one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +196,7 @@ class _ResizeHook(_RefusalHook):
         return super().__call__(new_num_tokens, *args, **kwargs)
 
 
-class _SubmoduleHook(_Hook):
+class _SubmoduleHook(Hook):
     """`get_submodule`, which gives prompt learning of PEFT the embedding by the name it has in BERT.
 
     In other models PEFT takes the first parameter with a row for every token for that of an embedding.
@@ -203,7 +212,7 @@ class _SubmoduleHook(_Hook):
             return embedding
 
 
-_HOOKS: dict[str, type[_Hook]] = {
+_HOOKS: dict[str, type[Hook]] = {
     "get_submodule": _SubmoduleHook,
     "save_pretrained": _SaveHook,
     _RESIZE: _ResizeHook,
@@ -239,9 +248,7 @@ def _hook(model: Any) -> None:
 
 def _unhook(model: Any) -> None:
     for name in _HOOKS:
-        previous = model.__dict__.pop(name).previous
-        if previous is not None:
-            model.__dict__[name] = previous
+        model.__dict__[name].remove()
     own_keys, ties = model.__dict__.pop(_DENSE_TIES)
     del model._tied_weights_keys
     parameters = dict(model.named_parameters(remove_duplicate=False))

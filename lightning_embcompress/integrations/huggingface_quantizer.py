@@ -7,7 +7,7 @@ imports more than that is imported when it is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,11 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         from lightning_embcompress.tables.replacement import replace_table
         from lightning_embcompress.tables.transformers_models import pretrained_models
 
-        self.plan, self.stored = _fitted(Plan.from_dict(self.quantization_config.to_dict()), model)
+        plan = Plan.from_dict(self.quantization_config.to_dict())
+        self.plan, self.stored = _fitted(plan, model)
         check_plan(model, self.plan)
+        self.known = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(self.known or ()), *_entries([*plan.tables, *self.plan.tables])}
         for table in self.plan.tables:
             empty = _empty(table, model.get_submodule(table.name).weight.dtype).to("meta")
             replace_table(model, table.modules, empty)
@@ -97,6 +100,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
             factorization = _loaded(table, model.get_submodule(table.name).factorization)
             for path in table.modules:
                 model.get_submodule(path).factorization = factorization
+        model._keys_to_ignore_on_load_unexpected = self.known
         finish_loading(model, _is_missing)
         # From here on it is a model like any other: what transformers calls quantized can neither be cast nor trained.
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
@@ -179,6 +183,11 @@ def _initializing(init_weights: Callable[[nn.Module], None]) -> Callable[[nn.Mod
             module.bias = dense.bias
 
     return initialize
+
+
+def _entries(tables: Sequence[TablePlan]) -> set[str]:
+    """Patterns of the entries of tables in files, see `layers.state_entry`: on the meta device a layer has none."""
+    return {rf"(^|\.){re.escape(path)}\.weight$" for table in tables for path in table.modules}
 
 
 def _is_missing(tensor: torch.Tensor) -> bool:

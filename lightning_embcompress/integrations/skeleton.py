@@ -45,6 +45,7 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
     skeleton = nn.Module()
     compressed = {path for table in plan.tables for path in table.modules}
     beside = set(backbone_shapes(nn.Module(), plan.backbone, {}))
+    beside |= {f"{path}.weight" for path in compressed} & state.keys()
     tensors = {name: tensor for name, tensor in state.items() if not _owner(name, compressed) and name not in beside}
     weights: dict[str, Tensor] = {}
     # First, and in the order of the plan, so that tables keep their names: a file may have its tensors in any order.

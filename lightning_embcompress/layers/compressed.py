@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_embcompress.layers.decoding import Best, decoding_rows, log_prob, sample, topk
 from lightning_embcompress.layers.offloading import with_offloaded_factors
 from lightning_embcompress.layers.scaled_embeddings import Scale
+from lightning_embcompress.layers.state_entry import table_entry, what_does_not_fit
 from lightning_embcompress.layers.table_weight import TableWeight, table_weight
 from lightning_embcompress.methods.base import is_exporting
 from lightning_embcompress.methods.registry import Factorization
@@ -56,6 +57,31 @@ class CompressedLayer(nn.Module):
                 f"shape {tuple(value.shape)}: tied layers have tables of one shape"
             )
         self.factorization = value.factorization
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # While a model is being loaded, tied layers are without theirs.
+        factors = self._modules.get("factorization")
+        if factors is not None and (entry := table_entry(self, factors)) is not None:
+            destination[f"{prefix}weight"] = entry
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # The entry is known, and of a dense weight it is said in other words.
+        unexpected_keys[:] = [name for name in unexpected_keys if name != f"{prefix}weight"]
+        if problem := what_does_not_fit(self, self.factorization, state_dict, prefix):
+            error_msgs.append(problem)
 
 
 class CompressedEmbedding(CompressedLayer):
