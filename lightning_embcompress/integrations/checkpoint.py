@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
@@ -17,12 +18,15 @@ from lightning_embcompress.compression.backbone_files import check_backbone_tens
 from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.integrations.checkpoint_io import check_whole_file, read_mapped
+from lightning_embcompress.integrations.instantiators import INSTANTIATORS
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.tables.finding import all_modules
 
 RECORD_KEY = "embcompress"
 """Where a Lightning checkpoint keeps the plan; a checkpoint of a dense model has no such key."""
 
+_PARAMETERS_KEY = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
+_INSTANTIATOR_KEY = "_instantiator"
 _VERSION_KEY = "pytorch-lightning_version"
 
 _Module = TypeVar("_Module", bound=LightningModule)
@@ -37,6 +41,24 @@ def write_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             plan.backbone, weights={_unwrapped(n): s for n, s in plan.backbone.weights.items()}
         )
         checkpoint[RECORD_KEY] = replace(plan, tables=tuple(tables), backbone=backbone).to_dict()
+        _name_instantiator(checkpoint)
+        state = checkpoint.get("state_dict") or {}
+        for path in (path for table in tables for path in table.modules):
+            # Sharded modules leave their entries out of state dicts, of which this may be a whole one.
+            if any(name.startswith(f"{path}.factorization.") for name in state):
+                state.setdefault(f"{path}.weight", torch.empty(0))
+
+
+def _name_instantiator(checkpoint: dict[str, Any]) -> None:
+    """Let `Class.load_from_checkpoint` build a module that takes the structure, see `instantiators`."""
+    parameters = checkpoint.get(_PARAMETERS_KEY, {})
+    # What is one argument of the class, such as `hparams`, is handed to it as a whole.
+    if isinstance(parameters, dict) and checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME) in (
+        None,
+        "kwargs",
+    ):
+        known = parameters.get(_INSTANTIATOR_KEY)
+        checkpoint[_PARAMETERS_KEY] = {**parameters, _INSTANTIATOR_KEY: INSTANTIATORS.get(known, known)}
 
 
 def restore_structure(
@@ -109,8 +131,9 @@ def _check_sharded(module: nn.Module, plan: Plan) -> None:
 
 
 def _check_record_is_there(module: nn.Module, state: Mapping[str, Any]) -> None:
-    for path, layer in all_modules(module).items():
-        if isinstance(layer, CompressedLayer) and any(name.startswith(f"{path}.factorization.") for name in state):
+    there = all_modules(module)
+    for path in sorted({name.partition(".factorization.")[0] for name in state if ".factorization." in name}):
+        if isinstance(there.get(path), CompressedLayer | nn.Embedding | nn.Linear):
             raise ValueError(
                 f"the checkpoint has factors of table {path!r}, but does not say how it is compressed: it was saved "
                 "without the callback. Load it with model.load_state_dict into a model that was compressed in the same "

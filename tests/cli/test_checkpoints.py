@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from lightning_embcompress.compression.plan import compress, plan_of
 from lightning_embcompress.data import TextFiles
 from lightning_embcompress.integrations.checkpoint import RECORD_KEY, load_from_checkpoint
+from lightning_embcompress.integrations.instantiators import INSTANTIATORS
 from lightning_embcompress.layers.compressed import CompressedLinear
 from lightning_embcompress.modules import HuggingFaceCausalLM, LSTMLanguageModel
 from toys import LanguageModel, dataset, loaders, quiet_trainer
@@ -62,6 +63,7 @@ def test_a_checkpoint_of_a_foreign_class(shell: Any, tied: bool, foreign: dict[b
     before, after = (torch.load(file, weights_only=True) for file in (path, "small.ckpt"))
     assert before.keys() - after.keys() == {"callbacks", "lr_schedulers", "optimizer_states"}
     assert after.keys() - before.keys() == {RECORD_KEY}
+    assert after["hyper_parameters"].pop("_instantiator") == INSTANTIATORS[None]
     for key in ("epoch", "global_step", "loops", "hyper_parameters", "pytorch-lightning_version"):
         assert after[key] == before[key]
     assert after["state_dict"]._metadata == before["state_dict"]._metadata

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core import saving
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from lightning_embcompress.integrations.checkpoint import (
     restore_structure,
     write_record,
 )
+from lightning_embcompress.integrations.instantiators import INSTANTIATORS
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
 from toys import LanguageModel, compress_toy, quiet_trainer
@@ -275,6 +278,70 @@ def test_foreign_module_loads_from_a_compressed_checkpoint(tied: bool, weights_o
     loaded = load_from_checkpoint(_Model, tmp_path / "dense.ckpt", map_location="cpu")
     assert torch.equal(loaded(_IDS), dense(_IDS))
     assert plan_of(loaded) == Plan()
+
+
+class _Bare(LightningModule):
+    """Without hyper-parameters, or with some that are one argument."""
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Embedding(800, 16), nn.Linear(16, 800)
+        if config is not None:
+            self.save_hyperparameters(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.decoder(self.encoder(ids))
+
+
+@pytest.mark.parametrize("kind", [_Model, _Bare])
+def test_lightning_itself_loads_a_compressed_checkpoint(kind: Any, tmp_path: Path) -> None:
+    module = kind()
+    compress_toy(module, "low_rank")
+    _write_checkpoint(module, tmp_path / "last.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert type(loaded) is kind
+    assert torch.equal(loaded(_IDS), module(_IDS))
+    assert plan_of(loaded) == plan_of(module)
+    # What was loaded is saved with its structure again, and can be made dense.
+    densify(loaded)
+    _write_checkpoint(loaded, tmp_path / "dense.ckpt")
+    assert plan_of(kind.load_from_checkpoint(tmp_path / "dense.ckpt")) == Plan()
+    if kind is _Model:
+        with pytest.raises(ValueError, match="'encoder' is 800 x 16, the model's is 700 x 16"):
+            kind.load_from_checkpoint(tmp_path / "last.ckpt", vocab_size=700)
+
+
+def test_lightning_in_a_process_without_this_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _compressed()
+    _write_checkpoint(module, tmp_path / "last.ckpt")
+    trusted = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
+    if trusted is None:
+        pytest.skip("this Lightning trusts all instantiators")
+    monkeypatch.setattr(saving, "_ALLOWED_INSTANTIATORS", {name for name in trusted if "embcompress" not in name})
+    with pytest.raises(ValueError, match="lightning_embcompress"):
+        _Model.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_instantiators_of_a_module_that_the_command_line_built(tmp_path: Path) -> None:
+    module = _compressed(tied=True)
+    keep_structure(module)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.0"}
+    known = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "tied": True, "vocab_size": 800}
+    checkpoint["hyper_parameters"] = known
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["hyper_parameters"] == {**known, "_instantiator": INSTANTIATORS[known["_instantiator"]]}
+    assert known["_instantiator"] == "lightning.pytorch.cli.instantiate_module"
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    loaded = _Model.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(loaded(_IDS), module(_IDS))
+    # A class that takes all of them as one argument gets them as they are.
+    bare = _Bare({"size": 3})
+    compress_toy(bare, "low_rank")
+    _write_checkpoint(bare, tmp_path / "bare.ckpt")
+    assert torch.load(tmp_path / "bare.ckpt", weights_only=True)["hyper_parameters"] == {"size": 3}
+    with pytest.raises(RuntimeError, match="encoder.weight"):
+        _Bare.load_from_checkpoint(tmp_path / "bare.ckpt", strict=False)
+    assert torch.equal(load_from_checkpoint(_Bare, tmp_path / "bare.ckpt")(_IDS), bare(_IDS))
 
 
 def test_attaching_twice_is_attaching_once() -> None:

@@ -253,8 +253,7 @@ def test_a_module_that_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / f"{name}_{tmp_path.name}.py").write_text("import sys\norder = list(sys.modules)\n")
     awaited, ours = f"awaited_{tmp_path.name}", f"ours_{tmp_path.name}"
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registration, "_AWAITED", awaited)
-    monkeypatch.setattr(registration, "_OURS", ours)
+    monkeypatch.setattr(registration, "_AWAITED", {awaited: ours})
     finders = list(sys.meta_path)
     registration.register()
     registration.register()
