@@ -72,7 +72,8 @@ def what_does_not_fit(layer: nn.Module, factors: nn.Module, state: Mapping[str, 
         )
     start = f"{prefix}factorization."
     # Those without elements are left when names of shared tensors are dropped, because they share no memory.
-    given = {name.removeprefix(start) for name, value in state.items() if name.startswith(start) and value.numel()}
+    empty = {name for name, value in state.items() if isinstance(value, Tensor) and not value.numel()}
+    given = {name.removeprefix(start) for name in state.keys() - empty if name.startswith(start)}
     # Strategies that shard a model load it in ways of their own.
     if not given or _is_part(layer):
         return None
