@@ -196,7 +196,13 @@ def _remedy_of_wrapped(path: str) -> str:
 
 def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
     for path, module in named.items():
-        if path not in table.modules and all(other is not table.weight for other in module._parameters.values()):
+        own = [name for name, parameter in module._parameters.items() if parameter is table.weight]
+        if own and (path not in table.modules or not (path or isinstance(module, AnyEmbedding | nn.Linear))):
+            raise ValueError(
+                f"parameter {f'{path}.{own[0]}'.lstrip('.')!r} of the {type(module).__name__} is table {table.name!r} "
+                f"by another name, and would stay as it is: remove it, and let what reads it read {table.name!r}"
+            )
+        if path not in table.modules:
             continue
         where = f"module {path!r} of table {table.name!r}"
         if not path:
@@ -223,6 +229,7 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
         check_attachments(where, module)
         if "weight" not in module._parameters:
             raise ValueError(f"{where} has a weight that is no parameter: make it one (nn.Parameter) before")
+    _check_norms(table, named)
     if type(table.weight) not in (Tensor, nn.Parameter):
         raise ValueError(
             f"table {table.name!r} is stored as a {type(table.weight).__module__}.{type(table.weight).__qualname__}: "
@@ -234,4 +241,18 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
         raise ValueError(
             f"table {table.name!r} holds {table.weight.dtype}: only floating-point numbers of 16 bits or more can be "
             f"solved; cast it before, as in model.get_submodule({table.name!r}).to(torch.bfloat16)"
+        )
+
+
+def _check_norms(table: Table, named: Mapping[str, nn.Module]) -> None:
+    """Refuse a limit of norms, by which looking rows up changes them, where others read them too."""
+    limits = {path: (getattr(named[path], "max_norm", None), named[path]) for path in table.modules}
+    norms = {path: None if limit is None else (limit, module.norm_type) for path, (limit, module) in limits.items()}
+    if len(set(norms.values())) > 1:
+        limited = next(path for path, norm in norms.items() if norm is not None)
+        other = next(path for path, norm in norms.items() if norm != norms[limited])
+        raise ValueError(
+            f"module {limited!r} of table {table.name!r} has max_norm={named[limited].max_norm}, by which it changes "
+            f"the rows that {other!r} reads too; factors cannot be changed by reading them: set max_norm to None, or "
+            "give them tables of their own"
         )

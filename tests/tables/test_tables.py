@@ -99,6 +99,15 @@ def _tie_elsewhere(model: nn.ModuleDict) -> None:
     model["head"] = _Functional(model["encoder"].weight)
 
 
+def _keep_at_the_root(model: nn.ModuleDict) -> None:
+    model.kept = model["encoder"].weight
+
+
+def _limit_norms(model: nn.ModuleDict) -> None:
+    model["encoder"].max_norm = 2.0
+    model["decoder"].weight = model["encoder"].weight
+
+
 def _compressed() -> nn.Module:
     model = nn.ModuleDict({**_pair(), "hidden": nn.Linear(8, 8)})
     compress(model, "low_rank", ratio=1.2)
@@ -133,7 +142,9 @@ _REFUSED: list[tuple[Callable[[], nn.Module], str | list[str], str]] = [
     (_changed(_hold_integers), ["encoder"], r"'encoder' holds torch.int8"),
     (_changed(lambda model: nn.utils.weight_norm(model["decoder"])), "auto", "'decoder' .*'weight_g'"),
     (_changed(_parametrize), "auto", "'encoder' .*ParametrizedEmbedding"),
-    (_changed(_tie_elsewhere), "auto", "'head' of table 'encoder' .*_Functional"),
+    (_changed(_tie_elsewhere), "auto", r"'head\.kernel' of the _Functional is table 'encoder'"),
+    (_changed(_keep_at_the_root), "auto", r"'kept' of the ModuleDict is table 'encoder'"),
+    (_changed(_limit_norms), "auto", r"'encoder' of table 'encoder' has max_norm=2.0, .*'decoder'"),
     (lambda: nn.Embedding(100, 8), "auto", "an Embedding"),
     # The small projection beside compressed tables must not be taken for a table.
     (_compressed, "auto", "'encoder', 'decoder' .*densify"),
