@@ -92,6 +92,14 @@ def choose_tables(named: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
         if layers.intersection(one.layers)
         or (one.is_embedding and one.is_projection and inside.intersection(one.layers))
     ]
+    if not any(one.is_projection for one in certain):
+        # Some hide their softmax from those who would tie it.
+        sizes = {one.rows for one in certain}
+        heads = [
+            one for one in candidates if one.rows in sizes and inside.issuperset(one.layers) and one not in certain
+        ]
+        heads = [one for one in heads if one.is_projection and not _is_read(one, named)]
+        certain += heads if len(heads) == 1 else []
     outside = [one for one in candidates if one not in certain and not inside.intersection(one.layers)]
     chosen = certain + _by_shape(outside, certain, named, only_pairs=bool(compressed))
     if any(isinstance(layer, CompressedLayer) for layer in layers) or (compressed and not chosen):
@@ -133,20 +141,22 @@ def _by_shape(
     sizes = set(vocabularies)
     if not any(one.is_projection for one in certain):
         sizes |= {one.rows for one in certain}
+    # Models of transformers say what their softmax is: no layer of theirs is guessed to be one.
+    within = {module for part in pretrained_models(named[""]).values() for module in part.modules()}
     for head in heads:
         size = min(sizes, key=lambda size: abs(size - head.rows), default=0)
-        if abs(size - head.rows) <= _PADDING * size:
+        padding = _PADDING * size if within.isdisjoint(head.layers) else 0
+        if abs(size - head.rows) <= padding:
             vocabularies.setdefault(size, []).append(head)
     known = [one.rows for one in certain]
     known += [size for size, tables in vocabularies.items() if any(one.is_projection for one in tables)]
     vocabularies = {
         size: tables
         for size, tables in vocabularies.items()
-        if size in known or (size > max(known, default=0) and not only_pairs)
+        if size in known
+        or (size > max(known, default=0) and not only_pairs and all(within.isdisjoint(one.layers) for one in tables))
     }
     largest = max((one.size for tables in (certain, *vocabularies.values()) for one in tables), default=0)
-    # Models of transformers say what their softmax is, or have none.
-    within = {module for part in pretrained_models(named[""]).values() for module in part.modules()}
     heads = [one for one in heads if within.isdisjoint(one.layers)]
     if not known and not only_pairs and heads:
         widest = max(heads, key=lambda head: head.rows)
@@ -194,15 +204,20 @@ def large_beside(named: Mapping[str, nn.Module], weights: Sequence[Tensor]) -> d
     Returns:
         Shapes by paths.
     """
-    candidates = _candidates(named)
+    candidates = [one for one in _candidates(named) if not _POSITIONS.search(one.path)]
+    within = {module for part in pretrained_models(named[""]).values() for module in part.modules()}
     rows = Counter(one.rows for one in candidates if one.is_projection)
-    least = _LARGE * max(weight.numel() for weight in weights)
+    sizes = {len(weight) for weight in weights}
+
+    def is_softmax(one: _Candidate) -> bool:
+        # Layers of a backbone are several, or read by others.
+        alone = rows[one.rows] == 1 and one.rows**2 > one.size and within.isdisjoint(one.layers)
+        return (alone or one.rows in sizes) and not _is_read(one, named)
+
     return {
         one.path: tuple(one.weight.shape)
         for one in candidates
-        if one.size >= least
-        and all(one.weight is not weight for weight in weights)
-        and not _POSITIONS.search(one.path)
-        # Layers of a backbone are several, or read by others.
-        and (one.is_embedding or (rows[one.rows] == 1 and one.rows**2 > one.size and not _is_read(one, named)))
+        if all(one.weight is not weight for weight in weights)
+        and one.size >= _LARGE * max(weight.numel() for weight in weights)
+        and (one.is_embedding or is_softmax(one))
     }

@@ -54,28 +54,24 @@ def vocabulary_layers(root: nn.Module) -> dict[str, tuple[list[nn.Module], list[
         if not found or not path.startswith(f"{outer}." if outer else ""):
             outer = path
             found[outer] = ([], [])
-        own = set(found[outer][0] + found[outer][1])
-        for layers, give, other in zip(
-            found[outer],
-            (model.get_input_embeddings, model.get_output_embeddings),
-            (nn.Linear, nn.Embedding),
-            strict=True,
-        ):
-            named = _named(give)
-            layers += [
-                layer for layer in named if _is_matrix(layer) and not isinstance(layer, other) and layer not in own
-            ]
+        embeddings, projections = found[outer]
+        # The input of a model of images is a projection of patches.
+        embeddings += [
+            layer for layer in _named(model.get_input_embeddings, embeddings) if not isinstance(layer, nn.Linear)
+        ]
+        projections += _named(model.get_output_embeddings, projections)
     return {path: layers for path, layers in found.items() if layers[0]}
 
 
-def _named(give: Any) -> list[nn.Module]:
-    """The layer that a model gives, or those of the list that it gives."""
+def _named(give: Any, known: list[nn.Module]) -> list[nn.Module]:
+    """The layer that a model gives, or those of the list that it gives, if they are matrices and not known already."""
     try:
         layer = give()
     except (NotImplementedError, AttributeError):
         # It has none, or is a part that was not made to be asked.
         return []
-    return list(layer) if isinstance(layer, nn.ModuleList) else [layer]
+    layers = list(layer) if isinstance(layer, nn.ModuleList) else [layer]
+    return [one for one in layers if _is_matrix(one) and one not in known]
 
 
 def _is_matrix(layer: Any) -> bool:

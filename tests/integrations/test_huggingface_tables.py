@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from lightning_embcompress.compression.plan import compress
-from lightning_embcompress.tables.finding import find_tables
+from lightning_embcompress.tables.finding import find_tables, large_and_dense
 
 _VOCAB = 64
 _GPT2 = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": _VOCAB, "vocab_size": _VOCAB}
@@ -83,6 +83,29 @@ def test_what_is_compressed_already_is_not_guessed_around(tables: list[str]) -> 
     compress(model, "low_rank", ratio=1.2, tables=tables)
     with pytest.raises(ValueError, match=rf"tables '{tables[0]}' are compressed already: restore them with densify"):
         find_tables(model)
+
+
+def test_an_embedding_that_is_tied_to_a_softmax_is_a_table_though_no_model_names_it() -> None:
+    config = transformers.LukeConfig(entity_vocab_size=90, entity_emb_size=8, **_BERT)
+    found = find_tables(transformers.LukeForMaskedLM(config))
+    assert ("luke.entity_embeddings.entity_embeddings", "entity_predictions.decoder") in [one.modules for one in found]
+    # Without the softmax nothing tells it from positions: it is said.
+    base = transformers.LukeModel(config)
+    [words] = find_tables(base)
+    assert words.name == "embeddings.word_embeddings"
+    assert "'entity_embeddings.entity_embeddings' (90, 8)" in large_and_dense(base, [words])
+
+
+def test_models_of_images_have_the_tables_of_the_text_within() -> None:
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text |= {"vocab_size": _VOCAB, "num_key_value_heads": 2, "pad_token_id": 0}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision |= {"image_size": 32, "patch_size": 8}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text), vision_config=transformers.CLIPVisionConfig(**vision)
+    )
+    found = find_tables(transformers.LlavaForConditionalGeneration(config))
+    assert [table.name for table in found] == ["model.language_model.embed_tokens", "lm_head"]
 
 
 def test_a_model_that_has_no_words() -> None:
