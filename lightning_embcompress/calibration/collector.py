@@ -14,8 +14,9 @@ from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, nev
 from lightning_embcompress.calibration.counts import Vocabulary, counts_by_table
 from lightning_embcompress.calibration.products import TableProducts
 from lightning_embcompress.calibration.words import WordMasks
-from lightning_embcompress.layers.bags import AnyEmbedding, CompressedEmbeddingBag, pool, rows_of_bag
+from lightning_embcompress.layers.bags import AnyEmbedding, CompressedEmbeddingBag, pool_bag, read_bag
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.layers.pooling import bag_ids
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.tables.finding import all_modules, find_tables
 
@@ -189,13 +190,13 @@ class Collector:
                 return None
             ids = arguments[0] if arguments else keywords["input"]
             bag = layer if isinstance(layer, nn.EmbeddingBag | CompressedEmbeddingBag) else None
-            ids, rows = (ids, output.detach().requires_grad_()) if bag is None else rows_of_bag(bag, ids)
+            ids, rows = (ids, output.detach()) if bag is None else (bag_ids(ids), read_bag(bag, ids))
             factor = 1.0 if scale is None else scale.value
             padding = getattr(layer, "padding_idx", None)
-            call = EmbeddingCall(path, rows, factor, ids, self.words.words(path, ids), padding)
+            call = EmbeddingCall(path, rows.requires_grad_(), factor, ids, self.words.words(path, ids), padding)
             self._embedding_calls.append(call)
             # A copy: what comes after may change it in place.
-            return rows.clone() if bag is None else pool(bag, rows, *arguments, **keywords)
+            return rows.clone() if bag is None else pool_bag(bag, rows, *arguments, **keywords)
 
         return hook
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.layers.offloading import with_offloaded_factors
+from lightning_embcompress.layers.pooling import bag_ids, pool
 from lightning_embcompress.methods.registry import Factorization
 
 AnyEmbedding: TypeAlias = nn.Embedding | nn.EmbeddingBag
@@ -66,8 +66,7 @@ class CompressedEmbeddingBag(CompressedEmbedding):
             ValueError: If shapes do not fit, as from `nn.EmbeddingBag`.
             RuntimeError: If gradients are sparse, under `DistributedDataParallel`.
         """
-        ids = input.values() if input.is_nested else input
-        return pool(self, super().forward(ids), input, offsets, per_sample_weights)
+        return pool_bag(self, super().forward(bag_ids(input)), input, offsets, per_sample_weights)
 
     def dense(self, weight: nn.Parameter) -> nn.EmbeddingBag:
         """The `nn.EmbeddingBag` that it stands for, with a weight of the table."""
@@ -91,56 +90,20 @@ class CompressedEmbeddingBag(CompressedEmbedding):
         return f"{super().extra_repr()}, mode={self.mode!r}"
 
 
-def rows_of_bag(bag: nn.EmbeddingBag | CompressedEmbeddingBag, input: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids of all bags, and their rows, `[*, dim]`, as a leaf that requires a gradient."""
-    ids: Tensor = input.values() if input.is_nested else input
+def read_bag(bag: nn.EmbeddingBag | CompressedEmbeddingBag, input: Tensor) -> Tensor:
+    """`[*, dim]` rows of all ids of bags, without a gradient."""
+    ids = bag_ids(input)
     with torch.no_grad():
-        if isinstance(bag, CompressedEmbeddingBag):
-            rows = CompressedEmbedding.forward(bag, ids)
-        else:
-            rows = F.embedding(ids, bag.weight)
-    return ids, rows.detach().requires_grad_()
+        return CompressedEmbedding.forward(bag, ids) if isinstance(bag, CompressedEmbedding) else bag.weight[ids]
 
 
-def pool(
+def pool_bag(
     bag: nn.EmbeddingBag | CompressedEmbeddingBag,
     rows: Tensor,
     input: Tensor,
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """What a bag makes of the rows of its ids.
-
-    Args:
-        bag: Says how.
-        rows: `[*, dim]`, a row for every id.
-        input: `[B, N]` or `[N]` ids, see `CompressedEmbeddingBag.forward`.
-        offsets: `[B]`.
-        per_sample_weights: Of the shape of `input`.
-
-    Returns:
-        `[B, dim]`.
-    """
-    ids, weights = input, per_sample_weights
-    if input.is_nested:
-        # Methods that only a nested tensor has.
-        nested: Any = input
-        offsets, ids = nested.offsets(), nested.values()
-        weights = None if per_sample_weights is None else per_sample_weights.values()
-    # A bag of `nn.functional` over the rows that were read, each at a place of its own, and zeros for what is left out.
-    table = rows.reshape(-1, rows.shape[-1])
-    places = torch.arange(len(table), device=ids.device, dtype=ids.dtype).view(ids.shape)
-    padding = None
-    if bag.padding_idx is not None or not len(table):
-        padding = len(table)
-        table = F.pad(table, (0, 0, 0, 1))
-        places = places if bag.padding_idx is None else places.masked_fill(ids == bag.padding_idx, padding)
-    return F.embedding_bag(
-        places,
-        table,
-        offsets,
-        mode=bag.mode,
-        per_sample_weights=weights,
-        include_last_offset=bag.include_last_offset or input.is_nested,
-        padding_idx=padding,
-    )
+    """What a bag makes of the rows of its ids, see `pool`."""
+    given = {name: getattr(bag, name) for name in ("mode", "include_last_offset", "padding_idx")}
+    return pool(rows, input, offsets, per_sample_weights, **given)

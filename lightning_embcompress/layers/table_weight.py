@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_embcompress.layers.pooling import bag_ids, pool
 from lightning_embcompress.layers.table_view import TableView
 from lightning_embcompress.methods.registry import Factorization
 
@@ -214,7 +215,8 @@ class TableWeight(_Answers, Tensor):  # type: ignore[misc,override]
 
     - its shape, dtype, device and whether it trains, which `requires_grad_` decides for the factors;
     - logits for `F.linear(hidden, weight, bias)`, `hidden @ weight.T`, `torch.einsum("bsd,vd->bsv", hidden, weight)`;
-    - rows for `F.embedding(ids, weight)`, `weight[ids]`, `weight.index_select(0, ids)`;
+    - rows for `F.embedding(ids, weight)`, `weight[ids]`, `weight.index_select(0, ids)`, and bags of them for
+      `F.embedding_bag(ids, weight)`;
     - mixtures of all rows for `probabilities @ weight`;
     - itself read otherwise for `.T`, `.detach()`, `.data`, `.to(dtype or device)`;
     - dense tensors like it for `torch.zeros_like(weight)` and `weight.new_zeros(...)`.
@@ -396,6 +398,28 @@ def _embedding(
     return torch.where(padding.unsqueeze(-1), rows.detach(), rows)
 
 
+def _embedding_bag(
+    input: Any,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    rows = _embedding(bag_ids(input), weight, None, max_norm, norm_type, scale_grad_by_freq)
+    if rows is NotImplemented:
+        return rows
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.view_of.table.vocab_size
+    how: Any = {"mode": mode, "include_last_offset": include_last_offset, "padding_idx": padding_idx}
+    return pool(rows, input, offsets, per_sample_weights, **how)
+
+
 def _like(tensor: Any, *args: Any, **given: Any) -> Any:
     """A tensor is to be of the dtype and on the device of a table."""
     like = next(one for one in (*args, *given.values()) if isinstance(one, _Answers))
@@ -412,6 +436,7 @@ def _named(names: str) -> list[Any]:
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
     torch.embedding: lambda weight, indices, padding_idx=None, *_, **__: _embedding(indices, weight, padding_idx),
     torch.einsum: _einsum,
     torch.result_type: lambda *operands: torch.result_type(*map(_on_meta, operands)),

@@ -184,3 +184,9 @@ def test_statistics_are_of_the_rows_in_the_bags(given: dict[str, Any]) -> None:
     again = collect_statistics(model, [_BATCH], _loss)
     assert torch.equal(again.token_counts, counts)
     assert isinstance(model.bag, CompressedEmbeddingBag)
+
+
+def test_a_bag_that_is_read_by_its_weight() -> None:
+    layer = _compressed(_bag(mode="sum", padding_idx=0))
+    found = F.embedding_bag(_FLAT, layer.weight, _OFFSETS, mode="sum", padding_idx=0)
+    torch.testing.assert_close(found, layer(_FLAT, _OFFSETS))
