@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +98,8 @@ def choose_tables(named: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
         heads = [
             one for one in candidates if one.rows in sizes and inside.issuperset(one.layers) and one not in certain
         ]
-        heads = [one for one in heads if one.is_projection and not _is_read(one, named)]
+        readers = _readers(named)
+        heads = [one for one in heads if one.is_projection and not readers[one.rows].difference(one.layers)]
         certain += heads if len(heads) == 1 else []
     outside = [one for one in candidates if one not in certain and not inside.intersection(one.layers)]
     chosen = certain + _by_shape(outside, certain, named, only_pairs=bool(compressed))
@@ -120,6 +121,10 @@ def choose_tables(named: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
     return [(one.path, one.weight) for one in candidates if one in chosen]
 
 
+def _of_transformers(named: Mapping[str, nn.Module]) -> set[nn.Module]:
+    return {module for model in pretrained_models(named[""]).values() for module in model.modules()}
+
+
 def _by_shape(
     candidates: Sequence[_Candidate], certain: Sequence[_Candidate], named: Mapping[str, nn.Module], only_pairs: bool
 ) -> list[_Candidate]:
@@ -133,7 +138,11 @@ def _by_shape(
     """
     embeddings = [one for one in candidates if one.is_embedding]
     embeddings = [one for one in embeddings if one.is_projection or not _POSITIONS.search(one.path)]
-    heads = [one for one in candidates if not one.is_embedding and not _is_read(one, named)]
+    readers = _readers(named)
+    # What another layer reads is hidden, and no logits.
+    heads = [one for one in candidates if not one.is_embedding and not readers[one.rows].difference(one.layers)]
+    # Models of transformers that do not say what they have have seldom words: nothing is guessed but equal sizes.
+    guessed = _of_transformers(named)
     # Embeddings and the softmax of every vocabulary, by its size.
     vocabularies: dict[int, list[_Candidate]] = {}
     for one in embeddings:
@@ -141,23 +150,19 @@ def _by_shape(
     sizes = set(vocabularies)
     if not any(one.is_projection for one in certain):
         sizes |= {one.rows for one in certain}
-    # Models of transformers say what their softmax is: no layer of theirs is guessed to be one.
-    within = {module for part in pretrained_models(named[""]).values() for module in part.modules()}
     for head in heads:
         size = min(sizes, key=lambda size: abs(size - head.rows), default=0)
-        padding = _PADDING * size if within.isdisjoint(head.layers) else 0
-        if abs(size - head.rows) <= padding:
+        if abs(size - head.rows) <= (_PADDING * size if guessed.isdisjoint(head.layers) else 0):
             vocabularies.setdefault(size, []).append(head)
     known = [one.rows for one in certain]
     known += [size for size, tables in vocabularies.items() if any(one.is_projection for one in tables)]
     vocabularies = {
         size: tables
         for size, tables in vocabularies.items()
-        if size in known
-        or (size > max(known, default=0) and not only_pairs and all(within.isdisjoint(one.layers) for one in tables))
+        if size in known or (size > max(known, default=0) and not only_pairs)
     }
     largest = max((one.size for tables in (certain, *vocabularies.values()) for one in tables), default=0)
-    heads = [one for one in heads if within.isdisjoint(one.layers)]
+    heads = [one for one in heads if guessed.isdisjoint(one.layers)]
     if not known and not only_pairs and heads:
         widest = max(heads, key=lambda head: head.rows)
         others = [one for one in candidates if one.is_projection and one is not widest]
@@ -165,7 +170,9 @@ def _by_shape(
         if all(one.rows < widest.rows for one in others) and all(one.size < _LARGE * widest.size for one in beside):
             return [widest]
     chosen = []
-    for tables in vocabularies.values():
+    for size, tables in vocabularies.items():
+        if size not in known and any(guessed.intersection(one.layers) for one in tables):
+            continue
         if max(one.size for one in tables) >= _LARGE * largest:
             softmaxes = [one for one in tables if one.is_projection]
             if len(softmaxes) > 1:
@@ -174,23 +181,23 @@ def _by_shape(
     return chosen
 
 
-def _is_read(projection: _Candidate, named: Mapping[str, nn.Module]) -> bool:
-    """Whether another layer reads as many numbers as a projection gives, which then are hidden, and no logits."""
-    widths = ("in_features", "input_size", "in_channels")
-    return any(
-        getattr(module, width, None) == projection.rows and module not in projection.layers
-        for module in named.values()
-        for width in widths
-    )
+def _readers(named: Mapping[str, nn.Module]) -> defaultdict[int, set[nn.Module]]:
+    """Layers by how many numbers they read at a position."""
+    found: defaultdict[int, set[nn.Module]] = defaultdict(set)
+    for module in named.values():
+        for name in ("in_features", "input_size", "in_channels"):
+            if isinstance(width := getattr(module, name, None), int):
+                found[width].add(module)
+    return found
 
 
 def _ambiguous(what: str, candidates: Sequence[_Candidate]) -> ValueError:
     shown = candidates
     if len(candidates) > _MOST_SHOWN:
-        largest = sorted(candidates, key=lambda one: one.size, reverse=True)[:_MOST_SHOWN]
-        shown = [one for one in candidates if one in largest]
+        likely = sorted(candidates, key=lambda one: (one.is_embedding, one.size), reverse=True)[:_MOST_SHOWN]
+        shown = [one for one in candidates if one in likely]
     listed = "; ".join(f"{one.path!r} {tuple(one.weight.shape)}" for one in shown)
-    listed += f"; and {len(candidates) - len(shown)} smaller ones" if shown is not candidates else ""
+    listed += f"; and {len(candidates) - len(shown)} others" if shown is not candidates else ""
     return ValueError(f"found two or more {what}: {listed}. Name the modules to compress, as in tables=['encoder']")
 
 
@@ -205,14 +212,14 @@ def large_beside(named: Mapping[str, nn.Module], weights: Sequence[Tensor]) -> d
         Shapes by paths.
     """
     candidates = [one for one in _candidates(named) if not _POSITIONS.search(one.path)]
-    within = {module for part in pretrained_models(named[""]).values() for module in part.modules()}
+    inside, readers = _of_transformers(named), _readers(named)
     rows = Counter(one.rows for one in candidates if one.is_projection)
     sizes = {len(weight) for weight in weights}
 
     def is_softmax(one: _Candidate) -> bool:
         # Layers of a backbone are several, or read by others.
-        alone = rows[one.rows] == 1 and one.rows**2 > one.size and within.isdisjoint(one.layers)
-        return (alone or one.rows in sizes) and not _is_read(one, named)
+        alone = rows[one.rows] == 1 and one.rows**2 > one.size and inside.isdisjoint(one.layers)
+        return (alone or one.rows in sizes) and not readers[one.rows].difference(one.layers)
 
     return {
         one.path: tuple(one.weight.shape)

@@ -129,7 +129,7 @@ def test_where_there_is_no_answer_all_candidates_are_named(model: nn.Module, nam
 
 def test_of_many_candidates_the_largest_are_named() -> None:
     model = nn.Sequential(*(nn.Linear(30, 30) for _ in range(30)), nn.Linear(30, 29), nn.Linear(29, 60))
-    with pytest.raises(ValueError, match=r"'0' \(30, 30\); .*'31' \(60, 29\); and 20 smaller ones"):
+    with pytest.raises(ValueError, match=r"'0' \(30, 30\); .*'31' \(60, 29\); and 20 others"):
         find_tables(model)
 
 
