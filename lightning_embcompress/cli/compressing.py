@@ -245,3 +245,5 @@ def _write(
             "predict; training cannot be resumed from it"
         )
     say(f"Written: {target}, {report}")
+    if source.kind == "pretrained":
+        say("Python programs load it once they have imported lightning_embcompress, whichever library they use")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -168,13 +169,15 @@ def _fitted(plan: Plan, model: Any) -> tuple[Plan, dict[str, str]]:
 def _initializing(init_weights: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     """`_init_weights` of a model as its classes know it: a compressed softmax is a linear layer to it.
 
-    Its table has been loaded. What a layer has beside it, a bias, is initialised as that of a dense one.
+    Its table has been loaded. What a layer has beside it, a bias, is initialised as that of a dense one. Weights in
+    few bits have been loaded too: they would be unpacked, and the random numbers for them thrown away.
     """
     from lightning_embcompress.layers.compressed import CompressedLayer, CompressedLinear
 
     def initialize(module: nn.Module) -> None:
         if not isinstance(module, CompressedLayer):
-            init_weights(module)
+            if not is_parametrized(module) or any(map(_is_missing, module.parameters(recurse=False))):
+                init_weights(module)
         elif isinstance(module, CompressedLinear) and module.bias is not None:
             dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             dense.weight._is_hf_initialized = True  # type: ignore[attr-defined]

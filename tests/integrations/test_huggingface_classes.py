@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import EncoderDecoderModel
 
-from lightning_embcompress import densify
+from lightning_embcompress import convert_qat, densify, prepare_qat
 from lightning_embcompress.compression.plan import plan_of
 from toys import compress_toy
 
@@ -65,6 +65,8 @@ def _build(family: str, name: str, **given: Any) -> Any:
         # Otherwise biases are zero, and a lost one shows nowhere.
         if parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter)
+    # As that of the padding.
+    torch.nn.init.normal_(model.get_input_embeddings().weight.detach()[0])
     return model.eval()
 
 
@@ -98,6 +100,26 @@ def test_every_class_loads_what_another_saved(family: str, tmp_path: Path) -> No
             for name, tensor in expected.state_dict().items():
                 torch.testing.assert_close(state[name], tensor, msg=f"{source} as {target}: {name}")
             assert found.all_tied_weights_keys == expected.all_tied_weights_keys
+
+
+@pytest.mark.parametrize("source", ["Model", "ForMaskedLM"])
+def test_weights_in_few_bits_beside_the_tables(source: str, tmp_path: Path) -> None:
+    model = _build("Bert", source)
+    compress_toy(model, "low_rank", 1.3)
+    prepare_qat(model, backbone="int8")
+    model.save_pretrained(tmp_path / "compressed")
+    convert_qat(model)
+    densify(model)
+    model.save_pretrained(tmp_path / "dense")
+    for target in ("Model", "ForMaskedLM", "ForSequenceClassification"):
+        (expected, dense_report), (found, report) = (
+            _load("Bert", target, tmp_path / name) for name in ("dense", "compressed")
+        )
+        assert report["missing_keys"] == dense_report["missing_keys"]
+        assert plan_of(found).backbone is not None
+        densify(found)
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(found.state_dict()[name], tensor, msg=f"{source} as {target}: {name}")
 
 
 def test_files_that_keep_the_factors_under_the_head(tmp_path: Path) -> None:
