@@ -327,7 +327,8 @@ def densify(model: nn.Module) -> None:
         ('Embedding', 'Linear')
     """
     check_whole(model, "made dense")
-    check_in_memory(model, "the model")
+    if backbone_of(model) is not None:
+        check_in_memory(model, "the model")
     restore_dense(model)
     restore_backbone(model)
 

@@ -297,6 +297,11 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
 
     @property
     def _example(self) -> Tensor:
+        # Every call asks, and `parameters()` takes as long as a lookup.
+        for module in (self, *filter(None, self._modules.values())):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    return parameter
         for parameter in self.parameters():
             return parameter
         return next(module.unit for module in self.modules() if isinstance(module, PackedFactor))

@@ -126,7 +126,8 @@ def plan_qat(
         ValueError: As `prepare_qat`.
     """
     check_whole(model, "quantized")
-    check_in_memory(model, "the model")
+    if backbone is not None:
+        check_in_memory(model, "the model")
     beside = None if backbone is None else plan_backbone(model, storage_of(backbone, quantization))
     if beside is not None and not tables:
         return Preparation(quantization, [], [], beside)
@@ -172,7 +173,8 @@ def convert_qat(model: nn.Module) -> Plan:
         ValueError: If nothing is prepared: it was converted already, or never prepared.
     """
     check_whole(model, "converted")
-    check_in_memory(model, "the model")
+    if backbone_of(model) is not None:
+        check_in_memory(model, "the model")
     changes = _conversions(model)
     for modules, _ in changes:
         check_replaceable(model, modules)

@@ -373,8 +373,8 @@ def test_offloaded_factors_are_brought_back_for_every_call(method: str, tied: bo
             lambda: densify(model),
             lambda: save_compressed(model, tmp_path),
             lambda: load_compressed(tmp_path, model),
+            lambda: prepare_qat(model, backbone="int8"),
             lambda: prepare_qat(model),
-            lambda: convert_qat(model),
         ):
             with pytest.raises(ValueError, match="remove_hook_from_submodules"):
                 refused()
@@ -385,15 +385,25 @@ def test_offloaded_factors_are_brought_back_for_every_call(method: str, tied: bo
 def test_an_offloaded_table_is_refused_and_one_beside_offloaded_layers_is_compressed() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, place = _model(), {"execution_device": torch.device("cpu")}
+    expected = _model()
     accelerate.cpu_offload(model.mix, **place)
+    for step in _COURSES["trained in few bits"]:
+        step(model)
+        step(expected)
+        assert torch.equal(model(_IDS), expected(_IDS))
+    with pytest.raises(ValueError, match="the model is offloaded"):
+        prepare_qat(model, tables=["encoder"], backbone="int8")
     _compress(model)
+    _compress(expected)
     dense = _model()
     accelerate.cpu_offload(dense, **place)
     with pytest.raises(ValueError, match="'encoder' .*remove_hook_from_submodules"):
         _compress(dense)
     accelerate.hooks.remove_hook_from_submodules(dense)
     _compress(dense)
-    assert torch.equal(dense(_IDS), model(_IDS))
+    _compress(_model())
+    for step in (prepare_qat, convert_qat, densify):
+        step(dense)
 
 
 def test_weights_of_torchao_are_refused_by_name() -> None:
