@@ -23,7 +23,7 @@ class TableView:
         transposed: Whether it is the matrix `[dim, vocab_size]`, and not `[vocab_size, dim]`.
         detached: Whether factors get no gradient.
         dtype: What factors are cast to before they are read; None for their own.
-        device: Where results are put; None for the device of what the table is multiplied with, or of the factors.
+        device: Where results are put, whatever the table is multiplied with; None for the device of the factors.
     """
 
     table: Factorization[Any]
@@ -133,16 +133,16 @@ class TableView:
 
     def _read(self, method: str, argument: Tensor) -> Tensor:
         """What `read` or `score` of the factorization give."""
-        table, device = self.table, self.device or argument.device
-        argument = argument.to(table.device)
-        dtype = self.dtype or table.dtype
-        if dtype == table.dtype and not (self.detached and torch.is_grad_enabled()):
+        table = self.table
+        if self.device is not None:
+            argument = argument.to(table.device)
+        if self.dtype is None and not (self.detached and torch.is_grad_enabled()):
             result: Tensor = getattr(table, method)(argument)
         else:
             tensors = {**dict(table.named_parameters()), **dict(table.named_buffers())}
-            read = {f"table.{name}": self._seen(tensor, dtype) for name, tensor in tensors.items()}
+            read = {f"table.{name}": self._seen(tensor, self.read_dtype) for name, tensor in tensors.items()}
             result = functional_call(_Reading(table), read, (method, argument))
-        return result.to(device)
+        return result if self.device is None else result.to(self.device)
 
     def _seen(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         tensor = tensor.detach() if self.detached else tensor

@@ -240,6 +240,8 @@ class TableWeight(_Answers, Tensor):  # type: ignore[misc,override]
 
     # What transformers asks before it initializes a weight.
     _is_hf_initialized = True
+    made_for: tuple[torch.dtype, torch.device]
+    """What it says its dtype and device are."""
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -254,7 +256,7 @@ class TableWeight(_Answers, Tensor):  # type: ignore[misc,override]
                 # Whoever computes gradients by himself, as fused losses do, would return that of a whole table.
                 # `register_hook` asks whether factors train, which may change.
                 made._backward_hooks = OrderedDict({0: _refuse_gradient})
-        made.view_of = view
+        made.view_of, made.made_for = view, (view.read_dtype, view.read_device)
         return cast(Self, made)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TableWeight:
@@ -288,7 +290,7 @@ def table_weight(table: Factorization[Any]) -> TableWeight:
     Its factorization has it as an attribute, which copies and files of it leave out.
     """
     known: TableWeight | None = table.weight_of_layers
-    if known is None or (known.dtype, known.device) != (table.dtype, table.device):
+    if known is None or known.made_for != (table.dtype, table.device):
         known = table.weight_of_layers = TableWeight(TableView(table))
     return known
 
