@@ -138,12 +138,6 @@ def check_gradients(trainer: Trainer, name: str, tables: Sequence[Table]) -> Non
         ValueError: Naming the remedy.
     """
     for table in tables:
-        if getattr(table.weight, "_post_accumulate_grad_hooks", None):
-            raise ValueError(
-                f"the weight of table {table.name!r} is trained by a hook in the backward pass "
-                f"(register_post_accumulate_grad_hook), which would not train the factors that {name} puts in its "
-                "place: return its optimizer from configure_optimizers"
-            )
         for optimizer in trainer.optimizers:
             owned = any(table.weight is one for group in optimizer.param_groups for one in group["params"])
             # Of other packages too.

@@ -56,7 +56,7 @@ from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.compression.tasks import Tie, plan
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
-from lightning_embcompress.tables.finding import find_tables, large_and_dense
+from lightning_embcompress.tables.finding import Table, find_tables, large_and_dense
 from lightning_embcompress.tables.replacement import put_back
 from lightning_embcompress.utils.division import divided, failing_together
 from lightning_embcompress.utils.progress import say_line
@@ -283,6 +283,10 @@ class EmbeddingCompression(ScheduledCallback):
         show_tasks(tasks, self.budget, self._weighing.by_loss(module))
         if self.tables == "auto":
             say_line(large_and_dense(module, tables))
+
+    @override
+    def tables_to_come(self, module: LightningModule) -> list[Table]:
+        return [] if self._compressed or plan_of(module).tables else find_tables(module, self.tables)
 
     def _turn(self, module: LightningModule) -> Turn:
         paths = frozenset(path for table in find_tables(module, self.tables) for path in table.modules)

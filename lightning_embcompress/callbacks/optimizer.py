@@ -43,6 +43,7 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
         Paths of the layers whose state was dropped.
     """
     order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     layers = [(list(old.parameters()), list(model.get_submodule(path).parameters())) for path, old in replaced.items()]
     kept = {id(parameter) for _, after in layers for parameter in after}
     gone = {id(parameter): parameter for before, _ in layers for parameter in before if id(parameter) not in kept}
@@ -57,6 +58,8 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
             owned = {id(parameter) for parameter in parameters}
             if not owned & changed:
                 continue
+            # Of optimizers that were made of named parameters.
+            given = names | dict(zip(map(id, parameters), group.get("param_names", ()), strict=False))
             places = [order.get(id(parameter), math.inf) for parameter in parameters if id(parameter) not in gone]
             end = 0
             for before, after in layers:
@@ -83,6 +86,8 @@ def splice(optimizers: Sequence[Optimizer], model: nn.Module, replaced: Mapping[
             if places == sorted(places):
                 # A table that became two left one place, its factors have two.
                 parameters.sort(key=lambda parameter: order.get(id(parameter), math.inf))
+            if "param_names" in group:
+                group["param_names"] = [given[id(parameter)] for parameter in parameters]
         going_on = _go_on_by_adagrad(optimizer, model, replaced, arrived) if isinstance(optimizer, Adagrad) else set()
         for path, old in replaced.items():
             for parameter in old.parameters():

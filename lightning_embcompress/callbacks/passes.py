@@ -133,7 +133,7 @@ def undisturbed(module: LightningModule, logged: Logged) -> Iterator[None]:
     with isolate_rng():
         try:
             for part, values in before:
-                vars(part).update({name: _copied(value, known) for name, value in values.items()})
+                vars(part).update({name: copied(value, known) for name, value in values.items()})
                 if isinstance(part, Metric | MetricCollection):
                     # As Lightning leaves them after an epoch in which they were logged.
                     part.reset()
@@ -150,7 +150,7 @@ def undisturbed(module: LightningModule, logged: Logged) -> Iterator[None]:
                 owner[name] = buffer.copy_(value)
 
 
-def _copied(value: Any, known: dict[int, Any]) -> Any:
+def copied(value: Any, known: dict[int, Any]) -> Any:
     """A copy of plain data, in which what was one object is one again."""
     if id(value) in known:
         return known[id(value)]
@@ -158,21 +158,21 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.requires_grad:
         known[id(value)] = value.clone()
     elif kind is tuple:
-        known[id(value)] = tuple(_copied(item, known) for item in value)
+        known[id(value)] = tuple(copied(item, known) for item in value)
     elif kind in _CONTAINERS:
         known[id(value)] = same = copy.copy(value)
         if isinstance(value, dict):
-            same.update({key: _copied(item, known) for key, item in value.items()})
+            same.update({key: copied(item, known) for key, item in value.items()})
         elif kind in (list, deque):
             for index, item in enumerate(value):
-                same[index] = _copied(item, known)
+                same[index] = copied(item, known)
     else:
         return value
     return known[id(value)]
 
 
 @contextmanager
-def _loggers_off(trainer: Trainer) -> Iterator[None]:
+def loggers_off(trainer: Trainer) -> Iterator[None]:
     """Let what a step writes to the loggers by itself go nowhere."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
@@ -221,7 +221,7 @@ def data_pass(
 
     with (
         undisturbed(module, logged),
-        _loggers_off(trainer),
+        loggers_off(trainer),
         progress_bar(title, total=count or 1) as advance,
         _apart(loaders, mode) as loader,
     ):

@@ -21,7 +21,7 @@ from lightning_embcompress.layers.sizes import compressed_tables
 from lightning_embcompress.methods.quantizers.quantization import storage_of
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import conversion_report, plan_qat
-from lightning_embcompress.tables.finding import find_tables
+from lightning_embcompress.tables.finding import Table, find_tables
 from lightning_embcompress.utils.division import failing_together
 
 
@@ -196,6 +196,12 @@ class QuantizationAware(ScheduledCallback):
     def _check_plan(self, trainer: Trainer, module: LightningModule, tables: str | list[str]) -> None:
         plan = plan_qat(module, self.quantization, tables, self.backbone)
         check_copies(trainer, type(self).__name__, {path: module.get_submodule(path) for path in plan.layers})
+
+    @override
+    def tables_to_come(self, module: LightningModule) -> list[Table]:
+        names = sorted(self._names - {"auto"})
+        there = self._state["prepared"] is not None or compressed_tables(module)
+        return [] if there or not names else find_tables(module, names)
 
     @property
     def _names(self) -> set[str]:

@@ -14,9 +14,11 @@ from typing_extensions import override
 
 from lightning_embcompress.callbacks.checks import check_package, check_trainer
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
+from lightning_embcompress.callbacks.rehearsal import rehearse
 from lightning_embcompress.callbacks.reporting import log, write_run_report
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
+from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.utils.division import count_processes
 from lightning_embcompress.utils.random_state import gather_over_processes, random_state, set_random_state
 
@@ -63,6 +65,10 @@ class ScheduledCallback(Callback, ABC):
     @abstractmethod
     def _do_due(self, trainer: Trainer, module: LightningModule) -> None:
         """Do it."""
+
+    def tables_to_come(self, module: LightningModule) -> list[Table]:
+        """The dense tables that it will replace; none where that is done."""
+        return []
 
     def report_entries(self, module: LightningModule) -> dict[str, Any]:
         """What it adds to `report.json`."""
@@ -188,7 +194,12 @@ class ScheduledCallback(Callback, ABC):
         """Do what is due, after a checkpoint that was saved between the last step of an epoch and its end.
 
         Lightning leaves `on_train_epoch_start` of the next epoch out when it resumes from there.
+
+        Raises:
+            ValueError: Before the first step, if the steps of the module need the tables dense.
         """
+        if not self._has_trained and (tables := self.tables_to_come(pl_module)):
+            rehearse(trainer, pl_module, type(self).__name__, tables, batch, batch_idx)
         self._has_trained, self._has_stepped, self._run = True, False, None
         if batch_idx == 0 and self._leads(trainer):
             self._do_all_due(trainer, pl_module)

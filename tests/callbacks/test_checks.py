@@ -176,7 +176,7 @@ def test_optimizers_that_would_not_train_factors_are_refused(make_trainer: MakeT
         make_trainer(ours, steps).fit(model, **loaders_of())
     model = model_of()
     model.decoder.weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    with pytest.raises(ValueError, match="table 'decoder' is trained by a hook in the backward pass"):
+    with pytest.raises(ValueError, match="decoder.*has hooks for its gradient"):
         make_trainer(ours, steps).fit(model, **loaders_of())
     assert steps.count == 0
 

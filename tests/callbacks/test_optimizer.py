@@ -43,6 +43,16 @@ def _compress(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return splice([optimizer], model, old)
 
 
+def test_names_of_parameters_go_with_them() -> None:
+    model = _model(tied=False)
+    optimizer = Adam(
+        [("shift" if name == "1.bias" else name, parameter) for name, parameter in model.named_parameters()]
+    )
+    _compress(model, optimizer)
+    names = [name for name, _ in model.named_parameters()]
+    assert optimizer.param_groups[0]["param_names"] == ["shift" if name == "1.bias" else name for name in names]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "make",
