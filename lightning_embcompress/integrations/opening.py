@@ -22,6 +22,8 @@ from lightning_embcompress.integrations.contents import Contents, load_pretraine
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
 from lightning_embcompress.integrations.skeleton import build_skeleton, choose_tables
 from lightning_embcompress.integrations.sources import CONFIG_FILE, REPORT_FILE, Source, module_folders
+from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.transformers_models import only_model
 
 # What only goes on with the training of the model that was: the optimizer's state of tables that are no more, the
@@ -98,12 +100,21 @@ class OpenedModel:
 
     def _write_directory(self, path: Path) -> None:
         model: Any = self.model
+        copied = {name: self.source.path / name for name in self._beside()[0]}
         if self.source.kind == "saved":
             save_compressed(model, path)
         else:
+            arguments = {}
+            if module_folders(self.source.path):
+                # Programs of sentence-transformers may never import this package. There transformers reports tables as
+                # missing, and loads all else; their entries would end it.
+                layers = all_modules(model).items()
+                tables = {f"{name}.weight" for name, layer in layers if isinstance(layer, CompressedLayer)}
+                arguments["state_dict"] = {
+                    name: tensor for name, tensor in model.state_dict().items() if name not in tables
+                }
             with quiet_transformers():
-                model.save_pretrained(path)
-        copied = {name: self.source.path / name for name in self._beside()[0]}
+                model.save_pretrained(path, **arguments)
         if self.tokenizer is not None and not self.source.has_tokenizer:
             copied |= {file.name: file for pattern in _TOKENIZER_FILES for file in self.tokenizer.glob(pattern)}
         for name, file in copied.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lightning_embcompress import densify
@@ -36,6 +37,8 @@ def test_the_modules_after_the_model_are_kept(model: Any, tmp_path: Path) -> Non
     source, small, dense = (str(tmp_path / name) for name in ("source", "small", "dense"))
     model.save(source)
     assert cli.main(["compress", source, small, "--method", "low_rank", "--ratio", "1.5"]) == 0
+    # Whoever does not import the package loads all but the table, and is told.
+    assert not [name for name in load_file(f"{small}/model.safetensors") if name.endswith("word_embeddings.weight")]
     loaded = type(model)(small, device="cpu")
     assert len(plan_of(loaded).tables) == 1
     assert [type(module) for module in loaded] == [type(module) for module in model]
