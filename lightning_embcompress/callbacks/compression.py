@@ -48,6 +48,7 @@ from lightning_embcompress.callbacks.solving import (
     search_in_training,
     solve_again,
 )
+from lightning_embcompress.callbacks.spawning import check_ties
 from lightning_embcompress.callbacks.weighing import Weighing
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import plan_of
@@ -275,6 +276,7 @@ class EmbeddingCompression(ScheduledCallback):
         check_gradients(trainer, type(self).__name__, tables)
         layers = {path: module.get_submodule(path) for table in tables for path in table.modules}
         check_copies(trainer, type(self).__name__, layers)
+        check_ties(trainer, type(self).__name__, self.tie, find_tables(module, self.tables))
         self._weighing.check(trainer, module, tasks)
         if len(compressing(trainer)) > 1:
             check_order([callback._turn(module) for callback in compressing(trainer) if not callback._compressed])

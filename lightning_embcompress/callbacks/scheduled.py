@@ -16,6 +16,7 @@ from lightning_embcompress.callbacks.checks import check_package, check_trainer
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.rehearsal import rehearse
 from lightning_embcompress.callbacks.reporting import log, write_run_report
+from lightning_embcompress.callbacks.spawning import check_spawned, hand_back
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import use_atomic_checkpoints
 from lightning_embcompress.tables.finding import Table
@@ -133,6 +134,14 @@ class ScheduledCallback(Callback, ABC):
         use_atomic_checkpoints(trainer)
         if stage == "fit":
             check_trainer(trainer, type(self).__name__, self.at_epoch, self.refine_at_epochs)
+            if self._leads(trainer):
+                check_spawned(trainer, pl_module, type(self).__name__)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand dense weights back to a main process whose module is dense."""
+        if stage == "fit" and self._leads(trainer):
+            hand_back(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
