@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from lightning_embcompress.layers.table_weight import TableWeight
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
 
@@ -30,7 +33,7 @@ class TableProducts(TorchFunctionMode):
     ) -> None:
         """Know the tables by their weights."""
         super().__init__()
-        self._paths = {id(weight): path for path, weight in weights.items()}
+        self._paths = {id(_table(weight)): path for path, weight in weights.items()}
         self._weights = dict(weights)
         self._before, self._after = before, after
         self._warned: set[str] = set()
@@ -43,17 +46,12 @@ class TableProducts(TorchFunctionMode):
             return func(*args, **keywords)
         name = getattr(func, "__name__", "")
         path = self._path(read[0])
-        hidden: Any = args[0] if args else keywords.get("input")
-        if name not in _PRODUCTS or hidden is read[0] or not self._is_whole(path, read[0], name == "linear"):
+        hidden, logits_of = self._product(path, name, read[0], func, args, keywords)
+        if logits_of is None:
             found = func(*args, **keywords)
             if isinstance(found, Tensor) and not self._path(found) and name not in ("embedding", "embedding_bag"):
                 self._say(path, name, found)
             return found
-
-        def logits_of(states: Tensor) -> Tensor:
-            logits: Tensor = func(states, *args[1:], **keywords) if args else func(**{**keywords, "input": states})
-            return logits
-
         states = self._before(path, logits_of, hidden)
         if states is None:
             return func(*args, **keywords)
@@ -63,11 +61,33 @@ class TableProducts(TorchFunctionMode):
 
     def _path(self, tensor: Tensor) -> str:
         """Path of the layer whose weight a tensor is, or is a view of; nothing for others."""
-        return self._paths.get(id(tensor)) or self._paths.get(id(getattr(tensor, "_base", None)), "")
+        return self._paths.get(id(_table(tensor))) or self._paths.get(id(getattr(tensor, "_base", None)), "")
 
-    def _is_whole(self, path: str, tensor: Tensor, by_rows: bool) -> bool:
-        shape = tuple(self._weights[path].shape)
-        return tuple(tensor.shape) == (shape if by_rows else shape[::-1])
+    def _product(
+        self, path: str, name: str, weight: Tensor, func: Any, args: Any, keywords: Mapping[str, Any]
+    ) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
+        """What is multiplied with a whole table, and the function that gives logits; None where nothing is."""
+        place = 0
+        turned = tuple(weight.shape) == tuple(self._weights[path].shape)[::-1]
+        if name == "einsum":
+            place = _multiplied(args, weight)
+            is_product = bool(place) and not turned
+        else:
+            is_product = name in _PRODUCTS and turned == (name != "linear")
+        hidden: Any = args[place] if args else keywords.get("input")
+        if not is_product or hidden is weight or (not turned and weight.shape != self._weights[path].shape):
+            return hidden, None
+
+        def logits_of(states: Tensor) -> Tensor:
+            if not args:
+                return cast(Tensor, func(**{**keywords, "input": states}))
+            if states.dim() != hidden.dim() and name == "einsum":
+                # Of some of the positions, which have no letters of their own.
+                return F.linear(states, weight)
+            read = [*args[:place], states, *args[place + 1 :]]
+            return cast(Tensor, func(*read, **keywords))
+
+        return hidden, logits_of
 
     def _say(self, path: str, name: str, found: Tensor) -> None:
         """Warn once of a table that is read in a way that nobody can follow, if that may be for logits."""
@@ -76,5 +96,22 @@ class TableProducts(TorchFunctionMode):
         self._warned.add(path)
         rank_zero_warn(
             f"the weight of {path!r} is read by {name!r}, which the statistics do not follow: they see its lookups, "
-            "and products F.linear(h, weight) and h @ weight.T with all of it as a softmax, but nothing else"
+            "and products of hidden states with all of it, such as F.linear(h, weight), but nothing else"
         )
+
+
+def _table(tensor: Any) -> Any:
+    """What a weight is of: that of a compressed layer stands for its factors, however it is read."""
+    # One that is just being made is of nothing yet.
+    view = vars(tensor).get("view_of") if isinstance(tensor, TableWeight) else None
+    return tensor if view is None else view.table
+
+
+def _multiplied(args: Any, weight: Tensor) -> int:
+    """Which argument of `einsum` are hidden states, in a product `...d, vd -> ...v` with a table; 0 for none."""
+    if len(args) != 3 or not isinstance(args[0], str):
+        return 0
+    inputs, _, output = args[0].replace(" ", "").partition("->")
+    of_hidden, of_weight = inputs.split(",") if args[2] is weight else inputs.split(",")[::-1]
+    is_product = len(of_weight) == 2 and of_hidden[-1:] == of_weight[1] and output == of_hidden[:-1] + of_weight[0]
+    return (1 if args[2] is weight else 2) if is_product else 0

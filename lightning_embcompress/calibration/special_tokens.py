@@ -109,7 +109,7 @@ def protected_counts(token_counts: Tensor, special: Mapping[int, str], padding: 
         `[vocab_size]`, the counts themselves where nothing is to be changed.
     """
     common = count_of_common_token(token_counts)
-    rare = [token for token in special if token not in padding and token_counts[token] < common]
+    rare = [token for token in sorted(special) if token not in padding and token_counts[token] < common]
     if not rare:
         return token_counts
     raised = token_counts.clone()

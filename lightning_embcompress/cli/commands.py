@@ -40,6 +40,8 @@ class Compress(Command):
         statistics: What errors in the tables cost, as Statistics.save has written it; if there is no such file, it is
             written from text. By default it follows from text for methods that use it, and is not kept.
         tokenizer: Directory or hub name; by default the files in source.
+        keep_rows: Ids of tokens that are kept finely however seldom text has them, as special tokens of the model and
+            its tokenizer are; for methods that weight by frequency.
         counts_only: Whether tokens in text are counted, but no perplexity is measured, which is only possible for
             causal language models of transformers.
         dtype: Of the whole result; by default that of source.
@@ -67,6 +69,7 @@ embcompress compress my_model my_model-1% --method auto --max_perplexity_increas
     text: list[str] | None = None
     statistics: str | None = None
     tokenizer: str | None = None
+    keep_rows: list[int] | None = None
     counts_only: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False

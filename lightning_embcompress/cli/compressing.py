@@ -84,7 +84,8 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
     say(f"{source.name}: {_type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
     try:
         tables = _start(opened, given.tables)
-        tasks = plan(opened.model, config, budget, tables, given.tie, is_preview=True)
+        preview: dict[str, Any] = {"keep_rows": given.keep_rows, "is_preview": True}
+        tasks = plan(opened.model, config, budget, tables, given.tie, **preview)
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
     text = _read_text(opened, tokenizer, tasks, given.text, given.counts_only)
@@ -103,6 +104,7 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
         perplexity["dense"] = text.perplexity(opened.model, "dense")
     evaluate = None if text is None else text.measure
     known: dict[str, Any] = {"token_counts": counts, "statistics": statistics, "evaluate": evaluate}
+    known["keep_rows"] = _kept(given, text, tasks)
     done = compress(opened.model, config, **sizes, tables=tables, tie=given.tie, **known)
     show_plan(opened.model, "Compressed")
     if text is not None:
@@ -156,6 +158,14 @@ def _check_text(given: Compress, source: Source) -> str:
     if not given.counts_only:
         check_measurable(source)
     return tokenizer_of(source, given.tokenizer)
+
+
+def _kept(given: Compress, text: _Text | None, tasks: Sequence[Task]) -> list[int]:
+    """Ids that are named, and those that the tokenizer of a text has for ends, masks and the like."""
+    weighs = any(task.config.needs_counts or task.config.uses_metric for task in tasks)
+    rows = min(task.table.shape[0] for task in tasks)
+    special = text.tokens.special if text is not None and weighs else ()
+    return sorted({*(given.keep_rows or ()), *(token for token in special if token < rows)})
 
 
 def _start(opened: OpenedModel, named: Sequence[str] | None) -> str | list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from lightning_embcompress.calibration.special_tokens import tokens_of_tokenizer
 from lightning_embcompress.data.blocks import IGNORE_INDEX, Block, TokenBlocks
 from lightning_embcompress.data.cache import default_cache_dir
 from lightning_embcompress.data.sources import text_files
@@ -36,6 +37,7 @@ class TokenizedText:
     Attributes:
         counted: Ids to count, `[num_counted]`.
         measured: Ids to measure, after the one from which the first of them is predicted, `[num_measured + 1]`.
+        special: Ids that the tokenizer has for ends, masks and the like.
 
     Example:
         >>> text = TokenizedText(np.arange(27) % 3, np.arange(4) % 3)
@@ -45,6 +47,7 @@ class TokenizedText:
 
     counted: Ids
     measured: Ids
+    special: tuple[int, ...] = ()
 
     @property
     def num_measured(self) -> int:
@@ -141,7 +144,8 @@ def read_text(patterns: Sequence[str], tokenizer: str, counted_tenths: int = 9) 
     eos_id = loaded.eos_token_id if isinstance(loaded.eos_token_id, int) else None
     ids = tokenize_subwords(source, loaded, eos_id, "files", default_cache_dir(), "Tokenizing the text").ids[:]
     num_counted = max(1, len(ids) * counted_tenths // 10)
-    return TokenizedText(ids[:num_counted], ids[num_counted - 1 :])
+    special = {token for token in tokens_of_tokenizer(loaded).values() if isinstance(token, int)}
+    return TokenizedText(ids[:num_counted], ids[num_counted - 1 :], tuple(sorted(special)))
 
 
 def tokenizer_of(source: Source, given: str | None) -> str:

@@ -399,5 +399,5 @@ def _protected(model: nn.Module, table: Table, counts: Tensor | None, kept: Sequ
     """Counts in which neither special tokens nor those that were named are rare."""
     if counts is None:
         return None
-    special = {**special_tokens(model, table), **dict.fromkeys(kept, "keep_rows")}
+    special = {**dict.fromkeys(kept, "named"), **special_tokens(model, table)}
     return protected_counts(counts, special, table.padding)

@@ -186,7 +186,8 @@ class _Answers:
     mm = mv = __matmul__ = matmul
 
     def __rmatmul__(self, other: Any) -> Any:
-        return _matmul(other, self)
+        # By a function of torch, so that modes see it as they see that of a dense weight.
+        return torch.matmul(other, self) if isinstance(self, Tensor) else _matmul(other, self)
 
     @classmethod
     def __torch_function__(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import collect_statistics
-from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.compression.plan import compress, densify
 
 VOCAB_SIZE, DIM = 90, 8
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -19,6 +19,7 @@ PRODUCTS: dict[str, Product] = {
     "by name": lambda hidden, weight: F.linear(input=hidden, weight=weight, bias=hidden.new_ones(VOCAB_SIZE)),
     "operator": lambda hidden, weight: hidden @ weight.T,
     "matmul": lambda hidden, weight: torch.matmul(hidden, weight.transpose(0, 1)),
+    "einsum": lambda hidden, weight: torch.einsum("btd,vd->btv", hidden, weight),
 }
 
 
@@ -66,7 +67,7 @@ def test_they_are_seen_as_a_layer_is(how: str) -> None:
 @pytest.mark.parametrize(
     ("product", "name"),
     [
-        (lambda hidden, weight: torch.einsum("btd,vd->btv", hidden, weight), "einsum"),
+        (lambda hidden, weight: torch.einsum("vd,btd->vbt", weight, hidden).permute(1, 2, 0), "einsum"),
         (lambda hidden, weight: hidden @ F.normalize(weight, dim=-1).T, "normalize"),
         (lambda hidden, weight: F.pad(F.linear(hidden, weight[1:]), (1, 0)), "linear"),
     ],
@@ -79,3 +80,13 @@ def test_it_is_said_of_what_is_not_seen(product: Product, name: str) -> None:
         found = collect_statistics(_model(product), IDS, loss)
     assert not found.hidden
     assert list(found.gradients) == ["items"]
+
+
+def test_of_a_compressed_table() -> None:
+    model = _model(lambda hidden, weight: hidden @ weight.T).float()
+    compress(model, "low_rank", ratio=1.5)
+    compressed = collect_statistics(model, IDS, _loss)
+    densify(model)
+    dense = collect_statistics(model, IDS, _loss)
+    torch.testing.assert_close(compressed.hidden, dense.hidden, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compressed.probabilities, dense.probabilities, rtol=1e-4, atol=1e-6)

@@ -131,7 +131,7 @@ def test_they_count_as_common_words(caplog: pytest.LogCaptureFixture) -> None:
     assert task.token_counts[299] == common
     others = torch.ones(300, dtype=torch.bool).index_fill(0, torch.tensor([7, 299]), False)
     assert torch.equal(task.token_counts[others], counts[others])
-    assert "7 (eos), 299 (keep_rows)" in caplog.text
+    assert "7 (eos), 299 (named)" in caplog.text
     assert not counts[7]
 
 

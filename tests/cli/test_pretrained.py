@@ -146,6 +146,17 @@ def test_without_text_counts_are_assumed_and_it_is_said(shell: Any, gpt2: Path) 
     assert torch.equal(GPT2LMHeadModel.from_pretrained("out")(_IDS).logits, dense(_IDS).logits)
 
 
+def test_tokens_that_the_text_lacks(shell: Any, gpt2: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["--method", "group_reduce", "--ratio", 1.4, "--text", text, "--counts_only"]
+    assert shell("compress", gpt2, "out", *words, "--keep_rows", 1, 2) == 0
+    # The end of the text is at its end, in the part that is measured.
+    assert "0 (bos, eos), 1 (named)" in caplog.text
+    shell.capsys.readouterr()
+    assert shell("compress", gpt2, "other", *words, "--keep_rows", _VOCAB) != 0
+    assert "keep_rows must be ids from 0 to 299" in shell.error()
+    assert not Path("other").exists()
+
+
 def test_options_of_methods_and_dtype(shell: Any, gpt2: Path) -> None:
     words = ["--method=tensor_train", "--max-rank=1", "--shape", 8, 4, "--dtype", "bfloat16"]
     assert shell("compress", *words, gpt2, "out", "--tie=untie") == 0
