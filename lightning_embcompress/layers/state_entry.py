@@ -77,7 +77,7 @@ def what_does_not_fit(layer: nn.Module, factors: nn.Module, state: Mapping[str, 
     # Strategies that shard a model load it in ways of their own.
     if not given or _is_part(layer):
         return None
-    trained = {name for name, factor in factors.named_parameters() if factor.requires_grad}
+    trained = {name for name, factor in factors.named_parameters() if factor.requires_grad and factor.numel()}
     if odd := [*sorted(given - factors.state_dict(keep_vars=True).keys()), *sorted(trained - given)]:
         return (
             f"{start}{odd[0]} is {'no factor of' if odd[0] in given else 'missing for'} this {type(layer).__name__}, "

@@ -165,3 +165,15 @@ def test_averages_of_weights() -> None:
     densify(model)
     with pytest.raises(RuntimeError, match=r"encoder.weight"):
         model.load_state_dict(average.module.state_dict(), strict=False)
+
+
+def test_factors_without_elements_are_not_missed() -> None:
+    model = model_of()
+    for layer in (model.encoder, model.decoder):
+        # Nothing is kept of rows that are zero.
+        layer.weight.data[:100] = 0
+    compress_toy(model, "shared_basis", 4)
+    assert any(not factor.numel() for factor in model.parameters())
+    fresh = _empty_like(model)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(_run(fresh), _run(model))
