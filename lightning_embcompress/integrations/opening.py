@@ -179,6 +179,11 @@ def open_model(
     """
     wanted = None if dtype is None else getattr(torch, dtype)
     if source.kind == "pretrained":
+        if (source.path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{source.name!r} has an adapter of PEFT beside the model, which would be lost: merge it into that "
+                "first (merge_and_unload, save_pretrained)"
+            )
         return OpenedModel(source, load_pretrained(source, wanted), tokenizer=tokenizer)
     contents = read_contents(source, trust)
     return OpenedModel(source, build_skeleton(contents.tensors, contents.plan, repr(source.name), wanted), contents)

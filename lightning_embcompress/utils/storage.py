@@ -89,12 +89,16 @@ def check_plain(module: nn.Module, action: str) -> None:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and type(tensor) not in _PLAIN:
             path, _, own = name.rpartition(".")
-            library = type(tensor).__module__.partition(".")[0]
+            kind, library = type(tensor).__name__, type(tensor).__module__.partition(".")[0]
+            remedy = f"save the model before {library} quantizes it, and quantize what is loaded"
+            # Every tensor has the method, for what torch itself quantizes.
+            if type(tensor).dequantize is not Tensor.dequantize:
+                remedy += (
+                    f"; or make the weight ordinary, as in layer = model.get_submodule({path!r}) and layer.{own} = "
+                    f"torch.nn.Parameter(layer.{own}.dequantize())"
+                )
             raise ValueError(
-                f"{action} cannot store {name!r}, a {type(tensor).__name__} of {library}, in a file of plain tensors: "
-                f"save the model before {library} quantizes it, and quantize what is loaded; or make the weight "
-                f"ordinary, as in layer = model.get_submodule({path!r}) and layer.{own} = "
-                f"torch.nn.Parameter(layer.{own}.dequantize())"
+                f"{action} cannot store {name!r}, a {kind} of {library}, in a file of plain tensors: {remedy}"
             )
 
 

@@ -95,6 +95,8 @@ def test_what_lies_beside_a_model_is_copied(shell: Any, gpt2: Path) -> None:
             assert Path(folder, name).read_text() == content
         assert not [name for name in [*weights, *unseen] if Path(folder, name).exists()]
     GPT2LMHeadModel.from_pretrained("small")
+    Path("source/adapter_config.json").write_text("{}")
+    shell.refuses("compress", "source", "new", *words, says="'source' has an adapter of PEFT")
     assert Path("small/report.json").exists()
     assert not Path("dense/report.json").exists()
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import EncoderDecoderModel
 
-from lightning_embcompress import convert_qat, densify, prepare_qat
+from lightning_embcompress import convert_qat, densify, load_compressed, prepare_qat
 from lightning_embcompress.compression.plan import plan_of
 from toys import compress_toy
 
@@ -143,6 +143,9 @@ def test_files_that_keep_the_factors_under_the_head(tmp_path: Path) -> None:
         loaded, report = _load("XLMRoberta", name, tmp_path)
         assert not any("word_embeddings" in key or "lm_head.decoder" in key for keys in report.values() for key in keys)
         assert torch.equal(loaded.get_input_embeddings().factorization.materialize(), table)
+    fresh = _build("XLMRoberta", "ForMaskedLM")
+    assert load_compressed(tmp_path, fresh) == plan_of(model)
+    assert torch.equal(fresh.lm_head.decoder.factorization.materialize(), table)
 
 
 def test_models_put_together_of_compressed_ones(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_save_compressed(tmp_path: Path) -> None:
     compress_toy(model, "low_rank", 2)
     save_compressed(model, tmp_path / "before")
     _quantize(model)
-    with pytest.raises(ValueError, match=r"save_compressed cannot store '1\.weight', a .* of torchao"):
+    with pytest.raises(ValueError, match=r"cannot store '1\.weight', a .* of torchao.*get_submodule\('1'\)"):
         save_compressed(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     # The ways that are named.

@@ -63,7 +63,5 @@ def test_tensors_that_are_not_plain() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     check_plain(model, "save_compressed")
     model[0].weight = _Packed(torch.zeros(2, 2))
-    with pytest.raises(
-        ValueError, match=r"save_compressed cannot store '0\.weight', a _Packed of .*get_submodule\('0'\)"
-    ):
+    with pytest.raises(ValueError, match=r"save_compressed cannot store '0\.weight', a _Packed of .*quantizes it"):
         check_plain(model, "save_compressed")
