@@ -16,6 +16,7 @@ from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import nearest
 from lightning_embcompress.tables.attachments import check_attachments
 from lightning_embcompress.tables.automatic import choose_tables, large_beside
+from lightning_embcompress.tables.transformers_models import reads_numbers
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,12 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
             raise ValueError(
                 f"{where} has scale_grad_by_freq=True: gradients of rows are divided by how often a batch has them, "
                 "and factors that many rows share have no such gradient; set it to False before compressing"
+            )
+        parent = named[path.rpartition(".")[0]]
+        if reads_numbers(parent):
+            raise ValueError(
+                f"{where} is read by a {type(parent).__name__}, which joins the numbers of its weight with others: a "
+                "compressed table has none, so this one has to stay dense; name other modules in tables=[...]"
             )
         check_attachments(where, module)
         if "weight" not in module._parameters:

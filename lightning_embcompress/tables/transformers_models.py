@@ -12,6 +12,15 @@ from torch import Tensor, nn
 
 from lightning_embcompress.layers.compressed import CompressedLayer
 
+# Of transformers: joins the numbers of its `decoder` with those of another weight before it multiplies.
+_READ_AS_NUMBERS = ("MobileBertLMPredictionHead",)
+
+
+def reads_numbers(module: nn.Module) -> bool:
+    """Whether a module of transformers needs the numbers of its layers' weights, which a compressed layer has not."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.") and kind.__name__ in _READ_AS_NUMBERS
+
 
 def pretrained_models(root: nn.Module) -> dict[str, Any]:
     """Models of transformers within a module by their paths, outer ones first; the module itself has the path `""`."""

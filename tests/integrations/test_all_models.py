@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
 import multiprocessing
 import signal
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress.compression.plan import compress, densify
 from lightning_embcompress.layers.compressed import CompressedLayer
-from lightning_embcompress.tables.finding import find_tables
+from lightning_embcompress.tables.finding import find_tables, large_and_dense
 from small_models import VOCAB_SIZE, class_names, inputs_of, logits_of, small_model
 
 METHODS = ("low_rank", "transform_coding")
@@ -65,24 +62,6 @@ def _within(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-@contextlib.contextmanager
-def _all_that_is_said() -> Iterator[io.StringIO]:
-    """What is printed, logged and warned of."""
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
-    loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch", "lightning_embcompress")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield said
-        said.write("\n".join(str(one.message) for one in caught))
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-
-
 def check(name: str, model_type: str, method: str) -> Outcome:
     """Lead a class through its life."""
     torch.set_num_threads(1)
@@ -112,20 +91,20 @@ def check(name: str, model_type: str, method: str) -> Outcome:
 def _compressed(model: Any, method: str) -> str | None:
     """Compress a model; what a refusal says."""
     before, values = _structure(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with _all_that_is_said() as said:
-        try:
-            given = {"token_counts": _counts(model)} if method == "transform_coding" else {}
-            compress(model, method, ratio=1.5, **given)
-        except ValueError as error:
-            same = all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
-            _expect(same and _structure(model) == before, f"refused, but it has changed: {error}")
-            named = any(path and f"'{path}'" in str(error) for path, _ in model.named_modules())
-            _expect(named, f"the refusal names no layer: {error}")
-            return str(error)
+    given = {"token_counts": _counts(model)} if method == "transform_coding" else {}
+    try:
+        said = large_and_dense(model, find_tables(model))
+        compress(model, method, ratio=1.5, **given)
+    except ValueError as error:
+        same = all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+        _expect(same and _structure(model) == before, f"refused, but it has changed: {error}")
+        named = any(path and f"'{path}'" in str(error) for path, _ in model.named_modules())
+        _expect(named, f"the refusal names no layer: {error}")
+        return str(error)
     for path, layer in model.named_modules():
         # As many rows as there are tokens.
         is_table = isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.Linear) and len(layer.weight) == VOCAB_SIZE
-        _expect(not is_table or path in said.getvalue(), f"{path!r} was left dense without a word")
+        _expect(not is_table or path in said, f"{path!r} was left dense without a word")
     return None
 
 

@@ -112,3 +112,11 @@ def test_a_model_that_has_no_words() -> None:
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     with pytest.raises(ValueError, match=r"candidates.*'pooler.dense'"):
         find_tables(transformers.ViTModel(config))
+
+
+def test_a_head_that_joins_the_numbers_of_its_weight_stays_dense() -> None:
+    sizes = {"hidden_size": 32, "embedding_size": 16, "true_hidden_size": 32, "intra_bottleneck_size": 32}
+    sizes |= {"vocab_size": _VOCAB, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.MobileBertForMaskedLM(transformers.MobileBertConfig(**sizes))
+    with pytest.raises(ValueError, match=r"'cls.predictions.decoder' of table .*MobileBertLMPredictionHead"):
+        compress(model, "low_rank", ratio=1.2)
