@@ -45,6 +45,7 @@ class HeadCall:
         path: Of the module.
         logits_of: Gives logits of hidden states.
         hidden: `[*, d]`, what it reads.
+        words: `[*]` bool, which positions are no padding; None for all.
         targets: `[*]` bool, which positions are of targets where logits are not seen; None for all.
 
     Attributes:
@@ -55,15 +56,22 @@ class HeadCall:
     """
 
     def __init__(
-        self, path: str, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor | None = None
+        self,
+        path: str,
+        logits_of: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        words: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         """Note what is needed to compute logits once more."""
         self.path = path
         self._logits_of = logits_of
         self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
         self.reached = hidden
-        every = torch.ones(len(self.hidden), dtype=torch.bool, device=hidden.device)
-        self.is_target = every if targets is None else targets.flatten().to(hidden.device)
+        self._words = torch.ones(len(self.hidden), dtype=torch.bool, device=hidden.device)
+        if words is not None:
+            self._words &= words.flatten().to(hidden.device)
+        self.is_target = self._words if targets is None else self._words & targets.flatten().to(hidden.device)
         self.probabilities: Tensor | None = None
         device = hidden.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -84,7 +92,7 @@ class HeadCall:
         is_target = flat[:, :_FIRST_COLUMNS].ne(0).any(1)
         for rows in torch.split((~is_target).nonzero().flatten(), _rows(flat)):
             is_target[rows] = flat[rows].ne(0).any(1)
-        self.is_target = is_target
+        self.is_target = is_target & self._words
 
     def probabilities_of_targets(self, count: int) -> Tensor | None:
         """`[2, vocab_size]`, the sum over the targets, and that of squares."""

@@ -215,7 +215,9 @@ class Collector:
         if not self._stops:
             # A node of its own: there may be no embedding before the head, and other readers after it.
             hidden = hidden.view_as(hidden) if hidden.requires_grad else hidden.detach().requires_grad_()
-        self._head_calls.append(HeadCall(path, logits_of, hidden, self.words.targets(hidden.shape[:-1])))
+        shape = hidden.shape[:-1]
+        words, targets = self.words.predicting(path, shape), self.words.targets(shape)
+        self._head_calls.append(HeadCall(path, logits_of, hidden, words, targets))
         if self._stops:
             raise HeadReached
         return hidden

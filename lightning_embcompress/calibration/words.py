@@ -117,14 +117,25 @@ class WordMasks:
             words[..., 0] = True
         return words
 
+    def predicting(self, path: str, shape: Sequence[int]) -> Tensor | None:
+        """Where no padding is, `[*]` bool, among `[*]` positions that the head of a path is reading now.
+
+        None where nothing says so. What predicts a target is no padding, whatever the loss makes of it.
+        """
+        wanted = "attention_mask"
+        if getattr(_config(self._model, path), "is_encoder_decoder", False):
+            wanted = "decoder_attention_mask"
+        for frame in (*reversed(self._frames), self._batch):
+            mask = frame.get(wanted)
+            if mask is not None and mask.shape == tuple(shape):
+                return _words(wanted, mask, mask)
+        return None
+
     def targets(self, shape: Sequence[int]) -> Tensor | None:
-        """Where targets are, `[*]` bool, for `[*]` positions of a head whose loss is not seen; None if all may be."""
+        """Where targets are, `[*]` bool, for `[*]` positions whose loss is not seen; None if all may be."""
         for tensor in self._ignoring:
             if tensor.shape == tuple(shape) or (len(shape) == 1 and tensor.numel() == shape[0]):
                 return tensor.reshape(shape) != IGNORE_INDEX
-        for name, mask in self._batch.items():
-            if isinstance(mask, Tensor) and mask.shape == tuple(shape) and name not in _AMBIGUOUS:
-                return _words(name, mask, mask)
         return None
 
 

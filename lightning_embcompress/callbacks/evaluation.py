@@ -120,6 +120,8 @@ def stream_token_counts(
         with (
             torch.no_grad(),
             masks.watching(),
+            # Compiled code would not know of the hooks, or be compiled anew with them.
+            torch.compiler.set_stance("force_eager"),
             training_pass(trainer, module, limit, "Counting tokens") as batches,
         ):
             for batch, batch_index, _ in batches:

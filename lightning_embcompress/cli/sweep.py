@@ -138,7 +138,8 @@ def sweep(
             for a sweep without it.
         match_bits: Whether every method is also tried at the very bytes of plain quantization.
         tables: See `lightning_embcompress.tables.finding.find_tables`.
-        token_counts: `[vocab_size]` how often every token occurs in the training data.
+        token_counts: `[vocab_size]` how often every token occurs in the training data, or such counts by the paths of
+            tables.
         data: What `evaluate` measures on, as JSON, by the names that an error may use (`{"text": checksum}`): points of
             other data are not added to.
         statistics: Called before the first method is solved that weighs errors by what the loss grows by; gives the
@@ -169,7 +170,8 @@ def sweep(
         ['dense', 'low_rank', 'int8']
     """
     trials = _trials(model, methods, ratios, bits, match_bits, tables, token_counts)
-    counted = None if token_counts is None else checksum(torch.as_tensor(token_counts))
+    given = token_counts.values() if isinstance(token_counts, Mapping) else [token_counts]
+    counted = None if token_counts is None else checksum(*map(torch.as_tensor, given))
     subject = {**_fingerprint(model, tables), "token counts": counted, **(data or {})}
     with locked_folder(folder):
         record = SweepRecord(folder, subject)

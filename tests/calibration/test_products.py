@@ -7,10 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.calibration.statistics import collect_statistics
 from lightning_embcompress.compression.plan import compress, densify
+from toys import adam
 
 VOCAB_SIZE, DIM = 90, 8
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -80,6 +84,33 @@ def test_it_is_said_of_what_is_not_seen(product: Product, name: str) -> None:
         found = collect_statistics(_model(product), IDS, loss)
     assert not found.hidden
     assert list(found.gradients) == ["items"]
+
+
+class Recommender(LightningModule):
+    """A model that scores by a product, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _model(F.linear).float()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return _loss(self.model, batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adam(self)
+
+
+def test_in_training(make_trainer: Callable[..., Trainer]) -> None:
+    callback = EmbeddingCompression(ratio=1.1, refine_at_epochs=[1], refresh_statistics=True, groups=1)
+    data = DataLoader(TensorDataset(torch.cat(IDS)), batch_size=4)
+    seen = []
+    collect = callback._weighing.collect
+    object.__setattr__(callback._weighing, "collect", lambda *given: seen.append(collect(*given)) or seen[-1])
+    make_trainer(callback, max_epochs=2).fit(Recommender(), data)
+    # Of the dense table, and of the compressed one before it is refined.
+    assert [list(one.hidden) for one in seen] == [["model.items"], ["model.items"]]
+    targets = int((torch.cat(IDS)[:, 1:] >= 5).sum())
+    assert [one.num_targets for one in seen] == [targets, targets]
 
 
 def test_of_a_compressed_table() -> None:

@@ -85,6 +85,10 @@ def test_causal_models(side: str) -> None:
     found = collect_statistics(model, [{"input_ids": ids, "attention_mask": mask}])
     assert found.token_counts[PAD] == 0
     assert found.token_counts.sum() == 8
+    assert found.num_targets == 2 + 4
+    # Labels that forget it change nothing.
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    assert collect_statistics(model, [given]).num_targets == (3 + 5 if side == "right" else 2 + 4)
     # Without a mask the id of padding says it, unless it stands for something else, too.
     padded = gpt2(vocab_size=VOCAB_SIZE, pad_token_id=PAD)
     found = collect_statistics(padded, [{"input_ids": WORDS}])
@@ -108,3 +112,20 @@ def test_both_sides_of_a_translation() -> None:
     read = torch.tensor([2, 20, 21, 2, 22, 23, 24, 25, 26])
     assert torch.equal(found.token_counts, torch.bincount(torch.cat([WORDS[MASK == 1], read]), minlength=VOCAB_SIZE))
     assert found.num_targets == 7
+
+
+def test_positions_whose_loss_is_not_seen() -> None:
+    """As with a sampled softmax, whose validation is left at the head."""
+    from lightning_embcompress.calibration.collector import Collector
+
+    model = Reader()
+    with Collector(model, [["table"], ["head"]]) as collector:
+        for batch in ((WORDS, WORDS.masked_fill(MASK == 0, -100)), {"ids": WORDS, "attention_mask": MASK}):
+            collector.begin(batch)
+            loss = model.table(WORDS).square().mean()
+            with collector.stopping_at_head():
+                model(WORDS)
+            assert collector.add(loss)
+    assert collector.num_targets == 2 * 8
+    hidden = torch.tanh(model.table(WORDS[MASK == 1])).double()
+    torch.testing.assert_close(collector.sums["hidden", "head"], 2 * (hidden.T @ hidden).detach(), rtol=1e-5, atol=1e-6)
