@@ -158,6 +158,9 @@ def _layer(weight: nn.Parameter, bias: Tensor | None, is_softmax: bool) -> nn.Em
     if bias is None and not is_softmax:
         layer = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
         layer.weight = weight
+        # Only a row that never got a gradient is nothing but zeros.
+        zeros = () if 0 in weight.stride() else (~weight.detach().any(dim=1)).nonzero().flatten().tolist()
+        layer.padding_idx = zeros[0] if len(zeros) == 1 else None
         return layer
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight

@@ -29,7 +29,11 @@ class Foreign(LanguageModel):
     """A LightningModule that knows nothing of this package, and has more than parameters."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**{"vocab_size": _VOCAB, "bias": False, "padding_idx": 0, **given})
+        padding = {} if given.get("tied") else {"padding_idx": 0}
+        super().__init__(**{"vocab_size": _VOCAB, "bias": False, **padding, **given})
+        if padding:
+            # As torch makes it, which is all that a checkpoint says of it.
+            nn.init.zeros_(self.encoder.weight[0])
         self.register_buffer("nothing", torch.empty(0))
         self.norm = nn.BatchNorm1d(16)
 
@@ -73,6 +77,7 @@ def test_a_checkpoint_of_a_foreign_class(shell: Any, tied: bool, foreign: dict[b
     plan = compress(dense, "low_rank", rank=3)
     model = load_from_checkpoint(Foreign, "small.ckpt").eval()
     assert plan_of(model) == plan
+    assert model.encoder.factorization.padding_ids == (() if tied else (0,))
     assert model.hparams == dense.hparams
     assert torch.equal(model(_IDS), dense(_IDS))
     assert (model.encoder.factorization is model.decoder.factorization) == tied
