@@ -78,9 +78,7 @@ class CompressedLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # The entry is known, and of a dense weight it is said in other words.
-        unexpected_keys[:] = [name for name in unexpected_keys if name != f"{prefix}weight"]
-        if problem := what_does_not_fit(self, self.factorization, state_dict, prefix):
+        if problem := what_does_not_fit(self, self.factorization, state_dict, prefix, unexpected_keys):
             error_msgs.append(problem)
 
 

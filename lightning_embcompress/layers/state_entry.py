@@ -51,7 +51,9 @@ def is_table_entry(value: Any) -> bool:
     return isinstance(value, Tensor) and value.shape == (0,)
 
 
-def what_does_not_fit(layer: nn.Module, factors: nn.Module, state: Mapping[str, Any], prefix: str) -> str | None:
+def what_does_not_fit(
+    layer: nn.Module, factors: nn.Module, state: Mapping[str, Any], prefix: str, unexpected: list[str]
+) -> str | None:
     """Say why a state dict is not one of a compressed layer: a dense weight, or the factors of another structure.
 
     Nothing of the layer, or what there is to train of it, may be given: programs load such parts without `strict`.
@@ -61,19 +63,23 @@ def what_does_not_fit(layer: nn.Module, factors: nn.Module, state: Mapping[str, 
         factors: Its factorization.
         state: The state dict.
         prefix: With what the names of the layer begin.
+        unexpected: Names that are said to be unknown, of which those of the entry are taken out.
     """
-    weight = state.get(f"{prefix}weight")
-    stored = type(factors).__name__
-    if weight is not None and not is_table_entry(weight):
-        return (
-            f"{prefix}weight is a dense table of {' x '.join(map(str, getattr(weight, 'shape', ())))}, and the table "
-            f"of this {type(layer).__name__} is stored as {stored}: make the model dense with densify(model) before "
-            "the state dict of a dense model is loaded, and compress it afterwards"
-        )
-    start = f"{prefix}factorization."
+    name, start, stored = f"{prefix}weight", f"{prefix}factorization.", type(factors).__name__
     # Those without elements are left when names of shared tensors are dropped, because they share no memory.
-    empty = {name for name, value in state.items() if isinstance(value, Tensor) and not value.numel()}
-    given = {name.removeprefix(start) for name in state.keys() - empty if name.startswith(start)}
+    empty = {key for key, value in state.items() if isinstance(value, Tensor) and not value.numel()}
+    given = {key.removeprefix(start) for key in state.keys() - empty if key.startswith(start)}
+    # `torch.distributed.checkpoint` leaves out what wraps modules, and puts it back for parameters and buffers alone.
+    unwrapped = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    is_lost = unwrapped != name and unwrapped in unexpected and not given
+    unexpected[:] = [key for key in unexpected if key not in (name, unwrapped)]
+    if is_lost or not is_table_entry(state.get(name, torch.empty(0))):
+        shape = " x ".join(map(str, getattr(state.get(name), "shape", ())))
+        return (
+            f"{name} is a dense table{f' of {shape}' if shape else ''}, and the table of this {type(layer).__name__} "
+            f"is stored as {stored}: make the model dense with densify(model) before the state dict of a dense model "
+            "is loaded, and compress it afterwards"
+        )
     # Strategies that shard a model load it in ways of their own.
     if not given or _is_part(layer):
         return None

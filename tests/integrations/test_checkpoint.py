@@ -361,6 +361,16 @@ def test_attaching_twice_is_attaching_once() -> None:
     assert "embcompress" in checkpoint
 
 
+def test_the_record_adds_the_entries_that_sharded_modules_leave_out() -> None:
+    module = _compressed(tied=True)
+    entries = {"encoder.weight", "decoder.weight"}
+    checkpoint: dict[str, Any] = {"state_dict": {k: v for k, v in module.state_dict().items() if k not in entries}}
+    write_record(module, checkpoint)
+    assert checkpoint["state_dict"].keys() == module.state_dict().keys()
+    with pytest.raises(ValueError, match="factors of table 'decoder', but does not say how"):
+        restore_structure(_Model(), {"state_dict": checkpoint["state_dict"]})
+
+
 @pytest.mark.parametrize("start", ["dense", "group_reduce", "low_rank"])
 def test_structure_is_restored_whatever_the_module_was(start: str) -> None:
     module = _compressed()

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_embcompress.compression.plan import apply_plan, densify, plan_of
@@ -143,6 +145,24 @@ def test_the_entry_is_in_state_dicts_alone() -> None:
     assert "encoder.weight" not in copy.deepcopy(model).to("meta").state_dict()
     parameters = sum(tensor.nbytes for tensor in [*model.mix.parameters(), model.decoder.bias])
     assert model_bytes(model)["stored_bytes"] == parameters + sum(t.stored_bytes for t in plan_of(model).tables)
+
+
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    model = _compressed("transform_coding")
+    state = get_model_state_dict(torch.compile(model))
+    dcp.save({"model": state}, checkpoint_id=tmp_path, no_dist=True)
+    loaded = _empty_like(model)
+    given = {"model": get_model_state_dict(loaded)}
+    dcp.load(given, checkpoint_id=tmp_path, no_dist=True)
+    # The names are given without those of what wraps the model, and some are wrapped again.
+    set_model_state_dict(torch.compile(loaded), given["model"])
+    assert torch.equal(_run(loaded), _run(model))
+    loose = StateDictOptions(strict=False)
+    for wrapped in (loaded, torch.compile(loaded)):
+        with pytest.raises(RuntimeError, match=r"encoder.weight is a dense table"):
+            set_model_state_dict(wrapped, model_of().state_dict(), options=loose)
+    with pytest.raises(RuntimeError, match="encoder.weight"):
+        set_model_state_dict(model_of(), get_model_state_dict(model), options=loose)
 
 
 def test_averages_of_weights() -> None:
