@@ -46,9 +46,16 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         raise ValueError(f"{source.name!r} is compressed already ({names}): sweep over the model it was made of")
     tables = "auto" if given.tables is None else list(given.tables)
     try:
-        (vocab_size,) = {table.shape[0] for table in find_tables(model, tables)}
+        sizes = {table.name: table.shape[0] for table in find_tables(model, tables)}
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"the tables have different numbers of rows ({listed}), but the text has one vocabulary: name those of it, "
+            f"as in --tables {next(iter(sizes))}"
+        )
+    vocab_size = next(iter(sizes.values()))
     text = read_text(given.text, tokenizer, 9 if given.counts_text is None else 0).limited(given.max_tokens)
     counted = text if given.counts_text is None else read_text(given.counts_text, tokenizer, 10)
     for one in (text, counted):
