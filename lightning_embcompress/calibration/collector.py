@@ -18,6 +18,7 @@ from lightning_embcompress.layers.bags import AnyEmbedding, CompressedEmbeddingB
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.layers.pooling import bag_ids
 from lightning_embcompress.layers.scaled_embeddings import scale_of
+from lightning_embcompress.tables.automatic import vocabulary_size
 from lightning_embcompress.tables.finding import all_modules, find_tables
 
 # Of the loss in float16, so that its gradient is finite.
@@ -111,8 +112,10 @@ class Collector:
         self.sizes |= {path: layer.out_features for path, layer in self.heads.items()}
         self.given_counts = None if token_counts is None else _given_counts(token_counts, self.tables, self.sizes)
         counted = {self.sizes[path] for path in self.embeddings}
+        # Sizes of the embeddings whose ids are counted for a table, which may be padded otherwise.
+        self.vocabularies = {path: vocabulary_size(size, counted) or 0 for path, size in self.sizes.items()}
         for modules in self.tables:
-            if token_counts is None and self.sizes[modules[0]] not in counted:
+            if token_counts is None and not self.vocabularies[modules[0]]:
                 raise ValueError(
                     f"table {modules[0]!r} is read by no embedding whose ids could be counted: give token_counts, how "
                     "often every token occurs in the training data (torch.bincount(ids, minlength=vocab_size))"

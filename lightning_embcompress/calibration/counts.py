@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_embcompress.methods.config import nearest
+from lightning_embcompress.tables.automatic import vocabulary_size
 
 
 class Vocabulary(NamedTuple):
@@ -23,7 +24,7 @@ def counts_by_table(token_counts: Any, tables: Sequence[Vocabulary]) -> list[Ten
 
     Args:
         token_counts: `[vocab_size]` how often every token occurs; of tables with vocabularies of their own, such counts
-            by the path of a module that reads the table.
+            by the path of a module that reads the table. Tables of one vocabulary may differ by a tenth of padding.
         tables: Of the model.
 
     Returns:
@@ -56,14 +57,42 @@ def counts_by_table(token_counts: Any, tables: Sequence[Vocabulary]) -> list[Ten
             found.append(_checked(given[0], modules[0], size))
         return found
     sizes = {size: modules[0] for modules, size in reversed(tables)}
-    if len(sizes) > 1:
+    if any(vocabulary_size(size, [max(sizes)]) is None for size in sizes):
         listed = ", ".join(f"{name!r} ({size} rows)" for size, name in reversed(sizes.items()))
         raise ValueError(
             f"tables {listed} have vocabularies of their own, and token_counts are of one: give those of each by its "
             f"name, as in token_counts={{{next(reversed(sizes.values()))!r}: counts, ...}}"
         )
-    counts = [_checked(token_counts, modules[0], size) for modules, size in tables[:1]]
-    return counts * len(tables)
+    # Of one vocabulary, which may be padded in some of the tables.
+    size = next((size for size in sizes if _length(token_counts) == size), tables[0].size)
+    counts = _checked(token_counts, sizes[size], size)
+    return [fitted(counts, table.size) for table in tables]
+
+
+def fitted(token_counts: Tensor, size: int) -> Tensor:
+    """Counts for a table of the same vocabulary with other padding: no token of the data is in that.
+
+    Args:
+        token_counts: `[vocab_size]` counts.
+        size: Rows of the table.
+
+    Returns:
+        `[size]` counts.
+
+    Example:
+        >>> fitted(torch.tensor([5, 2, 0]), 2), fitted(torch.tensor([5, 2, 0]), 4)
+        (tensor([5, 2]), tensor([5, 2, 0, 0]))
+    """
+    if len(token_counts) == size:
+        return token_counts
+    return nn.functional.pad(token_counts, (0, size - len(token_counts)))
+
+
+def _length(token_counts: Any) -> int | None:
+    try:
+        return len(token_counts)
+    except TypeError:
+        return None
 
 
 def _checked(token_counts: Any, name: str, size: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_embcompress.calibration.calls import never_called
 from lightning_embcompress.calibration.collector import Collector
+from lightning_embcompress.calibration.counts import fitted
 from lightning_embcompress.utils.division import sum_over_processes
 
 
@@ -62,7 +63,7 @@ def _counts(collector: Collector) -> dict[str, Any]:
     given, sizes = collector.given_counts, collector.sizes
     if given is None:
         summed = {size: sum_over_processes(counted) for size, counted in collector.counted.items()}
-        given = {path: summed[size] for path, size in sizes.items()}
+        given = {path: fitted(summed[collector.vocabularies[path]], size) for path, size in sizes.items()}
     first = given[collector.tables[0][0]]
     others = {path: counts for path, counts in given.items() if not torch.equal(counts, first)}
     return {"token_counts": first, "table_counts": others}

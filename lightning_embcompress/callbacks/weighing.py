@@ -24,6 +24,7 @@ from lightning_embcompress.compression.tasks import Task, check_counts
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.tables.automatic import vocabulary_size
 from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.utils.division import failing_together
 
@@ -166,7 +167,7 @@ class Weighing:
         sizes = {table.shape[0] for table in tables}
         if counts is None or isinstance(counts, Mapping):
             return counts
-        if len(sizes) > 1:
+        if any(vocabulary_size(size, [max(sizes)]) is None for size in sizes):
             # Of which vocabulary they are is not known.
             return None
         if len(counts) < min(sizes):
@@ -218,10 +219,7 @@ def _counted_embeddings(module: nn.Module, tables: Sequence[Table]) -> dict[int,
     # Of a head alone the ids are those that another embedding of the same vocabulary reads.
     candidates = [*layers, *module.modules()]
     sizes = dict.fromkeys(table.shape[0] for table in tables)
-    return {rows: next((layer for layer in candidates if _embeds(layer, rows)), None) for rows in sizes}
-
-
-def _embeds(layer: nn.Module, rows: int) -> bool:
-    if isinstance(layer, CompressedEmbedding):
-        return layer.factorization.vocab_size == rows
-    return isinstance(layer, AnyEmbedding) and layer.num_embeddings == rows
+    embeddings = [layer for layer in candidates if isinstance(layer, AnyEmbedding | CompressedEmbedding)]
+    by_size = {layer.num_embeddings: layer for layer in reversed(embeddings)}
+    counted = {rows: vocabulary_size(rows, by_size) for rows in sizes}
+    return {rows: None if size is None else by_size[size] for rows, size in counted.items()}

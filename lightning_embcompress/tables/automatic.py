@@ -68,6 +68,24 @@ def _candidates(named: Mapping[str, nn.Module], also: Collection[nn.Module] = ()
     return list(found.values())
 
 
+def vocabulary_size(rows: int, sizes: Collection[int]) -> int | None:
+    """Tell which vocabulary a table belongs to that may be padded, or may not be where others are.
+
+    Args:
+        rows: Of the table.
+        sizes: Of the vocabularies.
+
+    Returns:
+        The nearest of the sizes, if it is near enough to be that of the same vocabulary.
+
+    Example:
+        >>> vocabulary_size(50_304, [50_257, 1024]), vocabulary_size(512, [50_257, 1024])
+        (50257, None)
+    """
+    nearest = min(sizes, key=lambda size: abs(size - rows), default=0)
+    return nearest if sizes and abs(nearest - rows) <= _PADDING * nearest else None
+
+
 def choose_tables(named: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
     """Choose the tables of a model by the rules of `find_tables`.
 
@@ -151,8 +169,8 @@ def _by_shape(
     if not any(one.is_projection for one in certain):
         sizes |= {one.rows for one in certain}
     for head in heads:
-        size = min(sizes, key=lambda size: abs(size - head.rows), default=0)
-        if abs(size - head.rows) <= (_PADDING * size if guessed.isdisjoint(head.layers) else 0):
+        size = vocabulary_size(head.rows, sizes)
+        if size is not None and (size == head.rows or guessed.isdisjoint(head.layers)):
             vocabularies.setdefault(size, []).append(head)
     known = [one.rows for one in certain]
     known += [size for size, tables in vocabularies.items() if any(one.is_projection for one in tables)]

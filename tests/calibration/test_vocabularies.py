@@ -187,3 +187,36 @@ def test_rows_that_are_none(rows: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         collect_statistics(gpt2(), rows)
     assert as_batch((1, 2)) == (1, 2)
+
+
+class _Padded(nn.Module):
+    """An embedding of more rows than its softmax, as after special tokens, or padding, were added to one of them."""
+
+    def __init__(self, rows: int = 160, words: int = 150) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(rows, 16), nn.Linear(16, words)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embedding(ids))
+        return logits
+
+
+def _mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(("rows", "words"), [(160, 150), (150, 160)])
+def test_one_vocabulary_with_other_padding_has_one_text(rows: int, words: int) -> None:
+    model, ids = _Padded(rows, words), token_ids(vocab_size=150)
+    statistics = collect_statistics(model, [ids], _mean_loss)
+    counts = torch.bincount(ids[:, :-1].flatten(), minlength=160)
+    assert torch.equal(statistics.counts_of(["embedding"]), counts[:rows])
+    assert torch.equal(statistics.counts_of(["head"]), counts[:words])
+    plan = compress(model, "transform_coding", ratio=2, statistics=statistics)
+    assert [table.name for table in plan.tables] == ["embedding", "head"]
+    # Counts of either are those of both.
+    for size in (rows, words):
+        compress(_Padded(rows, words), "group_reduce", ratio=2, groups=2, token_counts=counts[:size])
+    with pytest.raises(ValueError, match="one entry for each of the .* rows of table"):
+        compress(_Padded(rows, words), "group_reduce", ratio=2, groups=2, token_counts=counts[:155])
