@@ -20,6 +20,7 @@ from lightning_embcompress.compression.report import say
 from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
+from lightning_embcompress.tables.automatic import vocabulary_size
 from lightning_embcompress.tables.finding import find_tables
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         sizes = {table.name: table.shape[0] for table in find_tables(model, tables)}
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
-    if len(set(sizes.values())) > 1:
+    if any(vocabulary_size(size, [max(sizes.values())]) is None for size in sizes.values()):
         listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
         raise ValueError(
             f"the tables have different numbers of rows ({listed}), but the text has one vocabulary: name those of it, "
             f"as in --tables {next(iter(sizes))}"
         )
-    vocab_size = next(iter(sizes.values()))
+    # One of them may be padded.
+    vocab_size = min(sizes.values())
     text = read_text(given.text, tokenizer, 9 if given.counts_text is None else 0).limited(given.max_tokens)
     counted = text if given.counts_text is None else read_text(given.counts_text, tokenizer, 10)
     for one in (text, counted):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_embcompress.compression.backbone_files import backbone_shapes, check_backbone_tensors
 from lightning_embcompress.compression.plan import Plan, apply_plan
 from lightning_embcompress.compression.records import check_factors, dtype_of
+from lightning_embcompress.tables.automatic import vocabulary_size
 from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.utils.storage import identity_of
 
@@ -110,6 +111,17 @@ def choose_tables(skeleton: nn.Module) -> list[str]:
             f"the tables cannot be told from the {len(largest)} layers with the most rows ({listed}); name the modules "
             "to compress, as in tables=['encoder']"
         )
+    if len(distinct) == 1:
+        # The other role may have a few rows less, as where one of them is padded.
+        near = {
+            path: module
+            for path, module in layers.items()
+            if path not in largest
+            and vocabulary_size(len(module.weight), [rows])
+            and all(module.weight.shape[1] == one.weight.shape[1] for one in distinct.values())
+        }
+        if len({id(module.weight) for module in near.values()}) == 1:
+            return list(largest | near)
     first, *others = largest.values()
     for module in others:
         if module.weight is not first.weight and torch.equal(module.weight, first.weight):

@@ -188,6 +188,10 @@ def test_what_counts_as_a_layer() -> None:
         skeleton = build_skeleton({"a.weight": shared, "b.weight": weight}, Plan(), "it")
         assert choose_tables(skeleton) == ["a", "b"]
         assert (skeleton.get_submodule("a").weight is skeleton.get_submodule("b").weight) == tied
+    # Of which one is padded, beside a layer that is neither.
+    state = {"words.weight": torch.randn(64, 4), "head.weight": torch.randn(60, 4), "head.bias": torch.randn(60)}
+    state["hidden.weight"] = torch.randn(62, 5)
+    assert choose_tables(build_skeleton(state, Plan(), "it")) == ["words", "head"]
 
 
 @pytest.mark.parametrize(

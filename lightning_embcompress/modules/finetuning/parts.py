@@ -19,6 +19,7 @@ from lightning_embcompress.callbacks.passes import step_arguments
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
 from lightning_embcompress.methods.quantizers.factors import FakeQuantizer
+from lightning_embcompress.tables.automatic import vocabulary_size
 
 Freeze: TypeAlias = Literal["backbone", "factors"]
 """The part of a model that is not trained: everything but its tables, or its tables."""
@@ -46,13 +47,14 @@ class Parts:
         """Find them."""
         self.tables = find_layers(model, tables)
         sizes = {path: table_shape(model.get_submodule(path))[0] for paths in self.tables for path in paths}
-        if len(set(sizes.values())) != 1:
+        if any(vocabulary_size(size, [max(sizes.values())]) is None for size in sizes.values()):
             listed = ", ".join(f"{path!r} {size}" for path, size in sizes.items())
             raise ValueError(
                 f"The tables have different numbers of rows ({listed}), but a language model has one vocabulary: name"
                 f" those of it, as in tables=[{next(iter(sizes))!r}]."
             )
-        self.vocab_size = next(iter(sizes.values()))
+        # One of them may be padded.
+        self.vocab_size = min(sizes.values())
 
     @property
     def paths(self) -> list[str]:
