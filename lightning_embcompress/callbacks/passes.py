@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
+from lightning_embcompress.layers.table_weight import TableWeight
 from lightning_embcompress.utils.division import count_processes, sum_over_processes
 from lightning_embcompress.utils.progress import progress_bar
 
@@ -155,6 +156,9 @@ def copied(value: Any, known: dict[int, Any]) -> Any:
     if id(value) in known:
         return known[id(value)]
     kind = type(value)
+    if isinstance(value, TableWeight):
+        # It has no values.
+        return value
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.requires_grad:
         known[id(value)] = value.clone()
     elif kind is tuple:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_embcompress.callbacks.passes import Logged, copied, loggers_off, step_arguments, undisturbed, validating
-from lightning_embcompress.layers import table_weight
 from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.layers.weight_answers import WeightError
 from lightning_embcompress.methods.registry import FullTable
 from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.tables.replacement import put_back, replace_table
@@ -75,7 +75,7 @@ def _call(step: Callable[..., Any], batch: Any, batch_idx: int) -> None:
         step(*step_arguments(step, copied(batch, {}), batch_idx))
     except Exception as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        needs_numbers = any(frame.f_globals.get("__name__") == table_weight.__name__ for frame in frames)
+        needs_numbers = isinstance(error, WeightError)
         lacks = isinstance(error, AttributeError) and isinstance(frames[-1].f_locals.get("self"), CompressedLayer)
         if needs_numbers or lacks:
             raise _NotDense(f"its {step.__name__} needs them dense. {error}") from error

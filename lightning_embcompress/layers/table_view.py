@@ -91,7 +91,7 @@ class TableView:
             if others and len(ids) == size:
                 return None
         else:
-            ids = torch.as_tensor(first, device=device)
+            ids = torch.as_tensor(first).to(device)
             if ids.dtype in (torch.bool, torch.uint8):
                 ids = ids.bool().nonzero().squeeze(-1)
             ids = torch.where(ids < 0, ids + size, ids)

@@ -51,7 +51,8 @@ def holds_views(module: nn.Module) -> bool:
         False
     """
     values = (value for part in module.modules() for value in vars(part).values())
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+    # What stands for a weight, and has no memory, is of a class of its own.
+    return any(type(value) in _PLAIN and value.requires_grad for value in values)
 
 
 def check_whole(module: nn.Module, action: str) -> None:

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_embcompress.callbacks.passes import copied
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from lightning_embcompress.layers.fused_loss import fused_cross_entropy
 from lightning_embcompress.layers.table_weight import TableWeight
 from lightning_embcompress.methods.registry import Factorization, Quantization
 from lightning_embcompress.quantization.aware import convert_qat, prepare_qat
+from lightning_embcompress.utils.storage import holds_views
 from toys import factors_of, model_of
 
 _SIZE, _DIM = 200, 8
@@ -119,7 +122,9 @@ _REFUSED: dict[str, Callable[[Any], object]] = {
     "__setitem__": lambda w: w.__setitem__(0, 1.0),
     "normal_": lambda w: nn.init.normal_(w),
     "uniform_": lambda w: w.data.uniform_(-0.1, 0.1),
-    "zero_": lambda w: w[3:5] if w is None else w.data.zero_(),
+    "zero_": lambda w: w.data.zero_(),
+    "fill_": lambda w: w.data[3].fill_(0.0),
+    "__setitem__ ": lambda w: w.detach()[3:5].__setitem__(0, 1.0),
     "copy_": lambda w: w.copy_(torch.zeros(_SIZE, _DIM)),
     "data": lambda w: setattr(w, "data", torch.zeros(_SIZE, _DIM)),
     "grad": lambda w: setattr(w, "grad", torch.zeros(_SIZE, _DIM)),
@@ -154,6 +159,23 @@ class _FusedLoss(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         ones = torch.ones(len(hidden), len(weight))
         return ones @ weight, ones.T @ hidden
+
+
+@torch.no_grad()
+def test_rows_that_were_read_are_not_the_table() -> None:
+    layer = CompressedEmbedding(_factors())
+    rows = layer.weight[1:]
+    assert torch.equal(rows, layer.factorization.materialize()[1:])
+    assert type(_HIDDEN @ rows.T) is Tensor
+    with pytest.raises(TypeError, match="zero_ .* compressed layer"):
+        rows.zero_()
+    # Ids in a tensor give a copy of a dense weight, too.
+    layer.weight[_IDS].zero_()
+
+
+def test_passes_over_data_leave_the_weight_of_frozen_factors_alone() -> None:
+    weight = CompressedEmbedding(_factors()).weight.requires_grad_(False)
+    assert copied([weight], {})[0] is weight
 
 
 def test_gradient_of_the_whole_weight_is_not_lost_silently() -> None:
@@ -216,9 +238,9 @@ def test_detached_weight_gives_no_gradient_to_the_factors() -> None:
 
 def test_copies_of_a_weight_have_a_table_of_their_own() -> None:
     layer = CompressedEmbedding(_factors())
-    for copied in (copy.deepcopy(layer.weight.T), pickle.loads(pickle.dumps(layer.weight.T))):
-        assert copied.factorization is not layer.factorization
-        torch.testing.assert_close(_HIDDEN @ copied, layer.factorization.logits(_HIDDEN))
+    for other in (copy.deepcopy(layer.weight.T), pickle.loads(pickle.dumps(layer.weight.T))):
+        assert other.factorization is not layer.factorization
+        torch.testing.assert_close(_HIDDEN @ other, layer.factorization.logits(_HIDDEN))
     # A copy of the factorization, which shares its parameters, has not its weight.
     assert CompressedEmbedding(copy.copy(layer.factorization)).weight is not layer.weight
 
@@ -235,6 +257,14 @@ def test_follows_the_table_through_quantization() -> None:
         torch.testing.assert_close(F.linear(hidden, weight, model.decoder.bias), model.decoder(hidden))
         assert torch.equal(weight[ids], model.encoder(ids))
         torch.testing.assert_close(F.linear(hidden, weight.detach()), model.encoder.factorization.logits(hidden))
+
+
+def test_losses_read_the_factors_of_a_layer_whose_weight_was_read() -> None:
+    head, targets = CompressedLinear(_factors()), torch.tensor([1, 5, 7])
+    expected = fused_cross_entropy(head, _HIDDEN[0], targets)
+    assert head.weight.requires_grad
+    assert torch.equal(fused_cross_entropy(head, _HIDDEN[0], targets), expected)
+    assert not holds_views(head)
 
 
 def test_on_the_meta_device_changes_in_place_do_nothing() -> None:
