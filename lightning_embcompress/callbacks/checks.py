@@ -111,12 +111,13 @@ def check_copies(trainer: Trainer, name: str, layers: Mapping[str, nn.Module]) -
                 f"training: name other layers by parameters_to_prune, {remedy}"
             )
     shapes = {_shape_of(layer): path for path, layer in layers.items()}
-    for path, part in trainer.lightning_module.named_modules():
+    of_callbacks = [(f"of {type(one).__name__}", part) for one in trainer.callbacks for part in vars(one).values()]  # type: ignore[attr-defined]
+    for where, part in [*trainer.lightning_module.named_modules(), *of_callbacks]:
         copies = part.modules() if isinstance(part, AveragedModel) else ()
         if known := [shapes[_shape_of(copy)] for copy in copies if _shape_of(copy) in shapes]:
             raise ValueError(
-                f"AveragedModel {path!r} averages weights by shape, also those of {known[0]!r}, and breaks when {name} "
-                f"replaces it in the middle of training: average parts without tables, {remedy}"
+                f"AveragedModel {where!r} averages weights by shape, also those of {known[0]!r}, and breaks when "
+                f"{name} replaces it in the middle of training: average parts without tables, {remedy}"
             )
 
 

@@ -77,7 +77,8 @@ class EmbeddingCompression(ScheduledCallback):
 
     A compressed model is compared with itself only: the best scores of `ModelCheckpoint`, the patience of
     `EarlyStopping` and `ReduceLROnPlateau` begin anew when the tables are compressed, and checkpoints that were the
-    best ones before stay on disk.
+    best ones before stay on disk. Before the first step the steps of the module are called once with compressed layers
+    that store the tables as they are: what they cannot do is refused then.
 
     Under DDP the processes share the work of solving, and hold the same factors afterwards. Several callbacks may
     compress different tables, or the same ones one after the other, each time from the table as it is then; one of

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_embcompress.callbacks.checks import check_package, check_trainer
+from lightning_embcompress.callbacks.checks import check_copies, check_package, check_trainer
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.rehearsal import rehearse
 from lightning_embcompress.callbacks.reporting import log, write_run_report
@@ -208,6 +208,9 @@ class ScheduledCallback(Callback, ABC):
             ValueError: Before the first step, if the steps of the module need the tables dense.
         """
         if not self._has_trained and (tables := self.tables_to_come(pl_module)):
+            # What was copied since training began, too.
+            layers = {path: pl_module.get_submodule(path) for table in tables for path in table.modules}
+            check_copies(trainer, type(self).__name__, layers)
             rehearse(trainer, pl_module, type(self).__name__, tables, batch, batch_idx)
         self._has_trained, self._has_stepped, self._run = True, False, None
         if batch_idx == 0 and self._leads(trainer):

@@ -160,6 +160,15 @@ def test_averaging_is_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="^AveragedModel 'average' averages.*'encoder'"):
         make_trainer(ours, steps).fit(model, **loaders_of())
     assert steps.count == 0
+    del model.average
+
+    class Average(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            self.kept = AveragedModel(pl_module)
+
+    with pytest.raises(ValueError, match="^AveragedModel 'of Average' averages.*'encoder'"):
+        make_trainer(ours, Average(), steps).fit(model, **loaders_of())
+    assert steps.count == 0
     model.average = AveragedModel(model.mix)
     make_trainer(ours, steps).fit(model, **loaders_of())
 
