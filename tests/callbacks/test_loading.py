@@ -267,7 +267,7 @@ def test_factors_without_a_record(make_trainer: MakeTrainer, tmp_path: Path) -> 
     compress(module, "low_rank", ratio=2)
     keep_structure(module)
     message = (
-        r"factors of table 'encoder', but does not say how it is compressed: .*call keep_structure\(model\) before"
+        r"factors of table '..coder', but does not say how it is compressed: .*call keep_structure\(model\) before"
     )
     with pytest.raises(ValueError, match=message):
         _enter("validate", make_trainer(), module, tmp_path / "last.ckpt")
