@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_embcompress.utils.storage import check_in_memory
 
+_CONTENTS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 # Hooks of all kinds and whether the layer is training: all that any module has, apart from its tensors and children.
-_OF_ANY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_OF_ANY_MODULE = frozenset(vars(nn.Module())) - _CONTENTS
 _LAYERS = (nn.Embedding(1, 1), nn.EmbeddingBag(1, 1), nn.Linear(1, 1))
 # Of a layer itself: its successor gets these, or what they stand for, when it is built.
 _OF_ANY_LAYER = frozenset(name for layer in _LAYERS for name in vars(layer))
@@ -56,6 +58,51 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         # Torch keeps the module that such a hook is called with, not alive, in the hook.
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(new)  # type: ignore[attr-defined]
+
+
+def exchange_references(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+    """Let attributes of modules that are a layer, a method of it, or a list, tuple or dictionary with it follow.
+
+    Args:
+        model: In which layers were replaced.
+        successors: The layers that took the places of others, by those.
+
+    Example:
+        >>> model, new = nn.Sequential(nn.Linear(2, 3)), nn.Linear(2, 3)
+        >>> model.heads, model.project = [model[0]], model[0].forward
+        >>> exchange_references(model, {model[0]: new})
+        >>> model.heads[0] is new, model.project == new.forward
+        (True, True)
+    """
+
+    def follow(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return successors.get(value, value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module) and value.__self__ in successors:
+            return _rebound(value, value.__self__, successors[value.__self__])
+        return value
+
+    for part in model.modules():
+        for name, value in vars(part).items():
+            if name in _CONTENTS:
+                continue
+            if type(value) is tuple:
+                vars(part)[name] = tuple(map(follow, value))
+            elif type(value) is list:
+                value[:] = map(follow, value)
+            elif type(value) is dict:
+                value.update({key: follow(one) for key, one in value.items()})
+            else:
+                vars(part)[name] = follow(value)
+
+
+def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in plain attributes of a module, or in lists, tuples and dictionaries there, by the attributes."""
+    for name, value in vars(module).items():
+        if name in _CONTENTS:
+            continue
+        values = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+        yield from ((name, one) for one in values if isinstance(one, Tensor))
 
 
 def check_attachments(where: str, layer: nn.Module) -> None:

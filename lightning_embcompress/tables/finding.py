@@ -14,7 +14,7 @@ from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import nearest
-from lightning_embcompress.tables.attachments import check_attachments
+from lightning_embcompress.tables.attachments import check_attachments, kept_tensors
 from lightning_embcompress.tables.automatic import choose_tables, large_beside
 from lightning_embcompress.tables.transformers_models import reads_numbers
 
@@ -197,7 +197,8 @@ def _remedy_of_wrapped(path: str) -> str:
 
 def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
     for path, module in named.items():
-        own = [name for name, parameter in module._parameters.items() if parameter is table.weight]
+        kept = (*module._parameters.items(), *kept_tensors(module))
+        own = [name for name, tensor in kept if tensor is table.weight]
         if own and (path not in table.modules or not (path or isinstance(module, AnyEmbedding | nn.Linear))):
             raise ValueError(
                 f"parameter {f'{path}.{own[0]}'.lstrip('.')!r} of the {type(module).__name__} is table {table.name!r} "

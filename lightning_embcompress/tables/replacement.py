@@ -14,7 +14,7 @@ from lightning_embcompress.layers.compressed import CompressedEmbedding, Compres
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.methods.specs import dense_bytes
-from lightning_embcompress.tables.attachments import carry_over, check_attachments
+from lightning_embcompress.tables.attachments import carry_over, check_attachments, exchange_references
 from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.listeners import layers_replaced
 
@@ -130,10 +130,14 @@ def put_back(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         model: The module that holds the others.
         layers: The layers by their paths: new ones, or those that were there before `restore_dense` or `replace_table`.
     """
+    successors: dict[nn.Module, nn.Module] = {}
     for path, layer in layers.items():
-        carry_over(model.get_submodule(path), layer)
+        old = model.get_submodule(path)
+        carry_over(old, layer)
+        successors.setdefault(old, layer)
         parent_path, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent_path), name, layer)
+    exchange_references(model, successors)
     layers_replaced(model)
 
 

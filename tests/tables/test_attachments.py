@@ -234,6 +234,10 @@ def _add_child(model: LanguageModel) -> None:
     model.decoder.observer = nn.BatchNorm1d(3)
 
 
+def _keep_weight(model: LanguageModel) -> None:
+    model.tied = [model.encoder.weight]
+
+
 def _hide_weight(model: LanguageModel) -> None:
     weight = model.encoder.weight.detach()
     del model.encoder.weight
@@ -254,6 +258,7 @@ _REFUSED: dict[str, tuple[Callable[[LanguageModel], Any], str]] = {
     "normalized": (lambda model: nn.utils.weight_norm(model.decoder), "'decoder' .*'weight_g', 'weight_v'.*remove"),
     "spectral": (lambda model: nn.utils.spectral_norm(model.decoder), "'decoder' .*'weight_orig'"),
     "no parameter": (_hide_weight, "'encoder' .*no parameter"),
+    "kept weight": (_keep_weight, "'tied' of the LanguageModel is table 'encoder' by another name"),
     "float8": (lambda model: model.encoder.to(torch.float8_e4m3fn), "'encoder' .*float8_e4m3fn.*bfloat16"),
 }
 
@@ -311,6 +316,21 @@ def test_methods_of_a_layer_are_those_of_the_next_one() -> None:
     densify(model)
     assert model.decoder.forward.__func__ is nn.Linear.forward
     torch.testing.assert_close(2 * model.decoder.halved(model.hidden(_IDS)), model(_IDS))
+
+
+def test_other_references_to_a_layer_follow_it() -> None:
+    model = _model()
+    model.heads, model.by_name, model.both = [model.decoder], {"head": model.decoder}, (model.encoder, 3)
+    model.project = model.decoder.forward
+    # Not registered, as those do who want no second name in the state dict.
+    object.__setattr__(model.mix, "output", model.decoder)
+    for step in (*_COURSES["trained in few bits"], *_COURSES["quantized, and compressed anew"]):
+        step(model)
+        assert model.heads == [model.decoder]
+        assert model.by_name == {"head": model.decoder}
+        assert model.both == (model.encoder, 3)
+        assert vars(model.mix)["output"] is model.decoder
+        assert torch.equal(model.project(model.hidden(_IDS)), model(_IDS))
 
 
 class _Quarter:
