@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from lightning_embcompress import densify
+from lightning_embcompress import compress, densify
 from lightning_embcompress.cli import main as cli
 from lightning_embcompress.compression.plan import plan_of
 
@@ -55,3 +55,21 @@ def test_the_modules_after_the_model_are_kept(model: Any, tmp_path: Path) -> Non
     densify(again)
     for one in (again, type(model)(dense, device="cpu")):
         torch.testing.assert_close(one.encode(_TEXTS, convert_to_tensor=True), vectors)
+
+
+def test_static_embeddings_are_the_table_and_not_the_layer_after_them() -> None:
+    library = pytest.importorskip("sentence_transformers")
+    kinds = pytest.importorskip("sentence_transformers.models")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(_WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    modules = [kinds.StaticEmbedding(tokenizer, embedding_dim=32), kinds.Dense(32, 64), kinds.Normalize()]
+    model = library.SentenceTransformer(modules=modules, device="cpu")
+    plan = compress(model, "low_rank", ratio=2)
+    assert [table.modules for table in plan.tables] == [("0.embedding",)]
+    texts = [*_TEXTS, "", "unknown words"]
+    found = model.encode(texts, convert_to_tensor=True)
+    densify(model)
+    torch.testing.assert_close(model.encode(texts, convert_to_tensor=True), found)
