@@ -162,9 +162,16 @@ def _hint(path: Path) -> str:
         )
     if (path / "adapter_config.json").is_file():
         return "; it is an adapter of PEFT: merge it into its model first (merge_and_unload, save_pretrained)"
-    inner = next((folder for folder in sorted(module_folders(path)) if (path / folder / CONFIG_FILE).is_file()), None)
-    if inner is not None:
-        return f"; if it is a model of sentence-transformers, name the folder of its transformer: {str(path / inner)!r}"
+    folders = [path / folder for folder in sorted(module_folders(path))]
+    for folder in folders:
+        # Layers beside a transformer have a configuration too.
+        if (folder / CONFIG_FILE).is_file() and "model_type" in read_json(folder / CONFIG_FILE):
+            return f"; if it is a model of sentence-transformers, name the folder of its transformer: {str(folder)!r}"
+    if folders:
+        return (
+            "; if it is a model of sentence-transformers, none of its modules is a transformer: compress it in Python, "
+            "with compress(SentenceTransformer(path), ...) and save_compressed"
+        )
     return ": give a directory that save_pretrained or save_compressed has written"
 
 

@@ -65,6 +65,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 _CONFIG = "model/config.json"
+_TRANSFORMER = "model/0_Transformer/config.json"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,14 @@ _CONFIG = "model/config.json"
         ("model/epoch=1.ckpt", "", "model", "no config.json.* name the file, for example .*epoch=1.ckpt"),
         ("model/.metadata", "", "model", "no config.json.* python -m lightning.pytorch.utilities.consolidate_checkpoi"),
         ("model/adapter_config.json", "", "model", "no config.json.*merge_and_unload"),
-        ("model/0_Transformer/config.json", "", "model", "no config.json.* sentence-transformers.*model/0_Transformer"),
+        (
+            _TRANSFORMER,
+            '{"model_type": "bert"}',
+            "model",
+            "no config.json.* sentence-transformers.*model/0_Transformer",
+        ),
+        # A layer beside static embeddings.
+        (_TRANSFORMER, '{"in_features": 3}', "model", r"no config.json.* sentence-transformers.*compress\(Sentence"),
         ("model/notes.txt", "", "model", "no config.json.* save_pretrained or save_compressed"),
         ("recipe.yaml", "text", "recipe.yaml", "embcompress run "),
         ("model.safetensors", "text", "model.safetensors", "give its directory"),
@@ -88,7 +96,7 @@ _CONFIG = "model/config.json"
 def test_what_is_no_model(file: str, content: str, named: str, message: str, tmp_path: Path) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / file).write_text(content)
-    if "Transformer" in file:
+    if file == _TRANSFORMER:
         (tmp_path / "model" / "modules.json").write_text('[{"path": "0_Transformer"}, {"path": "1_Pooling"}]')
     with pytest.raises((ValueError, FileNotFoundError), match=f"{named}.*{message}"):
         find_source(str(tmp_path / named))
