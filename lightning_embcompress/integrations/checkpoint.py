@@ -131,9 +131,9 @@ def _check_sharded(module: nn.Module, plan: Plan) -> None:
 
 
 def _check_record_is_there(module: nn.Module, state: Mapping[str, Any]) -> None:
-    there = all_modules(module)
-    for path in sorted({name.partition(".factorization.")[0] for name in state if ".factorization." in name}):
-        if isinstance(there.get(path), CompressedLayer | nn.Embedding | nn.Linear):
+    stored = {name.partition(".factorization.")[0] for name in state if ".factorization." in name}
+    for path, layer in all_modules(module).items():
+        if path in stored and isinstance(layer, CompressedLayer | nn.Embedding | nn.EmbeddingBag | nn.Linear):
             raise ValueError(
                 f"the checkpoint has factors of table {path!r}, but does not say how it is compressed: it was saved "
                 "without the callback. Load it with model.load_state_dict into a model that was compressed in the same "

@@ -367,7 +367,7 @@ def test_the_record_adds_the_entries_that_sharded_modules_leave_out() -> None:
     checkpoint: dict[str, Any] = {"state_dict": {k: v for k, v in module.state_dict().items() if k not in entries}}
     write_record(module, checkpoint)
     assert checkpoint["state_dict"].keys() == module.state_dict().keys()
-    with pytest.raises(ValueError, match="factors of table 'decoder', but does not say how"):
+    with pytest.raises(ValueError, match="factors of table 'encoder', but does not say how"):
         restore_structure(_Model(), {"state_dict": checkpoint["state_dict"]})
 
 
