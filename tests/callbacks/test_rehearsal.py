@@ -41,15 +41,32 @@ class Reinitialized(LanguageModel):
         return super().training_step(batch, batch_idx)
 
 
-class Listed(LanguageModel):
-    """Calls a layer that it also keeps in a plain list."""
+class Shown(LanguageModel):
+    """Shows a table after every validation."""
+
+    def on_validation_epoch_end(self) -> None:
+        rows = self.encoder.weight.detach().cpu().numpy()
+        if self.logger is not None:
+            self.logger.experiment.add_embedding(rows)
+
+
+class Stored(LanguageModel):
+    """Stores a table in checkpoints, beside the state dict."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rows"] = {"of": [self.encoder.weight]}
+
+
+class Closed(LanguageModel):
+    """Calls a layer from a closure."""
 
     def __init__(self, **changes: Any) -> None:
         super().__init__(**changes)
-        self.heads = [self.decoder]
+        decoder = self.decoder
+        self.logits = lambda hidden: decoder(hidden)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.heads[0](self.hidden(inputs))
+        return self.logits(self.hidden(inputs))
 
 
 class Functional(LanguageModel):
@@ -80,12 +97,13 @@ def _callbacks() -> list[Any]:
     return [GroupReduce(ratio=2, at_epoch=2, groups=3), QuantizationAware(at_epoch=2, tables=["encoder", "decoder"])]
 
 
-@pytest.mark.parametrize("kind", [Penalized, Cosine, Reinitialized, Listed])
+@pytest.mark.parametrize("kind", [Penalized, Cosine, Reinitialized, Shown, Stored, Closed])
 @pytest.mark.parametrize("ours", [0, 1])
 def test_steps_that_need_dense_tables_are_refused(make_trainer: MakeTrainer, kind: Any, ours: int) -> None:
     callback, losses, model = _callbacks()[ours], Losses(), kind()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    step = {Cosine: "its validation_step needs them", Listed: "its steps call 'decoder'"}.get(kind, "its training_step")
+    hooks = {Cosine: "validation_step", Shown: "on_validation_epoch_end", Stored: "on_save_checkpoint", Closed: "steps"}
+    step = f"its {hooks.get(kind, 'training_step')} "
     with pytest.raises(ValueError, match=f"^{type(callback).__name__} cannot compress the tables.*{step}"):
         make_trainer(callback, losses).fit(model, **loaders_of())
     assert losses.values == []
