@@ -111,7 +111,9 @@ def table_weight(table: Factorization[Any]) -> TableWeight:
     Its factorization has it as an attribute, which copies and files of it leave out.
     """
     known: TableWeight | None = table.weight_of_layers
-    if known is None or known.made_for != (table.dtype, table.device):
+    # A shallow copy of a module has the attributes of another one.
+    is_own = known is not None and known.view_of.table is table and known.made_for == (table.dtype, table.device)
+    if known is None or not is_own:
         known = table.weight_of_layers = TableWeight(TableView(table))
     return known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -316,11 +317,15 @@ def _einsum(equation: Any, *operands: Any) -> Any:
         operands = tuple(operands[0])
     inputs, arrow, output = str(equation).replace(" ", "").partition("->")
     letters = inputs.split(",")
-    if len(operands) != 2 or len(letters) != 2 or not arrow or "." in inputs:
+    if len(operands) != 2 or len(letters) != 2 or not arrow:
         return NotImplemented
     (weight, own), (other, of_other) = zip(operands, letters, strict=True)
     if not isinstance(weight, WeightAnswers):
         (weight, own), (other, of_other) = (other, of_other), (weight, own)
+    if "..." in of_other:
+        free = [letter for letter in string.ascii_letters if letter not in inputs]
+        rest = "".join(free[: other.ndim - len(of_other) + 3])
+        of_other, output = of_other.replace("...", rest), output.replace("...", rest)
     found = None if isinstance(other, WeightAnswers) else weight.view_of.einsum(own, other, of_other, output)
     return NotImplemented if found is None else found
 

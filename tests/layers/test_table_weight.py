@@ -45,6 +45,7 @@ _ANSWERED: dict[str, Callable[[Any], Tensor]] = {
     "inner": lambda w: torch.inner(_HIDDEN, w),
     "einsum": lambda w: torch.einsum("bsd,vd->bsv", _HIDDEN, w),
     "einsum in another order": lambda w: torch.einsum("vd, sbd -> bvs", w, _HIDDEN.transpose(0, 1)),
+    "einsum of any dimensions": lambda w: torch.einsum("...d,vd->v...", _HIDDEN, w),
     "mixture of rows": lambda w: _SHARES @ w,
     "mixture by einsum": lambda w: torch.einsum("bsv,vd->bsd", _SHARES, w),
     "embedding": lambda w: F.embedding(_IDS.abs(), w),
