@@ -113,15 +113,18 @@ def check_attachments(where: str, layer: nn.Module) -> None:
         layer: An embedding or a softmax, dense or compressed.
 
     Raises:
-        ValueError: If its forward is replaced by other than accelerate, its weight is computed or has hooks, it has
-            parameters or children of others, or accelerate has offloaded it; with the remedy.
+        ValueError: If its forward, or another method, is replaced by other than accelerate, its weight is computed or
+            has hooks, it has parameters or children of others, or accelerate has offloaded it; with the remedy.
     """
-    forward = vars(layer).get("forward")
-    if forward is not None and not _is_own_forward(forward, layer) and not _is_of_accelerate(layer):
-        raise ValueError(
-            f"{where} has a forward of its own, {forward!r}, which would go on calling the layer that is replaced: "
-            "register a forward hook in its place (register_forward_hook), which stays, or set it after compression"
-        )
+    for name, value in vars(layer).items():
+        if not callable(getattr(type(layer), name, None)) or _is_own_method(value, layer, name):
+            continue
+        if name != "forward" or not _is_of_accelerate(layer):
+            raise ValueError(
+                f"{where} has a {name} of its own, {value!r}, which would go on calling the layer that is replaced: "
+                "register a hook in its place (register_forward_hook, register_state_dict_post_hook, ...), which "
+                "stays, or set it afterwards"
+            )
     check_in_memory(layer, where)
     others = [name for name in (*layer._parameters, *layer._modules) if name not in ("weight", "bias", "factorization")]
     if others:
@@ -138,9 +141,10 @@ def check_attachments(where: str, layer: nn.Module) -> None:
         )
 
 
-def _is_own_forward(forward: Any, layer: nn.Module) -> bool:
-    # As accelerate leaves it when its hooks are removed.
-    return isinstance(forward, MethodType) and forward.__self__ is layer and forward.__func__ is type(layer).forward
+def _is_own_method(value: Any, layer: nn.Module, name: str) -> bool:
+    # As accelerate leaves the forward when its hooks are removed.
+    is_bound = isinstance(value, MethodType) and value.__self__ is layer
+    return is_bound and value.__func__ is getattr(type(layer), name)
 
 
 def _is_of_accelerate(layer: nn.Module) -> bool:
@@ -150,7 +154,7 @@ def _is_of_accelerate(layer: nn.Module) -> bool:
         isinstance(forward, functools.partial)
         and forward.func.__module__ == "accelerate.hooks"
         and [one is layer for one in forward.args] == [True]
-        and _is_own_forward(inner, layer)
+        and _is_own_method(inner, layer, "forward")
     )
 
 

@@ -198,6 +198,24 @@ def test_hooks_of_transformers_for_frozen_backbones() -> None:
     assert not model(ids).logits.requires_grad
 
 
+def test_noise_that_a_hook_reads_off_its_layer_is_taken_away_again() -> None:
+    # As transformers does it for NEFTune.
+    model = _model()
+    model.encoder.noise = 0.5
+
+    def add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output + module.noise * torch.ones_like(output) if module.training else output
+
+    handle = model.encoder.register_forward_hook(add_noise)
+    for step in _COURSES["trained in few bits"]:
+        step(model)
+        quiet = model.eval()(_IDS)
+        assert not torch.equal(model.train()(_IDS), quiet)
+    handle.remove()
+    del model.encoder.noise
+    assert torch.equal(model(_IDS), quiet)
+
+
 def test_statistics_are_of_the_rows_themselves_where_a_hook_changes_them() -> None:
     moments = []
     for factor in (1.0, 3.0):
@@ -216,6 +234,11 @@ def _half(self: nn.Linear, input: Tensor) -> Tensor:
 def _replace_forward(model: LanguageModel) -> None:
     plain = model.decoder.forward
     model.decoder.forward = lambda input: plain(input) / 2
+
+
+def _replace_state_dict(model: LanguageModel) -> None:
+    plain = model.decoder.state_dict
+    model.decoder.state_dict = lambda *arguments, **keywords: dict(plain(*arguments, **keywords))
 
 
 def _watch_gradient(model: LanguageModel) -> None:
@@ -250,6 +273,7 @@ _REFUSED: dict[str, tuple[Callable[[LanguageModel], Any], str]] = {
         lambda model: setattr(model.decoder, "forward", types.MethodType(_half, model.decoder)),
         "'decoder' .*forward of its own",
     ),
+    "state dict": (_replace_state_dict, "'decoder' .*state_dict of its own.*register_state_dict"),
     "gradient hook": (_watch_gradient, "weight of .*'encoder' .*hooks"),
     "step in backward": (_step_in_backward, "weight of .*'encoder' .*hooks"),
     "parameter": (_add_parameter, "'decoder' .*'temperature'"),
