@@ -346,7 +346,8 @@ class Collector:
             self.calls[call.path] += 1
             if self.given_counts is None:
                 size = self.sizes[call.path]
-                self.counted[size] += torch.bincount(call.ids[call.words], minlength=size).cpu()
+                words = self.words.settled(call.ids, call.words)
+                self.counted[size] += torch.bincount(call.ids[words], minlength=size).cpu()
         self.num_targets += number
         return True
 

@@ -26,9 +26,10 @@ class WordMasks:
     """Follows the arguments of a model, and tells words from padding wherever an embedding is called.
 
     A position is padding where a mask says so: an `attention_mask` or `..._padding_mask` of the shape of the ids,
-    among the arguments of a module that holds the embedding, the innermost first, or in the batch. Where there is no
-    mask, it is padding if it holds the `padding_idx` of the embedding or the `pad_token_id` of the model of
-    transformers around it, unless that model uses the same id for something else, such as the end of a text.
+    among the arguments of a module that holds the embedding, the innermost first, or in the batch; or a
+    `..._key_padding_mask` that attention elsewhere in the model is given (`settled`). Where there is no mask, it is
+    padding if it holds the `padding_idx` of the embedding or the `pad_token_id` of the model of transformers around
+    it, unless that model uses the same id for something else, such as the end of a text.
 
     Args:
         model: The module.
@@ -48,6 +49,7 @@ class WordMasks:
         self._starts = {path for path, config in configs.items() if _starts_with_padding(config)}
         self._two_sided = {path for path, config in configs.items() if getattr(config, "is_encoder_decoder", False)}
         self._frames: list[dict[str, Any]] = []
+        self._elsewhere: list[Tensor] = []
         self._batch: dict[str, Any] = {}
         self._ignoring: list[Tensor] = []
 
@@ -58,32 +60,31 @@ class WordMasks:
             for module in dict.fromkeys(self._around):
                 stack.callback(module.register_forward_pre_hook(self._enter(module), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._leave).remove)
+            for module in self._model.modules():
+                if module not in self._around and any(map(_of_attention, _signature(module).parameters)):
+                    stack.callback(module.register_forward_pre_hook(self._note(module), with_kwargs=True).remove)
             yield
 
     def begin(self, batch: Any) -> None:
         """Forget what was before this batch, and look for masks in it."""
-        self._frames = []
+        self._frames, self._elsewhere = [], []
         self._batch = _masks_of(batch) if isinstance(batch, Mapping) else {}
         self._ignoring = _tensors_with(batch, IGNORE_INDEX)
 
     def _enter(self, module: nn.Module) -> Callable[..., None]:
-        try:
-            signature: inspect.Signature | None = inspect.signature(module.forward)
-        except (TypeError, ValueError):
-            signature = None
+        signature = _signature(module)
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            known = dict(keywords)
-            if signature is not None:
-                try:
-                    bound = signature.bind_partial(*arguments, **keywords)
-                except TypeError:
-                    # The call itself is going to say so.
-                    pass
-                else:
-                    bound.apply_defaults()
-                    known |= bound.arguments
-            self._frames.append(_masks_of(known))
+            self._frames.append(_masks_of(_bound(signature, arguments, keywords)))
+
+        return hook
+
+    def _note(self, module: nn.Module) -> Callable[..., None]:
+        signature = _signature(module)
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = _bound(signature, arguments, keywords)
+            self._elsewhere += [one for name, one in given.items() if _of_attention(name) and isinstance(one, Tensor)]
 
         return hook
 
@@ -117,6 +118,17 @@ class WordMasks:
             words[..., 0] = True
         return words
 
+    def settled(self, ids: Tensor, words: Tensor) -> Tensor:
+        """What `words` gave for ids, when the model was called to its end: attention may have been told more since."""
+        for mask in self._elsewhere:
+            # Ids may come with the position or the text first.
+            mask = mask.to(ids.device)
+            mask = mask.T if mask.dim() == 2 and mask.shape != ids.shape else mask
+            # That of another text would leave out several ids.
+            if mask.shape == ids.shape and len(torch.unique(ids[mask != 0])) == 1:
+                words = words & (mask == 0)
+        return words
+
     def predicting(self, path: str, shape: Sequence[int]) -> Tensor | None:
         """Where no padding is, `[*]` bool, among `[*]` positions that the head of a path is reading now.
 
@@ -137,6 +149,27 @@ class WordMasks:
             if tensor.shape == tuple(shape) or (len(shape) == 1 and tensor.numel() == shape[0]):
                 return tensor.reshape(shape) != IGNORE_INDEX
         return None
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return inspect.Signature()
+
+
+def _bound(signature: inspect.Signature, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by their names, as far as they fit."""
+    try:
+        bound = signature.bind_partial(*arguments, **keywords)
+    except TypeError:
+        return keywords
+    bound.apply_defaults()
+    return {**bound.arguments, **keywords}
+
+
+def _of_attention(name: str) -> bool:
+    return name.endswith("key_padding_mask")
 
 
 def _masks_of(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,25 @@ def test_what_the_batch_or_a_module_outside_or_the_embedding_says() -> None:
     assert found.token_counts.sum() == 2 * WORDS.numel()
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_attention_is_told_inside_a_model(batch_first: bool) -> None:
+    class Attending(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=batch_first)
+            self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            mask = ids == PAD if batch_first else (ids == PAD).T
+            return self.head(self.encoder(self.table(ids), src_key_padding_mask=mask))
+
+    ids = WORDS if batch_first else WORDS.T
+    loss = lambda model, batch: F.cross_entropy(model(batch).flatten(0, 1), batch.flatten(), ignore_index=PAD)  # noqa: E731
+    found = collect_statistics(Attending(), [ids], loss)
+    assert torch.equal(found.token_counts, torch.bincount(WORDS[MASK == 1], minlength=VOCAB_SIZE))
+    assert found.num_targets == 8
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_causal_models(side: str) -> None:
     ids, mask = (WORDS, MASK) if side == "right" else (WORDS.flip(1), MASK.flip(1))
