@@ -88,7 +88,7 @@ class CompressedEmbedding(CompressedLayer):
     Args:
         factorization: The table, `[num_embeddings, embedding_dim]`.
         padding_idx: Id whose row is read without a gradient, as in `nn.Embedding`. What a compressed table has of it is
-            the row as it was, whatever is trained, see `Factorization.keep_padding`.
+            the row as it was, whatever is trained, see `ConstantRows`.
         max_norm: Rows of a larger norm are scaled down to it when they are read.
         norm_type: The p of that norm.
         scale: What rows are multiplied by, if the embedding was of a class that does so; the factors are those of the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.constant_rows import ConstantRows, constant_logits
 from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.factors import Factor, PackedFactor, pieces
@@ -53,7 +54,7 @@ class Problem(Generic[ConfigT_co]):
     metric: Metric | None
 
 
-class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
+class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
     """A table `W ∈ R^{vocab_size × dim}`, stored in fewer bytes, that is read by rows or multiplied from the right.
 
     One instance serves an embedding (`rows`), a softmax projection (`logits`), or both at once when they are tied.
@@ -87,9 +88,6 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         """What the mean loss is predicted to grow by for the errors, in nats; None if that is not known."""
         self.provenance: dict[str, Any] = {}
         """How the factors were found (method, options, error), as JSON; kept in plans."""
-        self.padding_ids: tuple[int, ...] = ()
-        """Tokens whose rows are constant, see `keep_padding`."""
-        self.register_buffer("padding_rows", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles have: not the weight of layers, which knows this one."""
@@ -145,45 +143,6 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         if self.padding_ids:
             spec["padding"] = padding_record(self.padding_ids, self.padding_rows is not None)
         return spec
-
-    def keep_padding(self, ids: Sequence[int], rows: Tensor | None) -> None:
-        """Let rows of the table be constants, as those of `padding_idx` are for an embedding that trains.
-
-        The factors move with every token that they are shared with; layers read these rows from here, in both roles.
-
-        Args:
-            ids: Tokens.
-            rows: `[len(ids), dim]`; None for zeros, which take no memory.
-        """
-        self.padding_ids = tuple(ids)
-        self.padding_rows = None if rows is None else rows.detach().to(self.device, self.dtype, copy=True)
-
-    def inherit(self, other: Factorization[Any]) -> None:
-        """Take over how another form of the same table was found, and its constant rows."""
-        self.provenance, self.predicted_loss = dict(other.provenance), other.predicted_loss
-        self.keep_padding(other.padding_ids, other.padding_rows)
-
-    def _constants(self) -> Iterator[tuple[int, Tensor]]:
-        """Tokens whose rows are constant, and their rows."""
-        for place, token in enumerate(self.padding_ids):
-            zeros = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.dim)
-            yield token, zeros if self.padding_rows is None else self.padding_rows[place]
-
-    def read(self, ids: Tensor, sparse: bool = False) -> Tensor:
-        """Rows as layers give them: `rows`, but those that are constant as they are, without a gradient."""
-        rows = self.rows(ids, sparse=sparse)
-        for token, row in self._constants():
-            rows = torch.where((ids == token).unsqueeze(-1), row.to(rows.dtype), rows)
-        return rows
-
-    def score(self, hidden: Tensor, in_storage_order: bool = False) -> Tensor:
-        """Logits as layers give them: products with `read` of all tokens, `[*, vocab_size]`."""
-        logits = self.logits_in_storage_order(hidden) if in_storage_order else self.logits(hidden)
-        for token, row in self._constants():
-            order = self.storage_order if in_storage_order else None
-            place = token if order is None else order[token]
-            logits[..., place] = constant_logits(hidden, row).to(logits.dtype)
-        return logits
 
     @classmethod
     @abstractmethod
@@ -268,16 +227,10 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         Returns:
             `self`, written in place, where the shapes stay what they are; otherwise a new factorization.
         """
-        ids, rows = self.padding_ids, self.padding_rows
-        max_bytes -= padding_bytes(ids, rows)
-        found = self
-        # Whatever is solved has no part in the rows that are constant.
-        self.keep_padding((), None)
-        try:
-            problem = Problem(target, max_bytes, token_counts, config or self.config_class(), advance, metric)
-            found = self._refine(problem)
-        finally:
-            self.keep_padding(ids, rows)
+        config = config or self.config_class()
+        with self.without_padding() as (ids, rows):
+            most = max_bytes - padding_bytes(ids, rows)
+            found = self._refine(Problem(target, most, token_counts, config, advance, metric))
         found.keep_padding(ids, rows)
         return found
 
@@ -312,7 +265,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
         out = torch.empty(self.vocab_size, self.dim, dtype=self.dtype, device=self.device)
         for chunk in row_chunks(self.vocab_size, self.dim):
             out[chunk] = self.rows(torch.arange(chunk.start, chunk.stop, device=self.device))
-        for token, row in self._constants():
+        for token, row in self.constants():
             out[token] = row
         return out
 
@@ -333,7 +286,7 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
                 module, _, own = name.rpartition(".")
                 whole.get_submodule(module)._parameters[own] = value  # type: ignore[assignment]
         tiles = whole._tiles(hidden, tile_rows)
-        for token, row in self._constants():
+        for token, row in self.constants():
             tiles = tiles.with_logits(token, constant_logits(hidden, row))
         return tiles
 
@@ -443,11 +396,6 @@ class Factorization(QuantizationStates, ABC, Generic[ConfigT]):
     def extra_repr(self) -> str:
         """Shape for `print(module)`."""
         return f"vocab_size={self.vocab_size}, dim={self.dim}"
-
-
-def constant_logits(hidden: Tensor, row: Tensor) -> Tensor:
-    """Logits of a token whose row is constant, `[*, dim] -> [*]`."""
-    return F.linear(hidden, row.to(hidden.dtype).unsqueeze(0)).squeeze(-1)
 
 
 def is_exporting() -> bool:
