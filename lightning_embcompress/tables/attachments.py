@@ -15,13 +15,13 @@ from lightning_embcompress.utils.storage import check_in_memory
 _CONTENTS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 # Hooks of all kinds and whether the layer is training: all that any module has, apart from its tensors and children.
 _OF_ANY_MODULE = frozenset(vars(nn.Module())) - _CONTENTS
-_LAYERS = (nn.Embedding(1, 1), nn.EmbeddingBag(1, 1), nn.Linear(1, 1))
+_LAYERS: tuple[Any, ...] = (nn.Embedding, nn.EmbeddingBag, nn.Linear)
 # Of a layer itself: its successor gets these, or what they stand for, when it is built.
-_OF_ANY_LAYER = frozenset(name for layer in _LAYERS for name in vars(layer))
+_OF_ANY_LAYER = frozenset(name for layer in _LAYERS for name in layer.__constants__)
 _OF_SOME_LAYERS = frozenset({"scale", "embed_scale", "scalar_embed_scale", "best"})
 # Dropped, see `replacement._say_compiled`.
 _COMPILED = "_compiled_call_impl"
-_OWN = (_OF_ANY_LAYER | _OF_SOME_LAYERS | {_COMPILED}) - _OF_ANY_MODULE
+_OWN = _OF_ANY_LAYER | _OF_SOME_LAYERS | _CONTENTS | {_COMPILED}
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
