@@ -10,16 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_embcompress.compression.plan import densify, plan_of
+from lightning_embcompress.integrations.checkpoint import is_spawned
 from lightning_embcompress.tables.finding import Table
-
-
-def is_spawned(trainer: Trainer) -> bool:
-    """Whether this process hands its weights back to the one that started it."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def check_spawned(trainer: Trainer, module: LightningModule, name: str) -> None:

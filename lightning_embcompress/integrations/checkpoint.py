@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
 from lightning_embcompress.compression.backbone import backbone_of
@@ -19,6 +20,7 @@ from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan,
 from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.integrations.checkpoint_io import check_whole_file, read_mapped
 from lightning_embcompress.integrations.instantiators import INSTANTIATORS
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.tables.finding import all_modules
 
@@ -133,7 +135,7 @@ def _check_sharded(module: nn.Module, plan: Plan) -> None:
 def _check_record_is_there(module: nn.Module, state: Mapping[str, Any]) -> None:
     stored = {name.partition(".factorization.")[0] for name in state if ".factorization." in name}
     for path, layer in all_modules(module).items():
-        if path in stored and isinstance(layer, CompressedLayer | nn.Embedding | nn.EmbeddingBag | nn.Linear):
+        if path in stored and isinstance(layer, CompressedLayer | AnyEmbedding | nn.Linear):
             raise ValueError(
                 f"the checkpoint has factors of table {path!r}, but does not say how it is compressed: it was saved "
                 "without the callback. Load it with model.load_state_dict into a model that was compressed in the same "
@@ -153,6 +155,11 @@ def _unwrapped(path: str) -> str:
     for wrapper in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
         path = ".".join(part for part in path.split(".") if part != wrapper)
     return path
+
+
+def is_spawned(trainer: Trainer) -> bool:
+    """Whether this process hands nothing but weights back to the one that started it, as under `ddp_spawn`."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def restores_structure(module: LightningModule | type[LightningModule]) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -24,7 +24,7 @@ from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.compression.report import show_plan
 from lightning_embcompress.compression.solution import put_in_place, solve
 from lightning_embcompress.compression.tasks import Tie, plan
-from lightning_embcompress.integrations.checkpoint import keep_structure, structure_from_checkpoint
+from lightning_embcompress.integrations.checkpoint import is_spawned, keep_structure, structure_from_checkpoint
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, get_config
@@ -71,8 +71,8 @@ def compress_or_restore(
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If the request cannot be met, the module is sharded already, the processes hold different tables,
-            or the checkpoint is of a dense model or does not fit. The module is as it was.
+        ValueError: If the request cannot be met, the module is sharded already, the processes hold different tables or
+            were spawned, or the checkpoint is of a dense model or does not fit. The module is as it was.
         RuntimeError: If another process has failed.
 
     Example:
@@ -105,6 +105,12 @@ def compress_or_restore(
             raise ValueError(
                 f"the tables of {type(module).__name__} are dense, and it is sharded already: call compress_or_restore "
                 "before fully_shard, on a module that is new"
+            )
+        trainer: Trainer | None = getattr(module, "_trainer", None)
+        if trainer is not None and trainer.training and is_spawned(trainer):
+            raise ValueError(
+                f"compress_or_restore would change {type(module).__name__} in processes that hand nothing but weights "
+                "back to the main process, whose module stays dense: call it before Trainer.fit, or use strategy='ddp'"
             )
         if ckpt_path is None:
             _compress(module, method, **arguments)

@@ -40,7 +40,12 @@ def test_the_main_process_gets_the_values_of_the_tables(case: str, tmp_path: Pat
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "message"), [("untied", "tie='untie'.*'encoder'"), ("compressed", r"densify\(module\)")]
+    ("case", "message"),
+    [
+        ("untied", "tie='untie'.*'encoder'"),
+        ("compressed", r"densify\(module\)"),
+        ("configured", "Configured in processes"),
+    ],
 )
 def test_what_cannot_be_handed_back_is_refused(case: str, message: str, tmp_path: Path) -> None:
     said = _run(case, tmp_path)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_embcompress import EmbeddingCompression, QuantizationAware, compress, load_from_checkpoint, plan_of
+from lightning_embcompress.integrations.sharding import compress_or_restore
 from toys import LanguageModel, loaders, quiet_trainer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -20,15 +21,23 @@ CASES: dict[str, dict[str, Any]] = {
     "tied": {"strategy": "ddp_fork", "tied": True},
     "untied": {"strategy": "ddp_fork", "tied": True, "tie": "untie"},
     "compressed": {"strategy": "ddp_fork", "compressed": True},
+    "configured": {"strategy": "ddp_fork", "configured": True},
 }
+
+
+class Configured(LanguageModel):
+    def configure_model(self) -> None:
+        compress_or_restore(self, "low_rank", ratio=3)
 
 
 def main(folder: Path, strategy: str, tied: bool = False, tie: Any = "keep", **given: Any) -> None:
     seed_everything(0, verbose=False)
-    model = LanguageModel(tied=tied)
+    model = (Configured if given.get("configured") else LanguageModel)(tied=tied)
     if given.get("compressed"):
         compress(model, "low_rank", ratio=3)
     callbacks: list[Any] = [EmbeddingCompression("low_rank", ratio=3, at_epoch=1, tie=tie)]
+    if given.get("configured"):
+        callbacks.clear()
     if given.get("quantize"):
         callbacks.append(QuantizationAware("int8", at_epoch=2, group_size=16, backbone="int8"))
     keep = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True)
