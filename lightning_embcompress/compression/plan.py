@@ -218,7 +218,7 @@ def compress(
     Everything is checked and solved before the first layer is replaced: if an error is raised, the model is as it was.
 
     Args:
-        model: Any `nn.Module` that holds `nn.Embedding` and `nn.Linear` layers, tied or not.
+        model: Any `nn.Module` that holds `nn.Embedding`, `nn.EmbeddingBag` and `nn.Linear` layers, tied or not.
         method: Config of a method (`TransformCodingConfig(bits=4)`), or its name (`"transform_coding"`,
             `"group_reduce"`, `"tensor_train"`, ...); `"auto"` for the one of the least predicted loss, for every table.
         ratio: Dense bytes over stored bytes, for every table; with statistics, of all tables together. Some methods
@@ -227,7 +227,8 @@ def compress(
         bits_per_weight: Instead of a ratio, stored bits over the numbers of the dense tables: 4 is 8x of float32.
         max_perplexity_increase: Instead of a size, the most that the perplexity may grow by, `"1%"` or `0.01`: the
             smallest model within it is searched for. Needs `statistics` and `evaluate`.
-        tables: `"auto"`, or paths of modules, see `find_tables`.
+        tables: `"auto"`, or paths of modules, see `find_tables`; what `"auto"` leaves dense though it is large is said
+            on standard error.
         tie: What becomes of a table that embedding and softmax share. `"keep"`: one set of factors serves both.
             `"untie"`: each gets its own, of half the bytes. `"auto"`: whichever leaves the lower predicted loss at
             equal bytes; without statistics, when rows count the same in both roles, one set is never worse, and kept.

@@ -61,7 +61,7 @@ def replace_table(
 
 
 def restore_dense(model: nn.Module, fill: bool = True) -> None:
-    """Turn every compressed layer of a model back into the `nn.Embedding` or `nn.Linear` it was, ties kept.
+    """Turn every compressed layer of a model back into what it was, an `nn.Embedding` say, ties kept.
 
     Args:
         model: The module that holds them.

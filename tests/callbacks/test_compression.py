@@ -257,6 +257,18 @@ def test_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> Non
         EmbeddingCompression("group_reduce", **{"ratio": 2, **arguments})
 
 
+def test_what_is_large_and_left_is_said_before_the_first_step(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tables, said in (("auto", True), (["encoder"], False)):
+        model = model_of()
+        model.kinds = nn.Embedding(VOCAB_SIZE // 2, DIM)
+        callback = EmbeddingCompression("low_rank", ratio=2, tables=tables)
+        make_trainer(callback, max_epochs=2).fit(model, **loaders_of())
+        # Whoever names tables knows what is left.
+        assert ("Stays dense: 'kinds' (75, 16)." in capsys.readouterr().err) == said
+
+
 def test_a_table_of_nan_is_refused_when_its_epoch_comes(make_trainer: MakeTrainer) -> None:
     model = model_of()
 
