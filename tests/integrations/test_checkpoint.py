@@ -361,6 +361,27 @@ def test_attaching_twice_is_attaching_once() -> None:
     assert "embcompress" in checkpoint
 
 
+def test_files_of_before_there_were_entries(tmp_path: Path) -> None:
+    module = _compressed(tied=True)
+    entries = {"encoder.weight", "decoder.weight"}
+    save_compressed(module, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name not in entries}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {**config, "aliases": {k: v for k, v in config["aliases"].items() if k not in entries}}
+    del config["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fresh = _Model(seed=1, tied=True)
+    load_compressed(tmp_path, fresh)
+    assert torch.equal(fresh(_IDS), module(_IDS))
+    _write_checkpoint(module, tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in entries}
+    del checkpoint["hyper_parameters"]["_instantiator"]
+    torch.save(checkpoint, tmp_path / "before.ckpt")
+    assert torch.equal(load_from_checkpoint(_Model, tmp_path / "before.ckpt")(_IDS), module(_IDS))
+
+
 def test_the_record_adds_the_entries_that_sharded_modules_leave_out() -> None:
     module = _compressed(tied=True)
     entries = {"encoder.weight", "decoder.weight"}

@@ -66,6 +66,35 @@ def test_into_a_model_that_is_compressed_otherwise(method: str, tmp_path: Path) 
     assert torch.equal(_run(other), _run(model))
 
 
+def _without_entries(folder: Path) -> None:
+    """As files were before compressed tables had an entry `weight`."""
+    tensors = load_file(folder / "model.safetensors")
+    assert any(tensor.shape == (0,) for name, tensor in tensors.items() if name.endswith(".weight"))
+    kept = {name: tensor for name, tensor in tensors.items() if tensor.numel() or not name.endswith(".weight")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_files_of_before_and_of_now_in_the_class_alone(tied: bool, tmp_path: Path) -> None:
+    model = _compressed(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    # As where nobody has imported this package, which takes the method of the configuration for unknown.
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "dense" / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
+    _without_entries(tmp_path)
+    loaded, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    fresh = gpt2(seed=1, tie_word_embeddings=tied)
+    load_compressed(tmp_path, fresh)
+    for one in (loaded, fresh):
+        assert torch.equal(_run(one), _run(model))
+
+
 def test_into_a_module_around_the_model(tmp_path: Path) -> None:
     model, module = _compressed(), nn.ModuleDict({"model": gpt2(seed=1)})
     model.save_pretrained(tmp_path)
