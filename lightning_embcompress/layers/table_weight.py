@@ -102,7 +102,7 @@ class _TracedWeight(WeightAnswers):
         self.view_of = view
         self.dtype, self.device, self.shape = view.read_dtype, view.read_device, torch.Size(view.shape)
 
-    made = TableWeight.made
+    made = staticmethod(TableWeight.made)
 
 
 def table_weight(table: Factorization[Any]) -> TableWeight:

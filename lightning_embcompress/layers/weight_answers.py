@@ -45,6 +45,22 @@ class WeightAnswers:
         """As `repr`."""
         return repr(self)
 
+    def size(self, dim: int | None = None) -> Any:
+        """Shape of the table."""
+        return torch.Size(self.view_of.shape) if dim is None else self.view_of.shape[dim]
+
+    def dim(self) -> int:
+        """Two."""
+        return 2
+
+    def numel(self) -> int:
+        """How many numbers the table would have."""
+        return self.view_of.shape[0] * self.view_of.shape[1]
+
+    def __len__(self) -> int:
+        """How many rows the table has."""
+        return self.view_of.shape[0]
+
     def _seen(self, **changes: Any) -> Any:
         """The same table read in another way, see `TableView`."""
         return self.made(replace(self.view_of, **changes))
@@ -127,6 +143,10 @@ class WeightAnswers:
     def cpu(self) -> Any:
         """The table with results on the CPU."""
         return self.to("cpu")
+
+    def cuda(self, device: Any = None, **_: Any) -> Any:
+        """The table with results on a GPU."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
     def type(self, dtype: Any = None, non_blocking: bool = False) -> Any:
         """The table read in another dtype; without one, what torch calls it where it refuses to take it."""
@@ -408,7 +428,7 @@ MAKES_OTHERS = {
 }
 """What makes another tensor like this one."""
 _METADATA = {
-    *_named("size stride dim ndimension numel nelement element_size __len__ get_device storage_offset is_contiguous"),
+    *_named("stride ndimension numel nelement element_size get_device storage_offset is_contiguous"),
     *_named("is_floating_point is_complex is_signed is_inference is_same_size is_conj is_neg"),
 }
 """What needs no numbers."""

@@ -291,11 +291,11 @@ class _Functional(nn.Module):
 
     def __init__(self, head: Callable[[Tensor, Any], Tensor]) -> None:
         super().__init__()
-        self.embedding, self.head = CompressedEmbedding(_factors("transform_coding")), head
+        self.embedding, self.head = CompressedEmbedding(_factors()), head
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.embedding.weight
-        return self.head(torch.tanh(self.embedding(ids)).to(weight.dtype), weight)
+        return self.head(torch.tanh(self.embedding(ids)).to(weight.dtype) * (weight.size(0) / weight.numel()), weight)
 
 
 @pytest.mark.parametrize("head", [F.linear, lambda hidden, weight: hidden @ weight.T])
@@ -304,7 +304,7 @@ def test_compiles_and_exports(head: Callable[[Tensor, Any], Tensor]) -> None:
     expected = model(ids)
     gradients = _gradients(model.embedding.factorization, expected)
     torch._dynamo.reset()
-    found = torch.compile(model, backend="aot_eager")(ids)
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(_gradients(model.embedding.factorization, found), gradients)
     torch.testing.assert_close(torch.export.export(model, (ids,)).module()(ids), expected)
