@@ -79,6 +79,8 @@ class RandomModel(nn.Module):
         self.to(self.dtype)
         for name, _, kind, _ in self.readers:
             self._decorate(name, kind)
+        # Its state would be copied with every copy of the model.
+        del self.random
 
     def _chance(self, probability: float) -> bool:
         return self.random.random() < probability

@@ -106,11 +106,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_shape": (4, 4), "axial_pos_embds_dim": (16, 16), "attn_layers": ("local", "lsh")}
     | {"num_hidden_layers": 2, "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "num_buckets": 2},
     "roc_bert": {"pronunciation_vocab_size": 160, "shape_vocab_size": 160},
-    "xlstm": {"hidden_size": 128, "num_blocks": 2},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": 2},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "attention_head_dim": 32}
+    "zamba": {"num_hidden_layers": 4, "attention_head_dim": 32, "attention_hidden_size": 64}
     | {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
     "zamba2": {"num_hidden_layers": 4, "hybrid_layer_ids": [1, 3], "n_mamba_heads": 4, "attention_head_dim": 32}
+    | {"attention_hidden_size": 64}
     | {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
 }
 # Sizes that have to be given even where the default has none.

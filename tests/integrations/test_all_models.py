@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import multiprocessing
+import re
 import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,4 +264,9 @@ def test_all_models() -> None:
         if one.kind != "equal":
             print(f"{one.kind}: {one.name} ({one.method}): {one.said}")
     assert counts["wrong"] == 0
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    listed = page.read_text(encoding="utf-8").partition("## Refused")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1] for row in listed.splitlines() if row.startswith("| `")]
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert names == {one.name for one in outcomes if one.kind == "refused"}
     assert counts["equal"] > 200
