@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class OpenedModel:
     @property
     def left_out(self) -> list[str]:
         """Files and folders of the directory that are not copied: they hold the weights in other formats."""
-        return self._beside()[1] if self.source.is_directory else []
+        return self._beside[1] if self.source.is_directory else []
 
     def write(self, path: Path) -> None:
         """Write the model as it is now, as the kind of files it came from, with all that lies beside them.
@@ -100,7 +101,7 @@ class OpenedModel:
 
     def _write_directory(self, path: Path) -> None:
         model: Any = self.model
-        copied = {name: self.source.path / name for name in self._beside()[0]}
+        copied = {name: self.source.path / name for name in self._beside[0]}
         if self.source.kind == "saved":
             save_compressed(model, path)
         else:
@@ -122,8 +123,11 @@ class OpenedModel:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, path / name)
 
+    @cached_property
     def _beside(self) -> tuple[list[str], list[str]]:
         """Files beside the weights, relative to the directory; and what there is of the weights in other formats.
+
+        As it was before anything was written, which may be in the same directory.
 
         Nobody here knows what they are for: modules that sentence-transformers runs after the model, a card, code. A
         folder that holds weights is another model, unless a list of modules names it.

@@ -90,7 +90,10 @@ def test_what_lies_beside_a_model_is_copied(shell: Any, gpt2: Path) -> None:
     shutil.rmtree("small/prompts")
     assert shell("compress", "source", "small", "--overwrite", *words) == 0
     assert shell("densify", "small", "dense") == 0
-    for folder in ("small", "dense"):
+    shell.printed()
+    assert shell("compress", "source", "source/small", *words) == 0
+    assert "before: checkpoint-5/, onnx/, tf_model.h5\n" in shell.printed()
+    for folder in ("small", "dense", "source/small"):
         for name, content in beside.items():
             assert Path(folder, name).read_text() == content
         assert not [name for name in [*weights, *unseen] if Path(folder, name).exists()]
