@@ -261,6 +261,9 @@ def structure_from_checkpoint(path: str | os.PathLike[str]) -> Plan:
 def load_from_checkpoint(cls: type[_Module], path: str | os.PathLike[str], **kwargs: Any) -> _Module:
     """`cls.load_from_checkpoint(path)` for any LightningModule class and a checkpoint that may be compressed.
 
+    Lightning's own method reads a compressed checkpoint too, where this package is imported. This one looks for damage
+    first, loads nothing but tensors and plain values, and reads checkpoints of before Lightning's could.
+
     Args:
         cls: The class that the checkpoint was trained with; it need not know of compression.
         path: A Lightning checkpoint.
