@@ -183,10 +183,11 @@ def _by_shape(
     heads = [one for one in heads if guessed.isdisjoint(one.layers)]
     if not known and not only_pairs and heads:
         widest = max(heads, key=lambda head: head.rows)
-        others = [one for one in candidates if one.is_projection and one is not widest]
-        beside = [one for one in candidates if one.is_embedding] or others
-        if all(one.rows < widest.rows for one in others) and all(one.size < _LARGE * widest.size for one in beside):
-            return [widest]
+        others = [one for one in candidates if one is not widest]
+        most = 1.0 if any(one.is_embedding for one in others) else _LARGE
+        if all(one.rows < widest.rows and one.size < most * widest.size for one in others):
+            vocabularies[widest.rows] = [widest]
+            largest = widest.size
     chosen = []
     for size, tables in vocabularies.items():
         if size not in known and any(guessed.intersection(one.layers) for one in tables):

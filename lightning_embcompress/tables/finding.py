@@ -63,8 +63,8 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
     3. It takes an embedding without such a softmax if it has more rows than all that have one, and its name does not
        say that it holds positions.
     4. A vocabulary with less than a tenth of the weights of the largest table is small, and left.
-    5. Without a softmax by these rules it takes the projection with the most rows if all embeddings are small beside
-       it, or all other projections where there are no embeddings.
+    5. Without a softmax by these rules it takes the projection that has more rows and weights than all other layers;
+       without embeddings either, only if all other projections are small beside it.
 
     Where two softmaxes of one vocabulary, two models side by side or several projections leave no answer, none is made
     up: name the modules.

@@ -48,6 +48,14 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ),
         ["softmax"],
     ),
+    "characters beside fewer words": (
+        lambda: _Model(characters=nn.Embedding(120, 16), mix=nn.Linear(16, 16), softmax=nn.Linear(16, 900)),
+        ["characters", "softmax"],
+    ),
+    "many labels": (
+        lambda: _Model(words=nn.EmbeddingBag(500, 8), mix=nn.Linear(8, 8), labels=nn.Linear(8, 900)),
+        ["words", "labels"],
+    ),
     "speech": (lambda: _Model(recurrent=nn.LSTM(12, 16), tokens=nn.Linear(16, 300)), ["tokens"]),
     # A pair for the few labels, and an embedding of many words.
     "tagger": (
