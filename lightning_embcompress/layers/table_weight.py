@@ -45,7 +45,7 @@ class TableWeight(WeightAnswers, Tensor):  # type: ignore[misc,override]
         >>> from lightning_embcompress.methods.registry import LowRank
         >>> embedding = CompressedEmbedding(LowRank.decompose(torch.randn(100, 16), 4000))
         >>> hidden = embedding(torch.tensor([1, 2]))
-        >>> F.linear(hidden, embedding.weight).shape, (hidden @ embedding.weight.T).shape
+        >>> torch.nn.functional.linear(hidden, embedding.weight).shape, (hidden @ embedding.weight.T).shape
         (torch.Size([2, 100]), torch.Size([2, 100]))
         >>> embedding.weight.sum()  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
