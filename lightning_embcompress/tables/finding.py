@@ -16,7 +16,7 @@ from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.registry import nearest
 from lightning_embcompress.tables.attachments import check_attachments, kept_tensors
 from lightning_embcompress.tables.automatic import choose_tables, large_beside
-from lightning_embcompress.tables.transformers_models import reads_numbers
+from lightning_embcompress.tables.transformers_models import ends_of_texts, reads_numbers
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
         found = _named(named, [tables] if isinstance(tables, str) else tables)
     for table in found:
         _check_replaceable(table, named)
-    return [replace(table, padding=_padding(table, named)) for table in found]
+    return [replace(table, padding=_padding(table, named, model)) for table in found]
 
 
 def large_and_dense(model: nn.Module, tables: Sequence[Table]) -> str:
@@ -156,9 +156,12 @@ def _table_of(named: dict[str, nn.Module], path: str, weight: Tensor) -> Table:
     return Table(paths or (path,), weight)
 
 
-def _padding(table: Table, named: Mapping[str, nn.Module]) -> tuple[int, ...]:
-    ids = {getattr(named[path], "padding_idx", None) for path in table.modules}
-    return tuple(sorted(one for one in ids if one is not None))
+def _padding(table: Table, named: Mapping[str, nn.Module], model: nn.Module) -> tuple[int, ...]:
+    ids = {getattr(named[path], "padding_idx", None) for path in table.modules} - {None}
+    if any(isinstance(named[path], nn.Linear) for path in table.modules):
+        # A model that pads with its end token predicts it too: then the softmax trains the row.
+        ids -= ends_of_texts(model)
+    return tuple(sorted(ids))
 
 
 def _named(named: dict[str, nn.Module], paths: Sequence[str]) -> list[Table]:

@@ -87,3 +87,14 @@ def _is_matrix(layer: Any) -> bool:
     """Whether a layer has a row per token, rather than patches of an image or nothing."""
     weight = getattr(layer, "weight", None)
     return isinstance(layer, CompressedLayer) or (isinstance(weight, Tensor) and weight.dim() == 2)
+
+
+def ends_of_texts(root: nn.Module) -> set[int]:
+    """Ids that models of transformers within a module begin or end a text with."""
+    found: set[int] = set()
+    for model in pretrained_models(root).values():
+        for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+            for name in ("bos_token_id", "eos_token_id"):
+                ids = getattr(config, name, None)
+                found.update(one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int))
+    return found
