@@ -150,10 +150,10 @@ def test_the_entry_is_in_state_dicts_alone() -> None:
 def test_distributed_checkpoints(tmp_path: Path) -> None:
     model = _compressed("transform_coding")
     state = get_model_state_dict(torch.compile(model))
-    dcp.save({"model": state}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"model": state}, checkpoint_id=tmp_path)
     loaded = _empty_like(model)
     given = {"model": get_model_state_dict(loaded)}
-    dcp.load(given, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(given, checkpoint_id=tmp_path)
     # The names are given without those of what wraps the model, and some are wrapped again.
     set_model_state_dict(torch.compile(loaded), given["model"])
     assert torch.equal(_run(loaded), _run(model))
