@@ -157,7 +157,8 @@ def _table_of(named: dict[str, nn.Module], path: str, weight: Tensor) -> Table:
 
 
 def _padding(table: Table, named: Mapping[str, nn.Module], model: nn.Module) -> tuple[int, ...]:
-    ids = {getattr(named[path], "padding_idx", None) for path in table.modules} - {None}
+    found = (getattr(named[path], "padding_idx", None) for path in table.modules)
+    ids = {one for one in found if one is not None}
     if any(isinstance(named[path], nn.Linear) for path in table.modules):
         # A model that pads with its end token predicts it too: then the softmax trains the row.
         ids -= ends_of_texts(model)
