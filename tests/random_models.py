@@ -257,7 +257,7 @@ class RandomModel(nn.Module):
             module.forward = Doubled(module)  # type: ignore[method-assign]
         elif what == "parametrization" and self._chance(0.3):
             nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
-        elif what == "weight norm" and self._chance(0.3):
+        elif what == "weight norm" and self._chance(0.3) and not getattr(module, "sparse", False):
             nn.utils.parametrizations.weight_norm(module)
         elif what == "attribute":
             module.note = "kept"  # type: ignore[assignment]
