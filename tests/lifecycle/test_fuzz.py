@@ -196,7 +196,7 @@ def _train_a_step(model: nn.Module, inputs: Any) -> bool:
     # Of a table that stays dense there may be no number that is finite.
     if not loss.requires_grad or not loss.isfinite():
         return False
-    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-3)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
