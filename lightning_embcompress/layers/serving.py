@@ -10,23 +10,28 @@ from lightning_embcompress.layers.compressed import CompressedLinear
 
 @torch.no_grad()
 def optimize_for_inference(model: nn.Module) -> int:
-    """Lay out the factors of compressed softmax heads, in place, for decoding a token or a few at a time.
+    """Lay out compressed softmax heads, in place, for decoding a token or a few at a time.
 
     Rows of a factor are short, and a product of one state with them adds up within every row. Column by column it is
     added up over many rows at once, which on a CPU is 1.3 to 1.9 times as fast. Shapes, values, state dicts and files
     stay what they are; only the strides of parameters change, so that looking up many rows of a tied table takes
     longer.
 
+    Codes of `transform_coding` become bytes that are proportional to their levels, and are multiplied in integers (on
+    CPUs): one for a component of up to about 5 bits, two for more, takes the place of its codes. Levels are rounded by
+    less than half of what lies between them; state dicts and files stay those of the codes, which come back where a
+    gradient is wanted.
+
     Training goes on to work, but not faster, and not by an optimizer with `fused=True` that has state from before: its
     kernels take moments to be laid out as their parameters are, and would mix them up without a word. Lay out a copy of
     the model then, or make the optimizer anew. Parameters in memory that processes share are copied out of it.
 
     Args:
-        model: Any module with compressed heads; heads whose factors are codes, packed integers or tensor cores stay as
-            they are.
+        model: Any module with compressed heads; heads whose factors are packed integers or tensor cores stay as they
+            are.
 
     Returns:
-        Number of heads whose factors were laid out.
+        Number of heads that are laid out.
 
     Raises:
         ValueError: If factors were made in `torch.inference_mode`.
@@ -39,18 +44,17 @@ def optimize_for_inference(model: nn.Module) -> int:
         1
     """
     known = set()
-    heads = 0
-    found = {
-        name: module.product_factors() for name, module in model.named_modules() if isinstance(module, CompressedLinear)
-    }
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    found = {name: head.product_factors() for name, head in heads.items()}
     for name, factors in found.items():
-        if any(factor.is_inference() for factor in factors):
+        if any(factor.is_inference() for factor in (*factors, *heads[name].factorization.buffers())):
             raise ValueError(
                 f"factors of {name!r} were made in torch.inference_mode, where nobody can give them other strides: "
                 "build, load or compress the model outside of it"
             )
+    laid_out = sum(head.factorization.lay_out() for head in heads.values())
     for factors in found.values():
-        heads += bool(factors)
+        laid_out += bool(factors)
         for factor in factors:
             if id(factor) in known:
                 continue
@@ -58,4 +62,4 @@ def optimize_for_inference(model: nn.Module) -> int:
             if factor.stride(0) != 1:
                 with torch.inference_mode(mode=False):
                     factor.data = factor.data.T.contiguous().T
-    return heads
+    return laid_out

@@ -340,6 +340,14 @@ class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
             outputs = [piece(hidden, start, *part, *factors) for start, part in zip(starts, own, strict=True)]
         return torch.cat(outputs, dim=-1)
 
+    def lay_out(self) -> bool:
+        """Lay out what is multiplied with states, in place, see `optimize_for_inference`.
+
+        Returns:
+            Whether it is laid out: of most methods nothing but factors can be, which the layer does.
+        """
+        return False
+
     def stored_bytes(self) -> int:
         """Bytes on disk: every tensor of the state dict, its entry in the file's header, and the structure."""
         return stored_bytes(

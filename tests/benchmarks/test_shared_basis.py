@@ -5,6 +5,7 @@ Ratios of both sides of one run; the full size needs 5 GB of memory and of disk.
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from made import fill_table, zipf_metric
-from measure import PeakMemory, Side, in_turns, seconds
+from measure import THREADS, PeakMemory, Side, in_turns, seconds
 
 from lightning_embcompress.methods.registry import SharedBasisBlocks
 
@@ -77,13 +78,32 @@ def test_codes_of_the_best_groups_take_seconds(benchmark) -> None:
     assert taken < 10
 
 
+@pytest.mark.parametrize("thread_count", THREADS)
 @torch.no_grad()
-def test_logits_of_one_state_from_codes(benchmark) -> None:
-    vocab_size, dim = 50_257, 768
+def test_serving_codes_of_3_bits(benchmark, thread_count: int) -> None:
+    vocab_size, dim = 49_152, 576
     table = fill_table(torch.empty(vocab_size, dim))
-    found = SharedBasisBlocks.solve(table, table.nbytes // 16, zipf_metric(vocab_size, dim)[0], None, 1, _WIDTHS)
-    hidden = torch.randn(1, dim)
-    sides = {"dense": Side(lambda: hidden @ table.T), "codes": Side(lambda: found.logits(hidden))}
-    print(f"\nlogits of one state, {vocab_size} x {dim} in codes at 16x", end="")
-    timing = benchmark.pedantic(lambda: in_turns(sides, 5), rounds=1)["codes"]
-    assert timing.ratio > 1 / 20
+    kept = SharedBasisBlocks.solve(table, vocab_size * dim * 3 // 8, zipf_metric(vocab_size, dim)[0], 32, 1, _WIDTHS)
+    laid_out, half = copy.deepcopy(kept), table.bfloat16()
+    assert laid_out.lay_out()
+    resident = sum(buffer.nbytes for buffer in laid_out.buffers()) * 8 / table.numel()
+    _report(f"{vocab_size} x {dim} at 3 bits a weight, laid out {resident:.1f}, {thread_count} threads")
+    ratios = {}
+    for number in (1, 64):
+        hidden = torch.randn(number, dim)
+        narrow = hidden.bfloat16()
+        sides = {
+            f"logits of {number}, float32": Side(lambda h=hidden: h @ table.T),
+            "bfloat16": Side(lambda h=narrow: h @ half.T),
+            "codes": Side(lambda h=hidden: kept.logits(h)),
+            "codes, laid out": Side(lambda h=hidden: laid_out.logits(h)),
+        }
+        found = in_turns(sides, 9, thread_count)
+        ratios[number] = found["codes, laid out"].ratio, found["bfloat16"].ratio
+    for number in (1, 512):
+        ids = torch.randint(vocab_size, (number,))
+        in_turns({f"rows of {number}": Side(lambda i=ids: laid_out.rows(i))}, 9, thread_count)
+    benchmark.pedantic(lambda: laid_out.logits(hidden), rounds=1)
+    assert resident <= 9
+    assert ratios[1][0] >= max(2, ratios[1][1])
+    assert ratios[64][0] >= 0.9

@@ -1,4 +1,4 @@
-"""Factors laid out for decoding: nothing but their strides may change."""
+"""Heads laid out for decoding: of factors nothing but their strides may change, codes become bytes for a while."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ def _model(tied: bool = False) -> LanguageModel:
 
 @pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_nothing_but_strides_changes(method: str, tied: bool, tmp_path: Path) -> None:
+def test_state_dicts_files_and_gradients_stay(method: str, tied: bool, tmp_path: Path) -> None:
     model = _model(tied)
     compress(model, method, ratio=2, token_counts=falling_counts(500, seed=0))
     before = copy.deepcopy(model)
     ids, states = torch.tensor([[3, 499, 3]]), torch.ones(1, 16)
-    heads = optimize_for_inference(model)
-    assert heads == bool(before.decoder.product_factors())
-    if heads:
-        factors = model.decoder.product_factors()
-        assert all(factor.stride(0) == 1 for factor in factors if min(factor.shape) > 1)
-    torch.testing.assert_close(model(ids), before(ids))
+    assert optimize_for_inference(model) == 1
+    factors = model.decoder.product_factors()
+    assert all(factor.stride(0) == 1 for factor in factors if min(factor.shape) > 1)
+    with torch.no_grad():
+        # Codes become bytes that are proportional to their levels, or nearly so.
+        error = (model(ids) - before(ids)).abs().max() / before(ids).abs().max()
+        assert (1e-6 if factors else 1e-2) > error
     torch.testing.assert_close(model.decoder.topk(states, 5).ids, before.decoder.topk(states, 5).ids)
-    assert optimize_for_inference(model) == heads
+    assert optimize_for_inference(model) == 1
     torch.testing.assert_close(dict(model.state_dict()), dict(before.state_dict()), rtol=0, atol=0)
     save_compressed(model, tmp_path / "small")
     loaded = _model(tied)

@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_embcompress.methods.quantizers.integer_product import byte_digits
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
-
-_DIGITS = 3
-# As bytes from 0 to 255 that stand for digits from -128 to 127, all digits 0.
-_MIDDLE = 0x808080
-# The largest number that is three such bytes.
-_LARGEST = 2**24 - 1 - _MIDDLE
 
 
 @dataclass(frozen=True)
@@ -96,11 +91,9 @@ def repacked_product(states: Tensor, matrix: Repacked) -> Tensor:
     Returns:
         `[m, n]` float32.
     """
-    states = states.double()
-    units = states.abs().amax(dim=1, keepdim=True) / _LARGEST
-    numbers = (states / units.clamp(min=1e-300)).round().to(torch.int32) + _MIDDLE
-    # [m · digits, columns], the lowest digit first.
-    digits = numbers.unsqueeze(-1).view(torch.uint8)[..., :_DIGITS].permute(0, 2, 1).reshape(-1, states.shape[1])
+    digits, counts = byte_digits(states)
+    # As bytes from 0 to 255, which stand for 128 less.
+    digits = digits.flatten(0, 1).view(torch.uint8) ^ 128
     sums: Tensor | None = None
     start = 0
     for integers, scales in zip(matrix.integers, matrix.scales, strict=True):
@@ -108,8 +101,7 @@ def repacked_product(states: Tensor, matrix: Repacked) -> Tensor:
         sums = _linear(digits[:, start:stop].contiguous(), integers, scales, sums)
         start = stop
     assert sums is not None
-    counts = (units * 256.0 ** torch.arange(_DIGITS, dtype=torch.float64)).float()
-    return torch.bmm(counts.unsqueeze(1), sums.view(len(states), _DIGITS, -1)).squeeze(1)
+    return torch.bmm(counts.unsqueeze(1), sums.view(*counts.shape, -1)).squeeze(1)
 
 
 def _linear(states: Tensor, integers: Tensor, scales: Tensor, into: Tensor | None) -> Tensor:

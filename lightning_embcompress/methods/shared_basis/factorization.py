@@ -245,7 +245,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         results = [[found[block][run]] for block, run, _ in parts]
         deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in parts], compute)
         if self.is_coded:
-            self._pack()
+            self.packed_codes = self._packed(found)
 
 
 def plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:

@@ -102,7 +102,9 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
             own.copy_(values / unit)
         smallest = torch.finfo(coded.dtype).tiny
         latent.log_scales.copy_(torch.cat([latent.log_scales[:0], *scales]).clamp(min=smallest).log2())
-        for numbers, codes, offsets in zip(latent.coefficients, coded._block_codes(), coded._offsets(), strict=True):
+        for numbers, codes, offsets in zip(
+            latent.coefficients, coded._block_codes(), coded._frame().offsets, strict=True
+        ):
             numbers.copy_(latent.levels[(codes.int() + offsets).long()])
         latent.inherit(coded)
         return latent.requires_grad_(coded.may_train)

@@ -1,0 +1,366 @@
+"""Codes of a shared basis: how they are stored, and how rows and logits are read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from lightning_embcompress.methods.base import ConfigT, is_exporting
+from lightning_embcompress.methods.blocks import RowBlocks
+from lightning_embcompress.methods.quantizers.factors import materialize
+from lightning_embcompress.methods.quantizers.integer_product import can_multiply_bytes
+from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.methods.shared_basis.code_views import (
+    Frame,
+    LaidOut,
+    Places,
+    byte_tile,
+    code_tile,
+    looked_up,
+)
+from lightning_embcompress.methods.shared_basis.layout import SCALE_STEPS, byte_codes, level_tables
+from lightning_embcompress.methods.shared_basis.level_bytes import (
+    ByteLevels,
+    Columns,
+    byte_product,
+    byte_states,
+    filled,
+)
+from lightning_embcompress.methods.tiles import TileMaker
+from lightning_embcompress.utils.kept import Kept
+
+# Coefficients that are looked up at a time on the way to the logits: 1 MiB of float32.
+_PIECE = 2**18
+# States up to which codes are multiplied in integers where they are not laid out for that, and codes of which that is
+# worth a copy.
+_FEW_STATES, _MANY_CODES = 32, 2**18
+
+
+_frames: Kept[Frame] = Kept()
+_places: Kept[Places] = Kept()
+_laid: Kept[LaidOut] = Kept()
+
+
+class StoredCodes(RowBlocks[ConfigT]):
+    """Codes, packed one segment after the other, and basis, means and scales in 8 bits.
+
+    In memory there are codes of a byte each beside those that are packed; once they are laid out for inference, bytes
+    that are proportional to the levels take the place of both.
+    """
+
+    rank: int
+    segments: list[list[tuple[int, int]]]
+    ranks: list[int]
+    widths: list[int]
+    levels: Tensor
+    packed_codes: Tensor
+    codes: Tensor
+    level_bytes: Tensor
+    scale_codes: Tensor
+    basis_codes: Tensor
+    mean_codes: Tensor
+    scale_unit: Tensor
+    basis_scales: Tensor
+    mean_scales: Tensor
+    _byte_levels: ByteLevels | None = None
+
+    def _make_codes(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        """Build all of it empty."""
+        blocks = len(self.sizes)
+
+        def buffer(name: str, *shape: int, persistent: bool = True, dtype: torch.dtype = torch.uint8) -> None:
+            self.register_buffer(name, torch.zeros(*shape, dtype=dtype, device=device), persistent=persistent)
+
+        self.levels = nn.Parameter(torch.zeros(sum(2**bits for bits in self.widths), dtype=dtype, device=device))
+        # Not trained: a step that suits levels, which are about 1, would be many times the size of these.
+        buffer("scale_unit", 1 if self.rank else 0, dtype=dtype)
+        buffer("basis_scales", self.rank, dtype=dtype)
+        buffer("mean_scales", blocks, dtype=dtype)
+        buffer("packed_codes", sum(packed_bytes(size * n, bits) for size, bits, n in self._runs()))
+        buffer("scale_codes", sum(self.ranks))
+        buffer("basis_codes", self.rank, self.dim)
+        buffer("mean_codes", blocks, self.dim)
+        buffer("codes", sum(size * n for size, n in zip(self.sizes, self.ranks, strict=True)), persistent=False)
+        buffer("level_bytes", 0, persistent=False, dtype=torch.int8)
+
+    def _runs(self) -> Iterator[tuple[int, int, int]]:
+        """Rows, bits and components of every segment, in the order in which they are packed."""
+        for size, runs in zip(self.sizes, self.segments, strict=True):
+            for bits, count in runs:
+                yield size, bits, count
+
+    def _by_blocks(self, flat: Tensor, columns: Sequence[int]) -> list[Tensor]:
+        """`[size, columns]` of every block, from those that stand one after the other."""
+        found, start = [], 0
+        for size, count in zip(self.sizes, columns, strict=True):
+            # Not `torch.split`, of which runtimes have none for bytes.
+            found.append(flat[start : start + size * count].view(size, count))
+            start += size * count
+        return found
+
+    def _block_codes(self) -> list[Tensor]:
+        """`[size, rank]` codes of every block."""
+        if self._byte_levels is not None:
+            self._take_back()
+        return self._by_blocks(self.codes, self.ranks)
+
+    def _packed(self, codes: Sequence[Tensor]) -> Tensor:
+        """The codes of all blocks, packed."""
+        packed = []
+        for block, runs in zip(codes, self.segments, strict=True):
+            start = 0
+            for bits, count in runs:
+                packed.append(pack_bits(block[:, start : start + count].flatten(), bits))
+                start += count
+        return torch.cat([self.packed_codes.new_empty(0), *packed])
+
+    def _unpack(self) -> None:
+        """Read the codes of all blocks from what is packed."""
+        # The packed codes may have come to another device than that which is left.
+        device = self.packed_codes.device
+        self.codes = torch.empty_like(self.codes, device=device)
+        self.level_bytes = torch.empty_like(self.level_bytes, device=device)
+        begin = 0
+        for block, runs in zip(self._block_codes(), self.segments, strict=True):
+            start = 0
+            for bits, count in runs:
+                number = block.shape[0] * count
+                length = packed_bytes(number, bits)
+                codes = unpack_bits(self.packed_codes[begin : begin + length], bits, number, torch.uint8)
+                block[:, start : start + count] = codes.view(-1, count)
+                start, begin = start + count, begin + length
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        loads = prefix + "packed_codes" in state_dict
+        if loads and self._byte_levels is not None:
+            self._take_back()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if loads and not self.packed_codes.is_meta:
+            self._unpack()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._byte_levels is not None:
+            destination[prefix + "packed_codes"] = self._packed(self._decoded(self._byte_levels))
+
+    def _frame(self) -> Frame:
+        """What the codes stand on, computed once."""
+        read = (self.basis_codes, self.basis_scales, self.mean_codes, self.mean_scales)
+        return _frames.of([*read, self.scale_codes, self.scale_unit], self._read_frame)
+
+    def _read_frame(self) -> Frame:
+        basis = (self.basis_codes.to(self.dtype) - 128) * self.basis_scales.unsqueeze(1)
+        means = (self.mean_codes.to(self.dtype) - 128) * self.mean_scales.unsqueeze(1)
+        scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
+        starts = dict(zip(self.widths, accumulate((2**bits for bits in self.widths), initial=0), strict=False))
+        offsets = [[starts[bits] for bits, count in runs for _ in range(count)] for runs in self.segments]
+        device = self.scale_codes.device
+        return Frame(
+            basis,
+            means,
+            list(torch.split(scales, self.ranks)),
+            [torch.tensor(one, dtype=torch.int32, device=device) for one in offsets],
+        )
+
+    def _place_rows(self, columns: Sequence[Columns], factors: Tensor) -> Places:
+        """Arguments: how the rows of every block are laid out, and what codes or numbers are multiplied with."""
+        device = self.scale_codes.device
+        laid = zip(self.sizes, columns, strict=True)
+        counts = torch.tensor([(size, one.total, one.upper, one.lower) for size, one in laid])
+        rows, codes = counts[:, 0], counts[:, 0] * counts[:, 1]
+        first = torch.stack([rows.cumsum(0) - rows, codes.cumsum(0) - codes], dim=1)
+        numbers = torch.cat([first, counts[:, 1:], torch.tensor(self.ranks).unsqueeze(1)], dim=1)
+        offsets = pad_sequence(self._frame().offsets, batch_first=True)
+        return Places(rows.cumsum(0).to(device), numbers.to(device), factors, offsets)
+
+    def _rows_of_codes(self, ids: Tensor, sparse: bool) -> Tensor:
+        """`[n, dim]` rows of `[n]` ids, all blocks at once."""
+        if self._byte_levels is not None and torch.is_grad_enabled() and self.levels.requires_grad:
+            self._take_back()
+        frame = self._frame()
+        laid = None if self._byte_levels is None else self._laid_out(self._byte_levels)
+        known = self.codes if laid is None else self.level_bytes
+
+        def place() -> Places:
+            if laid is not None:
+                return self._place_rows(laid.columns, laid.units)
+            columns = [Columns(rank, 0, rank) for rank in self.ranks]
+            return self._place_rows(columns, pad_sequence(frame.scales, batch_first=True))
+
+        places = _places.of([known, self.scale_codes, self.scale_unit], place)
+        position = self.position.index_select(0, ids)
+        block = torch.searchsorted(places.ends, position, right=True)
+        first_row, first_code, columns, upper, lower, rank = torch.split(places.numbers[block], 1, dim=1)
+        begin = first_code + (position.unsqueeze(1) - first_row) * columns
+        component = torch.arange(self.rank, device=ids.device)
+        index = torch.where(component < rank, begin + component, 0)
+        if laid is None:
+            levels = materialize(self.levels, sparse)
+            values = looked_up(levels, known[index].int() + places.offsets[block])
+        else:
+            values = 256 * known[index].float()
+            # Lower bytes come after the upper ones, and only the first components have some.
+            first = component[: laid.lower_columns]
+            has_lower = first < lower
+            place_of_lower = torch.where(has_lower, begin + upper + first, 0)
+            values[:, : len(first)] += known[place_of_lower] * has_lower
+        return (values * places.factors[block]).to(frame.basis.dtype) @ frame.basis + frame.means[block]
+
+    def _coded_products(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """States, codes, offsets of their levels, and the constant of every block."""
+        frame = self._frame()
+        reduced, constant = F.linear(hidden, frame.basis), F.linear(hidden, frame.means)
+        blocks = zip(self.ranks, frame.scales, self._block_codes(), frame.offsets, strict=True)
+        for block, (rank, scale, codes, offsets) in enumerate(blocks):
+            yield reduced[..., :rank] * scale, codes, offsets, constant[..., block : block + 1]
+
+    def _code_logits(self, hidden: Tensor) -> Tensor:
+        """`h Wᵀ` in block order."""
+        laid = self._for_integers(hidden)
+        if laid is not None:
+            return self._integer_logits(hidden, laid)
+        pieces: list[Tensor] = []
+        for states, codes, offsets, shift in self._coded_products(hidden):
+            pieces += [part + shift for part in self._code_products(states, codes, offsets)]
+        return torch.cat(pieces, dim=-1)
+
+    def _code_products(self, states: Tensor, codes: Tensor, offsets: Tensor) -> list[Tensor]:
+        """Products with the coefficients of a block, a piece at a time; their values are never there as a whole."""
+
+        def product(states: Tensor, piece: Tensor, levels: Tensor) -> Tensor:
+            return F.linear(states, looked_up(levels, piece.int() + offsets))
+
+        keeps = torch.is_grad_enabled() and not is_exporting()
+        step = max(1, _PIECE // max(1, codes.shape[1]))
+        # Not `torch.split`, of which runtimes have none for bytes.
+        pieces = [codes[start : start + step] for start in range(0, codes.shape[0], step)]
+        return [
+            checkpoint(product, states, piece, self.levels, use_reentrant=False)
+            if keeps
+            else product(states, piece, self.levels)
+            for piece in pieces
+        ]
+
+    def _code_tiles(self, hidden: Tensor, tile_rows: int) -> TileMaker:
+        maker = TileMaker(tile_rows)
+        laid = self._for_integers(hidden)
+        if laid is not None:
+            reduced, constant, states, counts = self._byte_states(hidden, laid)
+            for block, (data, columns) in enumerate(zip(laid.data, laid.columns, strict=True)):
+                reads = maker.share(states[block], counts, constant[..., block : block + 1])
+                maker.add(len(data), reads, byte_tile(data, columns, filled(self.rank), reduced.dtype))
+            return maker
+        levels = maker.share(self.levels)
+        for states, codes, offsets, shift in self._coded_products(hidden):
+            maker.add(len(codes), (*maker.share(states, shift), *levels), code_tile(codes, offsets))
+        return maker
+
+    def _for_integers(self, hidden: Tensor) -> LaidOut | None:
+        """Bytes to multiply states with, where no gradient is wanted and that is faster; otherwise None."""
+        wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.levels.requires_grad)
+        if wants_gradient or hidden.device.type != "cpu" or hidden.dtype == torch.float64 or not hidden.numel():
+            return None
+        if torch.compiler.is_compiling() or not can_multiply_bytes():
+            return None
+        if self._byte_levels is not None:
+            return self._laid_out(self._byte_levels)
+        # A change of tensors that were made for inference cannot be seen, and would leave a copy of what they were.
+        is_worth_a_copy = self.codes.numel() >= _MANY_CODES and not self.packed_codes.is_inference()
+        if not is_worth_a_copy or hidden.numel() > _FEW_STATES * self.dim:
+            return None
+        read = [self.packed_codes, self.levels, self.scale_codes, self.scale_unit]
+        return _laid.of(read, lambda: self._lay(ByteLevels.of(level_tables(self.levels, self.widths), exact=True), 3))
+
+    def _byte_states(self, hidden: Tensor, laid: LaidOut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Products of `[m, dim]` states with the basis and the means, and what `byte_states` makes of the former."""
+        frame = self._frame()
+        reduced, constant = F.linear(hidden, frame.basis), F.linear(hidden, frame.means)
+        return reduced, constant, *byte_states(reduced, laid.units, laid.lower_columns, laid.digits)
+
+    def _integer_logits(self, hidden: Tensor, laid: LaidOut) -> Tensor:
+        reduced, constant, states, counts = self._byte_states(hidden.reshape(-1, self.dim), laid)
+        logits = reduced.new_empty(len(reduced), self.vocab_size)
+        parts = torch.split(logits, self.sizes, dim=1)
+        for block, (data, columns, part) in enumerate(zip(laid.data, laid.columns, parts, strict=True)):
+            found = byte_product(states[block], counts, data, columns, filled(self.rank))
+            part.copy_(found.add_(constant[:, block : block + 1]))
+        return logits.view(*hidden.shape[:-1], self.vocab_size)
+
+    def _lay(self, levels: ByteLevels, digits: int, flat: Tensor | None = None) -> LaidOut:
+        """Bytes of all blocks: those there are, or made of the codes."""
+        blocks = zip(self.segments, self._frame().scales, strict=True)
+        units = pad_sequence([levels.units_of(runs, own) for runs, own in blocks], batch_first=True)
+        columns = [levels.columns(runs) for runs in self.segments]
+        if flat is not None:
+            return LaidOut(self._by_blocks(flat, [one.total for one in columns]), columns, units, digits)
+        pairs = zip(self._block_codes(), self.segments, strict=True)
+        return LaidOut([levels.encode(codes, runs) for codes, runs in pairs], columns, units, digits)
+
+    def _laid_out(self, levels: ByteLevels) -> LaidOut:
+        read = [self.level_bytes, self.scale_codes, self.scale_unit]
+        return _laid.of(read, lambda: self._lay(levels, 2, self.level_bytes))
+
+    def _decoded(self, levels: ByteLevels) -> list[Tensor]:
+        data = self._laid_out(levels).data
+        return [levels.decode(own, runs) for own, runs in zip(data, self.segments, strict=True)]
+
+    @torch.no_grad()
+    def lay_out(self) -> bool:
+        """See `Factorization.lay_out`: bytes take the place of all codes, until a gradient is wanted."""
+        fits = self.rank and self.codes.device.type == "cpu" and self.dtype != torch.float64 and can_multiply_bytes()
+        if self._byte_levels is None and fits:
+            levels = ByteLevels.of(level_tables(self.levels, self.widths), exact=False)
+            with torch.inference_mode(mode=False):
+                self.level_bytes = torch.cat([data.flatten() for data in self._lay(levels, 2).data])
+                self.codes, self.packed_codes = self.codes.new_empty(0), self.packed_codes.new_empty(0)
+            self._byte_levels = levels
+        return self._byte_levels is not None
+
+    def materialize(self) -> Tensor:
+        """The whole table as the codes say, see `Factorization.materialize`."""
+        if self._byte_levels is not None:
+            self._take_back()
+        return super().materialize()
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Let the codes take the place of the bytes that they were laid out as."""
+        assert self._byte_levels is not None
+        with torch.inference_mode(mode=False):
+            codes = self._decoded(self._byte_levels)
+            self.packed_codes = self._packed(codes)
+            self.codes = torch.cat([block.flatten() for block in codes])
+            self.level_bytes = self.level_bytes.new_empty(0)
+        self._byte_levels = None
+
+    def _store_frame(self, basis: Tensor, means: Tensor, scales: Tensor) -> None:
+        """Round what codes stand on: basis and means to 8 bits, and `[Σ rank]` scales to steps of their logarithms."""
+        self.scale_unit.fill_(max([0.0, *scales.tolist()]))
+        steps = torch.log2(scales.double().cpu().clamp(min=1e-300) / self.scale_unit.double().cpu().clamp(min=1e-300))
+        self.scale_codes.copy_((-SCALE_STEPS * steps).round().clamp(0, 255).to(torch.uint8))
+        for name, values in (("basis", basis), ("mean", means)):
+            rounded, units = byte_codes(values)
+            getattr(self, f"{name}_codes").copy_(rounded)
+            getattr(self, f"{name}_scales").copy_(units)
+
+    @torch.no_grad()
+    def store(self, codes: Sequence[Tensor], basis: Tensor, means: Tensor, scales: Tensor) -> None:
+        """Keep other codes, and what they stand on.
+
+        Args:
+            codes: `[size, rank]` of every block.
+            basis: `[rank, dim]`.
+            means: `[blocks, dim]`.
+            scales: `[Σ rank]`, those of the components of every block.
+        """
+        self._store_frame(basis, means, scales)
+        for place, values in zip(self._block_codes(), codes, strict=True):
+            place.copy_(values)
+        self.packed_codes = self._packed(self._block_codes())
