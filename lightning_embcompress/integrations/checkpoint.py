@@ -19,7 +19,7 @@ from lightning_embcompress.compression.backbone_files import check_backbone_tens
 from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.compression.records import check_factors
 from lightning_embcompress.integrations.checkpoint_io import check_whole_file, read_mapped
-from lightning_embcompress.integrations.instantiators import INSTANTIATORS
+from lightning_embcompress.integrations.sources import INSTANTIATORS
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.tables.finding import all_modules

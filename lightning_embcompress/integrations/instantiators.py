@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lightning_embcompress.integrations.sources import INSTANTIATORS
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
-
-_OF_CLI = "lightning.pytorch.cli.instantiate_module"
 
 
 def instantiate(cls: type[LightningModule], arguments: dict[str, Any]) -> LightningModule:
@@ -35,9 +35,6 @@ def instantiate_by_cli(cls: type[LightningModule], arguments: dict[str, Any]) ->
     keep_structure(module)
     return module
 
-
-INSTANTIATORS = {None: f"{__name__}.instantiate", _OF_CLI: f"{__name__}.instantiate_by_cli"}
-"""Ours, by the one of the checkpoint of a dense module."""
 
 _LIGHTNING: Any = sys.modules.get("lightning.pytorch.core.saving")
 # Older versions of Lightning trust all.

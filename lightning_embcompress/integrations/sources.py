@@ -21,6 +21,12 @@ SAVED_FORMAT = "lightning-embcompress"
 """The `format` in `config.json` of what `save_compressed` wrote."""
 QUANT_METHOD = "embcompress"
 """Under this name `config.json` of a model of transformers records the plan, and transformers finds our quantizer."""
+_INSTANTIATORS = "lightning_embcompress.integrations.instantiators"
+INSTANTIATORS = {
+    None: f"{_INSTANTIATORS}.instantiate",
+    "lightning.pytorch.cli.instantiate_module": f"{_INSTANTIATORS}.instantiate_by_cli",
+}
+"""What compressed checkpoints name to be built with, by what those of dense modules name."""
 
 # In the order in which transformers looks for them.
 _WEIGHTS = (WEIGHTS_FILE, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

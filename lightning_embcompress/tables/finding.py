@@ -200,6 +200,18 @@ def _remedy_of_wrapped(path: str) -> str:
 
 
 def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
+    if type(table.weight) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"table {table.name!r} is stored as a {type(table.weight).__module__}.{type(table.weight).__qualname__}: "
+            "only plain tensors can be solved; compress the model first, and let the other library quantize or shard "
+            "the layers beside the tables afterwards"
+        )
+    # Float8 has neither products nor sums.
+    if not table.weight.is_floating_point() or table.weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"table {table.name!r} holds {table.weight.dtype}: only floating-point numbers of 16 bits or more can be "
+            f"solved; cast it before, as in model.get_submodule({table.name!r}).to(torch.bfloat16)"
+        )
     for path, module in named.items():
         kept = (*module._parameters.items(), *kept_tensors(module))
         own = [name for name, tensor in kept if tensor is table.weight]
@@ -242,18 +254,6 @@ def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
         if "weight" not in module._parameters:
             raise ValueError(f"{where} has a weight that is no parameter: make it one (nn.Parameter) before")
     _check_norms(table, named)
-    if type(table.weight) not in (Tensor, nn.Parameter):
-        raise ValueError(
-            f"table {table.name!r} is stored as a {type(table.weight).__module__}.{type(table.weight).__qualname__}: "
-            "only plain tensors can be solved; compress the model first, and let the other library quantize or shard "
-            "the layers beside the tables afterwards"
-        )
-    # Float8 has neither products nor sums.
-    if not table.weight.is_floating_point() or table.weight.dtype.itemsize < 2:
-        raise ValueError(
-            f"table {table.name!r} holds {table.weight.dtype}: only floating-point numbers of 16 bits or more can be "
-            f"solved; cast it before, as in model.get_submodule({table.name!r}).to(torch.bfloat16)"
-        )
 
 
 def _check_norms(table: Table, named: Mapping[str, nn.Module]) -> None:
