@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from lightning.pytorch import Trainer
 
 from toys import quiet_trainer
+
+# The same examples in every run; `--hypothesis-profile default` draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 # Two busy threads make tiny tensors many times slower: tests use one, benchmarks choose for themselves.
 torch.set_num_threads(1)
@@ -41,7 +46,7 @@ def torchrun(tmp_path: Path) -> Callable[..., str]:
         # The seed that an earlier test has set: Lightning would set it anew in every process.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
         done = subprocess.run(
-            [*command, str(script), *map(str, arguments)],
+            [*command, str(Path(__file__).with_name("run_worker.py")), str(script), *map(str, arguments)],
             env={**inherited, "OMP_NUM_THREADS": "1"},
             cwd=tmp_path,
             capture_output=True,

@@ -76,4 +76,3 @@ if __name__ == "__main__":
     statistics = collect_statistics(model, DataLoader(own, batch_size=3), loss_fn)
     statistics.save(folder / f"plain-{rank}.safetensors")
     check_mistakes(model, rank)
-    dist.destroy_process_group()

@@ -102,7 +102,6 @@ def main(folder: Path, cases: dict[str, Any]) -> None:
         print("RESULT " + json.dumps(every))
     # Threads of gloo that are still there when the interpreter ends may end it with an error.
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

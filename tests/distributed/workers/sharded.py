@@ -56,4 +56,3 @@ if __name__ == "__main__":
             torch.save(results, folder / f"{name}.pt")
     # A thread of gloo that is left can abort the interpreter at its end.
     dist.barrier()
-    dist.destroy_process_group()

@@ -91,4 +91,3 @@ if __name__ == "__main__":
         group = dist.new_group([1, 2])
         if rank:
             torch.save(solve_all(chosen, group), folder / f"{rank}-of-two.pt")
-    dist.destroy_process_group()

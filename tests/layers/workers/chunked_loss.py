@@ -83,7 +83,6 @@ def main() -> None:
         _compare(Model(tied, False), _sharded(head), inputs, targets)
     sys.stdout.write("as one process\n")
     sys.stdout.flush()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def test_no_round_raises_the_loss(
     for _ in range(3):
         descend(table, metric, codebook, codes, groups, rounds=1)
         losses.append(floored.loss(table, gather_rows(codebook, codes)))
-    slack = (1e-12 if dtype == torch.float64 else 1e-6) * floored.loss(table, 0 * table)
+    # Centroids are rounded to float32, which a metric of floored eigenvalues sees.
+    slack = (1e-12 if dtype == torch.float64 else 1e-5) * floored.loss(table, 0 * table)
     assert all(after <= before * (1 + 1e-9) + slack for before, after in zip(losses[:-1], losses[1:], strict=True))
     assert codebook.isfinite().all()
     assert torch.equal(codebook, codebook.to(dtype).to(codebook.dtype))

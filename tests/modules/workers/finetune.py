@@ -66,4 +66,3 @@ def main(train: str, valid: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    torch.distributed.destroy_process_group()
