@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.methods.config import nearest
-from lightning_embcompress.tables.automatic import vocabulary_size
+from lightning_embcompress.tables.automatic import is_one_vocabulary
 
 
 class Vocabulary(NamedTuple):
@@ -57,7 +57,7 @@ def counts_by_table(token_counts: Any, tables: Sequence[Vocabulary]) -> list[Ten
             found.append(_checked(given[0], modules[0], size))
         return found
     sizes = {size: modules[0] for modules, size in reversed(tables)}
-    if any(vocabulary_size(size, [max(sizes)]) is None for size in sizes):
+    if not is_one_vocabulary(sizes):
         listed = ", ".join(f"{name!r} ({size} rows)" for size, name in reversed(sizes.items()))
         raise ValueError(
             f"tables {listed} have vocabularies of their own, and token_counts are of one: give those of each by its "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_embcompress.calibration.counts import count_of_common_token
 from lightning_embcompress.methods.config import nearest
 from lightning_embcompress.tables.finding import Table
-from lightning_embcompress.tables.transformers_models import pretrained_models
+from lightning_embcompress.tables.transformers_models import is_within, pretrained_models
 
 KeepRows: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]] | None
 """Ids whose rows are to be kept finely, in every table or by the path of one."""
@@ -40,7 +40,7 @@ def special_tokens(model: nn.Module, table: Table) -> dict[int, str]:
     found: dict[int, list[str]] = {}
     for path, part in pretrained_models(model).items():
         configs = [part.config, part.config.get_text_config(), getattr(part, "generation_config", None)]
-        inside = any(name.startswith(f"{path}." if path else "") for name in table.modules)
+        inside = any(is_within(name, path) for name in table.modules)
         if inside or any(getattr(config, "vocab_size", None) == table.shape[0] for config in configs):
             for config in configs:
                 _add(found, {} if config is None else config.to_dict())

@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_embcompress.calibration.collector import Collector, find_layers
 from lightning_embcompress.calibration.rows import as_batch
 from lightning_embcompress.calibration.sums import summed
-from lightning_embcompress.calibration.words import IGNORE_INDEX, padding_ids
+from lightning_embcompress.calibration.words import padding_ids
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.utils.division import failing_together
 from lightning_embcompress.utils.files import explaining_failure, replacing

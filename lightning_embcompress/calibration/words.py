@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.tables.finding import all_modules
-from lightning_embcompress.tables.transformers_models import pretrained_models
-
-IGNORE_INDEX = -100
-"""Targets of no loss, as torch and transformers have them."""
+from lightning_embcompress.tables.transformers_models import ids_in_config, is_within, pretrained_models
 
 _OTHER_SIDE = ("encoder_", "cross_")
 _PADDING_MASKS = ("padding_mask", "pad_mask")
@@ -214,9 +212,8 @@ def _padding_ids(config: Any, layer: nn.Module) -> set[int]:
 def padding_ids(config: Any, *own: int) -> set[int]:
     """Ids that are padding by a configuration of transformers, and others, unless it uses them for what texts hold."""
     padding = {*own, getattr(config, "pad_token_id", None)}
-    values = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "sep", "cls", "mask")]
-    flat = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
-    return {token for token in padding if isinstance(token, int)} - {one for one in flat if isinstance(one, int)}
+    used = ids_in_config(config, "bos", "eos", "unk", "sep", "cls", "mask")
+    return {token for token in padding if isinstance(token, int)} - used
 
 
 def _starts_with_padding(config: Any) -> bool:
@@ -226,9 +223,5 @@ def _starts_with_padding(config: Any) -> bool:
 
 def _config(model: nn.Module, path: str) -> Any:
     """The configuration of the innermost model of transformers around a module; None if there is none."""
-    around = [(len(outer), part) for outer, part in pretrained_models(model).items() if _is_in(path, outer)]
+    around = [(len(outer), part) for outer, part in pretrained_models(model).items() if is_within(path, outer)]
     return max(around, key=lambda one: one[0])[1].config.get_text_config() if around else None
-
-
-def _is_in(path: str, outer: str) -> bool:
-    return not outer or path.startswith(f"{outer}.")

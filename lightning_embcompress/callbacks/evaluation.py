@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress.calibration.words import WordMasks
 from lightning_embcompress.callbacks.passes import Logged, data_pass, step_arguments, training_pass, validating
+from lightning_embcompress.layers.pooling import bag_ids
 from lightning_embcompress.utils.division import sum_over_processes
 
 NOTHING_TO_COUNT = (
@@ -109,8 +110,7 @@ def stream_token_counts(
     masks = WordMasks(module, {path: embedding})
 
     def count(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        read = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
-        read = read.values() if read.is_nested else read
+        read = bag_ids((arguments[0] if arguments else next(iter(keywords.values()))).detach())
         ids = read[masks.words(path, read)].cpu()
         counts.add_(torch.bincount(ids[(ids >= 0) & (ids < vocab_size)], minlength=vocab_size))
         raise _SeenEnough

@@ -24,7 +24,7 @@ from lightning_embcompress.compression.tasks import Task, check_counts
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.tables.automatic import vocabulary_size
+from lightning_embcompress.tables.automatic import is_one_vocabulary, vocabulary_size
 from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.utils.division import failing_together
 
@@ -167,7 +167,7 @@ class Weighing:
         sizes = {table.shape[0] for table in tables}
         if counts is None or isinstance(counts, Mapping):
             return counts
-        if any(vocabulary_size(size, [max(sizes)]) is None for size in sizes):
+        if not is_one_vocabulary(sizes):
             # Of which vocabulary they are is not known.
             return None
         if len(counts) < min(sizes):

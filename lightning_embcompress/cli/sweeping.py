@@ -20,7 +20,7 @@ from lightning_embcompress.compression.report import say
 from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
-from lightning_embcompress.tables.automatic import vocabulary_size
+from lightning_embcompress.tables.automatic import is_one_vocabulary
 from lightning_embcompress.tables.finding import find_tables
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         sizes = {table.name: table.shape[0] for table in find_tables(model, tables)}
     except ValueError as error:
         raise ValueError(in_shell_terms(str(error))) from error
-    if any(vocabulary_size(size, [max(sizes.values())]) is None for size in sizes.values()):
+    if not is_one_vocabulary(sizes.values()):
         listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
         raise ValueError(
             f"the tables have different numbers of rows ({listed}), but the text has one vocabulary: name those of it, "

@@ -119,10 +119,8 @@ def backbone_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     library = sys.modules.get("transformers.pytorch_utils")
     kinds = {*_KINDS, getattr(library, "Conv1D", nn.Linear)}
-    sizes, heads = (
-        _vocabulary_sizes(model),
-        {id(layer) for _, heads in vocabulary_layers(model).values() for layer in heads},
-    )
+    sizes = _vocabulary_sizes(model)
+    heads = {id(layer) for _, projections in vocabulary_layers(model).values() for layer in projections}
     found: dict[str, nn.Parameter] = {}
     others: set[int] = set()
     for path, module in all_modules(model).items():

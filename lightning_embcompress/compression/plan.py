@@ -25,7 +25,7 @@ from lightning_embcompress.compression.solution import Solution, put_in_place, s
 from lightning_embcompress.compression.tasks import Tie, plan
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
-from lightning_embcompress.layers.sizes import compressed_tables
+from lightning_embcompress.layers.sizes import compressed_tables, table_shape
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.registry import DEFAULT_METHOD, factorization_from_spec, get_config
 from lightning_embcompress.methods.specs import dense_bytes
@@ -387,20 +387,13 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 raise ValueError(
                     f"the plan compresses module {shown(path)}, but the model has no embedding or projection there"
                 )
-            own = _table_shape(module)
+            own = table_shape(module)
             if own != shape:
                 raise ValueError(
                     f"the plan's table {path!r} is {shape[0]} x {shape[1]}, the model's is {own[0]} x {own[1]}: build "
                     "the model with the vocabulary and the sizes that the checkpoint was trained with"
                 )
     check_backbone(model, plan.backbone)
-
-
-def _table_shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, CompressedLayer):
-        return module.factorization.vocab_size, module.factorization.dim
-    assert isinstance(module, AnyEmbedding | nn.Linear)
-    return module.weight.shape[0], module.weight.shape[1]
 
 
 def _table_place(module: nn.Module) -> tuple[torch.dtype, torch.device, bool]:

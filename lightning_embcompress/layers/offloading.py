@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
-
-_Layer = TypeVar("_Layer")
 
 
 def with_offloaded_factors(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.parametrized_weights import parametrized_bytes
 from lightning_embcompress.methods.registry import Factorization
@@ -29,6 +30,14 @@ def compressed_tables(model: nn.Module) -> list[Placed]:
             modules.setdefault(id(module.factorization), []).append(path)
             factorizations[id(module.factorization)] = module.factorization
     return [(tuple(paths), factorizations[key]) for key, paths in modules.items()]
+
+
+def table_shape(layer: nn.Module) -> tuple[int, int]:
+    """`(vocab_size, dim)` of the table that an embedding or a head reads, compressed or dense."""
+    if isinstance(layer, CompressedLayer):
+        return layer.factorization.vocab_size, layer.factorization.dim
+    assert isinstance(layer, AnyEmbedding | nn.Linear)
+    return layer.weight.shape[0], layer.weight.shape[1]
 
 
 def dense_table_bytes(factors: Factorization[Any]) -> int:

@@ -86,6 +86,16 @@ def vocabulary_size(rows: int, sizes: Collection[int]) -> int | None:
     return nearest if sizes and abs(nearest - rows) <= _PADDING * nearest else None
 
 
+def is_one_vocabulary(sizes: Collection[int]) -> bool:
+    """Whether tables of so many rows may all have the same words, some of them padded.
+
+    Example:
+        >>> is_one_vocabulary([50_304, 50_257]), is_one_vocabulary([50_304, 512])
+        (True, False)
+    """
+    return all(vocabulary_size(size, [max(sizes)]) is not None for size in sizes)
+
+
 def choose_tables(named: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
     """Choose the tables of a model by the rules of `find_tables`.
 

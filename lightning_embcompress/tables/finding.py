@@ -92,7 +92,7 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
     else:
         found = _named(named, [tables] if isinstance(tables, str) else tables)
     for table in found:
-        _check_replaceable(table, named)
+        _check_table(table, named)
     return [replace(table, padding=_padding(table, named, model)) for table in found]
 
 
@@ -199,7 +199,7 @@ def _remedy_of_wrapped(path: str) -> str:
     )
 
 
-def _check_replaceable(table: Table, named: dict[str, nn.Module]) -> None:
+def _check_table(table: Table, named: dict[str, nn.Module]) -> None:
     if type(table.weight) not in (Tensor, nn.Parameter):
         raise ValueError(
             f"table {table.name!r} is stored as a {type(table.weight).__module__}.{type(table.weight).__qualname__}: "

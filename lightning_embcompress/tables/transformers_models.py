@@ -35,7 +35,7 @@ def only_model(root: nn.Module) -> Any:
     outer: list[str] = []
     models = pretrained_models(root)
     for path in models:
-        if not any(path.startswith(f"{other}." if other else "") for other in outer):
+        if not any(is_within(path, other) for other in outer):
             outer.append(path)
     return models[outer[0]] if len(outer) == 1 else None
 
@@ -60,7 +60,7 @@ def vocabulary_layers(root: nn.Module) -> dict[str, tuple[list[nn.Module], list[
     outer = ""
     for path, model in pretrained_models(root).items():
         # A model comes before those within it.
-        if not found or not path.startswith(f"{outer}." if outer else ""):
+        if not found or not is_within(path, outer):
             outer = path
             found[outer] = ([], [])
         embeddings, projections = found[outer]
@@ -94,7 +94,23 @@ def ends_of_texts(root: nn.Module) -> set[int]:
     found: set[int] = set()
     for model in pretrained_models(root).values():
         for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
-            for name in ("bos_token_id", "eos_token_id"):
-                ids = getattr(config, name, None)
-                found.update(one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int))
+            found |= ids_in_config(config, "bos", "eos")
     return found
+
+
+def ids_in_config(config: Any, *names: str) -> set[int]:
+    """Ids of special tokens, such as `eos`, in a configuration of transformers, which may have several for a name.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> ids_in_config(GPT2Config(bos_token_id=3, eos_token_id=[3, 5]), "bos", "eos", "sep")
+        {3, 5}
+    """
+    values = [getattr(config, f"{name}_token_id", None) for name in names]
+    flat = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
+    return {one for one in flat if isinstance(one, int)}
+
+
+def is_within(path: str, outer: str) -> bool:
+    """Whether a module is, by its path, in another one, of which the whole model has the path `""`."""
+    return not outer or path.startswith(f"{outer}.")

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from lightning_embcompress.methods.numerics.gram import compute_dtype
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape, repeated, scales_shape
 from lightning_embcompress.methods.quantizers.packing import packed_bytes
-from lightning_embcompress.methods.quantizers.repacked_product import can_repack, repack, repacked, repacked_product
+from lightning_embcompress.methods.quantizers.repacked_product import Repacked, can_repack, repack, repacked_product
+from lightning_embcompress.utils.kept import Kept
 
 # Values that are unpacked at a time: what is on the way to them stays in the cache.
 _TILE = 2**17
@@ -29,6 +30,8 @@ _EXPORTED_TILE = 2**24
 _FEW_STATES = 32
 # Values of a matrix up to which it is unpacked even for one of them.
 _SMALL = 2**18
+
+_repacked: Kept[Repacked] = Kept()
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -201,9 +204,9 @@ class _Product(torch.autograd.Function):
 
 def _product(hidden: Tensor, packed: Tensor, scales: Tensor, bits: int, columns: int, group_size: int) -> Tensor:
     if _is_for_integers(hidden, packed, scales):
-        matrix = repacked(packed, scales)
-        if matrix is None:
-            matrix = repack(packed, scales, unpack_rows(packed, bits, columns), bits, group_size)
+        matrix = _repacked.of(
+            [packed, scales], lambda: repack(unpack_rows(packed, bits, columns), scales, bits, group_size)
+        )
         found = repacked_product(hidden.detach().reshape(-1, columns), matrix)
         return found.to(hidden.dtype).view(*hidden.shape[:-1], len(packed))
     tiles = _unpacked_tiles(packed, scales, bits, columns, group_size, hidden.dtype)

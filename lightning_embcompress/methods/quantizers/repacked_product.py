@@ -2,20 +2,17 @@
 
 The product of bytes in int32 is exact, and reads a byte an element where one of floats reads four. What is rounded are
 the states, to three digits to the base 256, 24 bits of the largest of them. The copy has a byte an integer, and is made
-for the first product. It is kept for as long as the packed tensor itself is, is no part of a module, of a state dict or
-of a copy of either, and is made again when the packed integers or their scales have changed.
+for the first product and kept by who multiplies, see `utils.kept`.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_embcompress.methods.quantizers.integer_product import byte_digits
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
@@ -26,17 +23,12 @@ class Repacked:
     """Integers and scales of every group of columns.
 
     Attributes:
-        version: What was copied, see `_version`.
         integers: For every group of columns `[n, group_columns]` int8, as oneDNN lays them out.
         scales: For every group of columns `[n]` float32.
     """
 
-    version: tuple[int, ...]
     integers: list[Tensor]
     scales: list[Tensor]
-
-
-_kept: MutableMapping[Tensor, Repacked] = WeakTensorKeyDictionary()
 
 
 @cache
@@ -52,33 +44,21 @@ def can_repack() -> bool:
     return torch.equal(found, (states.float() - 128) @ integers.float().T)
 
 
-def repacked(packed: Tensor, scales: Tensor) -> Repacked | None:
-    """The copy that is kept of a packed matrix; None if there is none, or what is packed has changed since."""
-    found = _kept.get(packed)
-    return found if found is not None and found.version == _version(packed, scales) else None
-
-
-def repack(packed: Tensor, scales: Tensor, codes: Tensor, bits: int, group_size: int) -> Repacked:
-    """Make the copy and keep it.
+def repack(codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Repacked:
+    """Make the copy.
 
     Args:
-        packed: The packed matrix, with which the copy goes.
-        scales: Of its groups.
         codes: `[n, columns]` uint8, what is packed.
+        scales: Of its groups.
         bits: Bits of an integer.
         group_size: Values that share a scale.
     """
     group_rows, group_columns = group_shape(codes.shape[1], group_size)
-    with torch.inference_mode(mode=False), torch.no_grad():
-        # Of unsigned numbers what is below 0 comes round as the int8 that is meant.
-        integers = (codes - 2 ** (bits - 1)).view(torch.int8)
-        groups = [
-            torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in integers.split(group_columns, 1)
-        ]
-        factors = scales.float().repeat_interleave(group_rows, dim=0)[: len(codes)].T.contiguous()
-    found = Repacked(_version(packed, scales), groups, list(factors))
-    _kept[packed] = found
-    return found
+    # Of unsigned numbers what is below 0 comes round as the int8 that is meant.
+    integers = (codes - 2 ** (bits - 1)).view(torch.int8)
+    groups = [torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in integers.split(group_columns, 1)]
+    factors = scales.float().repeat_interleave(group_rows, dim=0)[: len(codes)].T.contiguous()
+    return Repacked(groups, list(factors))
 
 
 def repacked_product(states: Tensor, matrix: Repacked) -> Tensor:
@@ -113,7 +93,3 @@ def _linear(states: Tensor, integers: Tensor, scales: Tensor, into: Tensor | Non
     else:
         found = torch.ops.onednn.qlinear_pointwise.binary(*inputs, into, *result, 1.0, 0, "sum", 1.0, "none", [], "")
     return cast(Tensor, found)
-
-
-def _version(packed: Tensor, scales: Tensor) -> tuple[int, ...]:
-    return packed._version, scales._version, scales.data_ptr()

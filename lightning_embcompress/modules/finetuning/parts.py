@@ -18,8 +18,9 @@ from lightning_embcompress.calibration.collector import find_layers
 from lightning_embcompress.callbacks.passes import step_arguments
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.layers.sizes import table_shape
 from lightning_embcompress.methods.quantizers.factors import FakeQuantizer
-from lightning_embcompress.tables.automatic import vocabulary_size
+from lightning_embcompress.tables.automatic import is_one_vocabulary
 
 Freeze: TypeAlias = Literal["backbone", "factors"]
 """The part of a model that is not trained: everything but its tables, or its tables."""
@@ -47,7 +48,7 @@ class Parts:
         """Find them."""
         self.tables = find_layers(model, tables)
         sizes = {path: table_shape(model.get_submodule(path))[0] for paths in self.tables for path in paths}
-        if any(vocabulary_size(size, [max(sizes.values())]) is None for size in sizes.values()):
+        if not is_one_vocabulary(sizes.values()):
             listed = ", ".join(f"{path!r} {size}" for path, size in sizes.items())
             raise ValueError(
                 f"The tables have different numbers of rows ({listed}), but a language model has one vocabulary: name"
@@ -150,14 +151,6 @@ def warn_of_frozen(model: nn.Module, parts: Parts, part: Freeze | None) -> None:
             f" {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}. To train them call"
             " requires_grad_(True) of the model before."
         )
-
-
-def table_shape(layer: nn.Module) -> tuple[int, int]:
-    """`(vocab_size, dim)` of the table that an embedding or a head reads."""
-    if isinstance(layer, CompressedLayer):
-        return layer.factorization.vocab_size, layer.factorization.dim
-    assert isinstance(layer, AnyEmbedding | nn.Linear)
-    return layer.weight.shape[0], layer.weight.shape[1]
 
 
 def table_rows(layer: nn.Module, ids: Tensor) -> Tensor:

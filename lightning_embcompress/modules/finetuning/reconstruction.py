@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.layers.sizes import table_shape
 from lightning_embcompress.methods.numerics.metric import smoothed_frequencies
-from lightning_embcompress.modules.finetuning.parts import table_rows, table_shape
+from lightning_embcompress.modules.finetuning.parts import table_rows
 from lightning_embcompress.tables.finding import Table
 
 

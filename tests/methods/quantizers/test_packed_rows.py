@@ -148,12 +148,12 @@ def test_the_copy_is_kept_for_as_long_as_what_it_is_of(monkeypatch: pytest.Monke
         product = multiply_packed(hidden, packed, scales.view(torch.uint8).view(torch.float16), 4, 192, 64)
         return torch.allclose(product, (factor * (hidden.double() @ values.T)).float(), atol=1e-3)
 
-    kept = len(repacked_product._kept)
+    kept = len(packed_rows._repacked._found)
     assert matches(packed, 1)
     with torch.inference_mode():
         assert matches(packed, 1)
     assert len(made) == 1
-    assert sum(part.numel() for part in repacked_product._kept[packed].integers) == 200 * 192
+    assert sum(part.numel() for part in packed_rows._repacked._found[packed][1].integers) == 200 * 192
     scales.mul_(2)
     assert matches(packed, 2)
     assert len(made) == 2
@@ -161,11 +161,11 @@ def test_the_copy_is_kept_for_as_long_as_what_it_is_of(monkeypatch: pytest.Monke
     packed.copy_(pack_rows(torch.full((200, 192), 8), 4))
     assert matches(packed, 1)
     assert len(made) == 3
-    assert copy.deepcopy(packed) not in repacked_product._kept
-    assert len(repacked_product._kept) == kept + 1
+    assert copy.deepcopy(packed) not in packed_rows._repacked._found
+    assert len(packed_rows._repacked._found) == kept + 1
     del packed
     gc.collect()
-    assert len(repacked_product._kept) == kept
+    assert len(packed_rows._repacked._found) == kept
 
 
 def test_no_copy_is_kept_of_what_may_change_unseen() -> None:
@@ -173,7 +173,7 @@ def test_no_copy_is_kept_of_what_may_change_unseen() -> None:
     with torch.inference_mode():
         packed, scales, values = _matrix(200, 192, 4, 64)
         product = multiply_packed(hidden, packed, scales, 4, 192, 64)
-        assert packed not in repacked_product._kept
+        assert packed not in packed_rows._repacked._found
         torch.testing.assert_close(product, (hidden.double() @ values.T).float(), rtol=1e-4, atol=1e-2)
 
 
