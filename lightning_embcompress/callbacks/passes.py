@@ -226,7 +226,7 @@ def data_pass(
     with (
         undisturbed(module, logged),
         loggers_off(trainer),
-        progress_bar(title, total=count or 1) as advance,
+        progress_bar(title, total=count, unit="batches") as advance,
         _apart(loaders, mode) as loader,
     ):
         loader.limits = limits
