@@ -44,7 +44,12 @@ class Compress(Command):
             its tokenizer are; for methods that weight by frequency.
         counts_only: Whether tokens in text are counted, but no perplexity is measured, which is only possible for
             causal language models of transformers.
-        dtype: Of the whole result; by default that of source.
+        dtype: Of the whole result, and what is computed in; by default that of source.
+        device: Where the model is called and tables are solved; auto takes a GPU where there is one. A model that is
+            larger than its memory goes through it block by block, by accelerate.
+        batch_tokens: Tokens that the model gets at once: fewer need less memory, and with fewer than its context it
+            reads shorter blocks. By default what the memory has room for.
+        max_tokens: Tokens that the perplexity is measured on; by default 16,384 on a CPU and 262,144 on a GPU.
         overwrite: Whether target is replaced if it is a model already; it stays as it is until the new one is complete.
         trust_source: Whether a checkpoint is read that holds more than tensors and plain values; it can then run code:
             only for files that you trust.
@@ -72,12 +77,16 @@ embcompress compress my_model my_model-1% --method auto --max_perplexity_increas
     keep_rows: list[int] | None = None
     counts_only: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    batch_tokens: int | None = None
+    max_tokens: int | None = None
     overwrite: bool = False
     trust_source: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
         """Compress."""
+        _check_numbers(self.batch_tokens, self.max_tokens)
         source, target = _places(self.source, self.target, self.overwrite)
         from lightning_embcompress.cli.compressing import run_compress
 
@@ -160,7 +169,9 @@ class Sweep(Command):
         max_tokens: Measure no more than so many tokens.
         tables: Modules to compress; by default the embedding and the softmax.
         tokenizer: Directory or hub name; by default the files in source.
-        dtype: Of the model; by default that of source.
+        dtype: Of the model, and what is computed in; by default that of source.
+        device: Where models are called and tables are solved, see `embcompress compress --help`.
+        batch_tokens: Tokens that a model gets at once; by default what the memory has room for.
     """
 
     examples: ClassVar[str] = """\
@@ -180,13 +191,14 @@ embcompress sweep my_model points --text all.txt --ratios 20 --methods group_red
     tables: list[str] | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    batch_tokens: int | None = None
 
     def run(self) -> None:
         """Measure."""
         if not self.text:
             raise UsageError("--text is missing: name the files to measure on")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"--max_tokens {self.max_tokens}: must be 1 or more")
+        _check_numbers(self.batch_tokens, self.max_tokens)
         source, folder = find_source(self.source), Path(self.folder).expanduser()
         # The only command that writes into a folder instead of replacing it.
         if not (folder.is_dir() and can_hold_sweep(folder)) and (problem := check_target(folder, source, None)):
@@ -197,6 +209,14 @@ embcompress sweep my_model points --text all.txt --ratios 20 --methods group_red
 
 
 COMMANDS: dict[str, type[Command]] = {one.__name__.lower(): one for one in (Compress, Inspect, Densify, Sweep)}
+
+
+def _check_numbers(batch_tokens: int | None, max_tokens: int | None) -> None:
+    # A block has a token to read and one to predict.
+    if batch_tokens is not None and batch_tokens < 2:
+        raise UsageError(f"--batch_tokens {batch_tokens}: must be 2 or more")
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--max_tokens {max_tokens}: must be 1 or more")
 
 
 def _places(source: str, target: str, overwrite: bool) -> tuple[Source, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,24 +12,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_embcompress.cli.memory import default_max_tokens, named_device, say_memory, what_to_lower
 from lightning_embcompress.cli.statistics import WantedStatistics
 from lightning_embcompress.cli.targets import report_path
 from lightning_embcompress.cli.text import (
     TokenizedText,
     block_size_of,
     check_measurable,
+    check_perplexity,
     read_text,
     tokenizer_of,
 )
 from lightning_embcompress.cli.usage import UsageError, in_shell_terms
 from lightning_embcompress.compression.budget import BUDGETS, Budget
-from lightning_embcompress.compression.plan import compress, densify, plan_of
+from lightning_embcompress.compression.plan import Plan, compress, densify, plan_of
 from lightning_embcompress.compression.report import say, show_plan, show_tasks, write_report
 from lightning_embcompress.compression.tasks import Task, plan
 from lightning_embcompress.integrations.opening import OpenedModel, open_model
+from lightning_embcompress.integrations.placement import Placement
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import get_config
+from lightning_embcompress.utils.devices import explaining_out_of_memory
 from lightning_embcompress.utils.files import explaining_failure, replacing
 
 if TYPE_CHECKING:
@@ -42,6 +47,7 @@ class _Text:
     tokens: TokenizedText
     block_size: int | None
     """None if no perplexity is measured."""
+    placement: Placement
 
     def perplexity(self, model: Any, name: str) -> float | None:
         """Perplexity of a model that is called so, if one is measured."""
@@ -49,7 +55,8 @@ class _Text:
 
     def measure(self, model: Any, title: str = "Perplexity") -> float:
         assert self.block_size is not None
-        return self.tokens.perplexity(model, self.block_size, title)
+        with self.placement.running():
+            return self.tokens.perplexity(model, self.block_size, title)
 
     def record(self) -> dict[str, Any]:
         measured = 0 if self.block_size is None else self.tokens.num_measured
@@ -74,43 +81,50 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
         budget = Budget.of(config, **sizes)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    device = named_device(given.device)
     tokenizer = _check_text(given, source)
     wanted = WantedStatistics.of(given, config)
     folder = Path(given.tokenizer).expanduser() if given.tokenizer else None
     beside = folder if folder and folder.is_dir() else None  # not a name on the hub
-    opened = open_model(source, given.dtype, given.trust_source, beside)
-    as_cast = "" if given.dtype is None else f" in {given.dtype}"
-    megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
-    say(f"{source.name}: {_type_name(opened)}, {megabytes:,.3f} MB{as_cast}")
-    try:
-        tables = _start(opened, given.tables)
-        preview: dict[str, Any] = {"keep_rows": given.keep_rows, "is_preview": True}
-        tasks = plan(opened.model, config, budget, tables, given.tie, **preview)
-    except ValueError as error:
-        raise ValueError(in_shell_terms(str(error))) from error
-    text = _read_text(opened, tokenizer, tasks, given.text, given.counts_only)
-    counts: Tensor | None = None
-    token_counts: str | None = "statistics"
-    if wanted is None or not wanted.is_there:
-        counts, token_counts = _counts(text, tasks)
-    statistics = None
-    if wanted is not None:
-        statistics = wanted.find(opened.model, None if text is None else text.tokens, counts, tables)
-        statistics.check([task.table for task in tasks])
-    show_tasks(tasks, budget, statistics is not None)
-    perplexity: dict[str, Any] = dict.fromkeys(("dense", "compressed"))
-    perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
-    if text is not None:
-        perplexity["dense"] = text.perplexity(opened.model, "dense")
-    evaluate = None if text is None else text.measure
-    known: dict[str, Any] = {"token_counts": counts, "statistics": statistics, "evaluate": evaluate}
-    known["keep_rows"] = _kept(given, text, tasks)
-    done = compress(opened.model, config, **sizes, tables=tables, tie=given.tie, **known)
-    show_plan(opened.model, "Compressed")
-    if text is not None:
-        perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
-        _say_perplexity(perplexity, text, done.predicted_loss)
-    extra = {"source": source.name, "token_counts": token_counts, "text": text and text.record()}
+    with explaining_out_of_memory(device, what_to_lower(given.batch_tokens)):
+        opened = open_model(source, given.dtype, given.trust_source, beside)
+        _say_opened(opened, given.dtype, device)
+        try:
+            tables = _start(opened, given.tables)
+            preview: dict[str, Any] = {"keep_rows": given.keep_rows, "is_preview": True}
+            tasks = plan(opened.model, config, budget, tables, given.tie, **preview)
+        except ValueError as error:
+            raise ValueError(in_shell_terms(str(error))) from error
+        text = _read_text(opened, tokenizer, tasks, given, device)
+        counts: Tensor | None = None
+        token_counts: str | None = "statistics"
+        if wanted is None or not wanted.is_there:
+            counts, token_counts = _counts(text, tasks)
+        perplexity: dict[str, Any] = dict.fromkeys(("dense", "compressed"))
+        perplexity |= {"refined": [], "final": None, "split": None if text is None else "text"}
+        if text is not None and text.block_size is not None:
+            # Before all that takes longer: it also shows whether text, tokenizer and model belong together.
+            perplexity["dense"] = text.measure(opened.model, "Perplexity, dense")
+            check_perplexity(perplexity["dense"], _vocab_size(opened.model), tokenizer)
+        placement = Placement(opened.model, device, is_called=False) if text is None else text.placement
+        statistics = None
+        if wanted is not None:
+            with placement.running() if not wanted.is_there else nullcontext():
+                statistics = wanted.find(opened.model, None if text is None else text.tokens, counts, tables)
+            statistics.check([task.table for task in tasks])
+        show_tasks(tasks, budget, statistics is not None)
+        evaluate = None if text is None else text.measure
+        known: dict[str, Any] = {"token_counts": counts, "statistics": statistics, "evaluate": evaluate}
+        known["keep_rows"] = _kept(given, text, tasks)
+        with placement.solving([path for task in tasks for path in task.table.modules]):
+            done = compress(opened.model, config, **sizes, tables=tables, tie=given.tie, **known)
+        show_plan(opened.model, "Compressed")
+        as_stored = _say_ratio_as_stored(opened, done)
+        if text is not None:
+            perplexity["compressed"] = perplexity["final"] = text.perplexity(opened.model, "compressed")
+            _say_perplexity(perplexity, text, done.predicted_loss)
+        opened.model.to("cpu")
+    extra = {"source": source.name, "token_counts": token_counts, "text": text and text.record(), **as_stored}
     extra["statistics"] = None if statistics is None else {"targets": statistics.num_targets, "file": given.statistics}
     _write(source, target, opened, perplexity, extra)
 
@@ -140,6 +154,22 @@ def run_densify(given: Densify, source: Source, target: Path) -> None:
     say(f"Made dense: {names}; {before / 1e6:,.3f} MB became {after / 1e6:,.3f} MB")
     _say_left_out(opened)
     say(f"Written: {target}")
+
+
+def _say_opened(opened: OpenedModel, dtype: str | None, device: torch.device) -> None:
+    as_cast = "" if dtype is None else f" in {dtype}"
+    megabytes = model_bytes(opened.model)["stored_bytes"] / 1e6
+    say(f"{opened.source.name}: {_type_name(opened)}, {megabytes:,.3f} MB{as_cast}, on {device}")
+
+
+def _say_ratio_as_stored(opened: OpenedModel, plan: Plan) -> dict[str, Any]:
+    """Compare the tables with what the files hold, where that is not what was compressed; for the report."""
+    stored, used = opened.stored_dtype, getattr(torch, plan.tables[0].dtype)
+    if stored is None or plan.ratio is None or stored == used:
+        return {}
+    ratio, name = plan.ratio * stored.itemsize / used.itemsize, str(stored).removeprefix("torch.")
+    say(f"The source is stored in {name}: against that the tables are {ratio:.2f}x smaller")
+    return {"stored_dtype": name, "ratio_as_stored": ratio}
 
 
 def _type_name(opened: OpenedModel) -> str:
@@ -193,14 +223,32 @@ def _start(opened: OpenedModel, named: Sequence[str] | None) -> str | list[str]:
 
 
 def _read_text(
-    opened: OpenedModel, tokenizer: str, tasks: Sequence[Task], patterns: Sequence[str] | None, counts_only: bool
+    opened: OpenedModel, tokenizer: str, tasks: Sequence[Task], given: Compress, device: torch.device
 ) -> _Text | None:
-    if patterns is None:
+    if given.text is None:
         return None
-    tokens = read_text(patterns, tokenizer)
+    tokens = read_text(given.text, tokenizer).placed(device, given.batch_tokens)
     for task in tasks:
         tokens.check_ids(task.table.shape[0], tokenizer)
-    return _Text(tokens, None if counts_only else block_size_of(opened.model))
+    if given.counts_only:
+        return _Text(tokens, None, Placement(opened.model, device, is_called=False))
+    block_size = tokens.within_batch(block_size_of(opened.model))
+    tokens.check_length(block_size)
+    there = tokens.num_measured
+    tokens = tokens.limited(default_max_tokens(device) if given.max_tokens is None else given.max_tokens)
+    if tokens.num_measured < there:
+        say(
+            f"Perplexity is measured on the first {tokens.num_measured:,} of the {there:,} tokens in the last tenth of "
+            "the text: more with --max_tokens"
+        )
+    workspace = tokens.workspace(block_size, _vocab_size(opened.model))
+    workspace = max(workspace, *(4 * task.table.weight.numel() for task in tasks))
+    say_memory(opened.model, device, workspace)
+    return _Text(tokens, block_size, Placement(opened.model, device, workspace))
+
+
+def _vocab_size(model: Any) -> int:
+    return int(model.get_output_embeddings().out_features)
 
 
 def _counts(text: _Text | None, tasks: Sequence[Task]) -> tuple[Tensor | None, str | None]:

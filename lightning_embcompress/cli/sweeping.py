@@ -9,19 +9,28 @@ import torch
 from torch import nn
 
 from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.cli.memory import named_device, say_memory, what_to_lower
 from lightning_embcompress.cli.statistics import collect_from_text
 from lightning_embcompress.cli.sweep import DEFAULT_METHODS, checksum, sweep
 from lightning_embcompress.cli.sweep_record import SWEEP_FILE, Point
 from lightning_embcompress.cli.sweep_report import show_sweep, write_sweep
-from lightning_embcompress.cli.text import block_size_of, check_measurable, read_text, tokenizer_of
+from lightning_embcompress.cli.text import (
+    block_size_of,
+    check_measurable,
+    check_perplexity,
+    read_text,
+    tokenizer_of,
+)
 from lightning_embcompress.cli.usage import in_shell_terms
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.report import say
 from lightning_embcompress.integrations.opening import open_model
+from lightning_embcompress.integrations.placement import Placement
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.tables.automatic import is_one_vocabulary
 from lightning_embcompress.tables.finding import find_tables
+from lightning_embcompress.utils.devices import explaining_out_of_memory
 
 if TYPE_CHECKING:
     from lightning_embcompress.cli.commands import Sweep
@@ -39,6 +48,12 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         ValueError: If the model cannot be measured or is compressed already, a method, a ratio, a band or the text
             cannot be used, or the folder has the points of something else or cannot be written.
     """
+    device = named_device(given.device)
+    with explaining_out_of_memory(device, what_to_lower(given.batch_tokens)):
+        _run(given, source, folder, device)
+
+
+def _run(given: Sweep, source: Source, folder: Path, device: torch.device) -> None:
     check_measurable(source)
     tokenizer = tokenizer_of(source, given.tokenizer)
     model: Any = open_model(source, given.dtype).model
@@ -58,20 +73,31 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         )
     # One of them may be padded.
     vocab_size = min(sizes.values())
-    text = read_text(given.text, tokenizer, 9 if given.counts_text is None else 0).limited(given.max_tokens)
+    text = read_text(given.text, tokenizer, 9 if given.counts_text is None else 0)
     counted = text if given.counts_text is None else read_text(given.counts_text, tokenizer, 10)
+    text, counted = (one.placed(device, given.batch_tokens) for one in (text, counted))
+    counts, block_size = counted.counts(vocab_size), text.within_batch(block_size_of(model))
     for one in (text, counted):
         one.check_ids(vocab_size, tokenizer)
-    counts, block_size = counted.counts(vocab_size), block_size_of(model)
+        one.check_length(block_size)
+    text = text.limited(given.max_tokens)
+    workspace = text.workspace(block_size, vocab_size)
+    say_memory(model, device, workspace)
+    placement = Placement(model, device, workspace)
+    if not (folder / SWEEP_FILE).is_file():
+        with placement.running():
+            first = text.limited(block_size).perplexity(model, block_size, "Perplexity of the first block")
+        check_perplexity(first, vocab_size, tokenizer)
     say(
-        f"{source.name}: {type(model).__name__}; perplexity on {text.num_measured:,} tokens, counts from "
+        f"{source.name}: {type(model).__name__} on {device}; perplexity on {text.num_measured:,} tokens, counts from "
         f"{int(counts.sum()):,}"
     )
     metric = PerplexityByFrequency(counts, given.bands)
 
     def evaluate(model: nn.Module) -> tuple[float, dict[str, float]]:
         metric.reset()
-        perplexity = text.perplexity(model, block_size, "Perplexity", metric)
+        with Placement(model, device, workspace).running():
+            perplexity = text.perplexity(model, block_size, "Perplexity", metric)
         return perplexity, {name: float(value) for name, value in metric.compute().items()}
 
     def statistics() -> Statistics:
@@ -79,7 +105,8 @@ def run_sweep(given: Sweep, source: Source, folder: Path) -> None:
         file = folder / "statistics.safetensors"
         if file.is_file():
             return Statistics.load(file)
-        found = collect_from_text(model, counted, block_size, counts, tables)
+        with placement.running():
+            found = collect_from_text(model, counted, block_size, counts, tables)
         found.save(file)
         return found
 

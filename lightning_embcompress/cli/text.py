@@ -21,12 +21,17 @@ from lightning_embcompress.data.tokenized import Ids, load_tokenizer, tokenize_s
 from lightning_embcompress.integrations.contents import model_class
 from lightning_embcompress.integrations.sources import Source
 from lightning_embcompress.metrics.perplexity import LikelihoodSums, Perplexity
+from lightning_embcompress.utils.devices import free_memory
 from lightning_embcompress.utils.progress import progress_bar
 
 # Longer blocks are rare in practice, and their logits would fill the memory.
 _MAX_BLOCK_SIZE = 1024
-# 2^26 float32 logits are 256 MiB.
-_LOGIT_ELEMENTS = 2**26
+# 2^26 float32 logits are 256 MiB. On a GPU they are an eighth of the free memory, up to 4 GiB.
+_LOGIT_ELEMENTS, _GPU_LOGIT_ELEMENTS = 2**26, 2**30
+# However small a vocabulary is: what a model computes before its logits takes memory too.
+_MOST_BATCH_TOKENS = 2**14
+# A random model is no worse than a guess among all tokens by more than that, in nats.
+_WORSE_THAN_GUESSING = 1.0
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -38,6 +43,9 @@ class TokenizedText:
         counted: Ids to count, `[num_counted]`.
         measured: Ids to measure, after the one from which the first of them is predicted, `[num_measured + 1]`.
         special: Ids that the tokenizer has for ends, masks and the like.
+        device: Where models are called; None for where they are.
+        batch_tokens: Tokens that a model gets at once; blocks are no longer. None for what the memory of the device has
+            room for.
 
     Example:
         >>> text = TokenizedText(np.arange(27) % 3, np.arange(4) % 3)
@@ -48,6 +56,8 @@ class TokenizedText:
     counted: Ids
     measured: Ids
     special: tuple[int, ...] = ()
+    device: torch.device | None = None
+    batch_tokens: int | None = None
 
     @property
     def num_measured(self) -> int:
@@ -57,6 +67,10 @@ class TokenizedText:
     def limited(self, max_tokens: int | None) -> TokenizedText:
         """The same text, of which no more than some tokens are measured."""
         return self if max_tokens is None else replace(self, measured=self.measured[: max_tokens + 1])
+
+    def placed(self, device: torch.device, batch_tokens: int | None) -> TokenizedText:
+        """The same text for models on a device, in batches of some tokens; None for what its memory has room for."""
+        return replace(self, device=device, batch_tokens=batch_tokens)
 
     def counts(self, vocab_size: int) -> Tensor:
         """How often each id occurs in the part to count, `[vocab_size]`."""
@@ -75,6 +89,41 @@ class TokenizedText:
                 "tokenizer of the model with --tokenizer"
             )
 
+    def check_length(self, block_size: int) -> None:
+        """Check that there is a whole block of text, counted and measured parts together.
+
+        Raises:
+            ValueError: If it is shorter.
+        """
+        there = len(self.counted) + self.num_measured
+        if there < self.within_batch(block_size):
+            raise ValueError(
+                f"the text has {there:,} tokens, fewer than a block of {block_size:,}, which the model reads at once: "
+                "give more text, or take shorter blocks with --batch_tokens"
+            )
+
+    def within_batch(self, block_size: int) -> int:
+        """Tokens of a block, no more than a batch has."""
+        return block_size if self.batch_tokens is None else min(block_size, self.batch_tokens)
+
+    def tokens_at_once(self, vocab_size: int, passes: int = 1) -> int:
+        """Tokens of a batch.
+
+        Args:
+            vocab_size: Logits of a token.
+            passes: How many times as much memory a token takes as in a forward pass.
+        """
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        elements = _LOGIT_ELEMENTS
+        if self.device is not None and self.device.type != "cpu" and (free := free_memory(self.device)) is not None:
+            elements = max(elements, min(_GPU_LOGIT_ELEMENTS, free // 32))
+        return min(elements // vocab_size, _MOST_BATCH_TOKENS) // passes
+
+    def workspace(self, block_size: int, vocab_size: int) -> int:
+        """Bytes of the logits of a batch, in float32."""
+        return 4 * vocab_size * max(self.within_batch(block_size), self.tokens_at_once(vocab_size))
+
     def counted_batches(self, block_size: int, vocab_size: int, max_tokens: int) -> list[Block]:
         """Blocks of the part to count, spread over all of it, in batches whose logits and gradients fit the memory.
 
@@ -86,10 +135,10 @@ class TokenizedText:
         Returns:
             `input_ids` and `labels` as a model of transformers takes them.
         """
-        blocks = TokenBlocks(self.counted, block_size)
+        blocks = TokenBlocks(self.counted, self.within_batch(block_size))
         number = min(len(blocks), max(1, max_tokens // blocks.block_size))
         chosen = [index * len(blocks) // number for index in range(number)]
-        return list(_batches(blocks, chosen, _LOGIT_ELEMENTS // 4 // vocab_size))
+        return list(_batches(blocks, chosen, self.tokens_at_once(vocab_size, passes=4)))
 
     @torch.inference_mode()
     def perplexity(self, model: Any, block_size: int, title: str, metric: LikelihoodSums | None = None) -> float:
@@ -99,21 +148,23 @@ class TokenizedText:
             model: A causal language model.
             block_size: Tokens that it reads at once.
             title: What the progress bar says.
-            metric: Adds up the likelihoods, starting from zero; one that does so by bands tells more than the result.
+            metric: Adds up the likelihoods, starting from zero, and is moved to the device; one that does so by bands
+                tells more than the result.
         """
-        sums: Any = metric or Perplexity()
-        blocks = TokenBlocks(self.measured, block_size)
+        device = self.device or next(model.parameters()).device
+        sums: Any = (metric or Perplexity()).to(device)
+        blocks = TokenBlocks(self.measured, self.within_batch(block_size))
         vocab_size = int(model.get_output_embeddings().out_features)
         was_training = model.training
         model.eval()
         try:
-            with progress_bar(title, total=len(blocks)) as advance:
-                for batch in _batches(blocks, range(len(blocks)), _LOGIT_ELEMENTS // vocab_size):
+            with progress_bar(title, total=self.num_measured, unit="tokens") as advance:
+                for batch in _batches(blocks, range(len(blocks)), self.tokens_at_once(vocab_size)):
                     # The logits keep their last position, whose target is ignored: cutting it off would copy them.
-                    targets = batch["labels"].roll(-1, dims=1)
+                    targets = batch["labels"].roll(-1, dims=1).to(device)
                     targets[:, -1] = IGNORE_INDEX
-                    sums.update(model(input_ids=batch["input_ids"], use_cache=False).logits, targets)
-                    advance(len(targets))
+                    sums.update(model(input_ids=batch["input_ids"].to(device), use_cache=False).logits, targets)
+                    advance(int((targets != IGNORE_INDEX).sum()))
         finally:
             model.train(was_training)
         try:
@@ -126,6 +177,25 @@ def _batches(blocks: TokenBlocks, numbers: Sequence[int], max_tokens: int) -> It
     size = max(1, max_tokens // blocks.block_size)
     for start in range(0, len(numbers), size):
         yield default_collate([blocks[number] for number in numbers[start : start + size]])
+
+
+def check_perplexity(perplexity: float, vocab_size: int, tokenizer: str) -> None:
+    """Check that a model knows the tokens of a text at all: that it predicts them better than by guessing.
+
+    Args:
+        perplexity: Of the model as it is.
+        vocab_size: Among so many tokens it would guess.
+        tokenizer: What the text was cut by.
+
+    Raises:
+        ValueError: If the text was cut by the tokenizer of another model, or the perplexity is not a number.
+    """
+    if not perplexity <= vocab_size * math.exp(_WORSE_THAN_GUESSING):
+        raise ValueError(
+            f"the perplexity of the model as it is is {perplexity:,.0f}, worse than a guess among its {vocab_size:,} "
+            f"tokens: tokenizer {tokenizer!r} is that of another model, or the weights are damaged; give the tokenizer "
+            "of the model with --tokenizer, or add --counts_only to measure nothing"
+        )
 
 
 def read_text(patterns: Sequence[str], tokenizer: str, counted_tenths: int = 9) -> TokenizedText:

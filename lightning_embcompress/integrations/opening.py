@@ -78,6 +78,17 @@ class OpenedModel:
         return "auto" if self.source.kind == "pretrained" else choose_tables(self.model)
 
     @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of most numbers in the files; None if it is not known."""
+        if self.contents is not None:
+            floats = [one for one in self.contents.tensors.values() if one.is_floating_point()]
+            return max(floats, key=lambda one: one.numel()).dtype if floats else None
+        config = self.source.config
+        name = config.get("dtype", config.get("torch_dtype"))
+        found = getattr(torch, name, None) if isinstance(name, str) else None
+        return found if isinstance(found, torch.dtype) else None
+
+    @property
     def dropped(self) -> list[str]:
         """The parts of the checkpoint that are not written."""
         return [] if self.contents is None else sorted(_TRAINING_KEYS & self.contents.checkpoint.keys())
