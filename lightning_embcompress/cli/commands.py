@@ -162,12 +162,15 @@ class Sweep(Command):
             tenth, and the rest is counted.
         counts_text: Text that the model was trained on, for the token counts.
         methods: What to try, each as METHOD or METHOD:NAME=VALUE,...; by default every method.
-        ratios: Dense bytes over stored bytes of the tables.
+        ratios: Dense bytes over stored bytes of the tables; by default 4, 8, 16 and 32, or none with bits_per_weight.
+        bits_per_weight: Stored bits over numbers of the tables, beside ratios or in place of them.
         bits: Widths of plain quantization of the tables, 2 to 8.
         match_bits: Whether every method is also tried at the very bytes of plain quantization.
         bands: Last frequency rank of each band of tokens but the last one.
         max_tokens: Measure no more than so many tokens.
         tables: Modules to compress; by default the embedding and the softmax.
+        statistics: File of what errors cost, as `collect_statistics` and compress write it: read where it is, else made
+            of the counted text; by default in folder.
         tokenizer: Directory or hub name; by default the files in source.
         dtype: Of the model, and what is computed in; by default that of source.
         device: Where models are called and tables are solved, see `embcompress compress --help`.
@@ -176,23 +179,30 @@ class Sweep(Command):
 
     examples: ClassVar[str] = """\
 embcompress sweep my_model points --text valid.txt --counts_text train.txt --ratios 4 8 16 32 --bits 8 4 3 2
-embcompress sweep my_model points --text all.txt --ratios 20 --methods group_reduce:groups=20 product_quantization
+embcompress sweep my_model points --text all.txt --bits_per_weight 3 2 --methods transform_coding group_reduce:groups=20
 """
     source: str
     folder: str
     text: list[str] = field(default_factory=list)
     counts_text: list[str] | None = None
     methods: list[str] | None = None
-    ratios: list[float] = field(default_factory=lambda: [4.0, 8.0, 16.0, 32.0])
+    ratios: list[float] | None = None
+    bits_per_weight: list[float] | None = None
     bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2])
     match_bits: bool = False
     bands: list[int] = field(default_factory=lambda: [100, 1_000, 10_000])
     max_tokens: int | None = None
     tables: list[str] | None = None
+    statistics: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     batch_tokens: int | None = None
+
+    @property
+    def sizes(self) -> list[float]:
+        """Ratios that are asked for."""
+        return self.ratios or ([] if self.bits_per_weight else [4.0, 8.0, 16.0, 32.0])
 
     def run(self) -> None:
         """Measure."""

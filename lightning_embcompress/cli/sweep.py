@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import yaml
@@ -44,8 +44,27 @@ DEFAULT_METHODS = (
 groups by k-means as in later work; TensorGPT at its published ranks too. `cp`, which takes very long at low ratios,
 only where it is asked for."""
 
-Evaluate: TypeAlias = Callable[[nn.Module], tuple[float, Mapping[str, float]]]
-"""Gives the perplexity of a model, and that of every band of token frequency by its name; NaN where it has no text."""
+
+class Measured(NamedTuple):
+    """What is measured of a model.
+
+    Attributes:
+        perplexity: On the text.
+        bands: Perplexity by the names of bands of token frequency, or of other texts; NaN where there is no text.
+        losses: Mean loss of every block of the text, or of several texts by name, in nats; from those of the dense
+            model follows how sure a difference is.
+    """
+
+    perplexity: float
+    bands: Mapping[str, float] = {}
+    losses: Mapping[str, Sequence[float]] = {}
+
+
+Evaluate: TypeAlias = Callable[[nn.Module], Measured | tuple[float, Mapping[str, float]]]
+"""Measures a model."""
+
+Store: TypeAlias = Callable[[nn.Module, Sequence[Table]], int]
+"""Replaces the values of tables of a model by what another way to store them gives; returns the bytes that it takes."""
 
 # Of a tensor so many values are looked at to tell models apart: training changes all of them.
 _SAMPLED_VALUES = 1024
@@ -56,12 +75,15 @@ class Trial:
     """One way to store the tables.
 
     Attributes:
-        name: The method with its options, `int8` or `int4` for plain integers, `dense` for the model as it is.
-        method: Name in `METHODS`; None for `dense` and plain integers.
+        name: The method with its options, `int8` or `int4` for plain integers, `dense` for the model as it is, or the
+            name of another way.
+        method: Name in `METHODS`; None for all but methods.
         options: Of the method.
-        ratio: Dense bytes over stored bytes that are asked for, or that plain integers give. None for the dense model
-            and for options that fix the size.
+        ratio: Dense bytes over stored bytes that are asked for, or that plain integers give. None for the dense model,
+            for options that fix the size and for other ways.
+        bits_per_weight: Stored bits over numbers, where the size is asked for so; `ratio` follows from it.
         bits: Width of plain integers.
+        store: Another way.
         note: Why it cannot be done; nothing if it can.
     """
 
@@ -69,7 +91,9 @@ class Trial:
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     ratio: float | None = None
+    bits_per_weight: float | None = None
     bits: int | None = None
+    store: Store | None = None
     note: str = ""
 
     @classmethod
@@ -105,7 +129,14 @@ class Trial:
         if self.method is None:
             return self.name
         name = _named(self.method, dict(sorted(self.options.items())))
+        if self.bits_per_weight is not None:
+            return f"{name} at {float(self.bits_per_weight)} bits"
         return name if self.ratio is None else f"{name} at {float(self.ratio)}x"
+
+    @property
+    def budget(self) -> dict[str, float | None]:
+        """The size, as `compress` takes it."""
+        return {"ratio": self.ratio} if self.bits_per_weight is None else {"bits_per_weight": self.bits_per_weight}
 
 
 def sweep(
@@ -115,8 +146,10 @@ def sweep(
     methods: Sequence[str] = DEFAULT_METHODS,
     ratios: Sequence[float] = (4.0, 8.0, 16.0, 32.0),
     *,
+    bits_per_weight: Sequence[float] = (),
     bits: Sequence[int] = (8, 4, 3, 2),
     match_bits: bool = False,
+    stores: Mapping[str, Store] | None = None,
     tables: str | Sequence[str] = "auto",
     token_counts: Any = None,
     data: Mapping[str, Any] | None = None,
@@ -134,9 +167,11 @@ def sweep(
         folder: Where the points are kept; made if it is missing.
         methods: Each as `Trial.parse` reads it.
         ratios: Dense bytes over stored bytes of the tables.
+        bits_per_weight: The same sizes in other words: stored bits over numbers of the tables.
         bits: Widths of plain quantization of the tables, to integers in groups of 32 with 16-bit scales, 2 to 8; none
             for a sweep without it.
         match_bits: Whether every method is also tried at the very bytes of plain quantization.
+        stores: Other ways to store the tables, such as the formats of other programs, by name; no name of a method.
         tables: See `lightning_embcompress.tables.finding.find_tables`.
         token_counts: `[vocab_size]` how often every token occurs in the training data, or such counts by the paths of
             tables.
@@ -169,7 +204,8 @@ def sweep(
         >>> [point.method for point in points]
         ['dense', 'low_rank', 'int8']
     """
-    trials = _trials(model, methods, ratios, bits, match_bits, tables, token_counts)
+    trials = _trials(model, methods, ratios, bits_per_weight, bits, match_bits, tables, token_counts)
+    trials += [Trial(name, store=store) for name, store in (stores or {}).items()]
     given = token_counts.values() if isinstance(token_counts, Mapping) else [token_counts]
     counted = None if token_counts is None else checksum(*map(torch.as_tensor, given))
     subject = {**_fingerprint(model, tables), "token counts": counted, **(data or {})}
@@ -201,6 +237,7 @@ def _trials(
     model: nn.Module,
     methods: Sequence[str],
     ratios: Sequence[float],
+    bits_per_weight: Sequence[float],
     bits: Sequence[int],
     match_bits: bool,
     tables: str | Sequence[str],
@@ -216,22 +253,26 @@ def _trials(
         check_finite(table)
     if bad := [ratio for ratio in ratios if not 1 < ratio < float("inf")]:
         raise ValueError(f"ratios must be above 1 (dense bytes over stored bytes), one is {bad[0]!r}")
+    dense = 8 * sum(table.weight.nbytes for table in found) / sum(table.weight.numel() for table in found)
+    if bad := [one for one in bits_per_weight if not 0 < one < dense]:
+        raise ValueError(f"bits_per_weight must be above 0 and below {dense:g}, those of the tables, one is {bad[0]!r}")
     integers = {width: _integer_ratio(found, width) for width in bits}
     trials = [Trial("dense"), *(Trial(f"int{width}", ratio=ratio, bits=width) for width, ratio in integers.items())]
-    every = sorted({*ratios, *(integers.values() if match_bits else ())})
+    sizes = [{"ratio": ratio} for ratio in sorted({*ratios, *(integers.values() if match_bits else ())})]
+    sizes += [{"ratio": dense / one, "bits_per_weight": one} for one in sorted(bits_per_weight, reverse=True)]
     for trial in named:
         assert trial.method is not None
         config = get_config(trial.method, **trial.options)
-        for ratio in [None] if config.fixes_size else every:
-            note = ""
+        for size in [{}] if config.fixes_size else sizes:
+            sized, note = replace(trial, **size), ""
             try:
-                budget = Budget.of(config, ratio=ratio)
+                budget = Budget.of(config, **sized.budget)
                 tasks = plan(model, config, budget, tables, is_preview=True)
             except ValueError as error:
                 note = str(error)
             else:
                 check_counts([task.table for task in tasks], config, token_counts)
-            trials.append(replace(trial, ratio=ratio, note=note))
+            trials.append(replace(sized, note=note))
     return list({trial.key: trial for trial in trials}.values())
 
 
@@ -291,15 +332,26 @@ def _measured(
 
     If the method finds no factors, the reason stands in the place of sizes: what a method cannot do is a result too.
     """
-    point = Point(trial.name, trial.ratio, note=trial.note)
+    point = Point(trial.name, trial.ratio, note=trial.note, asked_bits_per_weight=trial.bits_per_weight)
     if trial.note:
         return point
     tables = find_tables(model, options["tables"])
     smaller, start = model, time.perf_counter()
-    if trial.name == "dense":
-        size = sum(table.weight.nbytes for table in tables)
-        bits = 8 * size / sum(table.weight.numel() for table in tables)
-        point = replace(point, ratio=1.0, stored_bytes=size, bits_per_weight=bits, model_ratio=1.0, predicted_loss=0.0)
+    size, numbers = sum(table.weight.nbytes for table in tables), sum(table.weight.numel() for table in tables)
+    if trial.name == "dense" or trial.store is not None:
+        stored, whole = size, model_bytes(model)["dense_bytes"]
+        if trial.store is not None:
+            smaller = deepcopy(model)
+            stored = trial.store(smaller, find_tables(smaller, options["tables"]))
+            point = replace(point, seconds=time.perf_counter() - start)
+        point = replace(
+            point,
+            ratio=size / stored,
+            stored_bytes=stored,
+            bits_per_weight=8 * stored / numbers,
+            model_ratio=whole / (whole - size + stored),
+            predicted_loss=None if trial.store else 0.0,
+        )
     else:
         smaller = deepcopy(model)
         try:
@@ -307,7 +359,7 @@ def _measured(
                 assert trial.bits is not None
                 plan = quantize_tables(smaller, _plain_integers(trial.bits), [table.name for table in tables])
             else:
-                plan = compress(smaller, trial.method, ratio=trial.ratio, **{**options, **trial.options})
+                plan = compress(smaller, trial.method, **trial.budget, **{**options, **trial.options})
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return replace(point, note=str(error))
         point = replace(
@@ -319,14 +371,18 @@ def _measured(
             seconds=time.perf_counter() - start,
             predicted_loss=plan.predicted_loss,
         )
-    value, bands = evaluate(smaller)
-    point = replace(point, bands={name: found if math.isfinite(found) else None for name, found in bands.items()})
+    value, bands, losses = Measured(*evaluate(smaller))
+    point = replace(
+        point,
+        bands={name: found if math.isfinite(found) else None for name, found in bands.items()},
+        losses={name: list(found) for name, found in losses.items()},
+    )
     if not math.isfinite(value):
         if dense is None:
             raise ValueError(
                 f"the perplexity of the model as it is is {value}: nothing can be compared with it; look at the model "
                 "and the text"
             )
-        return replace(point, note=f"the perplexity is {value}")
+        return replace(point, note=f"the perplexity is {value}", losses={})
     base = value if dense is None or dense.perplexity is None else dense.perplexity
     return replace(point, perplexity=value, loss=math.log(value / base))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -40,6 +41,8 @@ class Point:
             bytes.
         bands: Name of a band of token frequency to the perplexity of its targets; None for a band without any.
         bits_per_weight: Stored bits over numbers of the tables.
+        asked_bits_per_weight: Those that were asked for; None where a ratio was.
+        losses: Name of a text to the mean loss of every block of it, in nats.
     """
 
     method: str
@@ -55,6 +58,23 @@ class Point:
     pareto: bool = False
     bands: dict[str, float | None] = field(default_factory=dict)
     bits_per_weight: float | None = None
+    asked_bits_per_weight: float | None = None
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def change(self, dense: Point, text: str) -> tuple[float, float]:
+        """Growth of the mean loss on a text against the dense model, and its standard error, in nats.
+
+        Differences are paired: those of the blocks that both were measured on.
+
+        Example:
+            >>> dense, smaller = (Point("", None, losses={"news": losses}) for losses in ([2.0, 4.0], [2.5, 4.7]))
+            >>> [round(value, 4) for value in smaller.change(dense, "news")]
+            [0.6, 0.1]
+        """
+        pairs = zip(self.losses[text], dense.losses[text], strict=False)
+        changes = [mine - base for mine, base in pairs]
+        error = stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
+        return fmean(changes), error
 
     @property
     def order(self) -> tuple[float, bool, float]:

@@ -62,7 +62,7 @@ def write_sweep(folder: Path, points: Sequence[Point]) -> list[Path]:
         OSError: If a file cannot be written; the one before is as it was.
     """
     table, bands = folder / "sweep.csv", _bands(points)
-    names = [field.name for field in fields(Point) if field.name != "bands"]
+    names = [field.name for field in fields(Point) if field.name not in ("bands", "losses")]
     with (
         explaining_failure(table),
         replacing(table) as temporary,
@@ -146,7 +146,10 @@ def _megabytes(point: Point) -> float:
 
 
 def _cells(point: Point, dense: Point) -> list[str]:
-    cells = ["" if point.asked_ratio is None else f"{point.asked_ratio:.2f}x", point.method]
+    asked = "" if point.asked_ratio is None else f"{point.asked_ratio:.2f}x"
+    if point.asked_bits_per_weight is not None:
+        asked = f"{point.asked_bits_per_weight:g} bits"
+    cells = [asked, point.method]
     if point.stored_bytes is None:
         return [*cells, "", "", "", "", "cannot be reached"]
     assert dense.perplexity is not None
@@ -158,11 +161,20 @@ def _cells(point: Point, dense: Point) -> list[str]:
         f"{point.model_ratio:.2f}x",
         "not finite" if point.perplexity is None else f"{point.perplexity:.2f}",
         "" if point.perplexity is None else f"{point.perplexity / dense.perplexity - 1:+.1%}",
-        _number(point.loss, "+.4f"),
+        _rise(point, dense),
         _number(point.predicted_loss, "+.4f"),
         _number(point.seconds, ".1f"),
         "*" if point.pareto else "",
     ]
+
+
+def _rise(point: Point, dense: Point) -> str:
+    """Growth of the mean loss, with its standard error where the losses of blocks are known."""
+    text = next(iter(point.losses), None)
+    if text is None or point is dense or text not in dense.losses:
+        return _number(point.loss, "+.4f")
+    change, error = point.change(dense, text)
+    return f"{change:+.4f} ± {error:.4f}"
 
 
 def _number(value: float | None, style: str) -> str:

@@ -102,7 +102,7 @@ def _run(given: Sweep, source: Source, folder: Path, device: torch.device) -> No
 
     def statistics() -> Statistics:
         """What the counted text says of the tables: collected once, and kept beside the points."""
-        file = folder / "statistics.safetensors"
+        file = folder / "statistics.safetensors" if given.statistics is None else Path(given.statistics).expanduser()
         if file.is_file():
             return Statistics.load(file)
         with placement.running():
@@ -120,7 +120,8 @@ def _run(given: Sweep, source: Source, folder: Path, device: torch.device) -> No
             evaluate,
             folder,
             given.methods or DEFAULT_METHODS,
-            given.ratios,
+            given.sizes,
+            bits_per_weight=given.bits_per_weight or (),
             bits=given.bits,
             match_bits=given.match_bits,
             tables=tables,
@@ -140,4 +141,6 @@ def _run(given: Sweep, source: Source, folder: Path, device: torch.device) -> No
 
 def _say_point(point: Point) -> None:
     asked = "" if point.asked_ratio is None else f" at {point.asked_ratio:.2f}x"
+    if point.asked_bits_per_weight is not None:
+        asked = f" at {point.asked_bits_per_weight:g} bits per weight"
     say(f"{point.method}{asked}: {point.note if point.perplexity is None else f'{point.perplexity:.2f}'}")

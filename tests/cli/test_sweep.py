@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_embcompress import compress
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
-from lightning_embcompress.cli.sweep import DEFAULT_METHODS, Trial, sweep
+from lightning_embcompress.cli.sweep import DEFAULT_METHODS, Measured, Trial, sweep
 from lightning_embcompress.cli.sweep_record import Point, pareto_front
 from lightning_embcompress.cli.sweep_report import draw_sweep, show_sweep, write_sweep
 from lightning_embcompress.data.blocks import TokenBlocks
@@ -40,7 +40,7 @@ METHODS = ("low_rank", "group_reduce:groups=3,refine_rounds=1", "tensor_train:ma
 RATIOS = (2.0, 3.0)
 KEYS = {"dense", "int8", "int4", "tensor_train:max_rank=1"}
 KEYS |= {f"{method} at {ratio}x" for method in METHODS[:2] for ratio in RATIOS}
-Measured = tuple[float, Mapping[str, float]]
+Values = tuple[float, Mapping[str, float]]
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -50,7 +50,7 @@ def make_model(seed: int = 0) -> nn.Module:
     return model
 
 
-def measure(model: Any) -> Measured:
+def measure(model: Any) -> Values:
     """Something that is 1 for the table as it was, and grows with what is lost of it; the last band has no targets."""
     rows = model[0](torch.arange(VOCAB_SIZE)).detach()
     lost = (rows - make_model()[0].weight.detach()).norm(dim=1)  # type: ignore[index]
@@ -63,7 +63,7 @@ def run(folder: Path, evaluate: Any = measure, **changes: Any) -> list[Point]:
     return sweep(changes.pop("model", make_model()), evaluate, folder, **options | changes)
 
 
-def never(_: nn.Module) -> Measured:
+def never(_: nn.Module) -> Values:
     raise AssertionError("measured")
 
 
@@ -113,6 +113,51 @@ def test_every_method_at_the_bytes_of_plain_integers(tmp_path: Path) -> None:
     assert (fixed.asked_ratio, fixed.ratio) == (None, pytest.approx(2, rel=0.05))
 
 
+def test_sizes_in_bits_per_weight(tmp_path: Path) -> None:
+    points = run(tmp_path, methods=["low_rank", "tensor_train:max_rank=1"], ratios=[8.0], bits_per_weight=[16, 3.0])
+    found = {point.asked_bits_per_weight: point for point in points if point.method == "low_rank"}
+    assert set(found) == {None, 16, 3.0}
+    assert 14 < found[16].bits_per_weight <= 16
+    assert found[16].asked_ratio == 2
+    compress(model := make_model(), "low_rank", bits_per_weight=16)
+    assert found[16].perplexity == measure(model)[0]
+    assert {"low_rank at 16.0 bits", "low_rank at 8.0x", "tensor_train:max_rank=1"} < set(kept(tmp_path))
+    assert run(tmp_path, never, methods=["low_rank"], ratios=(), bits_per_weight=[16.0]) == points
+    for bad in (0, 32.0):
+        with pytest.raises(ValueError, match="bits_per_weight"):
+            run(tmp_path, never, ratios=(), bits_per_weight=[bad])
+
+
+def test_other_ways_to_store_stand_beside_methods(tmp_path: Path) -> None:
+    def halves(_: nn.Module, tables: Any) -> int:
+        (table,) = tables
+        with torch.no_grad():
+            table.weight.copy_(table.weight.half())
+        return 2 * int(table.weight.numel())
+
+    model = make_model()
+    before = model[0].weight.detach().clone()  # type: ignore[index]
+    points = run(tmp_path, model=model, methods=(), bits=(), stores={"halves": halves})
+    assert torch.equal(model[0].weight, before)  # type: ignore[index]
+    (other,) = [point for point in points if point.method == "halves"]
+    assert (other.ratio, other.bits_per_weight, other.model_ratio) == (2, 16, 2)
+    assert 1 < other.perplexity < 1.001
+    assert run(tmp_path, never, methods=(), bits=(), stores={"halves": halves}) == points
+
+
+def test_losses_of_blocks_say_how_sure_a_difference_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluate(model: Any) -> Measured:
+        value = measure(model)[0]
+        return Measured(value, {}, {"news": [math.log(value), 2 * math.log(value) + 1]})
+
+    points = run(tmp_path, evaluate, methods=["low_rank"], ratios=[4.0], bits=())
+    assert points == run(tmp_path, never, methods=["low_rank"], ratios=[4.0], bits=())
+    change, error = points[1].change(points[0], "news")
+    assert (change, error) == (pytest.approx(1.5 * points[1].loss), pytest.approx(0.5 * points[1].loss))
+    show_sweep(points)
+    assert f"± {error:.4f}" in capsys.readouterr().out
+
+
 def test_a_second_start_measures_only_what_is_new(tmp_path: Path) -> None:
     points = run(tmp_path)
     assert run(tmp_path, never) == points
@@ -145,7 +190,7 @@ test_sweep.run(Path(sys.argv[1]), evaluate)
     assert len(kept(folder)) == 2
     measured: list[nn.Module] = []
 
-    def evaluate(model: nn.Module) -> Measured:
+    def evaluate(model: nn.Module) -> Values:
         measured.append(model)
         return measure(model)
 
@@ -155,7 +200,7 @@ test_sweep.run(Path(sys.argv[1]), evaluate)
 
 
 def test_an_error_leaves_what_was_measured(tmp_path: Path) -> None:
-    def fail(model: nn.Module) -> Measured:
+    def fail(model: nn.Module) -> Values:
         if compressed_tables(model) and not isinstance(compressed_tables(model)[0][1], FullTable):
             raise KeyboardInterrupt
         return measure(model)
@@ -168,7 +213,7 @@ def test_an_error_leaves_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path: Path) -> None:
-    def start_another(_: nn.Module) -> Measured:
+    def start_another(_: nn.Module) -> Values:
         with pytest.raises(ValueError, match="another sweep is writing into"):
             run(tmp_path, never)
         raise InterruptedError
@@ -256,7 +301,7 @@ def test_what_cannot_be_done_is_a_line_with_the_reason(tmp_path: Path, monkeypat
 
 
 def test_perplexities_that_are_not_finite(tmp_path: Path) -> None:
-    def diverge(model: nn.Module) -> Measured:
+    def diverge(model: nn.Module) -> Values:
         value = 2.0 if type(model[0]) is nn.Embedding else math.inf  # type: ignore[index]
         return value, {"rank_1-1": value}
 

@@ -1,0 +1,200 @@
+"""Perplexity of a pretrained model against stored bits, beside the formats that others use: `docs/figures.md`.
+
+Every table is stored, read back, and put into the dense model, which is measured: what a way to store it loses is told
+apart from how it is computed with. Points are kept as soon as they are known; the same command goes on with them.
+
+    python tests/benchmarks/pretrained_figures.py measure MODEL FOLDER --statistics FILE
+    python tests/benchmarks/pretrained_figures.py table FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from formats import FORMATS, store_as
+from jsonargparse import CLI
+from torch import Tensor, nn
+
+from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.cli.sweep import Measured, checksum, sweep
+from lightning_embcompress.cli.sweep_record import SWEEP_FILE, Point
+from lightning_embcompress.layers.sizes import compressed_tables
+from lightning_embcompress.metrics.perplexity import token_negative_log_likelihood
+from lightning_embcompress.tables.finding import find_tables
+
+_DATA = Path(__file__).parents[3] / "shared" / "data"
+_BLOCK = 512
+# Name of a text, its file, characters of it, and tokens: the first text is of the kind that statistics are of.
+_TEXTS = (
+    ("WikiText-2", "wikitext-2/valid.txt", 200_000, 16_384),
+    ("lm1b", "lm1b/heldout-monolingual.tokenized.shuffled/news.en.heldout-dev", 100_000, 8_192),
+)
+# What has lost so many nats on the first quarter of a text is not measured on the rest: the error of the difference is
+# far below it.
+_LOST = 0.25
+
+# Methods and sizes, in the order in which they are measured.
+_STAGES: tuple[tuple[Sequence[str], Sequence[float]], ...] = (
+    (("transform_coding",), (4.5, 3, 2, 3.5, 2.5, 1.5, 1)),
+    (("shared_basis",), (4.5, 3, 2, 1)),
+    (("tensor_train:max_rank=4", "tensor_train:max_rank=1"), (4.5,)),
+    (("product_quantization",), (4.5, 3, 2, 1)),
+    (("weighted_low_rank", "low_rank"), (4.5, 3, 2, 1)),
+    (
+        (
+            "group_reduce:groups=20,refine_rounds=0",
+            "group_reduce:groups=5,refine_rounds=0",
+            "group_reduce:groups=20,refine_rounds=5",
+        ),
+        (4.5, 3, 2, 1),
+    ),
+    (("tensor_train_matrix", "tensor_train_matrix:num_cores=2"), (4.5, 3, 2, 1)),
+)
+
+
+@dataclass
+class _Text:
+    """Blocks of a text, `[blocks, 512]` ids, and the losses of the dense model once they are known."""
+
+    name: str
+    blocks: Tensor
+    dense: list[float]
+
+
+def measure(
+    model: str,
+    folder: Path,
+    statistics: Path,
+    data: Path = _DATA,
+    threads: int = 2,
+    stages: list[int] | None = None,
+    others: bool = True,
+) -> None:
+    """Measure the dense model, the formats of other programs, and all methods.
+
+    Args:
+        model: A directory of a causal language model of transformers with its tokenizer.
+        folder: Where the points are kept.
+        statistics: What errors cost, of other text of the first kind.
+        data: Folder of the texts.
+        threads: Of torch.
+        stages: Which methods to measure, by their numbers in `_STAGES`; all where none are given.
+        others: Whether the formats of other programs are measured.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = []
+    for name, file, characters, tokens in _TEXTS:
+        text = (data / file).read_text(encoding="utf-8")[:characters].replace(" <unk>", " unk")
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][:tokens]
+        assert ids.numel() == tokens, f"{file}: {characters} characters are only {ids.numel()} tokens"
+        texts.append(_Text(name, ids.view(-1, _BLOCK), []))
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    reader = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = Statistics.load(statistics)
+    if (folder / SWEEP_FILE).is_file():
+        losses = _points(folder)[0].losses
+        texts = [_Text(text.name, text.blocks, losses[text.name]) for text in texts]
+
+    def evaluate(smaller: nn.Module) -> Measured:
+        (target,) = find_tables(reader)
+        with torch.no_grad():
+            target.weight.copy_(_table_of(smaller))
+        losses = {}
+        for text in texts:
+            losses[text.name] = _losses(reader, text)
+            if not text.dense:
+                text.dense = losses[text.name]
+        values = [math.exp(_mean_change(losses[text.name], text.dense) + _mean(text.dense)) for text in texts]
+        return Measured(values[0], {text.name: value for text, value in zip(texts, values, strict=True)}, losses)
+
+    def say(point: Point) -> None:
+        print(f"{point.method} {point.bits_per_weight} {point.bands} {point.seconds} {point.note}", flush=True)
+
+    common: dict[str, Any] = {
+        "ratios": (),
+        "token_counts": found.token_counts,
+        "data": {text.name: checksum(text.blocks) for text in texts},
+        "statistics": lambda: found,
+        "on_point": say,
+    }
+    if others:
+        stores = {name: store_as(form) for name, form in FORMATS.items()}
+        sweep(dense, evaluate, folder, (), bits=(), stores=stores, **common)
+    for stage in range(len(_STAGES)) if stages is None else stages:
+        methods, sizes = _STAGES[stage]
+        sweep(dense, evaluate, folder, methods, bits_per_weight=sizes, bits=(), **common)
+
+
+def table(folder: Path) -> None:
+    """Print all points as a table of Markdown.
+
+    Args:
+        folder: Where the points are.
+    """
+    points = _points(folder)
+    dense = points[0]
+    names = list(dense.losses)
+    print("| table | bits per weight | of bfloat16 | " + " | ".join(names) + " | nats | predicted | seconds |")
+    print("|---|---" + "|---" * (len(names) + 4) + "|")
+    for point in sorted(points, key=lambda one: (-(one.bits_per_weight or 0), one.perplexity or math.inf)):
+        if point.bits_per_weight is None:
+            continue
+        cells = [point.method, f"{point.bits_per_weight:.2f}", f"{16 / point.bits_per_weight:.1f}x"]
+        for name in names:
+            change, error = point.change(dense, name)
+            few = "" if len(point.losses[name]) == len(dense.losses[name]) else "*"
+            value = f"{math.exp(change + _mean(dense.losses[name])):.2f}{few}"
+            cells.append(value if point is dense else f"{value} ({math.expm1(change):+.1%} ± {error:.1%})")
+        change, error = point.change(dense, names[0])
+        cells.append("" if point is dense else f"{change:+.4f} ± {error:.4f}")
+        cells.append("" if point.predicted_loss is None else f"{point.predicted_loss:.4f}")
+        cells.append("" if point.seconds is None else f"{point.seconds:.0f}")
+        print(f"| {' | '.join(cells)} |")
+
+
+def _points(folder: Path) -> list[Point]:
+    """All points, the dense one first."""
+    entries = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))["points"]
+    return sorted((Point(**entry) for entry in entries.values()), key=lambda point: point.order)
+
+
+def _table_of(model: nn.Module) -> Tensor:
+    """The table of a model as it is stored, dense."""
+    for _, factors in compressed_tables(model):
+        return factors.materialize()
+    (found,) = find_tables(model)
+    return found.weight.detach()
+
+
+@torch.inference_mode()
+def _losses(model: Any, text: _Text) -> list[float]:
+    """Mean loss of the blocks of a text; of the first quarter alone where it is far above the dense one."""
+    found: list[float] = []
+    for block in text.blocks:
+        if len(found) == len(text.blocks) // 4 and text.dense and _mean_change(found, text.dense) > _LOST:
+            break
+        logits = model(input_ids=block[None], use_cache=False).logits[0, :-1]
+        found.append(float(token_negative_log_likelihood(logits, block[1:]).double().mean()))
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _mean_change(losses: Sequence[float], dense: Sequence[float]) -> float:
+    """Mean difference over the blocks that were measured."""
+    return _mean([mine - base for mine, base in zip(losses, dense, strict=False)])
+
+
+if __name__ == "__main__":
+    CLI([measure, table])
