@@ -134,7 +134,7 @@ class Trial:
         return name if self.ratio is None else f"{name} at {float(self.ratio)}x"
 
     @property
-    def budget(self) -> dict[str, float | None]:
+    def budget(self) -> dict[str, Any]:
         """The size, as `compress` takes it."""
         return {"ratio": self.ratio} if self.bits_per_weight is None else {"bits_per_weight": self.bits_per_weight}
 

@@ -134,7 +134,7 @@ FORMATS: dict[str, Format] = {
     "IQ4_NL (llama.cpp)": iq4_nl,
     "NF4 (bitsandbytes)": nf4,
     "int4, HQQ (torchao)": hqq,
-    **{f"int{bits}, zero points (round to nearest)": rounded(bits) for bits in (8, 4, 3, 2)},
+    **{f"int{bits}, zero points (round to nearest)": rounded(bits) for bits in (4, 3, 2)},
 }
 """By what is written in a table of results."""
 

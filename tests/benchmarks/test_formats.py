@@ -13,7 +13,7 @@ BITS = {
     "IQ4_NL (llama.cpp)": 4.5,
     "NF4 (bitsandbytes)": 4.5,
     "int4, HQQ (torchao)": 4.5,
-    **{f"int{bits}, zero points (round to nearest)": bits + (16 + bits) / 32 for bits in (8, 4, 3, 2)},
+    **{f"int{bits}, zero points (round to nearest)": bits + (16 + bits) / 32 for bits in (4, 3, 2)},
 }
 
 
