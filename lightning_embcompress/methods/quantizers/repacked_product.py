@@ -14,8 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lightning_embcompress.methods.quantizers.integer_product import byte_digits
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
+
+_DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,26 @@ def can_repack() -> bool:
     except (AttributeError, RuntimeError):
         return False
     return torch.equal(found, (states.float() - 128) @ integers.float().T)
+
+
+def byte_digits(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Round every state to three digits from -128 to 127 to the base 256: 24 bits of its largest number.
+
+    Args:
+        states: `[m, *]` floats.
+
+    Returns:
+        `[m, 3, *]` int8 digits, the lowest of a state first; and `[m, 3]` float32 what they count.
+    """
+    # What makes all digits bytes from 0 to 255.
+    middle = sum(128 << 8 * digit for digit in range(_DIGITS))
+    states = states.double()
+    units = states.abs().flatten(1).amax(dim=1) / (256**_DIGITS - 1 - middle)
+    inverse = units.clamp(min=1e-300).reciprocal().view(-1, *[1] * (states.ndim - 1))
+    numbers = (states * inverse).round_().to(torch.int32).add_(middle)
+    # Bits beyond a byte are lost.
+    digits = torch.stack([((numbers >> 8 * digit) - 128).to(torch.int8) for digit in range(_DIGITS)], dim=1)
+    return digits, (units.unsqueeze(1) * 256.0 ** torch.arange(_DIGITS, dtype=torch.float64)).float()
 
 
 def repack(codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Repacked:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_embcompress.methods.shared_basis.level_bytes import Columns, byte_product
+from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles, is_few
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,14 @@ class Places:
 
     Attributes:
         ends: `[blocks]` the row behind the last one.
-        numbers: `[blocks, 6]`: the first row, where its codes or bytes begin, how many a row has, how many of them are
-            upper bytes and how many lower ones, and the rank.
-        factors: `[blocks, rank]` scales, or units of bytes.
+        numbers: `[blocks, 3]`: the first row, where its codes begin, and the rank.
+        scales: `[blocks, rank]`.
         offsets: `[blocks, rank]` where the levels of a component begin.
     """
 
     ends: Tensor
     numbers: Tensor
-    factors: Tensor
+    scales: Tensor
     offsets: Tensor
 
 
@@ -52,21 +51,63 @@ class LaidOut:
     """Codes as bytes that are multiplied with states.
 
     Attributes:
-        data: `[size, columns]` int8 of every block.
-        columns: How they are laid out.
-        units: `[blocks, rank]`, what a number stands for.
-        digits: Of a state, to the base 256: no more than the levels are worth.
+        data: uint8, of all blocks.
+        blocks: The same by blocks.
+        units: `[rank]` of every block, what an upper byte stands for.
+        components: `[*]`, of all blocks one after the other, the component that every upper and lower byte is of.
+        factors: `[*]`, what an upper byte of it stands for.
+        ends: `[blocks]` the row behind the last one.
     """
 
-    data: list[Tensor]
-    columns: list[Columns]
-    units: Tensor
-    digits: int
+    data: Tensor
+    blocks: list[ByteTiles]
+    units: list[Tensor]
+    components: Tensor
+    factors: Tensor
+    ends: Tensor
 
-    @property
-    def lower_columns(self) -> int:
-        """The most of a block."""
-        return max(columns.lower for columns in self.columns)
+    @classmethod
+    def of(cls, data: Tensor, blocks: list[ByteTiles], units: list[Tensor]) -> LaidOut:
+        """Find out what follows."""
+        kept = [
+            one.weights(torch.arange(len(own)).unsqueeze(0)).squeeze(0) for one, own in zip(blocks, units, strict=True)
+        ]
+        factors = [own[components] for own, components in zip(units, kept, strict=True)]
+        rows = torch.tensor([one.shape.rows for one in blocks])
+        return cls(data, blocks, units, torch.cat(kept), torch.cat(factors), rows.cumsum(0))
+
+    def logits(self, reduced: Tensor, constant: Tensor) -> Tensor:
+        """`[m, vocab_size]` float32 in block order, of `[m, rank]` states in the basis and `[m, blocks]` constants."""
+        sizes = [one.shape.rows for one in self.blocks]
+        logits = reduced.new_empty(len(reduced), sum(sizes))
+        if not is_few(len(reduced)):
+            parts = zip(torch.split(logits, sizes, 1), torch.split(constant, 1, 1), strict=True)
+            for tiles, units, (part, shift) in zip(self.blocks, self.units, parts, strict=True):
+                tiles.product(reduced[:, : len(units)] * units, shift, out=part)
+            return logits
+        # The same for all blocks at once as far as it can be: of one state, calls take as long as products.
+        lengths = [one.data.shape[1] for one in self.blocks]
+        weights = reduced.index_select(1, self.components) * self.factors
+        shift = constant.repeat_interleave(self.ends.diff(prepend=self.ends.new_zeros(1)), dim=1)
+        for own, found in zip(weights, logits, strict=True):
+            sums = [
+                tiles.bag_sums(part)[:size] if len(part) else found.new_zeros(size)
+                for tiles, part, size in zip(self.blocks, torch.split(own, lengths), sizes, strict=True)
+            ]
+            torch.cat(sums, out=found)
+        return logits.add_(shift)
+
+    def coefficients(self, positions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """`[n, rank]` coefficients of `[n]` ascending positions of rows, and the `[n]` blocks that they are in."""
+        stops = torch.searchsorted(positions, self.ends).tolist()
+        parts, start, first = [], 0, 0
+        for tiles, units, stop in zip(self.blocks, self.units, stops, strict=True):
+            if stop > start:
+                numbers = tiles.rows(positions[start:stop] - first) * units
+                parts.append(F.pad(numbers, (0, rank - len(units))) if len(units) < rank else numbers)
+            start, first = stop, first + tiles.shape.rows
+        found = torch.cat(parts) if parts else self.factors.new_empty(0, rank)
+        return found, torch.searchsorted(self.ends, positions, right=True)
 
 
 def code_tile(codes: Tensor, offsets: Tensor) -> Callable[[int, int], Callable[..., Tensor]]:
@@ -82,13 +123,14 @@ def code_tile(codes: Tensor, offsets: Tensor) -> Callable[[int, int], Callable[.
 
 
 def byte_tile(
-    data: Tensor, columns: Columns, first_lower: int, dtype: torch.dtype
-) -> Callable[[int, int], Callable[..., Tensor]]:
-    """Gives, for some rows of a block, how their logits are computed in integers; arguments as of `byte_product`."""
+    tiles: ByteTiles, units: Tensor, dtype: torch.dtype
+) -> Callable[[int, int], Callable[[Tensor, Tensor], Tensor]]:
+    """Gives, for some rows of a block, how their logits are computed from bytes."""
 
-    def logits_of(start: int, stop: int) -> Callable[..., Tensor]:
-        def logits(states: Tensor, counts: Tensor, shift: Tensor) -> Tensor:
-            return (byte_product(states, counts, data[start:stop], columns, first_lower) + shift).to(dtype)
+    def logits_of(start: int, stop: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def logits(reduced: Tensor, shift: Tensor) -> Tensor:
+            states, out = reduced.float()[:, : len(units)] * units, units.new_empty(len(reduced), stop - start)
+            return tiles.product(states, shift.float(), start, out).to(dtype)
 
         return logits
 

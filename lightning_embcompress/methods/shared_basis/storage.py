@@ -94,6 +94,9 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
         if not self.is_coded or is_exporting():
             return super().rows(ids, sparse)
+        laid = self._rows_as_bytes()
+        if laid is not None:
+            return self._rows_of_bytes(ids, laid)
         # How many ids are distinct changes with every batch: compiled it would be over and over.
         if ids.numel() == 1 or torch.compiler.is_compiling():
             return self._rows_of_codes(ids.reshape(-1), sparse).view(*ids.shape, self.dim)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_embcompress.methods.base import ConfigT, is_exporting
 from lightning_embcompress.methods.blocks import RowBlocks
+from lightning_embcompress.methods.kernels.choice import uncompiled
+from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles
 from lightning_embcompress.methods.quantizers.factors import materialize
-from lightning_embcompress.methods.quantizers.integer_product import can_multiply_bytes
 from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.shared_basis.code_views import (
     Frame,
@@ -26,19 +27,13 @@ from lightning_embcompress.methods.shared_basis.code_views import (
     looked_up,
 )
 from lightning_embcompress.methods.shared_basis.layout import SCALE_STEPS, byte_codes, level_tables
-from lightning_embcompress.methods.shared_basis.level_bytes import (
-    ByteLevels,
-    Columns,
-    byte_product,
-    byte_states,
-    filled,
-)
+from lightning_embcompress.methods.shared_basis.level_bytes import ByteLevels
 from lightning_embcompress.methods.tiles import TileMaker
 from lightning_embcompress.utils.kept import Kept
 
 # Coefficients that are looked up at a time on the way to the logits: 1 MiB of float32.
 _PIECE = 2**18
-# States up to which codes are multiplied in integers where they are not laid out for that, and codes of which that is
+# States up to which codes are multiplied as bytes where they are not laid out for that, and codes of which that is
 # worth a copy.
 _FEW_STATES, _MANY_CODES = 32, 2**18
 
@@ -52,7 +47,7 @@ class StoredCodes(RowBlocks[ConfigT]):
     """Codes, packed one segment after the other, and basis, means and scales in 8 bits.
 
     In memory there are codes of a byte each beside those that are packed; once they are laid out for inference, bytes
-    that are proportional to the levels take the place of both.
+    that are proportional to the levels take the place of both: 8 to 9 bits a weight, see `ByteTiles`.
     """
 
     rank: int
@@ -88,7 +83,7 @@ class StoredCodes(RowBlocks[ConfigT]):
         buffer("basis_codes", self.rank, self.dim)
         buffer("mean_codes", blocks, self.dim)
         buffer("codes", sum(size * n for size, n in zip(self.sizes, self.ranks, strict=True)), persistent=False)
-        buffer("level_bytes", 0, persistent=False, dtype=torch.int8)
+        buffer("level_bytes", 0, persistent=False)
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:
         """Rows, bits and components of every segment, in the order in which they are packed."""
@@ -96,20 +91,16 @@ class StoredCodes(RowBlocks[ConfigT]):
             for bits, count in runs:
                 yield size, bits, count
 
-    def _by_blocks(self, flat: Tensor, columns: Sequence[int]) -> list[Tensor]:
-        """`[size, columns]` of every block, from those that stand one after the other."""
-        found, start = [], 0
-        for size, count in zip(self.sizes, columns, strict=True):
-            # Not `torch.split`, of which runtimes have none for bytes.
-            found.append(flat[start : start + size * count].view(size, count))
-            start += size * count
-        return found
-
     def _block_codes(self) -> list[Tensor]:
         """`[size, rank]` codes of every block."""
         if self._byte_levels is not None:
             self._take_back()
-        return self._by_blocks(self.codes, self.ranks)
+        found, start = [], 0
+        for size, rank in zip(self.sizes, self.ranks, strict=True):
+            # Not `torch.split`, of which runtimes have none for bytes.
+            found.append(self.codes[start : start + size * rank].view(size, rank))
+            start += size * rank
+        return found
 
     def _packed(self, codes: Sequence[Tensor]) -> Tensor:
         """The codes of all blocks, packed."""
@@ -169,49 +160,34 @@ class StoredCodes(RowBlocks[ConfigT]):
             [torch.tensor(one, dtype=torch.int32, device=device) for one in offsets],
         )
 
-    def _place_rows(self, columns: Sequence[Columns], factors: Tensor) -> Places:
-        """Arguments: how the rows of every block are laid out, and what codes or numbers are multiplied with."""
-        device = self.scale_codes.device
-        laid = zip(self.sizes, columns, strict=True)
-        counts = torch.tensor([(size, one.total, one.upper, one.lower) for size, one in laid])
-        rows, codes = counts[:, 0], counts[:, 0] * counts[:, 1]
-        first = torch.stack([rows.cumsum(0) - rows, codes.cumsum(0) - codes], dim=1)
-        numbers = torch.cat([first, counts[:, 1:], torch.tensor(self.ranks).unsqueeze(1)], dim=1)
-        offsets = pad_sequence(self._frame().offsets, batch_first=True)
-        return Places(rows.cumsum(0).to(device), numbers.to(device), factors, offsets)
+    def _place_codes(self) -> Places:
+        device, frame = self.scale_codes.device, self._frame()
+        rows, ranks = torch.tensor(self.sizes), torch.tensor(self.ranks)
+        codes = rows * ranks
+        numbers = torch.stack([rows.cumsum(0) - rows, codes.cumsum(0) - codes, ranks], dim=1)
+        scales, offsets = (pad_sequence(list(one), batch_first=True) for one in (frame.scales, frame.offsets))
+        return Places(rows.cumsum(0).to(device), numbers.to(device), scales, offsets)
 
     def _rows_of_codes(self, ids: Tensor, sparse: bool) -> Tensor:
         """`[n, dim]` rows of `[n]` ids, all blocks at once."""
-        if self._byte_levels is not None and torch.is_grad_enabled() and self.levels.requires_grad:
-            self._take_back()
         frame = self._frame()
-        laid = None if self._byte_levels is None else self._laid_out(self._byte_levels)
-        known = self.codes if laid is None else self.level_bytes
-
-        def place() -> Places:
-            if laid is not None:
-                return self._place_rows(laid.columns, laid.units)
-            columns = [Columns(rank, 0, rank) for rank in self.ranks]
-            return self._place_rows(columns, pad_sequence(frame.scales, batch_first=True))
-
-        places = _places.of([known, self.scale_codes, self.scale_unit], place)
+        places = _places.of([self.codes, self.scale_codes, self.scale_unit], self._place_codes)
         position = self.position.index_select(0, ids)
         block = torch.searchsorted(places.ends, position, right=True)
-        first_row, first_code, columns, upper, lower, rank = torch.split(places.numbers[block], 1, dim=1)
-        begin = first_code + (position.unsqueeze(1) - first_row) * columns
+        first_row, first_code, rank = torch.split(places.numbers[block], 1, dim=1)
+        begin = first_code + (position.unsqueeze(1) - first_row) * rank
         component = torch.arange(self.rank, device=ids.device)
-        index = torch.where(component < rank, begin + component, 0)
-        if laid is None:
-            levels = materialize(self.levels, sparse)
-            values = looked_up(levels, known[index].int() + places.offsets[block])
-        else:
-            values = 256 * known[index].float()
-            # Lower bytes come after the upper ones, and only the first components have some.
-            first = component[: laid.lower_columns]
-            has_lower = first < lower
-            place_of_lower = torch.where(has_lower, begin + upper + first, 0)
-            values[:, : len(first)] += known[place_of_lower] * has_lower
-        return (values * places.factors[block]).to(frame.basis.dtype) @ frame.basis + frame.means[block]
+        codes = looked_up(self.codes, torch.where(component < rank, begin + component, 0))
+        values = looked_up(materialize(self.levels, sparse), codes.int() + places.offsets[block])
+        return (values * places.scales[block]) @ frame.basis + frame.means[block]
+
+    @uncompiled
+    def _rows_of_bytes(self, ids: Tensor, laid: LaidOut) -> Tensor:
+        """`[*, dim]` rows of `[*]` ids; every distinct one is computed once."""
+        frame = self._frame()
+        positions, inverse = torch.unique(self.position[ids], return_inverse=True)
+        coefficients, blocks = laid.coefficients(positions, self.rank)
+        return F.embedding(inverse, coefficients.to(frame.basis.dtype) @ frame.basis + frame.means[blocks])
 
     def _coded_products(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """States, codes, offsets of their levels, and the constant of every block."""
@@ -223,9 +199,9 @@ class StoredCodes(RowBlocks[ConfigT]):
 
     def _code_logits(self, hidden: Tensor) -> Tensor:
         """`h Wᵀ` in block order."""
-        laid = self._for_integers(hidden)
+        laid = self._for_bytes(hidden)
         if laid is not None:
-            return self._integer_logits(hidden, laid)
+            return self._byte_logits(hidden, laid)
         pieces: list[Tensor] = []
         for states, codes, offsets, shift in self._coded_products(hidden):
             pieces += [part + shift for part in self._code_products(states, codes, offsets)]
@@ -250,24 +226,31 @@ class StoredCodes(RowBlocks[ConfigT]):
 
     def _code_tiles(self, hidden: Tensor, tile_rows: int) -> TileMaker:
         maker = TileMaker(tile_rows)
-        laid = self._for_integers(hidden)
+        laid = self._for_bytes(hidden)
         if laid is not None:
-            reduced, constant, states, counts = self._byte_states(hidden, laid)
-            for block, (data, columns) in enumerate(zip(laid.data, laid.columns, strict=True)):
-                reads = maker.share(states[block], counts, constant[..., block : block + 1])
-                maker.add(len(data), reads, byte_tile(data, columns, filled(self.rank), reduced.dtype))
+            frame = self._frame()
+            (reduced,), constant = maker.share(F.linear(hidden, frame.basis)), F.linear(hidden, frame.means)
+            for block, (tiles, units) in enumerate(zip(laid.blocks, laid.units, strict=True)):
+                reads = (reduced, *maker.share(constant[..., block : block + 1]))
+                maker.add(tiles.shape.rows, reads, byte_tile(tiles, units, constant.dtype))
             return maker
         levels = maker.share(self.levels)
         for states, codes, offsets, shift in self._coded_products(hidden):
             maker.add(len(codes), (*maker.share(states, shift), *levels), code_tile(codes, offsets))
         return maker
 
-    def _for_integers(self, hidden: Tensor) -> LaidOut | None:
+    def _rows_as_bytes(self) -> LaidOut | None:
+        """Bytes to look rows up in, where codes are laid out as such and no gradient is wanted."""
+        if self._byte_levels is not None and torch.is_grad_enabled() and self.levels.requires_grad:
+            self._take_back()
+        return None if self._byte_levels is None else self._laid_out(self._byte_levels)
+
+    def _for_bytes(self, hidden: Tensor) -> LaidOut | None:
         """Bytes to multiply states with, where no gradient is wanted and that is faster; otherwise None."""
         wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.levels.requires_grad)
         if wants_gradient or hidden.device.type != "cpu" or hidden.dtype == torch.float64 or not hidden.numel():
             return None
-        if torch.compiler.is_compiling() or not can_multiply_bytes():
+        if torch.compiler.is_compiling():
             return None
         if self._byte_levels is not None:
             return self._laid_out(self._byte_levels)
@@ -276,49 +259,45 @@ class StoredCodes(RowBlocks[ConfigT]):
         if not is_worth_a_copy or hidden.numel() > _FEW_STATES * self.dim:
             return None
         read = [self.packed_codes, self.levels, self.scale_codes, self.scale_unit]
-        return _laid.of(read, lambda: self._lay(ByteLevels.of(level_tables(self.levels, self.widths), exact=True), 3))
+        return _laid.of(read, lambda: self._lay(ByteLevels.of(level_tables(self.levels, self.widths), exact=True)))
 
-    def _byte_states(self, hidden: Tensor, laid: LaidOut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Products of `[m, dim]` states with the basis and the means, and what `byte_states` makes of the former."""
-        frame = self._frame()
-        reduced, constant = F.linear(hidden, frame.basis), F.linear(hidden, frame.means)
-        return reduced, constant, *byte_states(reduced, laid.units, laid.lower_columns, laid.digits)
-
-    def _integer_logits(self, hidden: Tensor, laid: LaidOut) -> Tensor:
-        reduced, constant, states, counts = self._byte_states(hidden.reshape(-1, self.dim), laid)
-        logits = reduced.new_empty(len(reduced), self.vocab_size)
-        parts = torch.split(logits, self.sizes, dim=1)
-        for block, (data, columns, part) in enumerate(zip(laid.data, laid.columns, parts, strict=True)):
-            found = byte_product(states[block], counts, data, columns, filled(self.rank))
-            part.copy_(found.add_(constant[:, block : block + 1]))
+    def _byte_logits(self, hidden: Tensor, laid: LaidOut) -> Tensor:
+        frame, states = self._frame(), hidden.reshape(-1, self.dim)
+        reduced, constant = F.linear(states, frame.basis), F.linear(states, frame.means)
+        logits = laid.logits(reduced.float(), constant.float()).to(reduced.dtype)
         return logits.view(*hidden.shape[:-1], self.vocab_size)
 
-    def _lay(self, levels: ByteLevels, digits: int, flat: Tensor | None = None) -> LaidOut:
+    def _lay(self, levels: ByteLevels, flat: Tensor | None = None) -> LaidOut:
         """Bytes of all blocks: those there are, or made of the codes."""
-        blocks = zip(self.segments, self._frame().scales, strict=True)
-        units = pad_sequence([levels.units_of(runs, own) for runs, own in blocks], batch_first=True)
-        columns = [levels.columns(runs) for runs in self.segments]
-        if flat is not None:
-            return LaidOut(self._by_blocks(flat, [one.total for one in columns]), columns, units, digits)
-        pairs = zip(self._block_codes(), self.segments, strict=True)
-        return LaidOut([levels.encode(codes, runs) for codes, runs in pairs], columns, units, digits)
+        shapes = [levels.shape(size, runs) for size, runs in zip(self.sizes, self.segments, strict=True)]
+        lengths = [shape.nbytes for shape in shapes]
+        data = torch.empty(sum(lengths), dtype=torch.uint8) if flat is None else flat
+        pieces = list(zip(shapes, torch.split(data, lengths), strict=True))
+        if flat is None:
+            blocks = [ByteTiles.empty(shape, own) for shape, own in pieces]
+            for tiles, codes, runs in zip(blocks, self._block_codes(), self.segments, strict=True):
+                levels.encode(codes, runs, tiles)
+        else:
+            blocks = [ByteTiles(shape, own) for shape, own in pieces]
+        scales = zip(self.segments, self._frame().scales, strict=True)
+        return LaidOut.of(data, blocks, [levels.units_of(runs, own) for runs, own in scales])
 
     def _laid_out(self, levels: ByteLevels) -> LaidOut:
         read = [self.level_bytes, self.scale_codes, self.scale_unit]
-        return _laid.of(read, lambda: self._lay(levels, 2, self.level_bytes))
+        return _laid.of(read, lambda: self._lay(levels, self.level_bytes))
 
     def _decoded(self, levels: ByteLevels) -> list[Tensor]:
-        data = self._laid_out(levels).data
-        return [levels.decode(own, runs) for own, runs in zip(data, self.segments, strict=True)]
+        blocks = self._laid_out(levels).blocks
+        return [levels.decode(own, runs) for own, runs in zip(blocks, self.segments, strict=True)]
 
     @torch.no_grad()
     def lay_out(self) -> bool:
         """See `Factorization.lay_out`: bytes take the place of all codes, until a gradient is wanted."""
-        fits = self.rank and self.codes.device.type == "cpu" and self.dtype != torch.float64 and can_multiply_bytes()
+        fits = self.rank and self.codes.device.type == "cpu" and self.dtype != torch.float64
         if self._byte_levels is None and fits:
             levels = ByteLevels.of(level_tables(self.levels, self.widths), exact=False)
             with torch.inference_mode(mode=False):
-                self.level_bytes = torch.cat([data.flatten() for data in self._lay(levels, 2).data])
+                self.level_bytes = self._lay(levels).data
                 self.codes, self.packed_codes = self.codes.new_empty(0), self.packed_codes.new_empty(0)
             self._byte_levels = levels
         return self._byte_levels is not None

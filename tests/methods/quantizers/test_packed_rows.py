@@ -276,3 +276,12 @@ def test_what_does_not_fit_is_said() -> None:
     ):
         with pytest.raises(ValueError, match=wrong):
             call()
+
+
+def test_digits_are_the_states() -> None:
+    states = torch.cat([torch.randn(5, 3, 7) * torch.logspace(0, 20, 5).view(-1, 1, 1), torch.zeros(1, 3, 7)])
+    digits, counts = repacked_product.byte_digits(states)
+    assert digits.shape == (6, 3, 3, 7)
+    found = (digits.double() * counts.double().view(6, 3, 1, 1)).sum(1)
+    largest = states.abs().amax((1, 2), keepdim=True).double()
+    assert bool(((found - states).abs() <= 2 * largest / 256**3).all())

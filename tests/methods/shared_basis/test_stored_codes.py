@@ -12,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_embcompress.methods.quantizers.integer_product import byte_digits, can_multiply_bytes
+from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles
 from lightning_embcompress.methods.registry import SharedBasisBlocks, TransformCodingConfig
 from lightning_embcompress.methods.shared_basis.level_bytes import ByteLevels
 from toys import falling_counts, normal
-
-pytestmark = pytest.mark.skipif(not can_multiply_bytes(), reason="this processor has no exact products of bytes")
 
 
 def _coded(
@@ -70,7 +68,7 @@ def test_rows_and_logits_of_any_shape(
 
 
 @pytest.mark.parametrize("bits", [None, 8, 3])
-def test_few_states_are_multiplied_in_integers_as_accurately_as_in_floats(bits: int | None) -> None:
+def test_few_states_are_multiplied_from_bytes_as_accurately_as_in_floats(bits: int | None) -> None:
     coded = _coded(9000, 64, 4.0, bits=bits)
     table, states = _table(coded), torch.randn(3, 64)
     with torch.no_grad():
@@ -132,19 +130,9 @@ def test_bytes_are_read_back_as_codes(widths: list[int], exact: bool, seed: int)
     runs = [(bits, 1 + seed) for bits in widths]
     codes = [torch.randint(2**bits, (9, count), generator=generator, dtype=torch.uint8) for bits, count in runs]
     levels = ByteLevels.of(tables, exact)
-    data = levels.encode(torch.cat(codes, 1), runs)
-    assert data.shape == (9, levels.columns(runs).total)
-    decoded = levels.decode(data, runs).split([count for _, count in runs], 1)
+    tiles = ByteTiles.empty(levels.shape(9, runs))
+    levels.encode(torch.cat(codes, 1), runs, tiles)
+    decoded = levels.decode(tiles, runs).split([count for _, count in runs], 1)
     for found, own, (bits, _) in zip(decoded, codes, runs, strict=True):
         # Levels that no byte tells apart may be taken for each other.
         torch.testing.assert_close(tables[bits][found.int()], tables[bits][own.int()], rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_digits_are_the_states(count: int) -> None:
-    states = torch.cat([torch.randn(5, 3, 7) * torch.logspace(0, 20, 5).view(-1, 1, 1), torch.zeros(1, 3, 7)])
-    digits, counts = byte_digits(states, count)
-    assert digits.shape == (6, count, 3, 7)
-    found = (digits.double() * counts.double().view(6, count, 1, 1)).sum(1)
-    largest = states.abs().amax((1, 2), keepdim=True).double()
-    assert bool(((found - states).abs() <= 2 * largest / 256**count).all())
