@@ -306,7 +306,8 @@ def _width(bits: str | int) -> int:
 
 def _say(what: str, entry: dict[str, Any], more: str = "") -> None:
     size, ratio = entry["stored_bytes"] / 1e6, entry["ratio"]
-    rank_zero_info(f"{what}: {size:.3f} MB once converted, {ratio:.2f}x less than dense{more}")
+    bits = f", {entry['bits_per_weight']:.2f} bits per weight" if "bits_per_weight" in entry else ""
+    rank_zero_info(f"{what}: {size:.3f} MB once converted, {ratio:.2f}x less than dense{bits}{more}")
 
 
 def _check_order(trainer: Trainer, own: QuantizationAware) -> None:

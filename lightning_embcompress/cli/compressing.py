@@ -208,7 +208,10 @@ def _start(opened: OpenedModel, named: Sequence[str] | None) -> str | list[str]:
     compressed = [path for table in before.tables for path in table.modules]
     if not compressed:
         return opened.default_tables() if named is None else list(named)
-    methods = ", ".join(f"{table.name} ({table.method}, {table.ratio:.2f}x)" for table in before.tables)
+    methods = ", ".join(
+        f"{table.name} ({table.method}, {table.ratio:.2f}x, {table.bits_per_weight:.2f} bits per weight)"
+        for table in before.tables
+    )
     if named is not None and not set(named) & set(compressed):
         say(f"Tables that are compressed already stay as they are: {methods}")
         return list(named)

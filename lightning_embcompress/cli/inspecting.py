@@ -83,16 +83,19 @@ def _dense_tables(source: Source, skeleton: nn.Module) -> list[dict[str, Any]]:
         found = find_tables(skeleton, choose_tables(skeleton))
     tables = []
     for table in found:
-        stored = table.weight.numel() * _itemsize(skeleton, table)
+        dtype = _stored_dtype(skeleton, table)
+        stored = table.weight.numel() * dtype.itemsize
         tables.append(
             {
                 "name": table.name,
                 "modules": list(table.modules),
                 "method": None,
                 "shape": list(table.shape),
+                "dtype": str(dtype).removeprefix("torch."),
                 "dense_bytes": stored,
                 "stored_bytes": stored,
                 "ratio": 1.0,
+                "bits_per_weight": 8.0 * dtype.itemsize,
                 "parameter_ratio": 1.0,
                 "weighted_error": None,
                 "structure": "",
@@ -118,11 +121,11 @@ def _chosen_by_transformers(source: Source) -> list[Table] | None:
     return find_tables(model)
 
 
-def _itemsize(skeleton: nn.Module, table: Table) -> int:
-    """Bytes of a number of a table as it is stored: under its name, with or without that of the base model."""
+def _stored_dtype(skeleton: nn.Module, table: Table) -> torch.dtype:
+    """The dtype of a table as it is stored: under its name, with or without that of the base model."""
     state: dict[str, Tensor] = skeleton.state_dict()
     names = [f"{path}.weight" for path in table.modules]
     names += [f"{path.partition('.')[2]}.weight" for path in table.modules]
     stored = [state[name] for name in names if name in state and state[name].shape == table.weight.shape]
     stored += [tensor for tensor in state.values() if tensor.shape == table.weight.shape]
-    return stored[0].element_size() if stored else table.weight.element_size()
+    return stored[0].dtype if stored else table.weight.dtype

@@ -38,13 +38,14 @@ def show_sweep(points: Sequence[Point], targets: Mapping[str, int] | None = None
     if not bands:
         return
     titles = [name if targets is None else f"{name}\n{targets.get(name, 0):,} tokens" for name in bands]
-    screen = ScreenTable("method", "ratio", "all", *titles, title="Perplexity by token frequency, Pareto front")
+    screen = ScreenTable("method", "ratio", "bits", "all", *titles, title="Perplexity by token frequency, Pareto front")
     # Methods that cannot be so large give the same for several ratios.
     distinct = {(point.method, point.stored_bytes): point for point in [dense, *reversed(front)]}
     for point in distinct.values():
         values = [(point.perplexity, dense.perplexity)]
         values += [(point.bands.get(name), dense.bands.get(name)) for name in bands]
-        screen.add_row(point.method, f"{point.ratio:.2f}x", *(_change(*pair, point is dense) for pair in values))
+        sizes = f"{point.ratio:.2f}x", _number(point.bits_per_weight, ".2f")
+        screen.add_row(point.method, *sizes, *(_change(*pair, point is dense) for pair in values))
     print_table(screen)
 
 
@@ -109,6 +110,7 @@ def draw_sweep(points: Sequence[Point]) -> Any:
     axes.plot(*steps, color="black", linewidth=1, drawstyle="steps-post", zorder=1)
     axes.plot(*steps, "o", color="black", markersize=9, fillstyle="none", linestyle="", label="Pareto front")
     _finish(axes, "perplexity", dense.perplexity)
+    _show_bits(axes, dense)
     if bands:
         axes = figure.add_subplot(1, 2, 2)
         for name in bands:
@@ -116,20 +118,35 @@ def draw_sweep(points: Sequence[Point]) -> Any:
             ratios = [(_megabytes(one), value / base) for one in front if (value := one.bands.get(name)) is not None]
             axes.plot(*zip(*ratios, strict=True), marker="o", markersize=4, label=f"tokens of {name.replace('_', ' ')}")
         _finish(axes, "perplexity / dense, on the Pareto front", 1)
+        _show_bits(axes, dense)
     return figure
 
 
 def _finish(axes: Any, height: str, dense: float | None) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     axes.axhline(dense, color="black", linewidth=1, linestyle=":", label="dense")
     axes.set(xlabel="stored bytes of the tables, MB", ylabel=height, xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
-        # 1, 2, 5, 10, as numbers and not as powers.
-        axis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        _plain_numbers(axis)
     axes.legend(fontsize=7)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10, as numbers and not as powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
+def _show_bits(axes: Any, dense: Point) -> None:
+    """The same sizes in bits per weight, above the plot; points of earlier versions do not know them."""
+    if dense.bits_per_weight is None:
+        return
+    bits = dense.bits_per_weight / _megabytes(dense)
+    above = axes.secondary_xaxis("top", functions=(lambda size: size * bits, lambda one: one / bits))
+    above.set_xlabel("bits per weight")
+    _plain_numbers(above.xaxis)
 
 
 def _dense(points: Sequence[Point]) -> Point:

@@ -143,4 +143,8 @@ def _say_point(point: Point) -> None:
     asked = "" if point.asked_ratio is None else f" at {point.asked_ratio:.2f}x"
     if point.asked_bits_per_weight is not None:
         asked = f" at {point.asked_bits_per_weight:g} bits per weight"
-    say(f"{point.method}{asked}: {point.note if point.perplexity is None else f'{point.perplexity:.2f}'}")
+    found = point.note
+    if point.perplexity is not None:
+        bits = "" if point.bits_per_weight is None else f" ({point.bits_per_weight:.2f} bits per weight)"
+        found = f"{point.perplexity:.2f}{bits}"
+    say(f"{point.method}{asked}: {found}")

@@ -36,6 +36,7 @@ def table_report(model: nn.Module) -> list[dict[str, Any]]:
             "modules": list(table.modules),
             "method": table.method,
             "shape": [table.spec["vocab_size"], table.spec["dim"]],
+            "dtype": table.dtype,
             "dense_bytes": table.dense_bytes,
             "stored_bytes": table.stored_bytes,
             "ratio": table.ratio,
@@ -85,26 +86,27 @@ def show_tasks(tasks: Sequence[Task], budget: Budget | None = None, shares_budge
         budget: That they were planned for; None where the config fixes the sizes.
         shares_budget: Whether only all tables together have a size.
     """
-    columns = ("table", "method", "shape", "MB now", "MB at most", "ratio", "bits/\nweight")
+    columns = ("table", "method", "shape", "dtype", "MB now", "MB at most", "ratio", "bits/\nweight")
     screen = ScreenTable(*columns, title="Tables to compress")
     for task in tasks:
         sizes = [""] * 3 if shares_budget else _most([task])
         now = f"{task.table.weight.nbytes / 1e6:.3f}"
-        screen.add_row(" = ".join(task.table.modules), task.config.method, _shape(task.table.shape), now, *sizes)
+        dtype = str(task.table.weight.dtype).removeprefix("torch.")
+        screen.add_row(" = ".join(task.table.modules), task.config.method, _shape(task.table.shape), dtype, now, *sizes)
     if shares_budget:
         asked = _most(tasks)
         if budget is not None and budget.is_searched:
             asked = [f"perplexity {math.expm1(budget.max_loss):+.2%}", "", ""]
         screen.add_section()
         now = f"{sum(task.dense_bytes for task in tasks) / 1e6:.3f}"
-        screen.add_row("all together", "", "", now, *asked)
+        screen.add_row("all together", "", "", "", now, *asked)
     print_table(screen)
 
 
 def _most(tasks: Sequence[Task]) -> list[str]:
     """Largest size, ratio and bits of tables together."""
     most, dense = (sum(sizes) for sizes in zip(*((task.max_bytes, task.dense_bytes) for task in tasks), strict=True))
-    bits = 8 * most / sum(task.dense_bytes // task.table.weight.element_size() for task in tasks)
+    bits = 8 * most / sum(task.weights for task in tasks)
     return [f"{most / 1e6:.3f}", f"{dense / most:.2f}x", f"{bits:.2f}"]
 
 
@@ -127,11 +129,12 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     if report["compressed"]:
         _show_compressed("Compressed tables", report["tables"], report["model"], {"share": shares})
     else:
-        screen = ScreenTable("table", "shape", "MB", "share", title="Tables to compress")
+        screen = ScreenTable("table", "shape", "dtype", "MB", "bits/\nweight", "share", title="Tables to compress")
         for table, share in zip(report["tables"], shares, strict=False):
-            screen.add_row(" = ".join(table["modules"]), _shape(table["shape"]), _sizes(table)[1], share)
+            cells = _shape(table["shape"]), table["dtype"], _sizes(table)[1], f"{table['bits_per_weight']:g}"
+            screen.add_row(" = ".join(table["modules"]), *cells, share)
         screen.add_section()
-        screen.add_row("whole model", "", _sizes(report["model"])[1], "")
+        screen.add_row("whole model", "", "", _sizes(report["model"])[1], "", "")
         print_table(screen)
     if report["note"]:
         say(f"No tables are chosen: {report['note']}")
@@ -141,14 +144,15 @@ def _show_compressed(
     title: str, entries: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], shown: Mapping[str, Sequence[str]]
 ) -> None:
     """Print entries of `table_report`, the whole model, and in further columns a cell for each of these lines."""
-    columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "bits/\nweight")
+    columns = ("table", "method", "shape", "structure", "dtype", "MB dense", "MB stored", "ratio", "bits/\nweight")
     screen = ScreenTable(*columns, *shown, title=title)
     *cells, last = zip(*shown.values(), strict=True)
     for entry, more in zip(entries, cells, strict=True):
         names, bits = " = ".join(entry["modules"]), f"{entry['bits_per_weight']:.2f}"
-        screen.add_row(names, entry["method"], _shape(entry["shape"]), entry["structure"], *_sizes(entry), bits, *more)
+        stored = entry["structure"], entry["dtype"], *_sizes(entry), bits
+        screen.add_row(names, entry["method"], _shape(entry["shape"]), *stored, *more)
     screen.add_section()
-    screen.add_row("whole model", "", "", "", *_sizes(whole), "", *last)
+    screen.add_row("whole model", "", "", "", "", *_sizes(whole), "", *last)
     print_table(screen)
 
 

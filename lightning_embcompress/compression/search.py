@@ -54,7 +54,10 @@ def search(
         with guard(), tried(model, solution):
             value = evaluate(model)
         value = math.inf if math.isnan(value) else value
-        rank_zero_info(f"Tables in {sized.max_bytes / 1e6:.3f} MB: perplexity {value:.2f} ({value / dense - 1:+.2%}).")
+        rank_zero_info(
+            f"Tables in {sized.max_bytes / 1e6:.3f} MB ({sized.bits_per_weight:.2f} bits per weight): perplexity "
+            f"{value:.2f} ({value / dense - 1:+.2%})."
+        )
         return math.log(value / dense), solution
 
     return smallest_within(budget.max_loss, tasks, measure)[0]

@@ -79,6 +79,11 @@ class Task:
         return self.table.weight.nbytes // (1 if self.untied is None else 2)
 
     @property
+    def weights(self) -> int:
+        """Numbers of the table as it is; half of them where it becomes two."""
+        return self.dense_bytes // self.table.weight.element_size()
+
+    @property
     def trains(self) -> bool:
         """Whether the factors are to be trained."""
         return (self.table.weight if self.start is None else next(self.start.parameters())).requires_grad
@@ -169,6 +174,11 @@ class Tasks(Sequence[Task]):
     def max_bytes(self) -> int:
         """Most bytes of all tables together."""
         return sum(task.max_bytes for task in self)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Most bits of all tables together, over their numbers."""
+        return 8 * self.max_bytes / sum(task.weights for task in self)
 
     def counted(self, tables: Sequence[Table], counts: Sequence[Tensor | None]) -> Tasks:
         """The tasks with the counts of their tables; parts of one table have the same."""
@@ -329,10 +339,11 @@ def _sized(
                 )
             if smallest > most:
                 ratio = (budget and budget.ratio) or dense / max(1, most)
+                least = f"{_round_down(dense / smallest)}x, {8 * smallest / weights:.3g} bits per weight"
                 raise ValueError(
                     f"table {table.name!r} {table.shape} cannot be stored in {most} bytes ({ratio:.4g}x) by "
                     f"{config.method!r} with these options: the smallest it can be is {smallest} bytes "
-                    f"({_round_down(dense / smallest)}x); ask for less, or use other options or another method"
+                    f"({least}); ask for less, or use other options or another method"
                 )
             if smallest >= dense:
                 raise ValueError(

@@ -290,6 +290,7 @@ def conversion_report(model: nn.Module) -> dict[str, Any]:
                     "group_size": of and of["group_size"],
                     "stored_bytes": table.stored_bytes,
                     "ratio": table.ratio,
+                    "bits_per_weight": table.bits_per_weight,
                 }
             )
     beside = None

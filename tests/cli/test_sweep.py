@@ -376,12 +376,18 @@ def test_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [file.name for file in files] == ["sweep.csv", "sweep.png"]
     assert files[-1].read_bytes().startswith(b"\x89PNG")
     # The front and the dense line are where they belong.
-    axes = draw_sweep(points).axes[0]
+    axes, dense = draw_sweep(points).axes[0], points[0]
     lines_by_label = {line.get_label(): line for line in axes.lines}
     marked = [(point.stored_bytes / 1e6, point.perplexity) for point in points if point.pareto and point.stored_bytes]
     drawn = lines_by_label["Pareto front"]
     assert list(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == sorted(marked)
     assert list(lines_by_label["dense"].get_ydata()) == [1, 1]
+    # Float32 has 32 of them.
+    (above,) = axes.child_axes
+    assert above.get_xlabel() == "bits per weight"
+    axes.set_xlim(dense.stored_bytes / 4e6, dense.stored_bytes / 1e6)
+    axes.figure.draw_without_rendering()
+    assert above.get_xlim() == pytest.approx((8, 32))
 
 
 def test_methods_are_read_as_they_are_written() -> None:
