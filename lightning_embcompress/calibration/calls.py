@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,8 +94,14 @@ class HeadCall:
             is_target[rows] = flat[rows].ne(0).any(1)
         self.is_target = is_target & self._words
 
-    def probabilities_of_targets(self, count: int) -> Tensor | None:
-        """`[2, vocab_size]`, the sum over the targets, and that of squares."""
+    def moments(self) -> tuple[int, dict[str, Tensor]]:
+        """Number of targets, and what `Collector` sums up of them by the names of `Statistics`."""
+        count, hidden = int(self.is_target.sum()), wide(self.hidden)
+        if count < len(hidden):
+            hidden = hidden.where(self.is_target.unsqueeze(1), 0)
+        return count, _moments(hidden.T @ hidden, hidden.sum(0), self._probabilities_of_targets(count))
+
+    def _probabilities_of_targets(self, count: int) -> Tensor | None:
         total = self.probabilities
         if total is None or count == len(self.hidden):
             return total
@@ -116,6 +122,69 @@ class HeadCall:
         return total
 
 
+class HeadPieces:
+    """One call of a head whose logits are computed a few positions at a time, see `CausalModel`.
+
+    Args:
+        path: Of the module.
+        sums: What moments are added to in the end, as `Collector` has them.
+        shape: Of the labels, `[batch, length]`.
+    """
+
+    def __init__(self, path: str, sums: Mapping[tuple[str, str], Tensor], shape: torch.Size) -> None:
+        """Begin with nothing."""
+        self.path = path
+        self.shape = shape
+        self._is_word: Tensor | None = None
+        self._hidden: Tensor
+        self._count = 0
+        self._squares = torch.zeros_like(sums["hidden", path])
+        self._mean = torch.zeros_like(sums["hidden_mean", path])
+        self._probabilities = torch.zeros_like(sums["probabilities", path]).repeat(2, 1)
+
+    def reach(self, hidden: Tensor, is_word: Tensor | None) -> None:
+        """Note what the head reads for the next piece, `[*, d]`, and where in `shape` no padding is, None for all."""
+        self._hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+        self._is_word = None if is_word is None else is_word.flatten()
+
+    @torch.no_grad()
+    def see(self, logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
+        """Add up the moments of a piece.
+
+        Args:
+            logits: `[N, vocab_size]`.
+            targets: `[N]`.
+            places: `[N]`, which positions these are.
+
+        Returns:
+            `[N, vocab_size]`, the gradient of the cross entropy, summed over the piece, at the logits.
+        """
+        every = torch.ones_like(places, dtype=torch.bool)
+        is_word = every if self._is_word is None else self._is_word.to(places.device)[places]
+        gradient = torch.empty_like(logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            hidden = wide(self._hidden[is_word.to(self._hidden.device)])
+            self._count += len(hidden)
+            self._squares += (hidden.T @ hidden).to(self._squares.device)
+            self._mean += hidden.sum(0).to(self._mean.device)
+            for rows, probabilities, room in _softmax(logits):
+                _add_probabilities(self._probabilities, probabilities, room, is_word[rows].to(probabilities))
+                probabilities.scatter_add_(1, targets[rows, None], probabilities.new_full((len(probabilities), 1), -1))
+                gradient[rows] = probabilities
+        return gradient
+
+    def moments(self) -> tuple[int, dict[str, Tensor]]:
+        """See `HeadCall.moments`."""
+        return self._count, _moments(self._squares, self._mean, self._probabilities)
+
+
+def _moments(squares: Tensor, mean: Tensor, probabilities: Tensor | None) -> dict[str, Tensor]:
+    found = {"hidden": squares, "hidden_mean": mean}
+    if probabilities is not None:
+        found |= {"probabilities": probabilities[0], "squared_probabilities": probabilities[1]}
+    return found
+
+
 def _chunk_elements(tensor: Tensor) -> int:
     return _CPU_CHUNK_ELEMENTS if tensor.device.type == "cpu" else _CHUNK_ELEMENTS
 
@@ -129,14 +198,40 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(compute_dtype(tensor.dtype))
 
 
+def _softmax(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows of the softmax of `[N, vocab_size]` logits after others.
+
+    With room for a result of the same shape; the next rows overwrite both: memory that is asked for anew takes longer
+    than what is written to it.
+    """
+    dtype, step = compute_dtype(logits.dtype), min(_rows(logits), max(1, len(logits)))
+    memory = torch.empty(2, step, logits.shape[-1], dtype=dtype, device=logits.device)
+    for start in range(0, len(logits), step):
+        chunk = logits[start : start + step]
+        found, room = memory[:, : len(chunk)]
+        torch.softmax(chunk, -1, dtype=dtype, out=found)
+        yield slice(start, start + len(chunk)), found, room
+
+
+def _add_probabilities(total: Tensor, probabilities: Tensor, room: Tensor, weights: Tensor) -> None:
+    """Add `[N, vocab_size]` probabilities and their squares, times `[N]` weights, to `[2, vocab_size]` sums."""
+    # A product is the fastest sum over positions.
+    total[0] += (weights @ probabilities).to(total.device)
+    total[1] += (weights @ torch.mul(probabilities, probabilities, out=room)).to(total.device)
+
+
+def _no_probabilities(device: torch.device, vocab_size: int) -> Tensor:
+    # It has no float64.
+    return torch.zeros(2, vocab_size, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+
+
+@torch.no_grad()
 def _sum_of_probabilities(logits: Tensor) -> Tensor:
     """`[N, vocab_size]` logits to the `[2, vocab_size]` sums of their softmax and of its square, in float64."""
-    device = torch.device("cpu") if logits.device.type == "mps" else logits.device
-    total = torch.zeros(2, logits.shape[-1], dtype=torch.float64, device=device)
-    for chunk in torch.split(logits, _rows(logits)):
-        probabilities = torch.softmax(chunk, -1, dtype=compute_dtype(chunk.dtype))
-        total[0] += probabilities.sum(0).to(device)
-        total[1] += probabilities.square_().sum(0).to(device)
+    total = _no_probabilities(logits.device, logits.shape[-1])
+    with torch.autocast(logits.device.type, enabled=False):
+        for _, probabilities, room in _softmax(logits):
+            _add_probabilities(total, probabilities, room, probabilities.new_ones(len(probabilities)))
     return total
 
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, never_called, wide
+from lightning_embcompress.calibration.calls import EmbeddingCall, HeadCall, HeadPieces, never_called, wide
+from lightning_embcompress.calibration.causal import CausalModel
 from lightning_embcompress.calibration.counts import Vocabulary, counts_by_table
 from lightning_embcompress.calibration.products import TableProducts
 from lightning_embcompress.calibration.words import WordMasks
 from lightning_embcompress.layers.bags import AnyEmbedding, CompressedEmbeddingBag, pool_bag, read_bag
-from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer, CompressedLinear
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.layers.pooling import bag_ids
 from lightning_embcompress.layers.scaled_embeddings import scale_of
 from lightning_embcompress.tables.automatic import vocabulary_size
-from lightning_embcompress.tables.finding import all_modules, find_tables
 
 # Of the loss in float16, so that its gradient is finite.
 _LARGEST_HALF_SCALE = 2.0**15
@@ -31,56 +31,6 @@ _UNKNOWN_NUMBER = (
 
 class HeadReached(Exception):
     """Leaves a step at the moment a head is called, see `Collector.stopping_at_head`."""
-
-
-def find_layers(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[list[str]]:
-    """Find the modules that read the tables of a model, dense or compressed.
-
-    Args:
-        model: The module.
-        tables: `auto`, or paths of modules, see `find_tables`; of a model with compressed tables `auto` takes these,
-            and dense tables of the same number of rows.
-
-    Returns:
-        For every table the paths of its modules, each module once.
-
-    Raises:
-        ValueError: See `find_tables`.
-
-    Example:
-        >>> find_layers(nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 100)))
-        [['0'], ['2']]
-    """
-    named = all_modules(model)
-    compressed = {path: layer for path, layer in named.items() if isinstance(layer, CompressedLayer)}
-    if isinstance(tables, str) and tables != "auto":
-        tables = [tables]
-    if tables == "auto" and compressed:
-        sizes = {layer.factorization.vocab_size for layer in compressed.values()}
-        paths = [*compressed, *(path for path, layer in named.items() if _reads(layer, sizes))]
-    elif tables == "auto":
-        return _once(named, [list(table.modules) for table in find_tables(model)])
-    else:
-        paths = list(tables)
-    chosen = {id(compressed[path].factorization): path for path in paths if path in compressed}
-    found = [[path for path, layer in compressed.items() if id(layer.factorization) == identity] for identity in chosen]
-    dense = [path for path in paths if path not in compressed]
-    if dense or not paths:
-        found += [list(table.modules) for table in find_tables(model, dense)]
-    order = list(named)
-    return _once(named, sorted(found, key=lambda modules: order.index(modules[0])))
-
-
-def _reads(layer: nn.Module, sizes: set[int]) -> bool:
-    if isinstance(layer, AnyEmbedding):
-        known = type(layer) in (nn.Embedding, nn.EmbeddingBag) or scale_of(layer) is not None
-        return layer.num_embeddings in sizes and known
-    return type(layer) is nn.Linear and layer.out_features in sizes
-
-
-def _once(named: dict[str, nn.Module], tables: list[list[str]]) -> list[list[str]]:
-    """Without the further paths of modules that are registered several times."""
-    return [list({id(named[path]): path for path in reversed(modules)}.values())[::-1] for modules in tables]
 
 
 class Collector:
@@ -149,6 +99,8 @@ class Collector:
         self.words = WordMasks(model, self.embeddings)
         self._embedding_calls: list[EmbeddingCall] = []
         self._head_calls: list[HeadCall] = []
+        self._pieces: HeadPieces | None = None
+        self._causal = CausalModel.of(model, self.heads)
         # A head multiplies with its weight by itself.
         self._within_head = self._stops = self._adds = False
         self._stack = ExitStack()
@@ -208,6 +160,9 @@ class Collector:
             if not self._stops and not torch.is_grad_enabled():
                 return None
             hidden = arguments[0] if arguments else keywords["input"]
+            if self._pieces is not None:
+                self._pieces.reach(hidden, self.words.predicting(path, self._pieces.shape))
+                return None
             self._within_head = True
             return (self._reach(path, layer.forward, hidden),), {}
 
@@ -235,7 +190,7 @@ class Collector:
         return self._reach(path, logits_of, hidden)
 
     def _see_logits(self, logits: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._pieces is None:
             self._head_calls[-1].see_logits(logits)
 
     def begin(self, batch: Any) -> None:
@@ -278,10 +233,35 @@ class Collector:
         Raises:
             ValueError: If the loss is no scalar, or does not come from the tables.
         """
+        return self._counted(lambda: loss is not None and self._add(_checked_loss(loss), num_targets))
+
+    def add_causal(self, arguments: Mapping[str, Any]) -> bool | None:
+        """Run a batch through a causal language model, see `CausalModel`, and add it, or skip it whole.
+
+        Args:
+            arguments: Of the model, `labels` included.
+
+        Returns:
+            Whether it was added; None where the model is no such one, and the batch is still to be added.
+        """
+        if self._causal is None or not self._causal.fits(arguments):
+            return None
+        (path,) = self.heads
+        pieces = self._pieces = HeadPieces(path, self.sums, arguments["labels"].shape)
+        try:
+            found = self._causal.run(arguments, pieces.see)
+        finally:
+            self._pieces = None
+        if found is None:
+            self._forget()
+            return None
+        return self._counted(lambda: self._add_gradients(*found, [pieces], None))
+
+    def _counted(self, add: Callable[[], bool]) -> bool:
         self.batches += 1
         self._adds = True
         try:
-            added = loss is not None and self._add(_checked_loss(loss), num_targets)
+            added = add()
         finally:
             self._adds = False
             self._forget()
@@ -296,9 +276,8 @@ class Collector:
         if not bool(torch.isfinite(loss.detach())):
             return False
         embedded, heads = self._embedding_calls, self._head_calls
-        inputs = [call.rows for call in embedded] + [call.reached for call in heads if call.reached.requires_grad]
         # Here, for those that are never called are found at the end.
-        if not inputs:
+        if not embedded and not any(call.reached.requires_grad for call in heads):
             return True
         if not loss.requires_grad:
             raise ValueError(
@@ -310,16 +289,35 @@ class Collector:
         scale = float(max(1, positions))
         if loss.dtype == torch.float16:
             scale = min(scale, _LARGEST_HALF_SCALE)
-        gradients = torch.autograd.grad(loss, inputs, torch.full_like(loss, scale), allow_unused=True)
-        targets = [int(call.is_target.sum()) for call in heads]
+        return self._add_gradients(loss, torch.full_like(loss, scale), heads, num_targets, scale)
+
+    def _add_gradients(
+        self,
+        output: Tensor,
+        gradient: Tensor,
+        heads: Sequence[HeadCall | HeadPieces],
+        num_targets: int | None,
+        scale: float | None = None,
+    ) -> bool:
+        """Go back to the embeddings from an output with its gradient, of the summed loss or `scale` times the mean."""
+        embedded = self._embedding_calls
+        inputs = [call.rows for call in embedded]
+        inputs += [call.reached for call in heads if isinstance(call, HeadCall) and call.reached.requires_grad]
+        gradients = torch.autograd.grad(output, inputs, gradient, allow_unused=True) if inputs else ()
         if num_targets is None and not heads:
             raise ValueError(never_called("head", next(iter(self.heads))) if self.heads else _UNKNOWN_NUMBER)
-        number = sum(targets) if num_targets is None else num_targets
-        with torch.autocast(loss.device.type, enabled=False):
-            parts: list[tuple[str, str, Tensor]] = []
-            for call, gradient in zip(embedded, gradients[: len(embedded)], strict=True):
-                if gradient is not None:
-                    flat = wide(gradient.reshape(-1, gradient.shape[-1])) * (call.scale * number / scale)
+        parts: list[tuple[str, str, Tensor]] = []
+        scored: list[tuple[str, int, bool]] = []
+        with torch.autocast(output.device.type, enabled=False):
+            for head in heads:
+                count, moments = head.moments()
+                parts += [(kind, head.path, moment) for kind, moment in moments.items()]
+                scored.append((head.path, count, "probabilities" in moments))
+            number = sum(count for _, count, _ in scored) if num_targets is None else num_targets
+            of_sum = 1.0 if scale is None else number / scale
+            for call, found in zip(embedded, gradients[: len(embedded)], strict=True):
+                if found is not None:
+                    flat = wide(found.reshape(-1, found.shape[-1])) * (call.scale * of_sum)
                     if call.padding is not None:
                         # Its row does not change.
                         flat = flat.where(call.ids.reshape(-1, 1) != call.padding, 0)
@@ -327,21 +325,13 @@ class Collector:
                     energies = flat.new_zeros(self.sizes[call.path])
                     energies.index_add_(0, call.ids.flatten(), flat.square().sum(dim=1))
                     parts.append(("gradient_energies", call.path, energies))
-            for head, count in zip(heads, targets, strict=True):
-                hidden = wide(head.hidden)
-                if count < len(hidden):
-                    hidden = hidden.where(head.is_target.unsqueeze(1), 0)
-                parts += [("hidden", head.path, hidden.T @ hidden), ("hidden_mean", head.path, hidden.sum(0))]
-                if (probabilities := head.probabilities_of_targets(count)) is not None:
-                    parts.append(("probabilities", head.path, probabilities[0]))
-                    parts.append(("squared_probabilities", head.path, probabilities[1]))
         if not all(bool(torch.isfinite(part).all()) for _, _, part in parts):
             return False
         for kind, path, part in parts:
             self.sums[kind, path] += part.to(self.sums[kind, path].device)
-        for head, count in zip(heads, targets, strict=True):
-            self.positions[head.path] += count
-            self.scored[head.path] += count if head.probabilities is not None else 0
+        for path, count, has_probabilities in scored:
+            self.positions[path] += count
+            self.scored[path] += count if has_probabilities else 0
         for call in embedded:
             self.calls[call.path] += 1
             if self.given_counts is None:
@@ -354,14 +344,14 @@ class Collector:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards as before.
-
-    Parameters go on to require gradients, which nobody asks for: with frozen ones some products are slower.
-    """
+    """Evaluation mode, and no gradients of parameters, which would keep what layers read; afterwards as before."""
     modes = [(part, part.training) for part in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dropouts: list[tuple[nn.RNNBase, float]] = []
     try:
         model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
         for part in model.modules():
             # cuDNN has no backward pass in evaluation mode.
             if isinstance(part, nn.RNNBase) and any(parameter.is_cuda for parameter in part.parameters()):
@@ -369,6 +359,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 part.training, part.dropout = True, 0.0
         yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for recurrent, dropout in dropouts:
             recurrent.dropout = dropout
         for part, mode in modes:

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_embcompress.calibration.collector import Collector, find_layers
+from lightning_embcompress.calibration.collector import Collector
+from lightning_embcompress.calibration.reading_modules import find_layers
 from lightning_embcompress.calibration.rows import as_batch
 from lightning_embcompress.calibration.sums import summed
 from lightning_embcompress.calibration.words import padding_ids
@@ -263,20 +264,25 @@ def collect_statistics(
             for batch in islice(batches, limit):
                 batch = move_data_to_device(batch if loss_fn else as_batch(batch, model.forward), device)
                 collector.begin(batch)
-                result = (loss_fn or _loss_of_output)(model, batch)
-                loss, num_targets = result if isinstance(result, tuple | list) else (result, None)
-                collector.add(loss, None if num_targets is None else int(num_targets))
+                if loss_fn is not None:
+                    result = loss_fn(model, batch)
+                    loss, num_targets = result if isinstance(result, tuple | list) else (result, None)
+                    collector.add(loss, None if num_targets is None else int(num_targets))
+                elif collector.add_causal(arguments := _with_labels(model, batch)) is None:
+                    collector.add(_loss_of_output(model, arguments))
                 advance(1)
     return Statistics(**summed(collector))
 
 
-def _loss_of_output(model: nn.Module, batch: Any) -> Any:
-    """The loss that a model of transformers computes by itself."""
-    remedy = "give loss_fn, which is called as loss_fn(model, batch) and gives the mean loss over the targets"
+_REMEDY = "give loss_fn, which is called as loss_fn(model, batch) and gives the mean loss over the targets"
+
+
+def _with_labels(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """Arguments of a model of transformers, by which it computes a loss."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"without loss_fn the model is called as model(**batch), but a batch is a {type(batch).__name__} and no "
-            f"mapping: {remedy}"
+            f"mapping: {_REMEDY}"
         )
     arguments = dict(batch)
     if "labels" not in arguments and "input_ids" in arguments:
@@ -287,10 +293,15 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Any:
             for token in padding_ids(getattr(model, "config", None)):
                 mask = mask.where(labels != token, 0)
         arguments["labels"] = labels.where(mask != 0, IGNORE_INDEX)
+    return arguments
+
+
+def _loss_of_output(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """The loss that a model of transformers computes by itself."""
     output = model(**arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
-        raise ValueError(f"{type(model).__name__} gives a {type(output).__name__} without a loss: {remedy}")
+        raise ValueError(f"{type(model).__name__} gives a {type(output).__name__} without a loss: {_REMEDY}")
     return loss
 
 

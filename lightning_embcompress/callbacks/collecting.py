@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_embcompress.calibration.collector import Collector, find_layers
+from lightning_embcompress.calibration.collector import Collector
+from lightning_embcompress.calibration.reading_modules import find_layers
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.calibration.sums import summed
 from lightning_embcompress.callbacks.passes import step_arguments, training_pass, validating
