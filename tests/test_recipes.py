@@ -12,6 +12,7 @@ import pytest
 import yaml
 from made import make_corpus
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_embcompress.cli.main import main
 from lightning_embcompress.cli.recipes_index import available_recipes
@@ -233,3 +234,33 @@ def test_what_a_callback_refuses_is_one_line(capsys: pytest.CaptureFixture[str])
     assert main(["run", "quickstart", "--trainer.callbacks.at_epoch=9"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("embcompress: error: refine_at_epochs [3] must all come after at_epoch=9")
+
+
+@pytest.mark.usefixtures("packed_text")
+def test_gpt2_recipe_takes_any_pretrained_model_by_one_override(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of another architecture, untied, whose tokenizer has a token more than the table has rows."""
+    sizes = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = GPT2Tokenizer.from_pretrained(tmp_path / "TOKENIZER_FOLDER")
+    rows = len(tokenizer)
+    config = LlamaConfig(**sizes, vocab_size=rows, num_key_value_heads=2, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path / "llama")
+    texts = ["--data.dataset=null", *(f"--data.{name}_files={name}.txt" for name in ("train", "valid", "test"))]
+    options = [*SMALL_GPT2, *texts, f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.limit_val_batches=2"]
+    options += ["--trainer.callbacks.max_rank=1"]
+    assert main(["run", "gpt2", "--model.pretrained", "llama", *options]) == 0
+    folder = tmp_path / "embcompress_runs" / "gpt2" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    assert [table["shape"] for table in report["tables"]] == [[rows, 64]] * 2
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["data"]["init_args"]["tokenizer"] == "llama"
+    assert saved["data"]["init_args"]["max_vocab_size"] == rows
+    # Text that has such a token, and a recipe without a model to take the tokenizer from.
+    (tmp_path / "train.txt").write_text("<image> worda1 " * 100)
+    assert main(["run", "gpt2", "--model.pretrained", "llama", *options]) == 1
+    assert f"max_vocab_size={rows}" in capsys.readouterr().err
+    assert main(["run", "gpt2", "--model.pretrained=null", "--model.config.model_type=gpt2", *options]) == 1
+    assert "tokenizer is null" in capsys.readouterr().err

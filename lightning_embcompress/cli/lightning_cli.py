@@ -25,6 +25,7 @@ import lightning_embcompress.modules  # noqa: F401
 from lightning_embcompress.data.module import TextDataModule
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import check_checkpoint_file
+from lightning_embcompress.modules.huggingface import pretrained_vocab_size
 
 # The CLI's own default draws a random seed, and two runs of one recipe would differ without a word.
 DEFAULT_SEED = 1
@@ -176,6 +177,7 @@ class EmbcompressCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        self._take_tokenizer()
         if self._get(self.config, "model") is None:
             self._parser(self.subcommand).error(
                 "no model: the recipe needs a key `model` with a `class_path` (the name of a model of this package, or "
@@ -185,6 +187,16 @@ class EmbcompressCLI(LightningCLI):
         # The others are words that Lightning resolves to a path.
         if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc"):
             check_checkpoint_file(ckpt_path)
+
+    def _take_tokenizer(self) -> None:
+        """Give data that has no tokenizer that of the pretrained model, and the number of rows of its table."""
+        data, model = (_init_args(self._get(self.config, name)) for name in ("data", "model"))
+        pretrained = model.get("pretrained")
+        if pretrained is None or "tokenizer" not in data or data["tokenizer"] is not None:
+            return
+        data["tokenizer"] = pretrained
+        if "max_vocab_size" in data and data["max_vocab_size"] is None:
+            data["max_vocab_size"] = pretrained_vocab_size(pretrained)
 
     @override
     def instantiate_classes(self) -> None:
@@ -217,6 +229,10 @@ class EmbcompressCLI(LightningCLI):
             return vocab_size
 
         return vocab_size_of
+
+
+def _init_args(given: Any) -> Any:
+    return {} if given is None else given.get("init_args") or {}
 
 
 def leave_process_group() -> None:

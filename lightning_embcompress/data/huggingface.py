@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,8 @@ class HuggingFaceText(TextDataModule):
 
     Args:
         tokenizer: A directory, or a name on the Hugging Face hub: whatever `AutoTokenizer` loads, and a directory with
-            GPT-2's ``vocab.json`` and ``merges.txt`` alone.
+            GPT-2's ``vocab.json`` and ``merges.txt`` alone. Recipes in which it is ``None`` take that of the model, if
+            this is a pretrained one.
         train_files: Paths or glob patterns of UTF-8 text; ``~`` is the home directory. They are read in the order
             given, sorted by name within a pattern.
         valid_files: The same for validation; ``None`` for none.
@@ -46,6 +48,8 @@ class HuggingFaceText(TextDataModule):
             empty. Rows of a dataset are its lines, and a split is its file. ``None``: ``files`` for files, ``lines``
             for a dataset.
         eos_token: A token of the tokenizer; ``None`` for what it says itself.
+        max_vocab_size: Rows of the model's table, where its tokenizer has more tokens, as some do for images; the text
+            must have none of these. ``None`` for any number.
         block_size: Tokens in a block, at most what the model has positions for.
         batch_size: Blocks in a batch, per process.
         shuffle_seed: Of the order of the training blocks, together with the number of the epoch; ``None`` leaves them
@@ -54,7 +58,8 @@ class HuggingFaceText(TextDataModule):
             :class:`~lightning_embcompress.data.module.TextDataModule`.
 
     Raises:
-        ValueError: If an argument is out of range, or not exactly one of ``train_files`` and ``dataset`` is given.
+        ValueError: If there is no tokenizer, an argument is out of range, or not exactly one of ``train_files`` and
+            ``dataset`` is given.
 
     Example:
         >>> data = HuggingFaceText("gpt2", train_files="novels/*.txt", block_size=256)
@@ -66,7 +71,7 @@ class HuggingFaceText(TextDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | None = None,
         train_files: str | list[str] | None = None,
         valid_files: str | list[str] | None = None,
         test_files: str | list[str] | None = None,
@@ -78,6 +83,7 @@ class HuggingFaceText(TextDataModule):
         test_split: str | None = "test",
         documents: Literal["files", "lines"] | None = None,
         eos_token: str | None = None,
+        max_vocab_size: int | None = None,
         block_size: int = 512,
         batch_size: int = 8,
         shuffle_seed: int | None = 0,
@@ -90,7 +96,13 @@ class HuggingFaceText(TextDataModule):
         _check_source(dataset, files)
         if documents not in (None, "files", "lines"):
             raise ValueError(f"documents={documents!r} is not known: use 'files' or 'lines', or null for the default.")
+        if tokenizer is None:
+            raise ValueError(
+                "tokenizer is null, and there is no pretrained model to take it from: name a directory, or a model on "
+                "the Hugging Face hub."
+            )
         self.tokenizer_name = tokenizer
+        self.max_vocab_size = max_vocab_size
         self.patterns = files
         self.dataset = dataset
         self.dataset_config = dataset_config
@@ -134,7 +146,7 @@ class HuggingFaceText(TextDataModule):
     @cached_property
     def vocabulary(self) -> TokenizerVocabulary:
         """The tokens, by their number and a fingerprint."""
-        return TokenizerVocabulary(self.tokenizer)
+        return TokenizerVocabulary(self.tokenizer, self.max_vocab_size)
 
     @cached_property
     def _rows(self) -> dict[str, Any]:
@@ -144,7 +156,14 @@ class HuggingFaceText(TextDataModule):
     def _tokenize(self, source: TextSource, split: Split) -> Tokens:
         eos_id = self._eos_id()
         description = f"Tokenizing {split} text"
-        return tokenize_subwords(source, self.tokenizer, eos_id, self.documents, self.cache_dir, description)
+        tokens = tokenize_subwords(source, self.tokenizer, eos_id, self.documents, self.cache_dir, description)
+        beyond = tokens.counts[len(self.vocabulary) :].nonzero()
+        if len(beyond):
+            raise ValueError(
+                f"{description}: it has the token {len(self.vocabulary) + int(beyond[0])}, but the model's table only "
+                f"max_vocab_size={self.max_vocab_size} rows. Use the tokenizer that belongs to the model."
+            )
+        return replace(tokens, counts=tokens.counts[: len(self.vocabulary)])
 
     def _loader(self, tokens: Tokens, split: Split, rank: int, world_size: int) -> ResumableLoader[Any]:
         blocks = TokenBlocks(tokens.ids, self.block_size)

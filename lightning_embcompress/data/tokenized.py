@@ -258,15 +258,16 @@ class TokenizerVocabulary:
 
     Args:
         tokenizer: Gives the tokens, added ones included.
+        limit: Of their number; None for none.
 
     Attributes:
         fingerprint: Differs where any token has another id. Not where the tokenizer cuts text in another way: what
             stays true of a trained table is which row belongs to which token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> None:
         """Take the fingerprint."""
-        self._size = len(tokenizer)
+        self._size = len(tokenizer) if limit is None else min(limit, len(tokenizer))
         tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
         self.fingerprint = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 

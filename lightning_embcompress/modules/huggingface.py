@@ -328,6 +328,25 @@ def _load_pretrained(name: str, dtype: str) -> Any:
     return model.train()
 
 
+def pretrained_vocab_size(name: str) -> int | None:
+    """Rows of the table of a pretrained model, as its configuration says; None where there is none to be read.
+
+    Args:
+        name: A directory, or a name on the Hugging Face hub.
+
+    Example:
+        >>> pretrained_vocab_size("/no/such/folder")
+    """
+    directory = Path(name).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(str(directory) if directory.is_dir() else name).get_text_config()
+    # Loading the model says what is wrong with it.
+    except (OSError, ValueError):
+        return None
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
 def _from_config(config: PretrainedConfig, dtype: str) -> Any:
     auto: Any = AutoModelForCausalLM  # its functions have no types
     try:
