@@ -77,7 +77,8 @@ def test_batches_have_no_more_tokens_than_asked_for(
     shapes.clear()
     Path("out").rename("before")
     assert shell(*command("--batch_tokens", 40)) == 0
-    assert shapes == {(1, 40)}
+    assert (1, 40) in shapes
+    assert max(rows * columns for rows, columns in shapes) == 40
 
 
 def test_no_more_tokens_are_measured_than_asked_for(shell: Any, gpt2: Path, text: Path) -> None:
