@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from lightning_embcompress.compression.plan import PLAN_VERSION, Plan, apply_plan, compress, densify, plan_of
-from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
-from lightning_embcompress.methods.registry import BlockLowRank
 from toys import LanguageModel, falling_counts
 
 # Two that stand for all, of which tests/methods/test_contract.py has the whole matrix.
@@ -54,48 +52,6 @@ def test_compresses_in_place(method: str, tied: bool, dtype: torch.dtype) -> Non
     assert plan.ratio >= 1.5
     after.float().logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_training_moves_the_factors_and_lowers_the_loss(tied: bool) -> None:
-    model = _model(tied=tied)
-    compress(model, "group_reduce", ratio=2, token_counts=_COUNTS, groups=4)
-    factors = [parameter for name, parameter in model.named_parameters() if "factorization" in name]
-    before = [parameter.detach().clone() for parameter in factors]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    # Every token, so that every block is read.
-    ids = torch.arange(500)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(ids), ids.flip(0))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True)
-    assert all(not torch.equal(one, other) for one, other in zip(before, factors, strict=True))
-
-
-def test_tied_transformer_of_hugging_face() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=2000, n_positions=64)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    position = model.transformer.wpe
-    ids = torch.randint(2000, (2, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        dense = float(model(ids, labels=ids).loss)
-    plan = compress(model, "group_reduce", ratio=1.3, token_counts=torch.ones(2000))
-    assert [table.modules for table in plan.tables] == [("transformer.wte", "lm_head")]
-    assert model.transformer.wpe is position
-    assert isinstance(model.transformer.wte, CompressedEmbedding)
-    assert isinstance(model.lm_head, CompressedLinear)
-    loss = model(ids, labels=ids).loss
-    assert float(loss.detach()) == pytest.approx(dense, rel=0.05)
-    loss.backward()
-    factors = model.lm_head.factorization
-    assert factors is model.transformer.wte.factorization
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in factors.parameters())
 
 
 @pytest.mark.parametrize("method", _METHODS)
@@ -173,43 +129,6 @@ def test_counts_of_any_kind(counts: Any) -> None:
     assert model(_IDS).isfinite().all()
 
 
-def test_frozen_tables_stay_frozen() -> None:
-    model = _model()
-    model.encoder.weight.requires_grad_(False)
-    compress(model, "low_rank", ratio=2)
-    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
-    assert all(parameter.requires_grad for parameter in model.decoder.parameters())
-    densify(model)
-    assert not model.encoder.weight.requires_grad
-    assert model.decoder.weight.requires_grad
-
-
-def test_padding_bias_and_norm_are_kept() -> None:
-    model = _model(padding_idx=3, max_norm=1.0)
-    bias = model.decoder.bias
-    compress(model, "group_reduce", ratio=2, token_counts=_COUNTS)
-    assert model.decoder.bias is bias
-    assert model.encoder(_IDS).norm(dim=-1).max() <= 1 + 1e-5
-    model.encoder(torch.tensor([3, 3])).sum().backward()
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.encoder.parameters())
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_densify_gives_ordinary_layers_of_the_same_values(tied: bool) -> None:
-    model = _model(tied=tied, padding_idx=3)
-    compress(model, "group_reduce", ratio=2, token_counts=_COUNTS)
-    before = model(_IDS)
-    densify(model)
-    assert type(model.encoder) is nn.Embedding
-    assert type(model.decoder) is nn.Linear
-    assert (model.encoder.weight is model.decoder.weight) == tied
-    assert model.encoder.padding_idx == 3
-    torch.testing.assert_close(model(_IDS), before, rtol=1e-4, atol=1e-4)
-    assert plan_of(model) == Plan()
-    # And from there again.
-    assert compress(model, "low_rank", ratio=2).ratio >= 2
-
-
 def test_one_table_can_be_compressed_after_the_other() -> None:
     model = _model()
     compress(model, "group_reduce", ratio=2, token_counts=_COUNTS, tables=["decoder"])
@@ -218,26 +137,6 @@ def test_one_table_can_be_compressed_after_the_other() -> None:
         ("encoder", "low_rank"),
         ("decoder", "group_reduce"),
     ]
-
-
-@pytest.mark.parametrize("method", [*_METHODS, "cp"])
-def test_is_reproducible_and_leaves_global_states_alone(method: str) -> None:
-    tensorly = pytest.importorskip("tensorly")
-    backend = tensorly.get_backend()
-    one, other = _model(), _model()
-    one.load_state_dict(other.state_dict())
-    for seed, model in enumerate((one, other)):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        state, expected = torch.get_rng_state(), np.random.RandomState(seed).random_sample(3)
-        compress(model, method, ratio=1.9, token_counts=_COUNTS)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert np.array_equal(np.random.random_sample(3), expected)
-    assert torch.equal(one(_IDS), other(_IDS))
-    state = torch.get_rng_state()
-    densify(one)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert tensorly.get_backend() == backend
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -259,14 +158,6 @@ def test_plan_rebuilds_the_structure_empty(method: str, tied: bool) -> None:
     other.load_state_dict(_model(tied=tied).state_dict())
     assert type(other.encoder) is nn.Embedding
     assert (other.encoder.weight is other.decoder.weight) == tied
-
-
-def test_plan_takes_the_dtype_of_the_model() -> None:
-    plan = compress(_model().bfloat16(), "low_rank", ratio=2)
-    model = _model()
-    apply_plan(model, plan)
-    assert model.encoder.factorization.dtype == torch.float32
-    assert model(_IDS).dtype == torch.float32
 
 
 def test_plan_of_a_module_that_is_registered_twice() -> None:
@@ -304,55 +195,6 @@ def test_records_that_are_no_plans(change: dict[str, Any], message: str) -> None
 def test_anything_else_is_no_plan(record: Any) -> None:
     with pytest.raises(ValueError, match="not a compression plan"):
         Plan.from_dict(record)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dtype": "float31"}, r"unknown dtype 'float31'"),
-        ({"dtype": "int64"}, r"unknown dtype 'int64'"),
-        ({"modules": "encoder"}, r"'modules' of the compression plan must be a list of paths, it is 'encoder'"),
-        ({"modules": []}, r"'modules' of the compression plan must be a list of paths, it is \[\]"),
-        ({"spec": None}, r"'spec' of the compression plan must be a mapping, it is None"),
-        ({"more": 1}, r"must have the keys"),
-    ],
-)
-def test_tables_of_a_plan_that_are_damaged(change: dict[str, Any], message: str) -> None:
-    record = compress(_model(), "low_rank", ratio=2).to_dict()
-    record["tables"][1] |= change
-    with pytest.raises(ValueError, match=message):
-        Plan.from_dict(record)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"modules": ["decodr"]}, r"the plan compresses module 'decodr', but the model has no embedding or projection"),
-        (
-            {"spec": {"kind": "low_rank", "vocab_size": 501, "dim": 16, "rank": 1}},
-            r"'decoder' is 501 x 16, the model's is",
-        ),
-        ({"spec": {"kind": "low_rank", "vocab_size": 500, "dim": 16, "rank": 17}}, r"rank must be from 0 to .* 16"),
-        ({"spec": {"kind": "other", "vocab_size": 500, "dim": 16}}, r"unknown kind of factorization 'other'"),
-        ({"spec": {}}, r"'spec' of table 'decoder' in the compression plan: unknown kind of factorization None"),
-    ],
-)
-def test_plans_that_do_not_fit_change_nothing(change: dict[str, Any], message: str) -> None:
-    record = compress(_model(), "low_rank", ratio=2).to_dict()
-    record["tables"][1] |= change
-    model = _model()
-    modules = dict(model.named_modules())
-    with pytest.raises(ValueError, match=message):
-        apply_plan(model, Plan.from_dict(record))
-    assert dict(model.named_modules()) == modules
-
-
-def test_options_reach_the_solver() -> None:
-    model = _model()
-    plan = compress(model, "group_reduce", ratio=2, token_counts=_COUNTS, groups=3, refine_rounds=0)
-    assert isinstance(model.encoder.factorization, BlockLowRank)
-    assert len(model.encoder.factorization.sizes) == 3
-    assert [table.options for table in plan.tables] == [{"groups": 3, "refine_rounds": 0}] * 2
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -31,18 +31,6 @@ def _compressed(tied: bool = False, method: str = "group_reduce") -> LanguageMod
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_bytes_of_the_whole_model(tied: bool) -> None:
-    rest = 4 * (16 * 16 + 16 + 1000)
-    tables = 4 * 16_000 * (1 if tied else 2)
-    assert model_bytes(_model(tied)) == {"dense_bytes": rest + tables, "stored_bytes": rest + tables, "ratio": 1.0}
-    model = _compressed(tied)
-    found = model_bytes(model)
-    assert found["dense_bytes"] == rest + tables
-    assert found["stored_bytes"] == rest + sum(table.stored_bytes for table in plan_of(model).tables)
-    assert found["ratio"] == found["dense_bytes"] / found["stored_bytes"] > 1.5
-
-
 @pytest.mark.parametrize("method", ["tensor_train", "transform_coding"])
 def test_report_has_the_promised_keys(method: str, tmp_path: Path) -> None:
     model = _compressed(method=method)

@@ -101,6 +101,8 @@ def test_mutated_plans(hostile: Any, examples: settings) -> None:
         ({"dtype": ["float32"]}, r"unknown dtype \['float32'\]"),
         ({"modules": ["encoder", "encoder"]}, r"names module 'encoder' twice"),
         ({"modules": ["decoder"]}, r"names module 'decoder' twice"),
+        ({"modules": "encoder"}, r"'modules' of the compression plan must be a list of paths, it is 'encoder'"),
+        ({"modules": []}, r"'modules' of the compression plan must be a list of paths, it is \[\]"),
         ({"modules": [3]}, r"'modules' of the compression plan must be a list of paths, it is \[3\]"),
         ({"modules": ["x" * 10**6]}, r"the plan compresses module 'x.*no embedding or projection there"),
         ({"options": {"rank": float("nan")}}, r"'options' of table 'encoder' .* must be plain values by names"),

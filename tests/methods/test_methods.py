@@ -55,7 +55,11 @@ def test_unknown_option_names_the_nearest() -> None:
         ),
         *(("tensor_train_matrix", given) for given in ({"max_rank": 0}, {"max_rank": 1000}, {"num_cores": 0})),
         *(("tensor_train_matrix", given) for given in ({"vocab_shape": [9, 9], "dim_shape": [2, 2, 4]}, {"init": "0"})),
-        *(("tucker", given) for given in ({"ranks": []}, {"ranks": [2, 2, 20]}, {"max_iterations": -1})),
+        *(
+            ("tucker", given)
+            for given in ({"ranks": []}, {"ranks": [2, 2, 20]}, {"ranks": [2, 6]}, {"max_iterations": -1})
+        ),
+        *(("tucker", {"ranks": ranks}) for ranks in ([2, 2, 0], [2, 7, 3])),
         *(("tucker", given) for given in ({"dim_shape": [3, 5]}, {"dim_shape": [4, -4]}, {"vocab_shape": []})),
     ],
 )

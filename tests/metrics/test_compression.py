@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -49,9 +47,3 @@ def test_last_model_counts(call: str) -> None:
     metric.reset()
     metric.update(_model())
     assert metric.compute().item() == 1
-
-
-def test_copies_and_state() -> None:
-    metric = CompressionRatio()
-    metric.update(_compressed())
-    assert copy.deepcopy(metric).compute() == metric.compute()
