@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 from lightning.pytorch import Trainer
+from torch import distributed
 
 from toys import quiet_trainer
 
@@ -58,3 +59,11 @@ def torchrun(tmp_path: Path) -> Callable[..., str]:
         return said if fails else done.stdout
 
     return run
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

@@ -6,15 +6,21 @@ second, is the same for the same `seed`, and takes the sizes it should have.
 
 from __future__ import annotations
 
+import json
 import random
+import resource
 from collections import UserList
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -203,13 +209,24 @@ class EmbeddingOnly(LanguageModel):
         return self.encoder(input=inputs).mean(dim=1)
 
 
+class BagOnly(EmbeddingOnly):
+    """Gets ids, which one bag holds, and predicts one of four classes."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**changes)
+        self.encoder = nn.EmbeddingBag.from_pretrained(self.encoder.weight.detach(), freeze=False)
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        return self.encoder(inputs)
+
+
 def model_of(kind: str = "untied", **changes: Any) -> LanguageModel:
-    """A model with dropout of two tables, a `tied` one, a `head` or an `embedding`, and the random state of seed 0."""
+    """A model of two tables, a `tied` one, a `head`, an `embedding` or a `bag`, with dropout, at random state 0."""
     seed_everything(0, verbose=False)
     changes = {"dropout": 0.1, **changes}
     if kind in ("untied", "tied"):
         return LanguageModel(tied=kind == "tied", **changes)
-    return {"head": HeadOnly, "embedding": EmbeddingOnly}[kind](**changes)
+    return {"head": HeadOnly, "embedding": EmbeddingOnly, "bag": BagOnly}[kind](**changes)
 
 
 def dataset_of(kind: str = "untied") -> TensorDataset:
@@ -218,7 +235,7 @@ def dataset_of(kind: str = "untied") -> TensorDataset:
     if kind == "head":
         features = torch.randn(VOCAB_SIZE, DIM, generator=torch.Generator().manual_seed(1))[inputs.flatten()]
         return TensorDataset(features, targets.flatten())
-    return TensorDataset(inputs, inputs[:, 0] % 4 if kind == "embedding" else targets)
+    return TensorDataset(inputs, inputs[:, 0] % 4 if kind in ("embedding", "bag") else targets)
 
 
 def loaders_of(kind: str = "untied", **changes: Any) -> dict[str, Any]:
@@ -285,6 +302,18 @@ class Losses(Callback):
         self.values.append(float(outputs["loss"]))
 
 
+class Copies(Callback):
+    """Keeps copies of the module at the start of every epoch, in `models`."""
+
+    def __init__(self) -> None:
+        self.models: list[Any] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        attached, pl_module.trainer = pl_module.trainer, None
+        self.models.append(deepcopy(pl_module))
+        pl_module.trainer = attached
+
+
 class Notes(Callback):
     """Comes after others: notes what work within hooks could have changed, at the start of epochs and after steps."""
 
@@ -335,10 +364,6 @@ class InMemory(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         pass
 
-    def named(self, name: str) -> list[tuple[int | None, float]]:
-        """Step and value of one metric."""
-        return [(step, row[name]) for step, row in self.rows if name in row]
-
 
 def quiet_trainer(folder: Path, *callbacks: Any, **changes: Any) -> Trainer:
     """A Trainer for three epochs on one CPU that prints, logs and saves nothing."""
@@ -346,6 +371,71 @@ def quiet_trainer(folder: Path, *callbacks: Any, **changes: Any) -> Trainer:
     quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "enable_checkpointing": False}
     quiet |= {"default_root_dir": folder, "log_every_n_steps": 1}
     return Trainer(callbacks=list(callbacks), **{**quiet, **changes})
+
+
+@contextmanager
+def small_files(size: int = 64) -> Iterator[None]:
+    """No file can grow beyond a size in bytes, as on a full disk: what is written first is there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def outcome(trainer: Trainer, module: Any) -> SimpleNamespace:
+    """What `assert_same_run` compares, and what an `InMemory` logger got as `rows`, of a run that has ended."""
+    from lightning_embcompress.compression.plan import plan_of
+
+    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    return SimpleNamespace(
+        module=module,
+        trainer=trainer,
+        parameters={name: value.clone() for name, value in module.state_dict().items()},
+        optimizers=[optimizer.state_dict() for optimizer in trainer.optimizers],
+        # But for functions, which are equal to themselves only.
+        schedulers=[{key: one for key, one in state.items() if not callable(one)} for state in schedulers],
+        plan=plan_of(module),
+        trained=[name for name, parameter in module.named_parameters() if parameter.requires_grad],
+        report=json.loads(Path(trainer.log_dir or trainer.default_root_dir, "report.json").read_text()),
+        rows=getattr(trainer.logger, "rows", []),
+    )
+
+
+def assert_same_run(resumed: SimpleNamespace, whole: SimpleNamespace, source: object = "") -> None:
+    """That a run which was resumed from a `source` ended as the uninterrupted one, to the last bit."""
+    for part in ("parameters", "optimizers"):
+        one, other = getattr(resumed, part), getattr(whole, part)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg=lambda said, part=part: f"{part}, {source}: {said}")
+    for part in ("schedulers", "plan", "trained", "report"):
+        assert getattr(resumed, part) == getattr(whole, part), (part, source)
+
+
+def run_with_checkpoints(
+    folder: Path, module: Any, *callbacks: Any, data: Any = None, ckpt_path: Any = None, **options: Any
+) -> SimpleNamespace:
+    """Fit with a checkpoint of every epoch, `epoch=*.ckpt`; the outcome."""
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = quiet_trainer(folder, *callbacks, keep, enable_checkpointing=True, **options)
+    trainer.fit(module, **(data or loaders_of()), ckpt_path=ckpt_path)
+    return outcome(trainer, module)
+
+
+def check_resuming(folder: Path, make: Callable[[], list[Any]], epochs: Iterable[int], **options: Any) -> Any:
+    """Check that resuming from the end of some epochs equals the uninterrupted run, whose outcome is given.
+
+    Args:
+        folder: Where the runs have folders of their own, `whole` and `from*`.
+        make: Makes the module, and callbacks after it.
+        epochs: After which runs are resumed.
+        **options: Further ones of `run_with_checkpoints`.
+    """
+    whole = run_with_checkpoints(folder / "whole", *make(), **options)
+    for epoch in epochs:
+        ckpt = folder / "whole" / f"epoch={epoch}.ckpt"
+        assert_same_run(run_with_checkpoints(folder / f"from{epoch}", *make(), ckpt_path=ckpt, **options), whole, ckpt)
+    return whole
 
 
 def gpt2_config(**changes: Any) -> Any:
@@ -415,6 +505,32 @@ def factors_of(method: str, vocab_size: int = VOCAB_SIZE, dim: int = DIM, dtype:
     smallest = chosen.factorization.smallest_bytes(vocab_size, dim, table.element_size(), chosen.config())
     counts = falling_counts(vocab_size, seed=0)
     return chosen.factorization.decompose(table, max(2 * smallest, table.nbytes // 2), counts, chosen.config())
+
+
+def draw_blocks(draw: Any, dtype: torch.dtype = torch.float32, most: int = 40) -> Any:
+    """A `BlockLowRank` for hypothesis: blocks of any size, empty ones too, of any rank, with rows in any order.
+
+    Args:
+        draw: What a strategy or `st.data()` draws by.
+        dtype: Of the factors.
+        most: Rows of a block.
+    """
+    from hypothesis import strategies as st
+
+    from lightning_embcompress.methods.registry import BlockLowRank
+
+    sizes = draw(st.lists(st.integers(0, most), min_size=1, max_size=6).filter(any))
+    dim = draw(st.integers(1, 12))
+    ranks = [draw(st.integers(0, min(size, dim))) for size in sizes]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    factors = BlockLowRank(sum(sizes), dim, sizes, ranks, dtype)
+    blocks = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    if draw(st.booleans()):
+        blocks = blocks[torch.randperm(sum(sizes), generator=generator)]
+    factors._index(blocks)
+    for parameter in factors.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return factors
 
 
 def compressed_head(

@@ -10,14 +10,20 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as of_lightning
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_embcompress import EmbeddingCompression, GroupReduce, QuantizationAware, compress
 from lightning_embcompress.compression.plan import plan_of
-from toys import InMemory, LanguageModel, dataset, loaders_of, model_of
+from toys import InMemory, LanguageModel, Losses, dataset, loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -33,13 +39,6 @@ class Unfreeze(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.mix, optimizer)
 
 
-class Steps(Callback):
-    count = 0
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self.count += 1
-
-
 def _trained_only(module: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam([parameter for parameter in module.parameters() if parameter.requires_grad], lr=0.01)
 
@@ -51,7 +50,7 @@ def _lbfgs(module: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("other", [Unfreeze(), BackboneFinetuning()])
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_finetuning_callbacks_are_refused(make_trainer: MakeTrainer, other: Callback, ours_first: bool) -> None:
-    steps, ours = Steps(), EmbeddingCompression("low_rank", ratio=2)
+    steps, ours = Losses(), EmbeddingCompression("low_rank", ratio=2)
     model = model_of()
     model.backbone = model.mix
     model.optimizer = _trained_only
@@ -59,15 +58,15 @@ def test_finetuning_callbacks_are_refused(make_trainer: MakeTrainer, other: Call
     message = f"^{type(other).__name__} keeps the names of parameters.*by hand, or compress.*instead of by Embedding"
     with pytest.raises(ValueError, match=message):
         make_trainer(*callbacks, steps).fit(model, **loaders_of())
-    assert steps.count == 0
+    assert not steps.values
 
 
 def test_lbfgs_is_refused(make_trainer: MakeTrainer) -> None:
-    steps, model = Steps(), model_of()
+    steps, model = Losses(), model_of()
     model.optimizer = _lbfgs
     with pytest.raises(ValueError, match="^LBFGS keeps its history.*another optimizer, such as Adam, or compress"):
         make_trainer(EmbeddingCompression("low_rank", ratio=2), steps).fit(model, **loaders_of())
-    assert steps.count == 0
+    assert not steps.values
 
 
 @pytest.mark.parametrize("optimizers_of", [_trained_only, _lbfgs])
@@ -142,24 +141,25 @@ def test_other_callbacks_go_on_beside_ours(make_trainer: MakeTrainer, tmp_path: 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("of_table", [True, False])
 def test_pruning_of_tables_is_refused(make_trainer: MakeTrainer, ours_first: bool, of_table: bool) -> None:
-    steps, model = Steps(), model_of()
+    steps, model = Losses(), model_of()
     pruning = ModelPruning("l1_unstructured", [(model.decoder, "weight")] if of_table else (), amount=0.3)
     for ours in (EmbeddingCompression("low_rank", ratio=2, at_epoch=1), QuantizationAware(tables=["decoder"])):
         callbacks = [ours, pruning] if ours_first else [pruning, ours]
         with pytest.raises(ValueError, match=f"ModelPruning prunes the layer '..coder', which {type(ours).__name__}"):
             make_trainer(*callbacks, steps).fit(model, **loaders_of())
-    assert steps.count == 0
+    assert not steps.values
 
 
 def test_averaging_is_refused(make_trainer: MakeTrainer) -> None:
-    steps, model = Steps(), model_of()
-    with pytest.raises(ValueError, match="^WeightAveraging averages weights by shape"):
-        make_trainer(EmbeddingCompression("low_rank", ratio=2), WeightAveraging(), steps).fit(model, **loaders_of())
+    steps, model = Losses(), model_of()
+    for other in (WeightAveraging(), type("Own", (WeightAveraging,), {})(), StochasticWeightAveraging(0.1)):
+        with pytest.raises(ValueError, match=f"^{type(other).__name__} averages weights by shape"):
+            make_trainer(EmbeddingCompression("low_rank", ratio=2), other, steps).fit(model, **loaders_of())
     model.average = AveragedModel(nn.ModuleList([model.encoder, model.mix]))
     ours = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, tables=["encoder"])
     with pytest.raises(ValueError, match="^AveragedModel 'average' averages.*'encoder'"):
         make_trainer(ours, steps).fit(model, **loaders_of())
-    assert steps.count == 0
+    assert not steps.values
     del model.average
 
     class Average(Callback):
@@ -168,13 +168,13 @@ def test_averaging_is_refused(make_trainer: MakeTrainer) -> None:
 
     with pytest.raises(ValueError, match="^AveragedModel 'of Average' averages.*'encoder'"):
         make_trainer(ours, Average(), steps).fit(model, **loaders_of())
-    assert steps.count == 0
+    assert not steps.values
     model.average = AveragedModel(model.mix)
     make_trainer(ours, steps).fit(model, **loaders_of())
 
 
 def test_optimizers_that_would_not_train_factors_are_refused(make_trainer: MakeTrainer) -> None:
-    steps, ours = Steps(), EmbeddingCompression("low_rank", ratio=2, at_epoch=1)
+    steps, ours = Losses(), EmbeddingCompression("low_rank", ratio=2, at_epoch=1)
 
     class Muon(torch.optim.SGD):
         """Of another package."""
@@ -187,7 +187,7 @@ def test_optimizers_that_would_not_train_factors_are_refused(make_trainer: MakeT
     model.decoder.weight.register_post_accumulate_grad_hook(lambda parameter: None)
     with pytest.raises(ValueError, match="decoder.*has hooks for its gradient"):
         make_trainer(ours, steps).fit(model, **loaders_of())
-    assert steps.count == 0
+    assert not steps.values
 
 
 def test_a_trainer_of_another_package_is_named() -> None:
@@ -207,7 +207,5 @@ def test_a_trainer_of_another_package_is_named() -> None:
 
     data = DataLoader(torch.ones(4, 2))  # type: ignore[arg-type]
     for ours in (GroupReduce(ratio=2), QuantizationAware()):
-        with pytest.raises(
-            ValueError, match=f"^{type(ours).__name__} is a callback of lightning.pytorch.*pytorch_lightn"
-        ):
+        with pytest.raises(ValueError, match=f"^{type(ours).__name__} .*pytorch_lightning"):
             other.Trainer(callbacks=[ours], max_epochs=1, **quiet).fit(Other(), data)

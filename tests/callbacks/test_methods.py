@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -17,33 +15,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_embcompress import EmbeddingCompression, TensorTrain, TransformCoding
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.methods.registry import TransformCodingConfig
-from toys import DIM, VOCAB_SIZE, loaders_of, model_of
+from toys import loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
-
-
-@pytest.mark.parametrize(("method", "tie"), [("low_rank", "untie"), ("transform_coding", "keep")])
-def test_resuming_equals_the_uninterrupted_run(
-    make_trainer: MakeTrainer, tmp_path: Path, method: str, tie: Any
-) -> None:
-    def fit(folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
-        model = model_of("tied")
-        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-        callback = EmbeddingCompression(method, ratio=1.5, at_epoch=1, refine_at_epochs=[2], tie=tie)
-        trainer = make_trainer(callback, keep, max_epochs=4, enable_checkpointing=True, default_root_dir=folder)
-        trainer.fit(model, **loaders_of(), **changes)
-        return dict(model.state_dict()), trainer.optimizers[0].state_dict(), plan_of(model)
-
-    whole = fit(tmp_path / "whole")
-    assert len(whole[2].tables) == (1 if tie == "keep" else 2)
-    assert whole[2].dense_bytes == VOCAB_SIZE * DIM * 4
-    report = json.loads((tmp_path / "whole" / "report.json").read_text())
-    assert [entry["epoch"] for entry in report["perplexity"]["refined"]] == [2]
-    assert report["perplexity"]["final"] < VOCAB_SIZE
-    for epoch in (0, 1, 2):
-        resumed = fit(tmp_path / str(epoch), ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        torch.testing.assert_close(resumed[:2], whole[:2], rtol=0, atol=0)
-        assert resumed[2] == whole[2]
 
 
 def test_tensor_train_by_its_rank(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -55,22 +29,6 @@ def test_tensor_train_by_its_rank(make_trainer: MakeTrainer, tmp_path: Path) -> 
     assert model.encoder.factorization is model.decoder.factorization
     (entry,) = json.loads((tmp_path / "report.json").read_text())["tables"]
     assert entry["parameter_ratio"] == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {},
-            "give exactly one of ratio, size, bits_per_weight, max_perplexity_increase and max_rank: ratio is None",
-        ),
-        ({"max_rank": 0}, "max_rank must be 1 or more, it is 0"),
-        ({"max_rank": 1, "shape": []}, "shape must be sizes of 1 or more"),
-    ],
-)
-def test_tensor_train_refused_when_it_is_made(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TensorTrain(**arguments)
 
 
 def test_what_was_untied_is_tied_again_for_a_dense_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:

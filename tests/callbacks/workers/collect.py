@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_embcompress.calibration.statistics import collect_statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
 from lightning_embcompress.modules.lstm import LSTMLanguageModel
+from toys import quiet_trainer
 
 
 def loss_fn(model: Any, batch: Any) -> Tensor:
@@ -54,19 +55,8 @@ if __name__ == "__main__":
     model = LSTMLanguageModel(60, 8, 8, carry_state=False, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)).double()
     text = torch.randint(60, (16, 7), generator=torch.Generator().manual_seed(1))
     data = TensorDataset(text[:, :-1], text[:, 1:])
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    strategy = DDPStrategy(process_group_backend="gloo")
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        max_epochs=2,
-        callbacks=[Collect()],
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        precision="64-true",
-        **quiet,
-    )
+    options: dict[str, Any] = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), "max_epochs": 2}
+    trainer = quiet_trainer(folder, Collect(), precision="64-true", **options)
     trainer.fit(model, DataLoader(data, batch_size=4))
     rank = dist.get_rank()
     assert all(parameter.grad is not None for parameter in model.parameters())
