@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, distributed, nn
+from lightning.pytorch import seed_everything
+from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 
 from lightning_embcompress.callbacks import GroupReduce
 from lightning_embcompress.callbacks.optimizer import pull_back, splice
 from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.layers.compressed import CompressedEmbedding
-from toys import DIM, VOCAB_SIZE, LanguageModel, loaders, quiet_trainer
+from toys import DIM, VOCAB_SIZE, LanguageModel, check_resuming, loaders, quiet_trainer
 
 IDS = torch.tensor([[3, 5, 3, 117], [7, 5, 3, 64]])
 COUNTS = torch.arange(VOCAB_SIZE, 0, -1)
@@ -91,41 +90,21 @@ class _TwoOptimizers(LanguageModel):
         return loss
 
 
-def _trainer(folder: Path, **given: Any) -> Trainer:
-    callback = GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[3], groups=3)
-    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    return quiet_trainer(folder, callback, keep, max_epochs=4, enable_checkpointing=True, **given)
-
-
-def _fitted(folder: Path, resume: Path | None = None) -> tuple[_TwoOptimizers, Trainer]:
-    seed_everything(0, verbose=False)
-    model, trainer = _TwoOptimizers(), _trainer(folder)
-    trainer.fit(model, **loaders(), ckpt_path=resume)
-    return model, trainer
+def _callback() -> GroupReduce:
+    return GroupReduce(ratio=1.5, at_epoch=1, refine_at_epochs=[3], groups=3)
 
 
 def test_training_with_two_optimizers_is_compressed_on_the_way_and_resumed(tmp_path: Path) -> None:
-    model, trainer = _fitted(tmp_path / "whole")
+    def make() -> list[Any]:
+        seed_everything(0, verbose=False)
+        return [_TwoOptimizers(), _callback()]
+
+    whole = check_resuming(tmp_path, make, (0, 1), data=loaders(), max_epochs=4)
+    model, sparse = whole.module, whole.trainer.optimizers[0]
     assert isinstance(model.encoder, CompressedEmbedding)
     assert model.encoder.sparse
-    sparse, others = trainer.optimizers
     assert list(map(id, sparse.param_groups[0]["params"])) == list(map(id, model.encoder.parameters()))
     assert set(sparse.state) == set(model.encoder.parameters())
-    for epoch in (0, 1):
-        again, resumed = _fitted(tmp_path / f"resumed {epoch}", tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        for name, value in model.state_dict().items():
-            assert torch.equal(again.state_dict()[name], value), name
-        for one, other in zip((sparse, others), resumed.optimizers, strict=True):
-            states = zip(one.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True)
-            assert all(torch.equal(mine["exp_avg"], yours["exp_avg"]) for mine, yours in states)
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """A group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
@@ -134,5 +113,5 @@ def test_callbacks_refuse_data_parallel_training_before_the_first_step(tmp_path:
     before = copy.deepcopy(model.state_dict())
     message = r"module 'encoder' of table 'encoder' has sparse=True, .* that GroupReduce puts .* set `sparse = False`"
     with pytest.raises(ValueError, match=message):
-        _trainer(tmp_path, strategy="ddp", devices=1).fit(model, **loaders())
+        quiet_trainer(tmp_path, _callback(), strategy="ddp", devices=1, max_epochs=4).fit(model, **loaders())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -12,7 +12,6 @@ import torch
 
 from lightning_embcompress.compression.solution import solve
 from lightning_embcompress.methods.numerics import gram
-from lightning_embcompress.methods.registry import METHODS
 from lightning_embcompress.methods.tensor_train import factorization as tensor_train
 
 WORKERS = Path(__file__).parent / "workers"
@@ -91,7 +90,7 @@ def test_an_error_in_one_process_ends_all(torchrun: Callable[..., str]) -> None:
     assert "another process has failed, so this one cannot go on: process 1: ArithmeticError" in said
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["group_reduce", "cp"])
 def test_one_process_solves_as_a_task_does(method: str) -> None:
     wanted = tasks(table(200, 24), table(100, 24, 1), method=method, ratio=2)
     for task, factors in zip(wanted, solve(wanted, together=True).factors, strict=True):

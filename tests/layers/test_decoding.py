@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_embcompress.layers.compressed import CompressedLinear
-from lightning_embcompress.methods.registry import BlockLowRank, LowRank
-from toys import compressed_head
+from lightning_embcompress.methods.registry import LowRank
+from toys import compressed_head, draw_blocks
 
 VOCAB_SIZE, DIM = 300, 16
 
@@ -35,21 +35,15 @@ def _check_topk(head: CompressedLinear, hidden: Tensor, k: int) -> None:
 @settings(max_examples=60)
 @given(st.data())
 def test_the_best_of_random_blocks(data: st.DataObject) -> None:
-    sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum))
-    dim = data.draw(st.integers(1, 9))
-    ranks = [data.draw(st.integers(0, min(size, dim))) for size in sizes]
-    factors = BlockLowRank(sum(sizes), dim, sizes, ranks)
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    blocks = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    factors._index(blocks[torch.randperm(len(blocks), generator=generator)])
+    factors = draw_blocks(data.draw)
     for parameter in factors.parameters():
-        nn.init.normal_(parameter, generator=generator)
         # Rows of zeros, and equal ones.
         if data.draw(st.booleans()) and len(parameter):
             parameter.detach()[len(parameter) // 2 :] = data.draw(st.sampled_from([0.0, 1.0]))
-    head = CompressedLinear(factors, nn.Parameter(torch.randn(sum(sizes), generator=generator)))
-    hidden = torch.randn(data.draw(st.integers(1, 6)), dim, generator=generator)
-    _check_topk(head, hidden, data.draw(st.integers(1, sum(sizes))))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    head = CompressedLinear(factors, nn.Parameter(torch.randn(factors.vocab_size, generator=generator)))
+    hidden = torch.randn(data.draw(st.integers(1, 6)), factors.dim, generator=generator)
+    _check_topk(head, hidden, data.draw(st.integers(1, factors.vocab_size)))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

@@ -69,13 +69,6 @@ def test_max_norm_scales_rows_down(norm_type: float) -> None:
     assert all(gradient.isfinite().all() for gradient in _gradients(layer, ids))
 
 
-def test_bias_keeps_the_dtype_of_the_logits_under_autocast() -> None:
-    factors = _factors()
-    for bias in (None, nn.Parameter(torch.randn(200))):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert CompressedLinear(factors, bias)(torch.randn(2, 8)).dtype == torch.bfloat16
-
-
 def test_attributes_of_the_layers_they_replace() -> None:
     embedding, linear = CompressedEmbedding(_factors(), padding_idx=4), CompressedLinear(_factors())
     assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (200, 8, 4)

@@ -87,9 +87,7 @@ def test_classes_that_do_more_are_refused(name: str) -> None:
     nn.Embedding.__init__(layer, 50, 8)
     assert scale_of(layer) is None
     model = nn.ModuleDict({"embed": layer, "head": nn.Linear(8, 50)})
-    with pytest.raises(
-        ValueError, match=rf"module 'embed' of table 'embed' is a .*{name}: only plain .* name other mod"
-    ):
+    with pytest.raises(ValueError, match=rf"'embed' of table 'embed' is a .*{name}"):
         compress(model, "low_rank", ratio=1.2)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adagrad, Adam, SparseAdam
@@ -297,14 +297,6 @@ def test_scaled_embeddings_keep_the_flag() -> None:
     densify(model)
     assert type(model[0]) is bart.BartScaledWordEmbedding
     assert model[0].sparse
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """A group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
