@@ -76,9 +76,9 @@ def _enter(entry: str, trainer: Trainer, model: LightningModule, path: Path) -> 
     return getattr(trainer, entry)(model, loaders_of()["val_dataloaders"], ckpt_path=path, **quiet)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize(
+    ("kind", "weights_only", "version"), [("untied", False, 2), ("tied", True, 2), ("tied", False, 1)]
+)
 def test_every_way_of_loading(
     make_trainer: MakeTrainer,
     saved: Callable[..., Any],
@@ -143,9 +143,7 @@ def test_the_structure_of_a_sharded_checkpoint(saved: Callable[..., Any]) -> Non
     assert structure_from_checkpoint(folder) == plan_of(model)
     # Strategies that shard have loaded the weights when they hand over the rest.
     module = model_of()
-    with pytest.raises(
-        ValueError, match=r"tables 'decoder', 'encoder' are stored otherwise .* sharded, with apply_plan"
-    ):
+    with pytest.raises(ValueError, match="'decoder', 'encoder' .*apply_plan"):
         restore_structure(module, checkpoint)
     assert type(module.encoder) is nn.Embedding
     restore_structure(model, checkpoint)
@@ -211,9 +209,7 @@ FACTORS = "decoder.factorization."
     ("damage", "message"),
     [
         (lambda saved: saved["state_dict"][FACTORS + "basis"].fill_(torch.nan), f"NaN .* '{FACTORS}basis'"),
-        (lambda saved: saved["state_dict"].pop(FACTORS + "packed_block_index"), "packed_block_index' is missing"),
         (lambda saved: saved["state_dict"][FACTORS + "packed_block_index"].fill_(255), "is damaged: .*the block index"),
-        (lambda saved: _ranks(saved).__setitem__(-1, -1), "'spec' of table 'decoder' .* that are not negative, it is"),
         (lambda saved: _ranks(saved).append(_ranks(saved).pop() - 1), f"'{FACTORS}.* has the shape"),
     ],
 )
@@ -266,10 +262,7 @@ def test_factors_without_a_record(make_trainer: MakeTrainer, tmp_path: Path) -> 
     module = model_of()
     compress(module, "low_rank", ratio=2)
     keep_structure(module)
-    message = (
-        r"factors of table '..coder', but does not say how it is compressed: .*call keep_structure\(model\) before"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"table '..coder'.*keep_structure\(model\)"):
         _enter("validate", make_trainer(), module, tmp_path / "last.ckpt")
     assert len(plan_of(module).tables) == 2
     model = trained(keep=True)
@@ -277,20 +270,16 @@ def test_factors_without_a_record(make_trainer: MakeTrainer, tmp_path: Path) -> 
     _assert_same(module, model, _inputs())
 
 
-class _Renames:
-    """A module that keeps its weights under other names in checkpoints, as some do."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {f"student.{name}": value for name, value in checkpoint["state_dict"].items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state: Mapping[str, Any] = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name.removeprefix("student."): value for name, value in state.items()}
-
-
 def test_modules_that_rename_their_weights(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    class Own(_Renames, LanguageModel):
-        pass
+    class Own(LanguageModel):
+        """Keeps its weights under other names in checkpoints, as some do."""
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = {f"student.{name}": value for name, value in checkpoint["state_dict"].items()}
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            state: Mapping[str, Any] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name.removeprefix("student."): value for name, value in state.items()}
 
     model = Own()
     trainer = make_trainer(_callback(), max_epochs=2)

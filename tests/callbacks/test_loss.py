@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -25,21 +25,17 @@ from lightning_embcompress.calibration.statistics import Statistics, collect_sta
 from lightning_embcompress.callbacks import weighing
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.tables.finding import Table
-from toys import LanguageModel, loaders_of, model_of
+from toys import (
+    Copies,
+    LanguageModel,
+    assert_same_run,
+    check_resuming,
+    loaders_of,
+    model_of,
+    run_with_checkpoints,
+)
 
 MakeTrainer = Callable[..., Trainer]
-
-
-class Keep(Callback):
-    """Keeps copies of the module at the start of every epoch."""
-
-    def __init__(self) -> None:
-        self.models: list[Any] = []
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        attached, pl_module.trainer = pl_module.trainer, None
-        self.models.append(deepcopy(pl_module))
-        pl_module.trainer = attached
 
 
 def _loss_fn(model: Any, batch: Any) -> Tensor:
@@ -69,7 +65,7 @@ def _by_hand(module: type) -> type:
 
 @pytest.mark.parametrize("method", ["transform_coding", "auto"])
 def test_given_statistics_do_what_compress_does(make_trainer: MakeTrainer, tmp_path: Path, method: str) -> None:
-    model, after = model_of(), Keep()
+    model, after = model_of(), Copies()
     statistics = _statistics(model)
     statistics.save(tmp_path / "statistics.safetensors")
     expected = model_of()
@@ -86,7 +82,7 @@ def test_given_statistics_do_what_compress_does(make_trainer: MakeTrainer, tmp_p
 def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
     make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
-    model, before, after = model_of(), Keep(), Keep()
+    model, before, after = model_of(), Copies(), Copies()
     callback = SharedBasis(ratio=6, at_epoch=2, refine_at_epochs=[3], statistics_batches=20)
     logger = CSVLogger(tmp_path / "logs")
     with caplog.at_level("INFO"):
@@ -121,7 +117,7 @@ def test_the_loss_is_the_default_and_what_it_predicts_is_reported(
 
 
 def test_refinement_is_in_the_metric_of_the_loss_too(make_trainer: MakeTrainer) -> None:
-    model, before, after = model_of(), Keep(), Keep()
+    model, before, after = model_of(), Copies(), Copies()
     statistics = _statistics(model)
     callback = SharedBasis(ratio=3, at_epoch=1, refine_at_epochs=[2], statistics=statistics)
     make_trainer(before, callback, after).fit(model, **loaders_of())
@@ -147,36 +143,23 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("refresh", [False, True])
-def test_resuming_equals_the_uninterrupted_run(
-    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: bool
-) -> None:
-    def fit(folder: Path, **changes: Any) -> tuple[Any, ...]:
-        model = model_of()
-        callback = TransformCoding(
-            max_perplexity_increase="10%",
-            at_epoch=1,
-            refine_at_epochs=[3],
-            statistics_batches=5,
-            refresh_statistics=refresh,
-        )
-        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-        trainer = make_trainer(callback, keep, max_epochs=5, enable_checkpointing=True, default_root_dir=folder)
-        # Shuffled: statistics are of a part of the batches.
-        trainer.fit(model, **loaders_of(), **changes)
-        report = json.loads((folder / "report.json").read_text())
-        return dict(model.state_dict()), trainer.optimizers[0].state_dict(), plan_of(model), report
+def test_resuming_equals_the_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: bool) -> None:
+    def make() -> list[Any]:
+        given: dict[str, Any] = {"refine_at_epochs": [3], "statistics_batches": 5, "refresh_statistics": refresh}
+        return [model_of(), TransformCoding(max_perplexity_increase="10%", at_epoch=1, **given)]
 
-    whole = fit(tmp_path / "whole")
+    # Batches are shuffled: statistics are of a part of them.
+    whole = check_resuming(tmp_path, make, (0, 1) if refresh else (0,), max_epochs=5)
     for epoch in (0, 1, 3):
-        ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
-        state = next(iter(torch.load(ckpt, weights_only=True)["callbacks"].values()))
+        saved = torch.load(tmp_path / "whole" / f"epoch={epoch}.ckpt", weights_only=True)
+        state = next(iter(saved["callbacks"].values()))
         # From compression until the last refinement is done.
         assert (state["statistics"] is not None) == (epoch == 1)
-        if epoch > (2 if refresh else 0):
-            monkeypatch.setattr(weighing, "collect_in_training", lambda *_: (_ for _ in ()).throw(Stop))
-        resumed = fit(tmp_path / str(epoch), ckpt_path=ckpt)
-        torch.testing.assert_close(resumed[:2], whole[:2], rtol=0, atol=0)
-        assert resumed[2:] == whole[2:]
+    # Then nothing is collected any more; without a refresh nothing is after the compression.
+    monkeypatch.setattr(weighing, "collect_in_training", lambda *_: (_ for _ in ()).throw(Stop))
+    for epoch in (3,) if refresh else (1, 3):
+        ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
+        assert_same_run(run_with_checkpoints(tmp_path / f"again{epoch}", *make(), ckpt_path=ckpt, max_epochs=5), whole)
 
 
 def test_the_smallest_tables_within_a_limit(
@@ -195,12 +178,10 @@ def test_the_smallest_tables_within_a_limit(
 
 
 def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(make_trainer: MakeTrainer) -> None:
-    model, before = model_of(), Keep()
+    model, before = model_of(), Copies()
     callback = TransformCoding(max_perplexity_increase=1e-7, at_epoch=1, bits=1)
     trainer = make_trainer(before, callback)
-    with pytest.raises(
-        ValueError, match=r"max_perplexity_increase: the perplexity grows by .*% at least .* allow more"
-    ):
+    with pytest.raises(ValueError, match=r"max_perplexity_increase: .*% at least"):
         trainer.fit(model, **loaders_of())
     torch.testing.assert_close(dict(model.state_dict()), dict(before.models[1].state_dict()), rtol=0, atol=0)
     assert [id(parameter) for parameter in model.parameters()] == [
@@ -214,15 +195,11 @@ def test_a_limit_needs_a_perplexity(make_trainer: MakeTrainer) -> None:
             self.log("val_squares", self(batch[0]).square().mean())
 
     trainer = make_trainer(TransformCoding(max_perplexity_increase="1%"))
-    with pytest.raises(
-        ValueError, match=r"max_perplexity_increase='1%' needs the perplexity .* is not known: name a logged loss"
-    ):
+    with pytest.raises(ValueError, match="max_perplexity_increase='1%' .*name a logged loss"):
         trainer.fit(Unknown(), **loaders_of())
     loaders = loaders_of()
     del loaders["val_dataloaders"]
-    with pytest.raises(
-        ValueError, match=r"max_perplexity_increase='1%' measures the perplexity on validation data, and there is no"
-    ):
+    with pytest.raises(ValueError, match="max_perplexity_increase='1%' .*validation data"):
         make_trainer(TransformCoding(max_perplexity_increase="1%")).fit(model_of(), **loaders)
 
 
@@ -241,7 +218,7 @@ def test_without_statistics_rows_count_by_their_frequency(
     reason: str,
 ) -> None:
     model = _by_hand(LanguageModel)() if by_hand else model_of()
-    expected, after = deepcopy(model), Keep()
+    expected, after = deepcopy(model), Copies()
     counts = _statistics(expected).token_counts
     compress(expected, "shared_basis", ratio=2, groups=3, token_counts=counts)
     callback = SharedBasis(ratio=2, groups=3, token_counts=counts, **arguments)
@@ -262,15 +239,9 @@ def test_optimized_by_hand_with_given_statistics(make_trainer: MakeTrainer) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"method": "auto"},
-            r"method='auto' has to know what errors cost: ByHand uses manual .* give statist",
-        ),
-        (
-            {"ratio": None, "max_perplexity_increase": 0.1},
-            r"max_perplexity_increase=0.1 has to know what errors cost: ByHand uses manual optimization",
-        ),
-        ({"refresh_statistics": True}, r"refresh_statistics=True cannot be done: ByHand uses manual optimization"),
+        ({"method": "auto"}, "method='auto' .*ByHand .*give statistics"),
+        ({"ratio": None, "max_perplexity_increase": 0.1}, "max_perplexity_increase=0.1 .*ByHand"),
+        ({"refresh_statistics": True}, "refresh_statistics=True .*ByHand"),
     ],
 )
 def test_optimized_by_hand_what_needs_statistics_is_refused(
@@ -286,14 +257,11 @@ def test_optimized_by_hand_what_needs_statistics_is_refused(
     ("arguments", "message"),
     [
         ({"ratio": 2, "max_perplexity_increase": "1%"}, "give exactly one of ratio, size, bits_per_weight"),
-        (
-            {"max_perplexity_increase": "1%", "method": "group_reduce"},
-            "max_perplexity_increase cannot be predicted for method 'group_reduce'",
-        ),
+        ({"max_perplexity_increase": "1%", "method": "group_reduce"}, "max_perplexity_increase .*'group_reduce'"),
         ({"ratio": 2, "statistics_batches": -1}, "statistics_batches must be 0 or more, it is -1"),
         (
             {"max_perplexity_increase": 0.1, "statistics_batches": 0},
-            "max_perplexity_increase=0.1 has to know .* statistics_batches=0 leaves no way",
+            "max_perplexity_increase=0.1.*statistics_batches",
         ),
         ({"ratio": 2, "method": "auto", "statistics_batches": 0}, "method='auto' has to know what errors cost"),
         ({"ratio": 2, "refresh_statistics": True, "statistics_batches": 0}, "nothing to collect them from"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +23,7 @@ from lightning_embcompress import (
 from lightning_embcompress.methods.base import Factorization, Problem
 from lightning_embcompress.methods.registry import METHODS, Method, MethodConfig
 from lightning_embcompress.methods.specs import positive_integers, stored_bytes
-from toys import LanguageModel, loaders, quiet_trainer
+from toys import LanguageModel, check_resuming, loaders
 
 
 @dataclass(frozen=True)
@@ -113,17 +111,11 @@ def test_it_compresses_and_is_saved_and_loaded(tied: bool, tmp_path: Path) -> No
     ],
 )
 def test_it_trains_resumes_and_is_reported(make: Callable[[], EmbeddingCompression], tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    whole = LanguageModel()
-    quiet_trainer(tmp_path, make(), keep, max_epochs=4, enable_checkpointing=True).fit(whole, **loaders())
-    (table, *_) = json.loads((tmp_path / "report.json").read_text())["tables"]
+    whole = check_resuming(tmp_path, lambda: [LanguageModel(), make()], (0, 1), data=loaders(), max_epochs=4)
+    (table, *_) = whole.report["tables"]
     assert (table["method"], table["structure"]) == ("first_columns", "columns 4")
     assert table["bits_per_weight"] == pytest.approx(32 / table["ratio"])
-    for epoch in (0, 1):
-        resumed, path = LanguageModel(), tmp_path / f"epoch={epoch}.ckpt"
-        quiet_trainer(tmp_path / str(epoch), make(), max_epochs=4).fit(resumed, **loaders(), ckpt_path=path)
-        torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
-    assert plan_of(load_from_checkpoint(LanguageModel, tmp_path / "epoch=3.ckpt")) == plan_of(whole)
+    assert plan_of(load_from_checkpoint(LanguageModel, tmp_path / "whole" / "epoch=3.ckpt")) == whole.plan
 
 
 def test_its_mistakes_are_told_apart() -> None:

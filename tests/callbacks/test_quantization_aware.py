@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_embcompress import EmbeddingCompression, load_compressed, load_from_checkpoint, save_compressed
 from lightning_embcompress.callbacks import QuantizationAware
 from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.compression.plan import plan_of
-from lightning_embcompress.methods.registry import LatentCodes, Quantization
+from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.quantization.aware import convert_qat, converted, prepare_qat
-from toys import LanguageModel, adam, loaders
+from toys import LanguageModel, Losses, adam, check_resuming, loaders
 
 MakeTrainer = Callable[..., Trainer]
 WORKERS = Path(__file__).parent / "workers"
@@ -37,18 +37,6 @@ def _momentum(module: LightningModule) -> Any:
     return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
 
 
-def _run(
-    make_trainer: MakeTrainer, callbacks: list[Callback], folder: Path, configure: Any, **fit: Any
-) -> SimpleNamespace:
-    seed_everything(0, verbose=False)
-    model = LanguageModel(cell="LSTM", dropout=0.1, optimizer=configure)
-    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = make_trainer(*callbacks, keep, max_epochs=4, enable_checkpointing=True, default_root_dir=folder)
-    trainer.fit(model, **loaders(), **fit)
-    report = json.loads((folder / "report.json").read_text())
-    return SimpleNamespace(model=model, optimizer=trainer.optimizers[0].state_dict(), report=report)
-
-
 CASES: dict[str, Any] = {
     "minmax": (adam, "low_rank", {"backbone": "int8", "freeze_observers_at": 2}),
     "learned": (_two_groups, "group_reduce", {"bits": "int3", "ranges": "learned", "freeze_observers_at": 2}),
@@ -62,25 +50,17 @@ CASES: dict[str, Any] = {
 def test_resuming_equals_the_uninterrupted_run(make_trainer: MakeTrainer, tmp_path: Path, case: str) -> None:
     configure, method, options = CASES[case]
 
-    def callbacks() -> list[Callback]:
+    def make() -> list[Any]:
+        seed_everything(0, verbose=False)
+        model = LanguageModel(cell="LSTM", dropout=0.1, optimizer=configure)
         # However they are listed.
-        return [
-            QuantizationAware(**{"at_epoch": 1, "group_size": 16, **options}),
-            EmbeddingCompression(method, ratio=3, at_epoch=1, statistics_batches=2),
-        ]
+        quantization = QuantizationAware(**{"at_epoch": 1, "group_size": 16, **options})
+        return [model, quantization, EmbeddingCompression(method, ratio=3, at_epoch=1, statistics_batches=2)]
 
-    whole = _run(make_trainer, callbacks(), tmp_path / "whole", configure)
-    assert backbone_of(whole.model) is not None or "backbone" not in options
-    assert all(module.is_prepared for module in _factorizations(whole.model))
-    for epoch in (0, 1, 2) if case == "minmax" else (1, 2):
-        ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
-        resumed = _run(make_trainer, callbacks(), tmp_path / f"{epoch}", configure, ckpt_path=ckpt)
-        torch.testing.assert_close(dict(resumed.model.state_dict()), dict(whole.model.state_dict()), rtol=0, atol=0)
-        torch.testing.assert_close(resumed.optimizer, whole.optimizer, rtol=0, atol=0)
-        assert plan_of(resumed.model) == plan_of(whole.model)
-        assert resumed.report == whole.report
-        trained = [name for name, parameter in whole.model.named_parameters() if parameter.requires_grad]
-        assert trained == [name for name, parameter in resumed.model.named_parameters() if parameter.requires_grad]
+    epochs = (0, 1, 2) if case == "minmax" else (1, 2)
+    whole = check_resuming(tmp_path, make, epochs, data=loaders(), max_epochs=4)
+    assert backbone_of(whole.module) is not None or "backbone" not in options
+    assert all(module.is_prepared for module in _factorizations(whole.module))
     _check_files(make_trainer, tmp_path, whole)
 
 
@@ -92,15 +72,15 @@ def _check_files(make_trainer: MakeTrainer, folder: Path, run: SimpleNamespace) 
     """Checkpoints of the training are tested as they are; what is saved is converted, and reads the same."""
     ckpt = folder / "whole" / "epoch=3.ckpt"
     data = loaders()["val_dataloaders"]
-    (tested,) = make_trainer().test(run.model, data, verbose=False)
+    (tested,) = make_trainer().test(run.module, data, verbose=False)
     (from_file,) = make_trainer(QuantizationAware()).test(
         LanguageModel(cell="LSTM"), data, ckpt_path=ckpt, verbose=False
     )
     assert from_file == tested
     loaded = load_from_checkpoint(LanguageModel, ckpt)
-    assert plan_of(loaded) == plan_of(run.model)
+    assert plan_of(loaded) == plan_of(run.module)
     save_compressed(loaded, folder / "saved")
-    assert plan_of(loaded) == plan_of(run.model)
+    assert plan_of(loaded) == plan_of(run.module)
     packed: Any = LanguageModel(cell="LSTM")
     load_compressed(folder / "saved", packed)
     assert not any(factors.is_prepared for factors in _factorizations(packed))
@@ -118,22 +98,13 @@ def _check_files(make_trainer: MakeTrainer, folder: Path, run: SimpleNamespace) 
     assert said["perplexity"]["before"] != said["perplexity"]["after"]
 
 
-class Steps(Callback):
-    """Counts the steps of training."""
-
-    count = 0
-
-    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        self.count += 1
-
-
 def _refused(make_trainer: MakeTrainer, model: Any, loaders: Any, *callbacks: Callback, **fit: Any) -> str:
     """What is said before the first step; the model is as it was."""
-    steps = Steps()
+    steps = Losses()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         make_trainer(*callbacks, steps, max_epochs=6).fit(model, **loaders, **fit)
-    assert not steps.count
+    assert not steps.values
     if not fit:
         torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     return str(refusal.value)
@@ -233,14 +204,6 @@ def _val_loss(make_trainer: MakeTrainer, model: Any) -> float:
     return float(result["val_loss"])
 
 
-def test_codes_train(make_trainer: MakeTrainer) -> None:
-    model = LanguageModel()
-    compression = EmbeddingCompression("transform_coding", ratio=3, statistics_batches=2)
-    make_trainer(compression, QuantizationAware(), max_epochs=1, fast_dev_run=True).fit(model, **loaders())
-    assert type(model.encoder.factorization) is LatentCodes
-    assert type(model.decoder.factorization) is LatentCodes
-
-
 def test_state_of_when_backbone_was_called_body_is_found(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def callback() -> QuantizationAware:
         return QuantizationAware(tables="encoder", backbone="int8", freeze_observers_at=1)
@@ -257,13 +220,6 @@ def test_state_of_when_backbone_was_called_body_is_found(make_trainer: MakeTrain
     for one, name in ((found, "before.ckpt"), (expected, "now.ckpt")):
         make_trainer(one, max_epochs=3).fit(LanguageModel(), **loaders(), ckpt_path=tmp_path / name)
     assert found.state_dict() == expected.state_dict()
-
-
-def test_training_that_ends_too_early(make_trainer: MakeTrainer) -> None:
-    with pytest.warns(UserWarning, match="training ended at epoch 1, before at_epoch=1: nothing was quantized"):
-        make_trainer(QuantizationAware(tables="encoder", at_epoch=1), max_epochs=-1, max_steps=12).fit(
-            LanguageModel(), **loaders()
-        )
 
 
 def test_two_processes_hold_the_same(torchrun: Callable[..., str], tmp_path: Path) -> None:

@@ -84,20 +84,14 @@ def test_size_covers_all_tables() -> None:
     ("given", "message"),
     [
         ({}, r"give exactly one of ratio, size, bits_per_weight and max_perplexity_increase: ratio is None"),
-        (
-            {"ratio": 2, "size": "1kB"},
-            r"give exactly one of ratio, size, bits_per_weight and max_perplexity_increase: ratio is 2",
-        ),
+        ({"ratio": 2, "size": "1kB"}, r"exactly one of ratio, size, .*: ratio is 2"),
         ({"ratio": 1}, r"ratio must be above 1 .*it is 1"),
         ({"ratio": 2, "method": "group_reduc"}, r"unknown method 'group_reduc' \(did you mean 'group_reduce'"),
         ({"ratio": 2, "group": 4}, r"unknown option 'group' \(did you mean 'groups'"),
         ({"ratio": 2, "groups": 501}, r"groups must be at most the 500 rows of the table, it is 501"),
         ({"ratio": 2, "tables": ["decodr"]}, r"no module 'decodr' \(did you mean 'decoder'"),
         ({"ratio": 2, "token_counts": None}, r"table 'encoder' by frequency: give token_counts"),
-        (
-            {"ratio": 2, "token_counts": torch.ones(499)},
-            r"each of the 500 rows of table 'encoder', its shape is \(499,",
-        ),
+        ({"ratio": 2, "token_counts": torch.ones(499)}, r"500 rows of table 'encoder', its shape is \(499,"),
         ({"ratio": 2, "token_counts": torch.ones(500, 1)}, r"its shape is \(500, 1\)"),
         ({"ratio": 2, "token_counts": [3] * 499 + [-2]}, r"not negative; entry 499 is -2 \(1 such entries\)"),
         ({"ratio": 2, "token_counts": [float("nan")] * 500}, r"finite and not negative; entry 0 is nan \(500 such"),

@@ -27,14 +27,8 @@ def _with_one(tensor: Tensor, value: float) -> Tensor:
 
 # What is done to the tensors of the decoder, by the name of one, and what is said.
 _FACTORS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "NaN": (
-        lambda tensor: _with_one(tensor, float("nan")),
-        r"has NaN or infinite values in '{}'",
-    ),
-    "infinity": (
-        lambda tensor: _with_one(tensor, -float("inf")),
-        r"has NaN or infinite values in",
-    ),
+    "NaN": (lambda tensor: _with_one(tensor, float("nan")), r"has NaN or infinite values in '{}'"),
+    "infinity": (lambda tensor: _with_one(tensor, -float("inf")), r"has NaN or infinite values in"),
     "another shape": (lambda tensor: tensor[1:], r"'{}' has the shape \(.*\), by the plan \("),
     "integers": (lambda tensor: tensor.long(), r"'{}' holds torch.int64 instead of floating-point numbers"),
     "complex numbers": (lambda tensor: tensor.cfloat(), r"'{}' holds torch.complex64 instead of floating-point"),

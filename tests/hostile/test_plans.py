@@ -88,10 +88,7 @@ def test_mutated_plans(hostile: Any, examples: settings) -> None:
         ({"spec": {"rank": 8}}, r"low_rank for a table of 120 x 8 would take more memory than the table itself"),
         ({"spec": {"vocab_size": 10**12}}, r"the plan's table 'encoder' is 1000000000000 x 8, the model's is 120 x 8"),
         ({"spec": {"dim": 10**12}}, r"the plan's table 'encoder' is 120 x 1000000000000, the model's is 120 x 8"),
-        (
-            {"spec": {"more": 1}},
-            r"must have the entries kind, vocab_size, dim, rank, .* look at \['more'\]",
-        ),
+        ({"spec": {"more": 1}}, r"must have the entries kind, vocab_size, dim, rank, .*\['more'\]"),
         ({"spec": {"kind": "os.system"}}, r"unknown kind of factorization 'os.system'; known are"),
         ({"spec": {"kind": ["low_rank"]}}, r"unknown kind of factorization \['low_rank'\]"),
         ({"method": "magic"}, r"unknown method 'magic' of table 'encoder' in the compression plan: known are cp, "),

@@ -41,9 +41,7 @@ def test_what_the_hub_mixin_would_not_load_is_not_saved(tmp_path: Path) -> None:
     model = _OnTheHub()
     compress(model, "low_rank", ratio=2)
     for saved in (model, copy.deepcopy(model)):
-        with pytest.raises(
-            ValueError, match=r"_OnTheHub cannot be saved by huggingface_hub.*'encoder'.*save_compressed"
-        ):
+        with pytest.raises(ValueError, match="_OnTheHub .*'encoder'.*save_compressed"):
             saved.save_pretrained(tmp_path / "refused")
     save_compressed(model, tmp_path / "compressed")
     other = _OnTheHub()

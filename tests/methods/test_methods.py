@@ -20,18 +20,14 @@ def test_every_method_is_described_and_has_default_options(name: str) -> None:
 
 
 def test_unknown_method_names_the_nearest() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown method 'groupreduce' \(did you mean 'group_reduce'\?\); methods are"
-    ):
+    with pytest.raises(ValueError, match=r"'groupreduce' \(did you mean 'group_reduce'\?\)"):
         get_method("groupreduce")
     with pytest.raises(ValueError, match=r"unknown method 'xyz'; methods are cp, group_reduce, "):
         get_method("xyz")
 
 
 def test_unknown_option_names_the_nearest() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown option 'group' \(did you mean 'groups' or 'grouping'\?\); 'group_reduce' has"
-    ):
+    with pytest.raises(ValueError, match=r"'group' \(did you mean 'groups' or 'grouping'\?\); 'group_reduce'"):
         get_config("group_reduce", group=3)
     # What the name of the method stands for is no option of it.
     with pytest.raises(ValueError, match=r"unknown option 'weighted'; 'low_rank' has rank"):

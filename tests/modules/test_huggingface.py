@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lightning_embcompress import EmbeddingCompression, GroupReduce, compress
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.modules import HuggingFaceCausalLM
-from toys import quiet_trainer
+from toys import check_resuming, quiet_trainer
 
 VOCAB_SIZE, BLOCK = 60, 12
 
@@ -278,22 +277,18 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_compresses_resumes(tmp_path: Path, method: str) -> None:
-    def run(**fit: Any) -> HuggingFaceCausalLM:
-        model = _model(config=GPT2)
-        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-        callback = METHODS[method](at_epoch=1)
-        trainer = _trainer(tmp_path, callback, keep, max_epochs=3, enable_checkpointing=True)
-        trainer.fit(model, datamodule=Blocks(), **fit)
-        measured = callback.state_dict()["perplexity"]
-        assert measured["final"] == pytest.approx(float(trainer.callback_metrics["val_perplexity"]), rel=1e-5)
-        return model
+    callbacks: list[EmbeddingCompression] = []
 
-    whole = run()
+    def make() -> list[Any]:
+        callbacks.append(METHODS[method](at_epoch=1))
+        return [_model(config=GPT2), callbacks[-1]]
+
+    found = check_resuming(tmp_path, make, (0, 1), data={"datamodule": Blocks()}, max_epochs=3)
+    whole = found.module
     assert plan_of(whole).tables
-    for epoch in (0, 1):
-        resumed = run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
-        torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
-    loaded = HuggingFaceCausalLM.load_from_checkpoint(tmp_path / "epoch=2.ckpt")
+    final = callbacks[0].state_dict()["perplexity"]["final"]
+    assert final == pytest.approx(float(found.trainer.callback_metrics["val_perplexity"]), rel=1e-5)
+    loaded = HuggingFaceCausalLM.load_from_checkpoint(tmp_path / "whole" / "epoch=2.ckpt")
     torch.testing.assert_close(dict(loaded.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
     # And out to a directory of transformers, with the same logits.
     whole.save_pretrained(tmp_path / "saved")
