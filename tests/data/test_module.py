@@ -86,8 +86,7 @@ class SaveAfter(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("limit", [None, 6])
-@pytest.mark.parametrize("step", [4, 6, 9, 12, 20])
+@pytest.mark.parametrize(("limit", "step"), [(None, 4), (None, 20), (6, 6), (6, 9)])
 def test_resume_in_the_middle_of_an_epoch(
     make: Make, make_trainer: MakeTrainer, tmp_path: Path, step: int, limit: int | None
 ) -> None:
