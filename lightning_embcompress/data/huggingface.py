@@ -126,7 +126,7 @@ class HuggingFaceText(TextDataModule):
             ValueError: If the files are all empty, or the dataset cannot be loaded or has no such split or column.
         """
         if self.dataset is None:
-            return self._file_source(split, self.patterns[split])
+            return super().source(split)
         name = self.split_names[split]
         if name is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ class TextDataModule(LightningDataModule, ABC):
     vocabulary_options: str
     """The arguments that decide the vocabulary."""
 
+    patterns: Mapping[Split, str | list[str] | None] = {}
+    """Paths or glob patterns of the text files of every part of the corpus; ``None`` for no such part."""
+
+    folder: Path | None = None
+    """What relative patterns start from; the current directory if ``None``."""
+
     def __init__(
         self,
         batch_size: int,
@@ -73,17 +80,18 @@ class TextDataModule(LightningDataModule, ABC):
     def vocabulary(self) -> Vocabulary | TokenizerVocabulary:
         """The tokens and their ids."""
 
-    @abstractmethod
     def source(self, split: Split) -> TextSource | None:
-        """Give the text of one part of the corpus; ``None`` if it has no such part.
+        """Give the text of one part of the corpus, that of its files; ``None`` if it has no such part.
 
         Args:
             split: ``"train"``, ``"valid"`` or ``"test"``.
 
         Raises:
             FileNotFoundError: If a pattern matches no file.
-            ValueError: If the files are all empty, or a dataset has no such part.
+            ValueError: If the files are all empty.
         """
+        patterns = self.patterns.get(split)
+        return None if patterns is None else text_files(find_files(patterns, f"{split}_files", self.folder))
 
     @abstractmethod
     def _tokenize(self, source: TextSource, split: Split) -> Tokens: ...
@@ -171,11 +179,6 @@ class TextDataModule(LightningDataModule, ABC):
                 f"{str(mark)[:12]}), but {self} has {self.vocab_size} ({self.vocabulary.fingerprint[:12]}). Use the "
                 f"{self.vocabulary_options} of that training."
             )
-
-    def _file_source(
-        self, split: Split, patterns: str | list[str] | None, folder: Path | None = None
-    ) -> TextSource | None:
-        return None if patterns is None else text_files(find_files(patterns, f"{split}_files", folder))
 
     def _required(self, split: Split) -> TextSource:
         source = self.source(split)

@@ -69,12 +69,12 @@ class OneBillionWord(TokenStreamDataModule):
         )
         self.eos_token = end_token
         self.bos_token = begin_token
-        self.data_dir = Path(data_dir).expanduser()
+        self.data_dir = self.folder = Path(data_dir).expanduser()
         if vocabulary_file is not None and (self.data_dir / vocabulary_file).is_file():
             self.vocabulary_file = self.data_dir / vocabulary_file
-        self.train_files = train_files
-        self.valid_files = valid_files
-        self.test_files = test_files
+        if test_files is None and (self.data_dir / _TEST_FILES).is_file():
+            test_files = _TEST_FILES
+        self.patterns = {"train": train_files, "valid": valid_files, "test": test_files}
 
     def source(self, split: Split) -> TextSource | None:
         """Give the files of one part of the benchmark.
@@ -88,7 +88,4 @@ class OneBillionWord(TokenStreamDataModule):
                 f"data_dir={str(self.data_dir)!r} is not a directory: give the directory of the unpacked benchmark "
                 f"(1-billion-word-language-modeling-benchmark-r13output)."
             )
-        patterns = {"train": self.train_files, "valid": self.valid_files, "test": self.test_files}[split]
-        if patterns is None and split == "test" and (self.data_dir / _TEST_FILES).is_file():
-            patterns = _TEST_FILES
-        return self._file_source(split, patterns, self.data_dir)
+        return super().source(split)

@@ -134,13 +134,15 @@ class PythonDocs(TokenStreamDataModule):
     @cached_property
     def _rows(self) -> Any:
         library = sysconfig.get_path("stdlib")
-        roots = _installed_roots() if self.include_installed else []
+        installed = {sysconfig.get_path(name) for name in ("purelib", "platlib")} if self.include_installed else set()
+        roots = sorted(map(Path, installed))
+        packages = distributions() if self.include_installed else ()
         settings = {
             "extraction_version": _EXTRACTION_VERSION,
             "python": [platform.python_implementation(), platform.python_version()],
             "standard_library": library,
             "installed": [str(root) for root in roots],
-            "packages": _installed_packages() if self.include_installed else [],
+            "packages": sorted({f"{found.metadata['Name']} {found.version}" for found in packages}),
         }
 
         def rows() -> Iterator[dict[str, Any]]:
@@ -196,11 +198,3 @@ def _texts_of(path: Path, module: str) -> list[tuple[str, str]]:
     except (SyntaxError, ValueError, OSError, RecursionError):
         return []  # a template, or a source for another version of Python
     return found
-
-
-def _installed_roots() -> list[Path]:
-    return sorted({Path(path) for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))})
-
-
-def _installed_packages() -> list[str]:
-    return sorted({f"{found.metadata['Name']} {found.version}" for found in distributions()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning_embcompress.data.sources import Split, TextSource
 from lightning_embcompress.data.text import TextFormat
 from lightning_embcompress.data.token_stream import TokenStreamDataModule
 
@@ -50,11 +49,4 @@ class TextFiles(TokenStreamDataModule):
         super().__init__(**options)
         self.eos_token = eos_token
         self.text_format = TextFormat(tokenizer=tokenizer, lowercase=lowercase, line_ends=eos_token is not None)
-        self.train_files = train_files
-        self.valid_files = valid_files
-        self.test_files = test_files
-
-    def source(self, split: Split) -> TextSource | None:
-        """Give the files of one part of the corpus."""
-        patterns = {"train": self.train_files, "valid": self.valid_files, "test": self.test_files}[split]
-        return self._file_source(split, patterns)
+        self.patterns = {"train": train_files, "valid": valid_files, "test": test_files}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -64,19 +64,10 @@ class TokenStream:
     def __getitem__(self, part: slice) -> Ids:
         """Give the ids of a range."""
         start, stop, _ = part.indices(len(self))
-        ids: Ids = self.read([start], max(stop - start, 0))[0]
-        return ids
-
-    def read(self, starts: Sequence[int], length: int) -> Ids:
-        """Give as many ids from each of some places, `[len(starts), length]`."""
-        ids = np.empty((len(starts), length), dtype=self._chunks[0].dtype)
-        for row, start in zip(ids, starts, strict=True):
-            index, done = bisect_right(self._starts, start) - 1, 0
-            while done < length:
-                offset = start + done - self._starts[index]
-                found = self._chunks[index][offset : offset + length - done]
-                row[done : done + len(found)] = found
-                done, index = done + len(found), index + 1
+        first, last = bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)
+        chunks = zip(self._chunks[first:last], self._starts[first:last], strict=True)
+        pieces = [chunk[max(start - begin, 0) : stop - begin] for chunk, begin in chunks]
+        ids = np.concatenate(pieces or [self._chunks[0][:0]])
         return ids if self.new_ids is None else self.new_ids[ids]
 
 
@@ -292,7 +283,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         described = found & {"tokenizer.json", "tokenizer_config.json", "config.json"}
         if not described and {"vocab.json", "merges.txt"} <= found:
             # AutoTokenizer asks a configuration for the class, and there is none.
-            return _as_tokenizer(GPT2Tokenizer.from_pretrained(str(directory)))
+            gpt2: PreTrainedTokenizerBase = GPT2Tokenizer.from_pretrained(str(directory))
+            return gpt2
         if not described and not any(file.endswith(".model") for file in found):
             # Not left to AutoTokenizer, which may give an empty tokenizer.
             raise ValueError(f"tokenizer={name!r} holds no tokenizer: give {_WHAT_IT_CAN_BE}.")
@@ -300,14 +292,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     elif directory.is_file() or directory.is_absolute() or name.startswith((".", "~")):
         raise ValueError(f"tokenizer={name!r} is not a directory: give {_WHAT_IT_CAN_BE}.")
     try:
-        return _as_tokenizer(AutoTokenizer.from_pretrained(name))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        return loaded
     except Exception as error:  # damaged files raise whatever their readers do
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"tokenizer={name!r} cannot be loaded: give {_WHAT_IT_CAN_BE}. What transformers says: {reason}"
         ) from error
-
-
-def _as_tokenizer(loaded: Any) -> PreTrainedTokenizerBase:
-    assert isinstance(loaded, PreTrainedTokenizerBase)
-    return loaded

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+# Lines of a vocabulary file: counts are of no use, but tell that a line is what it should be.
+_ALONE = re.compile(r"[ \t]*([^ \t\r]+)[ \t\r]*")
+_WITH_COUNT = re.compile(r"[ \t]*([^ \t\r]+)[ \t]+[0-9]+[ \t\r]*")
 
 
 class Vocabulary:
@@ -16,15 +17,12 @@ class Vocabulary:
 
     Args:
         words: The words, by id.
-        counts: How often each word occurred where the vocabulary was made, int64 ``[vocab_size]``, or ``None`` if that
-            is not known.
         unk_token: The word that stands for every word outside the vocabulary; it must be one of ``words``.
         eos_token: The word that ends a line or sentence; ``None`` if there is none.
         bos_token: The word that is read before the first word of a sentence; ``None`` if there is none.
 
     Raises:
-        ValueError: If ``words`` is empty, holds a word twice or lacks a special token, or if ``counts`` has another
-            length or a negative value.
+        ValueError: If ``words`` is empty, holds a word twice or lacks a special token.
 
     Example:
         >>> vocabulary = Vocabulary(["the", "</S>", "<UNK>"])
@@ -37,7 +35,6 @@ class Vocabulary:
     def __init__(
         self,
         words: Sequence[str],
-        counts: Tensor | None = None,
         *,
         unk_token: str = "<UNK>",
         eos_token: str | None = "</S>",
@@ -57,13 +54,6 @@ class Vocabulary:
                     f"The vocabulary has no {token!r} ({argument}): add it, or name the token that is used instead "
                     f"with {argument}."
                 )
-        if counts is not None:
-            if counts.shape != (len(self.words),):
-                raise ValueError(f"counts has shape {list(counts.shape)}, but there are {len(self.words)} words.")
-            if bool((counts < 0).any()):
-                raise ValueError(f"counts is negative for the word {self.words[int(counts.argmin())]!r}.")
-            counts = counts.to(torch.int64)
-        self.counts = counts
         self.unk_token = unk_token
         self.eos_token = eos_token
         self.bos_token = bos_token
@@ -157,13 +147,7 @@ class Vocabulary:
         totals = {word: counts.get(word, 0) for word in (*kept, *special)}
         totals[unk_token] += sum(counts.values()) - sum(totals.values())
         words = sorted(totals, key=lambda word: (-totals[word], word))
-        return cls(
-            words,
-            torch.tensor([totals[word] for word in words], dtype=torch.int64),
-            unk_token=unk_token,
-            eos_token=eos_token,
-            bos_token=bos_token,
-        )
+        return cls(words, unk_token=unk_token, eos_token=eos_token, bos_token=bos_token)
 
     @classmethod
     def from_file(
@@ -191,16 +175,16 @@ class Vocabulary:
             ValueError: If the file is not UTF-8, is empty, a line is malformed or repeated (the message names it), or a
                 special token is missing.
         """
-        words, counts = _read_words(Path(path))
+        words = _read_words(Path(path))
         if bos_token in words and eos_token not in words:
             eos_token = bos_token
         try:
-            return cls(words, counts, unk_token=unk_token, eos_token=eos_token, bos_token=bos_token)
+            return cls(words, unk_token=unk_token, eos_token=eos_token, bos_token=bos_token)
         except ValueError as error:
             raise ValueError(f"vocabulary_file={str(path)!r}: {error}") from None
 
 
-def _read_words(path: Path) -> tuple[list[str], Tensor | None]:
+def _read_words(path: Path) -> list[str]:
     where = f"vocabulary_file={str(path)!r}"
     if not path.is_file():
         raise FileNotFoundError(f"{where} is not a file: give the path of a file with one word on each line.")
@@ -211,25 +195,15 @@ def _read_words(path: Path) -> tuple[list[str], Tensor | None]:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}): convert it to UTF-8.") from None
     if lines == [""]:
         raise ValueError(f"{where} is empty: it needs one word on each line.")
-    words: list[str] = []
-    counts: list[int] = []
     first_line: dict[str, int] = {}
-    fields_per_line = 0
+    has_counts = _WITH_COUNT.fullmatch(lines[0]) is not None
     for number, line in enumerate(lines, start=1):
-        fields = re.split(r"[ \t]+", line.strip(" \t\r"))
-        fields_per_line = fields_per_line or len(fields)
-        if fields == [""] or len(fields) != fields_per_line or len(fields) > 2:
-            expected = "a word and its count" if fields_per_line == 2 else "one word"
+        match = (_WITH_COUNT if has_counts else _ALONE).fullmatch(line)
+        if match is None:
+            expected = "a word and its count" if has_counts else "one word"
             raise ValueError(f"{where}, line {number}: expected {expected}, found {line.strip()!r}.")
-        word = fields[0]
+        word = match[1]
         if word in first_line:
             raise ValueError(f"{where}, line {number}: the word {word!r} is already on line {first_line[word]}.")
         first_line[word] = number
-        words.append(word)
-        if len(fields) == 2:
-            if not re.fullmatch(r"[0-9]{1,18}", fields[1]):
-                raise ValueError(
-                    f"{where}, line {number}: the count of {word!r} must be a whole number, found {fields[1]!r}."
-                )
-            counts.append(int(fields[1]))
-    return words, torch.tensor(counts, dtype=torch.int64) if counts else None
+    return list(first_line)

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_embcompress.data.module import check_least
 from lightning_embcompress.data.tokenized import Ids, TokenStream
 
 Window = tuple[Tensor, Tensor]
@@ -61,9 +61,7 @@ class TokenWindows(Dataset[Window]):
         world_size: int = 1,
     ) -> None:
         """Check and keep the arguments."""
-        for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: it must be at least 1.")
+        check_least(1, batch_size=batch_size, sequence_length=sequence_length)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not in [0, world_size={world_size}).")
         streams = batch_size * world_size
@@ -95,11 +93,7 @@ class TokenWindows(Dataset[Window]):
             raise IndexError(f"The window {index} is not in [0, {len(self)}).")
         start = index * self.sequence_length
         stop = min(start + self.sequence_length, self.steps)
-        starts, length = [row * self.steps + start for row in self.rows], stop + 1 - start
-        if isinstance(self.ids, TokenStream):
-            found = self.ids.read(starts, length)
-        else:
-            found = sliding_window_view(self.ids, length)[starts]
+        found = np.stack([self.ids[row * self.steps + start : row * self.steps + stop + 1] for row in self.rows])
         inputs, targets = (torch.from_numpy(part.astype(np.int64)) for part in (found[:, :-1], found[:, 1:]))
         if self.replace_inputs is not None:
             old, new = self.replace_inputs

@@ -82,7 +82,6 @@ def test_any_range_of_ids_across_pieces(text: Path, monkeypatch: pytest.MonkeyPa
         for start in range(len(expected) + 1):
             for stop in range(len(expected) + 2):
                 assert ids[start:stop].tolist() == expected[start:stop]
-        assert ids.read([7, 0], 4).tolist() == [expected[7:11], expected[:4]]
 
 
 def test_workers_get_no_ids(text: Path) -> None:
