@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcompress.compression.backbone import Backbone
+from lightning_embcompress.compression.records import check_layout, check_values
 from lightning_embcompress.layers.parametrized_weights import reading_of, readings
 from lightning_embcompress.methods.quantizers.factors import Unpacker
 from lightning_embcompress.methods.quantizers.quantization import HALVES
@@ -52,20 +53,11 @@ def check_backbone_tensors(
         found = {key: value for key, value in state.items() if key.startswith(_prefix(name)) or key == name}
         if not found and not complete:
             continue
-        if unlike := sorted(expected.keys() ^ found.keys()):
-            raise ValueError(f"{where} does not fit its plan: {unlike[0]!r} is missing, or one too many")
-        for key, tensor in expected.items():
-            value = found[key]
-            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.shape != tensor.shape:
-                raise ValueError(f"{where} does not fit its plan: {key!r} is not a tensor of {list(tensor.shape)}")
-            if tensor.dtype == torch.uint8:
-                if value.dtype != torch.uint8:
-                    raise ValueError(f"{where} is damaged: {key!r} holds {value.dtype} instead of packed bytes (uint8)")
-                if key != list(expected)[-1]:
-                    continue
-                value = value.contiguous().view(halves)
-            if not value.is_meta and not bool(value.isfinite().all()):
-                raise ValueError(f"{where} has NaN or infinite values in {key!r}: take an earlier one")
+        check_layout(expected, found, "", where)
+        last = list(expected)[-1]
+        if expected[last].dtype == torch.uint8:
+            found[last] = found[last].contiguous().view(halves)
+        check_values(found, where)
 
 
 def finish_loading(model: nn.Module, is_missing: Callable[[Tensor], bool]) -> None:

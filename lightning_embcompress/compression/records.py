@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_embcompress.layers.state_entry import is_table_entry
 from lightning_embcompress.methods.quantizers.factors import PackedFactor
-from lightning_embcompress.methods.registry import METHODS, Factorization, check_spec, factorization_from_spec
+from lightning_embcompress.methods.registry import METHODS, check_spec, factorization_from_spec
+from lightning_embcompress.utils.storage import place_of
 
 if TYPE_CHECKING:
     from lightning_embcompress.compression.plan import TablePlan
@@ -121,52 +122,67 @@ def check_factors(tables: Sequence[TablePlan], state: Mapping[str, Any], where: 
         if factors and path in owned:
             owned[path][rest] = value
     for table in tables:
-        device = torch.device("meta")
-        expected = factorization_from_spec(table.spec, dtype_of(table.dtype), device)
-        looked_at: set[int] = set()
+        expected = factorization_from_spec(table.spec, dtype_of(table.dtype), torch.device("meta")).state_dict()
         for path in table.modules:
             found = owned[path]
             if found or complete:
                 if (weight := state.get(f"{path}.weight")) is not None and not is_table_entry(weight):
                     raise ValueError(f"{where} is damaged: it has {path + '.weight'!r}, whose table is compressed")
-                _check_layout(expected, found, f"{path}.factorization.", where)
-                _check_values(found, looked_at, f"{path}.factorization.", where)
+                check_layout(expected, found, f"{path}.factorization.", where)
+        # Tied layers have the same.
+        distinct = {
+            place_of(value): (f"{path}.factorization.{name}", value)
+            for path in table.modules
+            for name, value in owned[path].items()
+        }
+        check_values(dict(distinct.values()), where)
         _try(table, owned[table.name], where)
 
 
-def _check_layout(expected: Factorization[Any], found: Mapping[str, Any], prefix: str, where: str) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
-    numbers = {name for name, tensor in expected.state_dict().items() if tensor.is_floating_point()}
-    for name in sorted(shapes.keys() | found.keys()):
-        tensor = found.get(name)
-        if name not in shapes:
-            raise ValueError(f"{where} does not fit its plan: {prefix + name!r} is no factor of a {expected.kind}")
+def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Any], prefix: str, where: str) -> None:
+    """Compare tensors of a file with those that a structure has.
+
+    Args:
+        expected: Tensors of the structure, without values.
+        found: What the file has in their place.
+        prefix: With what the names of both begin in messages.
+        where: What messages call the file.
+
+    Raises:
+        ValueError: If one is missing or one too many, of another shape, or has no numbers where it should, or no bytes.
+    """
+    for name in sorted(expected.keys() | found.keys()):
+        shown_name, tensor = repr(prefix + name), found.get(name)
+        if name not in expected:
+            raise ValueError(f"{where} does not fit its plan: {shown_name} is no tensor of what is stored there")
         if name not in found:
-            raise ValueError(f"{where} does not fit its plan: {prefix + name!r} is missing")
+            raise ValueError(f"{where} does not fit its plan: {shown_name} is missing")
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
-            raise ValueError(f"{where} is damaged: {prefix + name!r} is no plain tensor, but {type(tensor).__name__}")
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(
-                f"{where} does not fit its plan: {prefix + name!r} has the shape {tuple(tensor.shape)}, by the plan "
-                f"{shapes[name]}"
-            )
-        # Factors may be cast to the dtype of the model, packed integers may not.
-        allowed = tensor.is_floating_point() if name in numbers else tensor.dtype == torch.uint8
-        if not allowed:
-            wanted = "floating-point numbers" if name in numbers else "packed bytes (uint8)"
-            raise ValueError(f"{where} is damaged: {prefix + name!r} holds {tensor.dtype} instead of {wanted}")
+            raise ValueError(f"{where} is damaged: {shown_name} is no plain tensor, but {type(tensor).__name__}")
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, by the plan {tuple(expected[name].shape)}"
+            raise ValueError(f"{where} does not fit its plan: {shown_name} has the shape {shapes}")
+        # Numbers may be cast to the dtype of the model, packed integers may not.
+        is_number = expected[name].is_floating_point()
+        if not (tensor.is_floating_point() if is_number else tensor.dtype == torch.uint8):
+            wanted = "floating-point numbers" if is_number else "packed bytes (uint8)"
+            raise ValueError(f"{where} is damaged: {shown_name} holds {tensor.dtype} instead of {wanted}")
 
 
-def _check_values(found: Mapping[str, Tensor], looked_at: set[int], prefix: str, where: str) -> None:
-    for name, tensor in found.items():
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.data_ptr() in looked_at:
+def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse floating-point tensors of a file, by their names, with values that are not finite.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
-        looked_at.add(tensor.data_ptr())
         # The least and the largest value: both are NaN if any is, and no copy is made.
         if not all(math.isfinite(float(value)) for value in torch.aminmax(tensor.detach())):
             raise ValueError(
-                f"{where} has NaN or infinite values in {prefix + name!r}: training had diverged when it was written, "
-                "or it is damaged; take an earlier one"
+                f"{where} has NaN or infinite values in {name!r}: training had diverged when it was written, or it is "
+                "damaged; take an earlier one"
             )
 
 
