@@ -46,19 +46,18 @@ class Solution:
         return [(task.table.modules, factors) for task, factors in zip(self.tasks, self.factors, strict=True)]
 
 
-def solve(tasks: Sequence[Task], together: bool = False, group: dist.ProcessGroup | None = None) -> Solution:
+def solve(tasks: Sequence[Task], together: bool = False) -> Solution:
     """Find the factors of tables, and note on them how they were found; the model is not changed.
 
     Several processes that call it together get the same factors, bit for bit; they are those that one process alone
     finds, but for rounding. Tables of methods that divide their work are solved by all processes together, one after
     the other; those of other methods are dealt out, the largest first, one process each. The weighted error that is
     noted (`Task.record`) is computed together, too. While a process solves a table that was dealt to it, others wait
-    for it: not longer than the timeout of the group.
+    for it: not longer than their timeout.
 
     Args:
         tasks: The tables, from `plan`; the same in all processes.
-        together: Whether all processes of the group call it.
-        group: The processes; None for all there are.
+        together: Whether all processes call it.
 
     Returns:
         One factorization a table, with its `provenance`; `task.start` itself, written in place, where its structure
@@ -77,9 +76,9 @@ def solve(tasks: Sequence[Task], together: bool = False, group: dist.ProcessGrou
         >>> [factors.provenance["method"] for factors in solve(tasks).factors]
         ['low_rank', 'low_rank']
     """
-    several = together and count_processes(group) > 1
-    found = _solve_by_several(tasks, group) if several else [task.solve() for task in tasks]
-    with divided(group) if together else nullcontext():
+    several = together and count_processes() > 1
+    found = _solve_by_several(tasks) if several else [task.solve() for task in tasks]
+    with divided() if together else nullcontext():
         for task, factors in zip(tasks, found, strict=True):
             task.record(factors)
     return Solution(tuple(tasks), tuple(found), tasks.statistics if isinstance(tasks, Tasks) else None)
@@ -110,43 +109,40 @@ def tried(model: nn.Module, solution: Solution) -> Iterator[None]:
             bias.data.copy_(values)
 
 
-def _solve_by_several(tasks: Sequence[Task], group: dist.ProcessGroup | None) -> list[Factorization[Any]]:
+def _solve_by_several(tasks: Sequence[Task]) -> list[Factorization[Any]]:
     solved: dict[int, Factorization[Any]] = {}
     # What all have solved together comes from the first: they differ by rounding at most.
     owners = dict.fromkeys(range(len(tasks)), 0)
     dealt = []
     for index, task in enumerate(tasks):
         if task.factorization.divides:
-            with divided(group):
+            with divided():
                 solved[index] = task.solve()
         else:
             dealt.append(index)
     costs = [tasks[index].table.weight.numel() for index in dealt]
-    owners.update(zip(dealt, owners_of(costs, count_processes(group)), strict=True))
-    with failing_together(group):
+    owners.update(zip(dealt, owners_of(costs, count_processes()), strict=True))
+    with failing_together():
         for index in dealt:
-            if owners[index] == dist.get_rank(group):
+            if owners[index] == dist.get_rank():
                 solved[index] = tasks[index].solve()
-    return [_shared(task, solved.get(index), owners[index], group) for index, task in enumerate(tasks)]
+    return [_shared(task, solved.get(index), owners[index]) for index, task in enumerate(tasks)]
 
 
-def _shared(
-    task: Task, solved: Factorization[Any] | None, owner: int, group: dist.ProcessGroup | None
-) -> Factorization[Any]:
+def _shared(task: Task, solved: Factorization[Any] | None, owner: int) -> Factorization[Any]:
     """The factorization that the owner has found, in all processes; in place in all where it is in place there."""
     state: dict[str, Tensor] = {}
     structure: list[Any] = [None]
-    is_owner = dist.get_rank(group) == owner
+    is_owner = dist.get_rank() == owner
     if is_owner:
         assert solved is not None
         state = solved.state_dict()
         shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
         structure = [(solved.spec(), solved.dtype, solved is task.start, shapes)]
-    source = owner if group is None else dist.get_global_rank(group, owner)
-    dist.broadcast_object_list(structure, source, group, group_device(group))
+    dist.broadcast_object_list(structure, owner, device=group_device())
     spec, dtype, in_place, shapes = structure[0]
     device = task.start.device if in_place and task.start is not None else task.table.weight.device
-    with failing_together(group):
+    with failing_together():
         if not is_owner:
             if in_place:
                 solved = task.start
@@ -154,9 +150,9 @@ def _shared(
                 solved = factorization_from_spec(spec, dtype, device).requires_grad_(task.trains)
             state = {name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()}
     for tensor in state.values():
-        send(tensor, owner, group)
+        send(tensor, owner)
     assert solved is not None
-    with failing_together(group):
+    with failing_together():
         if not is_owner:
             solved.load_state_dict(state)
     return solved

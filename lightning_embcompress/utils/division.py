@@ -1,4 +1,4 @@
-"""Dividing a solver's work over the processes of a group: every process computes its units, all get all results.
+"""Dividing a solver's work over processes: every process computes its units, all get all results.
 
 Units never depend on how many processes there are, and what is added up is added up in a fixed order by every process
 itself: one process and several find the same solution.
@@ -21,9 +21,8 @@ _PIECE_BYTES = 2**26
 
 @dataclass
 class _Division:
-    """A group whose processes work on the same thing."""
+    """Work that all processes do together."""
 
-    group: dist.ProcessGroup | None
     is_over: bool = False
     """Whether all know of an error, or nothing more can be exchanged."""
 
@@ -31,20 +30,17 @@ class _Division:
 _current: ContextVar[_Division | None] = ContextVar("division", default=None)
 
 
-def count_processes(group: dist.ProcessGroup | None = None) -> int:
-    """Processes of a group, of all there are if it is None; 1 where `torch.distributed` is not in use."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def count_processes() -> int:
+    """How many processes there are; 1 where `torch.distributed` is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
-def divided(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Let the processes of a group share the work of the solvers that are called in the block.
+def divided() -> Iterator[None]:
+    """Let processes share the work of the solvers that are called in the block.
 
     All of them have to run the block with the same table and the same arguments. They leave it together: an exception
     in one of them is raised in all, see `raise_together`. Without several processes the block runs as it is.
-
-    Args:
-        group: The processes; None for all there are.
 
     Raises:
         RuntimeError: If another process has failed.
@@ -56,10 +52,10 @@ def divided(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         >>> total
         tensor([0., 1., 2., 3.])
     """
-    if count_processes(group) == 1:
+    if count_processes() == 1:
         yield
         return
-    division = _Division(group)
+    division = _Division()
     token = _current.set(division)
     error: BaseException | None = None
     try:
@@ -70,7 +66,7 @@ def divided(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         error = caught
     finally:
         _current.reset(token)
-    raise_together(error, group)
+    raise_together(error)
 
 
 def deal(
@@ -85,7 +81,7 @@ def deal(
 
     Args:
         results: The tensors that a unit writes, of the same shapes and dtypes in all processes; on the device of the
-            table, whatever the group talks through. No other process sees anything else that a unit writes.
+            table, whatever processes talk through. No other process sees anything else that a unit writes.
         costs: Cost of every unit, in any unit of measure.
         compute: Called with the number of a unit, writes its results in place.
         advance: Called with shares of the work that add up to 1.
@@ -116,8 +112,8 @@ def deal_lists(
     if division is None:
         compute(range(len(costs)))
         return
-    owners = owners_of(costs, count_processes(division.group))
-    rank = dist.get_rank(division.group)
+    owners = owners_of(costs, count_processes())
+    rank = dist.get_rank()
     token = _current.set(None)
     error: BaseException | None = None
     try:
@@ -128,10 +124,10 @@ def deal_lists(
         _current.reset(token)
     # An error from here on is one of all, or leaves the processes at different places, where they cannot meet again.
     division.is_over = True
-    raise_together(error, division.group)
+    raise_together(error)
     for tensors, owner in zip(results, owners, strict=True):
         for tensor in tensors:
-            send(tensor, owner, division.group)
+            send(tensor, owner)
     division.is_over = False
 
 
@@ -158,14 +154,13 @@ def owners_of(costs: Sequence[float], processes: int) -> list[int]:
     return owners
 
 
-def raise_together(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise in every process of a group if any of them has an error; all have to call it.
+def raise_together(error: BaseException | None) -> None:
+    """Raise in every process if any of them has an error; all have to call it.
 
     So that no process waits for ever for one that has given up.
 
     Args:
         error: The error of this process, None if it has none.
-        group: The processes; None for all there are.
 
     Raises:
         BaseException: The error of this process.
@@ -177,13 +172,13 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
         Traceback (most recent call last):
         ValueError: no space left
     """
-    if count_processes(group) > 1:
-        failed = torch.tensor([error is not None], dtype=torch.int32, device=group_device(group))
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group)
+    if count_processes() > 1:
+        failed = torch.tensor([error is not None], dtype=torch.int32, device=group_device())
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
         if bool(failed):
-            said: list[str | None] = [None] * count_processes(group)
+            said: list[str | None] = [None] * count_processes()
             own = None if error is None else f"{type(error).__name__}: {error}"
-            dist.all_gather_object(said, own, group)
+            dist.all_gather_object(said, own)
             if error is None:
                 errors = "; ".join(f"process {rank}: {text}" for rank, text in enumerate(said) if text is not None)
                 raise RuntimeError(f"another process has failed, so this one cannot go on: {errors}")
@@ -192,11 +187,8 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
 
 
 @contextmanager
-def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run a block in which the processes of a group do not exchange anything, and raise in all if one of them fails.
-
-    Args:
-        group: The processes; None for all there are.
+def failing_together() -> Iterator[None]:
+    """Run a block in which processes do not exchange anything, and raise in all if one of them fails.
 
     Raises:
         BaseException: The error of this process.
@@ -213,43 +205,36 @@ def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except BaseException as caught:
         error = caught
-    raise_together(error, group)
+    raise_together(error)
 
 
-def send(tensor: Tensor, owner: int, group: dist.ProcessGroup | None = None) -> None:
-    """Copy a tensor from one process of a group into that of all others, in place, whatever its dtype and device.
+def send(tensor: Tensor, owner: int) -> None:
+    """Copy a tensor from one process into that of all others, in place, whatever its dtype and device.
 
     Args:
         tensor: Of the same shape and dtype in all processes.
-        owner: Rank within the group of the process that has the values.
-        group: The processes; None for all there are.
+        owner: Rank of the process that has the values.
     """
     if not tensor.numel():
         return
     tensor = tensor.detach()
     whole = tensor.contiguous()
-    source = owner if group is None else dist.get_global_rank(group, owner)
-    through = group_device(group, tensor.device)
+    through = group_device(tensor.device)
     # As bytes: NCCL knows no 16-bit integers, and gloo not every narrow float.
     for piece in torch.split(whole.view(-1).view(torch.uint8), _PIECE_BYTES):
         sent = piece.to(through)
-        dist.broadcast(sent, source, group)
+        dist.broadcast(sent, owner)
         if sent is not piece:
             piece.copy_(sent)
-    if whole is not tensor and dist.get_rank(group) != owner:
+    if whole is not tensor and dist.get_rank() != owner:
         tensor.copy_(whole)
 
 
-def group_device(group: dist.ProcessGroup | None = None, wanted: torch.device | None = None) -> torch.device:
-    """The device whose tensors a group can exchange: the one that is wanted if it can.
-
-    Args:
-        group: The processes; None for all there are.
-        wanted: A device; None for the CPU.
-    """
+def group_device(wanted: torch.device | None = None) -> torch.device:
+    """The device whose tensors processes can exchange: the one that is wanted, or the CPU, if they can."""
     wanted = wanted or torch.device("cpu")
     # Such as "cuda:nccl", or "cpu:gloo,cuda:nccl".
-    kinds = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    kinds = [pair.split(":")[0] for pair in dist.get_backend_config().split(",")]
     if wanted.type in kinds:
         return wanted
     if "cpu" in kinds:
@@ -257,12 +242,11 @@ def group_device(group: dist.ProcessGroup | None = None, wanted: torch.device | 
     return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
 
 
-def sum_over_processes(counts: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Add up what every process of a group has counted; all of them get the sum.
+def sum_over_processes(counts: Tensor) -> Tensor:
+    """Add up what every process has counted; all of them get the sum.
 
     Args:
         counts: Of the same shape and dtype in all processes, on any device.
-        group: The processes; None for all there are.
 
     Returns:
         A new tensor, on the device of the counts.
@@ -271,8 +255,8 @@ def sum_over_processes(counts: Tensor, group: dist.ProcessGroup | None = None) -
         >>> sum_over_processes(torch.tensor([3, 0, 1]))
         tensor([3, 0, 1])
     """
-    if count_processes(group) == 1:
+    if count_processes() == 1:
         return counts.detach().clone()
-    total = counts.detach().to(group_device(group, counts.device), copy=True).contiguous()
-    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    total = counts.detach().to(group_device(counts.device), copy=True).contiguous()
+    dist.all_reduce(total, dist.ReduceOp.SUM)
     return total.to(counts.device)

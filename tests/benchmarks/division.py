@@ -49,18 +49,17 @@ def main(vocab_size: int, dim: int, rounds: int, file: Path) -> None:
     model = nn.Sequential(nn.Linear(dim, vocab_size, bias=False, device="meta"))
     model[0].weight = nn.Parameter(weight)
     tasks = plan(model, GroupReduceConfig(), Budget(ratio=6.6), ["0"], token_counts=counts)
-    alone = [dist.new_group([process]) for process in range(dist.get_world_size())][rank]
     measured: dict[str, list[float]] = {"one": [], "one_busy": [], "all": [], "all_busy": [], "memory": []}
     errors = []
     for _ in range(rounds):
-        for side, group in (("one", alone), ("all", None)):
+        for side in ("one", "all"):
             # The peak starts again here; a thread that watches would take time from one side only.
             Path("/proc/self/clear_refs").write_text("5")
             before = status("VmRSS")
             dist.barrier()
             start, busy = time.perf_counter(), time.process_time()
             if side == "all" or rank == 0:
-                (factors,) = solve(tasks, True, group).factors
+                (factors,) = solve(tasks, together=side == "all").factors
                 measured[side].append(time.perf_counter() - start)
                 measured[f"{side}_busy"].append(time.process_time() - busy)
                 errors.append(factors.provenance["weighted_error"])

@@ -94,6 +94,6 @@ def test_errors_of_one_process_stay_what_they_are(wrapped) -> None:
 def test_tensors_go_through_a_device_that_the_group_knows(
     monkeypatch: pytest.MonkeyPatch, backends: str, wanted: str, device: str
 ) -> None:
-    monkeypatch.setattr("torch.distributed.get_backend_config", lambda group: backends)
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: backends)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
-    assert group_device(None, torch.device(wanted)) == torch.device(device)
+    assert group_device(torch.device(wanted)) == torch.device(device)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_embcompress.compression.budget import Budget
@@ -19,8 +18,6 @@ from lightning_embcompress.methods.registry import Factorization, get_config
 from lightning_embcompress.methods.tensor_train import factorization as tensor_train
 
 VOCAB_SIZE, DIM = 900, 160
-# The processes that solve the cases; None for all there are.
-GROUP: dist.ProcessGroup | None = None
 
 
 def small_units() -> None:
@@ -64,14 +61,14 @@ def solve(
     """Solve a table of one method, then refine it to one that has changed a little."""
     weight = table().to(dtype)
     (task,) = tasks(weight, method=method, ratio=ratio, **options)
-    (first,) = solve_tasks([task], True, GROUP).factors
+    (first,) = solve_tasks([task], together=True).factors
     target = (weight + noise * table(seed=5)).to(dtype)
     # The first one is written in place or left as it is: a copy of it is compared, too.
     before = type(first).from_spec(first.spec(), first.dtype)
     before.load_state_dict(first.state_dict())
     before.provenance = first.provenance
     parameters = list(first.parameters())
-    (second,) = solve_tasks([refining(task, target, first)], True, GROUP).factors
+    (second,) = solve_tasks([refining(task, target, first)], together=True).factors
     if second is first:
         assert all(now is then for now, then in zip(second.parameters(), parameters, strict=True))
         assert not torch.equal(next(second.parameters()), next(before.parameters()))
@@ -85,8 +82,8 @@ def solve_in_loss(method: str, ratio: float, **options: Any) -> list[Factorizati
     moment = table(seed=9).T @ table(seed=9) / VOCAB_SIZE
     (task,) = tasks(weight, method=method, ratio=ratio, refine_rounds=3, **options)
     task = replace(task, metric=Metric(moment.double(), smoothed_frequencies(counts())))
-    (first,) = solve_tasks([task], True, GROUP).factors
-    (second,) = solve_tasks([refining(task, table(seed=5), first)], True, GROUP).factors
+    (first,) = solve_tasks([task], together=True).factors
+    (second,) = solve_tasks([refining(task, table(seed=5), first)], together=True).factors
     return [first, second]
 
 
@@ -94,8 +91,8 @@ def solve_tables(method: str, ratio: float) -> list[Factorization[Any]]:
     """Three tables at once: more than two processes, of different sizes, one of them refined."""
     weights = [table(vocab_size, 24, seed) for seed, vocab_size in enumerate((60, 200, 110))]
     wanted = tasks(*weights, method=method, ratio=ratio)
-    solved = solve_tasks(wanted, True, GROUP).factors
-    (refined,) = solve_tasks([refining(wanted[1], table(200, 24, 7), solved[1])], True, GROUP).factors
+    solved = solve_tasks(wanted, together=True).factors
+    (refined,) = solve_tasks([refining(wanted[1], table(200, 24, 7), solved[1])], together=True).factors
     return [solved[0], solved[2], refined]
 
 
@@ -126,12 +123,8 @@ MORE_CASES: dict[str, Callable[[], list[Factorization[Any]]]] = {
 }
 
 
-def solve_all(
-    cases: dict[str, Callable[[], list[Factorization[Any]]]], group: dist.ProcessGroup | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """Solve cases by all processes of a group, and give what is compared."""
-    global GROUP
-    GROUP = group
+def solve_all(cases: dict[str, Callable[[], list[Factorization[Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """Solve cases by all processes, and give what is compared."""
     return {name: [compared(factors) for factors in case()] for name, case in cases.items()}
 
 

@@ -87,7 +87,3 @@ if __name__ == "__main__":
     if processes > 1:
         check_what_is_said(rank, processes)
         check_errors(rank)
-    if processes == 3:
-        group = dist.new_group([1, 2])
-        if rank:
-            torch.save(solve_all(chosen, group), folder / f"{rank}-of-two.pt")
