@@ -1,7 +1,6 @@
-"""Metrics: perplexity over tokens, by frequency band, and compression ratio."""
+"""Metrics: perplexity over tokens, of all and by frequency band."""
 
-from lightning_embcompress.metrics.compression import CompressionRatio
 from lightning_embcompress.metrics.frequency_bands import PerplexityByFrequency
 from lightning_embcompress.metrics.perplexity import Perplexity
 
-__all__ = ["CompressionRatio", "Perplexity", "PerplexityByFrequency"]
+__all__ = ["Perplexity", "PerplexityByFrequency"]
