@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_embcompress.callbacks.passes import Logged, copied, loggers_off, step_arguments, undisturbed, validating
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.table_weight import TableWeight
-from lightning_embcompress.layers.weight_answers import WeightError
+from lightning_embcompress.layers.weight_refusals import WeightError
 from lightning_embcompress.methods.registry import FullTable
 from lightning_embcompress.tables.finding import Table
 from lightning_embcompress.tables.replacement import put_back, replace_table

@@ -18,7 +18,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_embcompress.layers.table_view import TableView
-from lightning_embcompress.layers.weight_answers import WeightAnswers, function_name, refused
+from lightning_embcompress.layers.weight_answers import WeightAnswers
+from lightning_embcompress.layers.weight_refusals import function_name, refused
 from lightning_embcompress.methods.registry import Factorization
 
 

@@ -10,15 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lightning_embcompress.layers.pooling import bag_ids, pool
 from lightning_embcompress.layers.table_view import TableView
+from lightning_embcompress.layers.weight_refusals import ReadRows, function_name, refused
 from lightning_embcompress.methods.registry import Factorization
-
-
-class WeightError(TypeError):
-    """Something needs the numbers of a compressed table."""
 
 
 class WeightAnswers:
@@ -124,26 +120,6 @@ class WeightAnswers:
 
     type_as = to
 
-    def float(self) -> Any:
-        """The table read in float32."""
-        return self.to(torch.float32)
-
-    def double(self) -> Any:
-        """The table read in float64."""
-        return self.to(torch.float64)
-
-    def half(self) -> Any:
-        """The table read in float16."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Any:
-        """The table read in bfloat16."""
-        return self.to(torch.bfloat16)
-
-    def cpu(self) -> Any:
-        """The table with results on the CPU."""
-        return self.to("cpu")
-
     def cuda(self, device: Any = None, **_: Any) -> Any:
         """The table with results on a GPU."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
@@ -248,62 +224,6 @@ class WeightAnswers:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **given)
         return refused(name, args, given)
-
-
-class ReadRows(Tensor):
-    """Rows that were read, which nobody may change in the belief that the table changes with them."""
-
-    weight: Any
-    """What they are rows of."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Compute with plain tensors; refuse changes in place."""
-        name, given = function_name(func), dict(kwargs or {})
-        plain = tree_map(lambda one: one.as_subclass(Tensor) if isinstance(one, ReadRows) else one, (args, given))
-        if isinstance(args[0] if args else None, ReadRows) and is_in_place(name):
-            return refused(name, (args[0].weight,), {})
-        return func(*plain[0], **plain[1])
-
-
-def function_name(func: Any) -> str:
-    """The name of a function, or of the property that it gets or sets."""
-    name = str(getattr(func, "__name__", func))
-    return str(func.__self__.__name__) if name in ("__get__", "__set__") else name
-
-
-def is_in_place(name: str) -> bool:
-    """Whether a function of this name changes its first argument."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-def refused(name: str, args: Any, given: Mapping[str, Any]) -> Any:
-    """Raise for what needs numbers; what is changed in place on the meta device stays as it is."""
-    values = [*args, *given.values()]
-    weight = next((one for one in _flat(values) if isinstance(one, WeightAnswers)), None)
-    stored = "its table is stored as factors"
-    if weight is not None:
-        table = weight.factorization
-        on_meta = weight.view_of.read_device.type == "meta"
-        if is_in_place(name) and values[0] is weight and on_meta:
-            return weight
-        stored = f"its table of {table.vocab_size} x {table.dim} is stored as {type(table).__name__}"
-    raise WeightError(
-        f"{name} cannot read or change the weight of a compressed layer: {stored}, and has no numbers of its own. It "
-        "can be multiplied with (F.linear, @) and read by rows (F.embedding, weight[ids]); optimizers and hooks take "
-        "layer.parameters(), and layer.factorization.materialize() builds a copy of the table, which does not train. "
-        "For anything else keep the layer dense"
-    )
-
-
-def _flat(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _flat(value)
-        else:
-            yield value
 
 
 def _on_meta(value: Any) -> Any:
@@ -437,6 +357,15 @@ _METADATA = {
 def _refusing(name: str) -> Callable[..., Any]:
     return lambda *args: refused(name, args, {})
 
+
+def _read_as(place: Any) -> Callable[[WeightAnswers], Any]:
+    return lambda weight: weight.to(place)
+
+
+# Methods of tensors that stand for `to`.
+_SHORT: dict[str, Any] = {"float": torch.float32, "double": torch.float64, "half": torch.float16}
+for _name, _place in {**_SHORT, "bfloat16": torch.bfloat16, "cpu": "cpu"}.items():
+    setattr(WeightAnswers, _name, _read_as(_place))
 
 # The operators of tensors take a TypeError for a sign to try the other operand's, or to compare by identity.
 _OPERATORS = "eq ne lt le gt ge add radd sub rsub mul rmul truediv rtruediv pow and or xor neg abs"
