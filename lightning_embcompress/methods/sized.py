@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import ConfigT, Factorization, Problem
+from lightning_embcompress.methods.base import ConfigT, Factorization, Problem, is_exporting
+from lightning_embcompress.methods.quantizers.factors import Factor, PackedFactor, pieces
 from lightning_embcompress.methods.specs import stored_bytes
+
+# Elements of a piece of the table that is built on the way to the logits: 2 MiB of float32 stay in a core's cache.
+_PIECE_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,52 @@ class SizedFactorization(Factorization[ConfigT], Generic[ConfigT]):
         made = cls(vocab_size, dim, *sizes.structure(fitting), weight.dtype, weight.device)  # type: ignore[call-arg]
         made._solve(problem, refine=False)
         return made
+
+    def logits_of_rows(
+        self,
+        hidden: Tensor,
+        rows: Callable[..., Tensor],
+        *factors: Tensor,
+        by_row: Factor | None = None,
+    ) -> Tensor:
+        """`h Wᵀ` where rows cost less to compute than to multiply with: a piece of the table at a time.
+
+        A piece is computed, multiplied and forgotten, and computed again in the backward pass: the table as a whole
+        is never there.
+
+        Args:
+            hidden: `[*, dim]`.
+            rows: Computes the rows from `start` to `stop` when called with `(start, stop, *factors)`. It must not read
+                other parameters: in the backward pass they may be others.
+            *factors: What it reads.
+            by_row: `[vocab_size, *]`, a factor with a row for every token, of which it only gets those from `start` to
+                `stop`, before the other factors: the gradient of a slice that it takes itself is as large as the whole.
+
+        Returns:
+            `[*, vocab_size]`.
+        """
+        # As many rows as stay in the cache, and at most a quarter of the table.
+        step = min(max(1, _PIECE_ELEMENTS // self.dim), -(-self.vocab_size // 4))
+
+        def piece(states: Tensor, start: int, *read: Tensor) -> Tensor:
+            stop = min(start + step, self.vocab_size)
+            if isinstance(by_row, PackedFactor):
+                # Unpacked here, and again in the backward pass: it is never there as a whole.
+                read = (by_row.rows(torch.arange(start, stop, device=self.device)), *read)
+            return F.linear(states, rows(start, stop, *read))
+
+        starts = list(range(0, self.vocab_size, step))
+        own: list[tuple[Tensor, ...]] = [()] * len(starts)
+        if by_row is not None and not isinstance(by_row, PackedFactor):
+            own = [(part,) for part in pieces(by_row, step)]
+        if torch.is_grad_enabled() and not is_exporting():
+            outputs = [
+                checkpoint(piece, hidden, start, *part, *factors, use_reentrant=False)
+                for start, part in zip(starts, own, strict=True)
+            ]
+        else:
+            outputs = [piece(hidden, start, *part, *factors) for start, part in zip(starts, own, strict=True)]
+        return torch.cat(outputs, dim=-1)
 
     def _refine(self, problem: Problem[ConfigT]) -> Self:
         """The same size, in place."""
