@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,19 +146,12 @@ def _go_on_by_adagrad(
     for path, old in replaced.items():
         new = model.get_submodule(path)
         of_factors = levels.get(id(old.factorization)) if isinstance(old, CompressedLayer) else None
-        state = of_factors or _state_of_weight(optimizer, old)
-        if state is not None and isinstance(new, CompressedLayer):
+        state = of_factors or optimizer.state.get(cast(Tensor, getattr(old, "weight", None)), {})
+        if "sum" in state and isinstance(new, CompressedLayer):
             states[id(new.factorization)] = state
             paths.add(path)
     _start_adagrad(optimizer, arrived, _factorizations(model.get_submodule(path) for path in replaced), states)
     return paths
-
-
-def _state_of_weight(optimizer: Adagrad, old: nn.Module) -> Mapping[str, Any] | None:
-    """What there is of a dense table; None if there is nothing."""
-    weight = getattr(old, "weight", None)
-    state = optimizer.state.get(weight, {}) if isinstance(weight, nn.Parameter) else {}
-    return state if "sum" in state else None
 
 
 def _level(optimizer: Adagrad, factorization: Factorization[Any]) -> Mapping[str, Any] | None:

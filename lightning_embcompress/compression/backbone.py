@@ -248,16 +248,11 @@ def apply_backbone(model: nn.Module, backbone: Backbone | None) -> None:
     check_backbone(model, backbone)
     if backbone_of(model) == backbone:
         return
-    _restore(model, fill=False)
+    restore_backbone(model, fill=False)
     if backbone is not None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         _install_all(model, {name: parameters[name] for name in backbone.weights}, backbone.reading)
         layers_replaced(model)
-
-
-def restore_backbone(model: nn.Module) -> None:
-    """Make the backbone's weights ordinary parameters again, with the values that are stored."""
-    _restore(model, fill=True)
 
 
 def _install_all(
@@ -274,7 +269,8 @@ def _install_all(
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, fill: bool) -> None:
+def restore_backbone(model: nn.Module, fill: bool = True) -> None:
+    """Make the backbone's weights ordinary parameters again, with the values that are stored or, to be loaded, none."""
     parameters: dict[int, nn.Parameter] = {}
     for name, kept in readings(model).items():
         path, _, own = name.rpartition(".")

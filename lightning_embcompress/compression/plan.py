@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_embcompress.calibration.special_tokens import KeepRows
@@ -265,8 +264,7 @@ def compress(
         bits_per_weight=bits_per_weight,
         max_perplexity_increase=max_perplexity_increase,
     )
-    is_searched = budget is not None and budget.is_searched
-    if is_searched and (statistics is None or evaluate is None):
+    if budget is not None and budget.is_searched and (statistics is None or evaluate is None):
         raise ValueError(
             "max_perplexity_increase needs statistics, as collect_statistics(model, batches) gives them, to predict "
             "sizes, and evaluate, a function of the model that gives its perplexity on validation data, to verify them"
@@ -354,9 +352,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     named = all_modules(model)
     factorizations = []
     for table in plan.tables:
-        dtype, device, trains = _table_place(named[table.modules[0]])
-        factorizations.append(factorization_from_spec(table.spec, dtype, device))
-        if not trains:
+        layer: Any = named[table.name]
+        place = layer.factorization if isinstance(layer, CompressedLayer) else layer.weight
+        factorizations.append(factorization_from_spec(table.spec, place.dtype, place.device))
+        if not (place.may_train if isinstance(layer, CompressedLayer) else place.requires_grad):
             factorizations[-1].requires_grad_(False)
         factorizations[-1].provenance = table.provenance
     restore_dense(model, fill=False)
@@ -394,11 +393,3 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                     "the model with the vocabulary and the sizes that the checkpoint was trained with"
                 )
     check_backbone(model, plan.backbone)
-
-
-def _table_place(module: nn.Module) -> tuple[torch.dtype, torch.device, bool]:
-    """Dtype and device of a table, and whether what takes its place is to train."""
-    if isinstance(module, CompressedLayer):
-        return module.factorization.dtype, module.factorization.device, module.factorization.may_train
-    assert isinstance(module, AnyEmbedding | nn.Linear)
-    return module.weight.dtype, module.weight.device, module.weight.requires_grad

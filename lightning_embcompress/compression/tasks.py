@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -158,10 +158,6 @@ class Tasks(Sequence[Task]):
         """Tasks by their place."""
         return self.tables[index]
 
-    def __iter__(self) -> Iterator[Task]:
-        """Tasks in the order of the model."""
-        return iter(self.tables)
-
     @property
     def token_counts(self) -> Tensor | dict[str, Tensor] | None:
         """Counts of all tables, or by their names where they are not the same."""
@@ -273,9 +269,10 @@ def plan(
     if not is_preview:
         if counted is not None:
             token_counts = {table.name: counted.counts_of(table.modules) for table in found}
-        counts = [
-            _protected(model, *one) for one in zip(found, _checked(found, config, token_counts), kept, strict=True)
-        ]
+        checked = check_counts(found, config, token_counts)
+        for table in found:
+            check_finite(table)
+        counts = [_protected(model, *one) for one in zip(found, checked, kept, strict=True)]
         tasks = tasks.counted(found, counts)
     if statistics is None:
         return tasks
@@ -339,7 +336,8 @@ def _sized(
                 )
             if smallest > most:
                 ratio = (budget and budget.ratio) or dense / max(1, most)
-                least = f"{_round_down(dense / smallest)}x, {8 * smallest / weights:.3g} bits per weight"
+                # Rounded down, so that it can be asked for.
+                least = f"{math.floor(100 * dense / smallest) / 100}x, {8 * smallest / weights:.3g} bits per weight"
                 raise ValueError(
                     f"table {table.name!r} {table.shape} cannot be stored in {most} bytes ({ratio:.4g}x) by "
                     f"{config.method!r} with these options: the smallest it can be is {smallest} bytes "
@@ -360,19 +358,6 @@ def _untied(model: nn.Module, table: Table) -> list[Table]:
     others = tuple(path for path in table.modules if path not in embeddings)
     parts = Table(embeddings, table.weight, table.padding), Table(others, table.weight)
     return [part for part in parts if part.modules]
-
-
-def _round_down(ratio: float) -> float:
-    """Two decimals that can be asked for: the nearest ones may be a little more than what can be reached."""
-    return math.floor(ratio * 100) / 100
-
-
-def _checked(tables: Sequence[Table], config: MethodConfig, token_counts: Any) -> list[Tensor | None]:
-    """Token counts as a tensor for every table, and all that solving needs checked."""
-    counts = check_counts(tables, config, token_counts)
-    for table in tables:
-        check_finite(table)
-    return counts
 
 
 def check_counts(tables: Sequence[Table], config: MethodConfig, token_counts: Any) -> list[Tensor | None]:

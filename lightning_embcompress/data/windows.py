@@ -74,7 +74,6 @@ class TokenWindows(Dataset[Window]):
         self.ids = ids
         self.sequence_length = sequence_length
         self.replace_inputs = replace_inputs
-        self.num_streams = streams
         self.steps = (len(ids) - 1) // streams
         self.rows = range(rank * batch_size, (rank + 1) * batch_size)
 

@@ -82,7 +82,9 @@ def restore_structure(
         ValueError: If this is not a checkpoint, its plan does not fit the module, or its factors do not fit the plan or
             hold values that are not finite. The module is as it was.
     """
-    where = where or _loaded_file(module)
+    if where is None:
+        path = getattr(getattr(module, "_trainer", None), "ckpt_path", None)
+        where = "the checkpoint" if path is None else repr(str(path))
     state, record = checkpoint.get("state_dict"), checkpoint.get(RECORD_KEY)
     if not isinstance(state, Mapping) and (state is not None or _VERSION_KEY not in checkpoint):
         raise ValueError(
@@ -100,11 +102,6 @@ def restore_structure(
         check_backbone_tensors(plan.backbone, state, where, complete)
     if plan != plan_of(module):
         apply_plan(module, plan)
-
-
-def _loaded_file(module: nn.Module) -> str:
-    path = getattr(getattr(module, "_trainer", None), "ckpt_path", None)
-    return "the checkpoint" if path is None else repr(str(path))
 
 
 def read_plan(record: Any, where: str) -> Plan:

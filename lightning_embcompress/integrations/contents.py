@@ -58,7 +58,8 @@ def read_contents(source: Source, trust: bool = False) -> Contents:
                 f"{source.name!r} is not a checkpoint of Lightning's Trainer: it has no 'state_dict', but {found}; "
                 "load it into its model in Python, and call lightning_embcompress.compress(model, ...) there"
             )
-        tensors = {name: value for name, value in state.items() if _is_plain(value)}
+        plain = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tensors = {name: one for name, one in plain.items() if one.layout is torch.strided and not one.is_quantized}
         return Contents(tensors, read_plan(checkpoint.get(RECORD_KEY), repr(source.name)), checkpoint)
     is_saved = source.kind == "saved"
     record = source.config.get("plan", {}) if is_saved else source.config.get("quantization_config")
@@ -187,10 +188,6 @@ def _with_aliases(tensors: dict[str, Tensor], source: Source) -> dict[str, Tenso
         if stored not in tensors:
             raise ValueError(f"{source.name!r} is damaged: {shown(stored)} is missing from {source.weights[0].name}")
     return {**tensors, **{name: tensors[stored] for name, stored in aliases.items()}}
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
 def _listed(names: list[str]) -> str:

@@ -94,7 +94,10 @@ def fused_cross_entropy(
     scored = ids.ne(ignore_index)
     if not bool(scored.all()):
         flat, ids = flat[scored], ids[scored]
-    tiles = head_tiles(head, flat, tile_rows or _tile_rows(flat))
+    if tile_rows is None:
+        elements = _CPU_TILE_ELEMENTS if flat.device.type == "cpu" else _TILE_ELEMENTS
+        tile_rows = max(_LEAST_ROWS, elements // max(1, len(flat)))
+    tiles = head_tiles(head, flat, tile_rows)
     vocab_size = tiles.tiles[-1].stop
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
@@ -125,12 +128,6 @@ def check_shapes(hidden: Tensor, targets: Tensor) -> None:
             f"hidden states of shape {tuple(hidden.shape)} need targets of shape {tuple(hidden.shape[:-1])}, one for "
             f"each; the targets have {tuple(targets.shape)}"
         )
-
-
-def _tile_rows(hidden: Tensor) -> int:
-    """Rows of a tile for all of `[N, dim]` states at once."""
-    elements = _CPU_TILE_ELEMENTS if hidden.device.type == "cpu" else _TILE_ELEMENTS
-    return max(_LEAST_ROWS, elements // max(1, len(hidden)))
 
 
 class _TiledLosses(torch.autograd.Function):

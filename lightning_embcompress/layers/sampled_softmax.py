@@ -73,16 +73,13 @@ def log_uniform_probability(ids: Tensor, vocab_size: int) -> Tensor:
     return torch.log1p(1.0 / (ids + 1).float()) / math.log(vocab_size + 1)
 
 
-def log_uniform_draws(
-    vocab_size: int, num_draws: int, generator: torch.Generator | None = None, device: torch.device | None = None
-) -> Tensor:
+def log_uniform_draws(vocab_size: int, num_draws: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw independent ids from the log-uniform law by the inverse of its distribution function.
 
     Args:
         vocab_size: Number of tokens ``V``.
         num_draws: Number of draws.
-        generator: Source of the random numbers, on ``device``; the global one if None.
-        device: Where to draw; the CPU if None.
+        generator: Source of the random numbers, on the CPU; the global one if None.
 
     Returns:
         Ids, with repetitions, int64, shape ``[num_draws]``.
@@ -93,7 +90,7 @@ def log_uniform_draws(
         torch.Size([5])
     """
     # In float32, (V + 1)^u is off by whole ids near V = 10^6.
-    uniform = torch.rand(num_draws, dtype=torch.float64, generator=generator, device=device)
+    uniform = torch.rand(num_draws, dtype=torch.float64, generator=generator)
     ids = uniform.mul_(math.log(vocab_size + 1)).exp_().long() - 1
     return ids.clamp_(0, vocab_size - 1)
 
@@ -196,7 +193,6 @@ def sampled_softmax_loss(
     bias: Tensor | None,
     candidates: Candidates,
     vocab_size: int,
-    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Return the mean sampled softmax loss of the targets, in nats (formula at the top of this module).
 
@@ -211,7 +207,6 @@ def sampled_softmax_loss(
         bias: Bias of the head, shape ``[vocab_size]``, or None.
         candidates: The sampled ids, shared by all positions (:func:`sample_candidates`).
         vocab_size: Number of tokens ``V``.
-        ignore_index: Target value that is not predicted.
 
     Returns:
         The loss in nats per token, a float32 scalar.
@@ -229,7 +224,7 @@ def sampled_softmax_loss(
     """
     check_shapes(hidden, targets)
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    scored = targets.ne(ignore_index)
+    scored = targets.ne(IGNORE_INDEX)
     # Any valid id does for the ignored positions, whose loss is dropped below.
     targets = torch.where(scored, targets, 0)
     sampled = candidates.ids.to(targets.device, non_blocking=True)

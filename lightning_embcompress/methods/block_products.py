@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,7 @@ class BlockProducts:
         if multiplies_at_once(self.hidden, self.factors):
             # They are so few that all of them are no more than a tile of other states.
             logits = self._at_once()
-            maker.add(logits.shape[1], maker.share(logits), _columns)
+            maker.add(logits.shape[1], maker.share(logits), lambda start, stop: lambda own: own[:, start:stop])
             return maker
         shared: dict[int, tuple[int, ...]] = {}
         for block, (part, factor) in enumerate(zip(self.parts, self.factors, strict=True)):
@@ -68,7 +68,3 @@ class BlockProducts:
             if isinstance(factor, Tensor)
         ]
         return block_products(states, blocks, self.shift)
-
-
-def _columns(start: int, stop: int) -> Callable[[Tensor], Tensor]:
-    return lambda logits: logits[:, start:stop]

@@ -100,7 +100,11 @@ class HuggingFaceCausalLM(LanguageModel):
         else:
             model = _from_config(_read_config(config, vocab_size), dtype)
         table_size = int(model.get_input_embeddings().num_embeddings)
-        _check_rows(table_size, vocab_size)
+        if vocab_size is not None and vocab_size > table_size:
+            raise ValueError(
+                f"The data has vocab_size={vocab_size} tokens, but the model's table only {table_size} rows. Use the "
+                "tokenizer that belongs to the model or, to train from scratch, a config without a vocab_size."
+            )
         super().__init__(
             table_size, optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_monitor, frequency_bands
         )
@@ -206,9 +210,8 @@ class HuggingFaceCausalLM(LanguageModel):
         place of the head's, for those of a new model may be so small that a cap does nothing to them.
         """
         model = self.model
-        if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None:
-            return False
-        if is_sharded(model):
+        is_watched = model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None
+        if is_watched or is_sharded(model):
             return False
         if self._head_is_last is None:
             modes = {module: module.training for module in model.modules()}
@@ -269,14 +272,6 @@ class HuggingFaceCausalLM(LanguageModel):
                 package is imported if tables are compressed.
         """
         self.model.save_pretrained(str(path))
-
-
-def _check_rows(table_size: int, vocab_size: int | None) -> None:
-    if vocab_size is not None and vocab_size > table_size:
-        raise ValueError(
-            f"The data has vocab_size={vocab_size} tokens, but the model's table only {table_size} rows. Use the "
-            "tokenizer that belongs to the model or, to train from scratch, a config without a vocab_size of its own."
-        )
 
 
 def _read(batch: Any) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
@@ -390,7 +385,10 @@ def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> Pre
         raise ValueError(f"config.model_type={model_type!r} is not an architecture of transformers{meant}.") from None
     if "transformers_version" not in given:
         # What a person wrote; a whole configuration may come from another version, with other keys.
-        _check_keys(given, default)
+        known = set(default.to_dict()) | set(default.attribute_map)
+        for key in given:
+            if key not in known and not hasattr(default, key):
+                raise ValueError(f"config.{key} is not a key of {type(default).__name__}{nearest(key, known)}.")
         if vocab_size is not None:
             given.setdefault("vocab_size", vocab_size)
     rows = given.get("vocab_size", getattr(default, "vocab_size", None))
@@ -414,16 +412,7 @@ def _beyond(token_id: Any, rows: int) -> bool:
     return any(isinstance(one, int) and one >= rows for one in ids)
 
 
-def _check_keys(given: Mapping[str, Any], default: PretrainedConfig) -> None:
-    known = set(default.to_dict()) | set(default.attribute_map)
-    for key in given:
-        if key not in known and not hasattr(default, key):
-            raise ValueError(f"config.{key} is not a key of {type(default).__name__}{nearest(key, known)}.")
-
-
 def _recorded(config: PretrainedConfig) -> dict[str, Any]:
     """Give a configuration as plain JSON values, without what only its files are concerned with."""
     record: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    for key in ("quantization_config", "_name_or_path"):
-        record.pop(key, None)
-    return record
+    return {key: value for key, value in record.items() if key not in ("quantization_config", "_name_or_path")}

@@ -197,7 +197,11 @@ class _Moments:
             basis.copy_(top_eigenvectors(gram, rank) if old is None else warm_eigenvectors(gram, rank, old))
             traces[block, 1] = trace - float(((basis @ gram) * basis).sum(dtype=torch.float64))
 
-        costs = [_eigenvectors_cost(dim, width, old) for width, old in zip(widths, before, strict=True)]
+        # Against a full decomposition, of which some eigenvectors from a start are a part.
+        costs = [
+            min(1.0, 2 * width / dim) if old is not None or not width else 1.0
+            for width, old in zip(widths, before, strict=True)
+        ]
         deal([[*parts] for parts in zip(bases, traces, strict=True)], costs, compute)
         total = lost = 0.0
         for trace, part in traces.tolist():
@@ -229,11 +233,6 @@ class _Moments:
             self.grams[block] = updated
 
         deal([[self.grams.stored(block)] for block in changed], [counts[block] for block in changed], compute)
-
-
-def _eigenvectors_cost(dim: int, width: int, before: Tensor | None) -> float:
-    """Time of the eigenvectors of a block, that of a full decomposition being 1: of some from a start it is a part."""
-    return min(1.0, 2 * width / dim) if before is not None or not width else 1.0
 
 
 def _choose_moves(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.callbacks.passes import Logged
 from lightning_embcompress.callbacks.quantization_aware import QuantizationAware
 from lightning_embcompress.compression.backbone import backbone_of
 from lightning_embcompress.layers.chunked_loss import token_chunks
@@ -293,16 +294,13 @@ def over_shared_backbone(student: LightningModule, original: LightningModule, pa
 def _silenced(model: LightningModule) -> Iterator[None]:
     """Let what a model logs go nowhere."""
     before: dict[str, Any] = {name: model.__dict__[name] for name in ("log", "log_dict") if name in model.__dict__}
-    model.log = model.log_dict = _nothing  # type: ignore[method-assign]
+    dropped = Logged("")
+    model.log, model.log_dict = dropped.log, dropped.log_dict  # type: ignore[method-assign]
     try:
         yield
     finally:
         del model.log, model.log_dict
         model.__dict__.update(before)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
 
 
 def _layer(original: LightningModule, path: str) -> nn.Module:
