@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,10 +36,10 @@ from lightning_embcompress.callbacks.reporting import (
     show_and_log,
     show_loss,
     show_perplexities,
-    unmeasured,
 )
 from lightning_embcompress.callbacks.scheduled import ScheduledCallback, scheduled
 from lightning_embcompress.callbacks.solving import (
+    Done,
     Files,
     check_residuals,
     keep_tables,
@@ -177,7 +176,7 @@ class EmbeddingCompression(ScheduledCallback):
         self.refine_at_epochs = sorted(set(refine_at_epochs))
         self.tables, self.tie, self.keep_rows = tables, tie, keep_rows
         self.keep_reference = None if keep_reference is None else Path(keep_reference)
-        self._start_anew()
+        self._done = Done()
 
     def __init_subclass__(cls, config: type[MethodConfig] | None = None, **arguments: Any) -> None:
         """Give the callback of a method the fields of its config as arguments, in place of `method` and `options`."""
@@ -186,61 +185,27 @@ class EmbeddingCompression(ScheduledCallback):
             cls.__init__ = init_of(EmbeddingCompression, config)  # type: ignore[method-assign]
             cls.__doc__ = doc_of(cls, EmbeddingCompression, config)
 
-    def _start_anew(self) -> None:
-        self._compressed: list[dict[str, Any]] = []
-        self._refined: list[int] = []
-        self._counts: Tensor | dict[str, Tensor] | None = None
-        self._statistics: Statistics | None = None
-        # What was changed last and not measured yet: an interruption may come in between.
-        self._unmeasured: str | None = None
-        self._settings: dict[str, Any] | None = None
-        self._perplexity = unmeasured()
-
     @property
     @override
     def state_key(self) -> str:
         return self._generate_state_key(method=self.config.method, at_epoch=self.at_epoch, tables=self.tables)
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note where training goes on from, and take the state of an older version, by the name it had there."""
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        states, former = checkpoint.get("callbacks", {}), self.config.formerly
-        if former and self.state_key not in states:
-            classes: list[type] = [EmbeddingCompression, *EmbeddingCompression.__subclasses__()]
-            arguments = self.state_key.removeprefix(type(self).__qualname__)
-            arguments = arguments.replace(repr(self.config.method), repr(former), 1)
-            keys = [f"{cls.__qualname__}{arguments}" for cls in classes]
-            if known := [key for key in keys if key in states]:
-                states[self.state_key] = states[known[0]]
+    def former_keys(self) -> list[str]:
+        if not self.config.formerly:
+            return []
+        former = self._generate_state_key(method=self.config.formerly, at_epoch=self.at_epoch, tables=self.tables)
+        arguments = former.removeprefix(type(self).__qualname__)
+        classes: list[type] = [EmbeddingCompression, *EmbeddingCompression.__subclasses__()]
+        return [f"{cls.__qualname__}{arguments}" for cls in classes]
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return deepcopy(
-            {
-                "compressed": self._compressed,
-                "refined": self._refined,
-                "token_counts": self._counts,
-                # Plain tensors: checkpoints are read with weights_only.
-                "statistics": None if self._statistics is None else dict(vars(self._statistics)),
-                "perplexity": self._perplexity,
-                "unmeasured": self._unmeasured,
-                "settings": self._settings,
-            }
-        )
+        return self._done.to_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state_dict = deepcopy(state_dict)
-        self._compressed = state_dict["compressed"]
-        self._refined = state_dict["refined"]
-        self._counts = state_dict["token_counts"]
-        self._perplexity = state_dict["perplexity"]
-        # Of older checkpoints these are missing.
-        statistics = state_dict.get("statistics")
-        self._statistics = None if statistics is None else Statistics(**statistics)
-        self._unmeasured = state_dict.get("unmeasured")
-        self._settings = state_dict.get("settings")
+        self._done = Done.from_dict(state_dict)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,16 +213,16 @@ class EmbeddingCompression(ScheduledCallback):
         check_optimizers(trainer, type(self).__name__)
         self._folder = residual_folder(trainer, bool(self.refine_at_epochs))
         there = plan_of(pl_module).tables
-        if self._compressed and not there:
+        if self._done.compressed and not there:
             # The callback was used for another model before.
-            self._start_anew()
-        by_others = any(callback._compressed for callback in compressing(trainer) if callback is not self)
-        if self._compressed:
-            if not set(self.refine_at_epochs) <= set(self._refined):
-                check_residuals(pl_module, self._compressed, self.config, self._resumed_from)
-            paths = [path for entry in self._compressed for path in entry["modules"]]
+            self._done = Done()
+        by_others = any(callback._done.compressed for callback in compressing(trainer) if callback is not self)
+        if self._done.compressed:
+            if not set(self.refine_at_epochs) <= set(self._done.refined):
+                check_residuals(pl_module, self._done.compressed, self.config, self._resumed_from)
+            paths = [path for entry in self._done.compressed for path in entry["modules"]]
             check_copies(trainer, type(self).__name__, {path: pl_module.get_submodule(path) for path in paths})
-            warn_of_other_settings(self._settings, self.config, self.budget)
+            warn_of_other_settings(self._done.settings, self.config, self.budget)
         elif not (there and by_others):
             with failing_together():
                 self._check_request(trainer, pl_module)
@@ -280,7 +245,7 @@ class EmbeddingCompression(ScheduledCallback):
         check_ties(trainer, type(self).__name__, self.tie, find_tables(module, self.tables))
         self._weighing.check(trainer, module, tasks)
         if len(compressing(trainer)) > 1:
-            check_order([callback._turn(module) for callback in compressing(trainer) if not callback._compressed])
+            check_order([callback._turn(module) for callback in compressing(trainer) if not callback._done.compressed])
         if self.keep_reference is not None and not trainer.ckpt_path:
             check_references(self.keep_reference, tables)
         show_tasks(tasks, self.budget, self._weighing.by_loss(module))
@@ -289,7 +254,7 @@ class EmbeddingCompression(ScheduledCallback):
 
     @override
     def tables_to_come(self, module: LightningModule) -> list[Table]:
-        return [] if self._compressed or plan_of(module).tables else find_tables(module, self.tables)
+        return [] if self._done.compressed or plan_of(module).tables else find_tables(module, self.tables)
 
     def _turn(self, module: LightningModule) -> Turn:
         paths = frozenset(path for table in find_tables(module, self.tables) for path in table.modules)
@@ -297,13 +262,13 @@ class EmbeddingCompression(ScheduledCallback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
-        if self._unmeasured is not None:
+        if self._done.unmeasured is not None:
             return True
         if is_fast_dev_run(trainer):
-            return not self._compressed or len(self._refined) < len(self.refine_at_epochs)
-        if not self._compressed:
+            return not self._done.compressed or len(self._done.refined) < len(self.refine_at_epochs)
+        if not self._done.compressed:
             return epoch >= self.at_epoch
-        return any(due <= epoch and due not in self._refined for due in self.refine_at_epochs)
+        return any(due <= epoch and due not in self._done.refined for due in self.refine_at_epochs)
 
     def _do_due(self, trainer: Trainer, module: LightningModule) -> None:
         epoch = trainer.current_epoch
@@ -322,32 +287,32 @@ class EmbeddingCompression(ScheduledCallback):
             else:
                 # One process of every machine writes: some share a file system, some do not.
                 folder, writes = self._folder, trainer.local_rank == 0
-            if self._unmeasured is not None:
+            if self._done.unmeasured is not None:
                 self._measure_change(trainer, module)
-            if not self._compressed:
+            if not self._done.compressed:
                 self._compress(trainer, module, files(self.at_epoch))
             for due in self.refine_at_epochs:
-                if due in self._refined:
+                if due in self._done.refined:
                     continue
                 if due == epoch or is_fast_dev_run(trainer):
                     self._refine(trainer, module, due, files(due))
                 elif due < epoch:
                     rank_zero_warn(f"the refinement at epoch {due} is left out: training is at epoch {epoch} already")
-                    self._refined.append(due)
+                    self._done.refined.append(due)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final model and write the report."""
-        if not self._compressed:
+        if not self._done.compressed:
             warn_of_early_end(trainer, f"at_epoch={self.at_epoch}: nothing was compressed")
             return
-        if missed := [due for due in self.refine_at_epochs if due not in self._refined]:
+        if missed := [due for due in self.refine_at_epochs if due not in self._done.refined]:
             warn_of_early_end(trainer, f"refine_at_epochs {missed}: the tables were not refined then")
-        last = [callback for callback in compressing(trainer) if callback._compressed][-1]
+        last = [callback for callback in compressing(trainer) if callback._done.compressed][-1]
         if last is not self:
             # It measures for all.
             return
-        self._perplexity["final"] = self._measure(trainer, pl_module, "final")
+        self._done.perplexity["final"] = self._measure(trainer, pl_module, "final")
         values = self._merged(trainer)
         self._write_report(trainer, pl_module, values)
         show_perplexities(values)
@@ -359,7 +324,7 @@ class EmbeddingCompression(ScheduledCallback):
             tables = find_tables(module, self.tables)
             paths = [path for table in tables for path in table.modules]
             counts = self._weighing.find_counts(trainer, module, tables)
-            self._perplexity["dense"] = dense = self._measure(trainer, module, "dense")
+            self._done.perplexity["dense"] = dense = self._measure(trainer, module, "dense")
             statistics = self._weighing.find_statistics(trainer, module, paths, counts)
             with divided():
                 known = {"statistics": statistics, "token_counts": counts, "keep_rows": self.keep_rows}
@@ -379,47 +344,50 @@ class EmbeddingCompression(ScheduledCallback):
             replaced = {path: layer for path, layer in before.items() if path in chosen}
             replace_in_training(trainer, module, solution.tables, replaced)
             add_to_biases(module, corrections)
-            self._compressed = entries
-            # Only a refinement reads them again.
-            self._counts, self._statistics = (tasks.token_counts, statistics) if files.keeps_residual else (None,) * 2
-            self._unmeasured = "compressed"
-            self._settings = settings_of(self.config, self.budget)
+            self._done.compressed = entries
+            if files.keeps_residual:
+                # Only a refinement reads them again.
+                self._done.token_counts, self._done.statistics = tasks.token_counts, statistics
+            self._done.unmeasured = "compressed"
+            self._done.settings = settings_of(self.config, self.budget)
             restart_comparisons(trainer, "Compressed")
         self._measure_change(trainer, module)
 
     def _refine(self, trainer: Trainer, module: LightningModule, epoch: int, files: Files) -> None:
-        statistics = self._statistics
+        statistics, counts = self._done.statistics, self._done.token_counts
         if statistics is not None and self._weighing.refresh_statistics:
-            paths = [path for entry in self._compressed for path in entry["modules"]]
-            statistics = self._weighing.collect(trainer, module, paths, self._counts)
-        solved = solve_again(module, self._compressed, self.config, self._counts, epoch, files, statistics)
+            paths = [path for entry in self._done.compressed for path in entry["modules"]]
+            statistics = self._weighing.collect(trainer, module, paths, counts)
+        solved = solve_again(module, self._done.compressed, self.config, counts, epoch, files, statistics)
         tables = [(table.entry["modules"], table.factors) for table in solved]
         corrections = corrections_of(module, tables, statistics)
         with uninterrupted():
             put_refined(trainer, module, solved)
             add_to_biases(module, corrections)
-            self._statistics = statistics if files.keeps_residual else None
-            self._compressed = [table.entry for table in solved]
-            self._refined.append(epoch)
-            self._unmeasured = "refined"
+            self._done.statistics = statistics if files.keeps_residual else None
+            self._done.compressed = [table.entry for table in solved]
+            self._done.refined.append(epoch)
+            self._done.unmeasured = "refined"
         self._measure_change(trainer, module)
 
     def _measure_change(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure and show what was changed last."""
-        name = str(self._unmeasured)
+        name = str(self._done.unmeasured)
         value = self._measure(trainer, module, name)
         if name == "compressed":
-            self._perplexity["compressed"] = value
-            names = [entry["modules"][0] for entry in self._compressed]
-            show_loss(trainer, module, names, self._perplexity["dense"], value)
+            self._done.perplexity["compressed"] = value
+            names = [entry["modules"][0] for entry in self._done.compressed]
+            show_loss(trainer, module, names, self._done.perplexity["dense"], value)
         else:
-            self._perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
-        self._unmeasured = None
+            self._done.perplexity["refined"].append({"epoch": trainer.current_epoch, "value": value})
+        self._done.unmeasured = None
         show_and_log(trainer, module, f"{name.capitalize()} at epoch {trainer.current_epoch}")
         self._write_report(trainer, module, self._merged(trainer))
 
     def _merged(self, trainer: Trainer) -> dict[str, Any]:
-        return merged_perplexity([callback._perplexity for callback in compressing(trainer) if callback._compressed])
+        return merged_perplexity(
+            [callback._done.perplexity for callback in compressing(trainer) if callback._done.compressed]
+        )
 
 
 def compressing(trainer: Trainer) -> list[EmbeddingCompression]:

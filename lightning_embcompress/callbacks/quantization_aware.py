@@ -118,18 +118,13 @@ class QuantizationAware(ScheduledCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = deepcopy(state_dict)
+        if "body" in (settings := self._state["settings"] or {}):
+            settings["backbone"] = settings.pop("body")
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find the state that was kept when `backbone` was called `body`."""
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        states = checkpoint.get("callbacks", {})
-        before = self._generate_state_key(at_epoch=self.at_epoch, tables=self.tables, body=self.backbone)
-        if before in states:
-            state = states.pop(before)
-            if state["settings"] is not None:
-                state["settings"]["backbone"] = state["settings"].pop("body")
-            states[self.state_key] = state
+    def former_keys(self) -> list[str]:
+        # Of when `backbone` was called `body`.
+        return [self._generate_state_key(at_epoch=self.at_epoch, tables=self.tables, body=self.backbone)]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,7 +177,7 @@ class QuantizationAware(ScheduledCallback):
         return own == self._state["prepared"] and (self.backbone is None or backbone is not None)
 
     def _check_request(self, trainer: Trainer, module: LightningModule) -> None:
-        if all(callback._compressed for callback in compressing(trainer)):
+        if all(callback._done.compressed for callback in compressing(trainer)):
             self._check_plan(trainer, module, self.tables)
             return
         # Tables that are compressed first are dense now; what is there already can be checked.
@@ -273,7 +268,7 @@ class QuantizationAware(ScheduledCallback):
 
     def _perplexities(self, trainer: Trainer, final: float | None = None) -> dict[str, Any]:
         """The perplexities of a run for `report.json`, of those that compress too."""
-        done = [callback for callback in compressing(trainer) if callback._compressed]
+        done = [callback for callback in compressing(trainer) if callback._done.compressed]
         if done:
             return done[-1]._merged(trainer)
         return {**unmeasured(), "final": final}
@@ -290,7 +285,7 @@ class QuantizationAware(ScheduledCallback):
         """Measure the final model and write the report, unless a callback that compresses does."""
         if self._state["prepared"] is None:
             warn_of_early_end(trainer, f"at_epoch={self.at_epoch}: nothing was quantized")
-        elif not any(callback._compressed for callback in compressing(trainer)):
+        elif not any(callback._done.compressed for callback in compressing(trainer)):
             final = self._measure(trainer, pl_module, "final")
             values = self._perplexities(trainer, final)
             self._write_report(trainer, pl_module, values)

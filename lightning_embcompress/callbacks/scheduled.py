@@ -71,6 +71,10 @@ class ScheduledCallback(Callback, ABC):
         """The dense tables that it will replace; none where that is done."""
         return []
 
+    def former_keys(self) -> list[str]:
+        """Keys under which older versions kept the state of such a callback in checkpoints."""
+        return []
+
     def report_entries(self, module: LightningModule) -> dict[str, Any]:
         """What it adds to `report.json`."""
         return {}
@@ -115,11 +119,14 @@ class ScheduledCallback(Callback, ABC):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note where training goes on from.
+        """Note where training goes on from, and take the state of an older version, by the key it had there.
 
         Raises:
             ValueError: If what was kept of the run is damaged.
         """
+        states = checkpoint.get("callbacks", {})
+        if self.state_key not in states and (known := [key for key in self.former_keys() if key in states]):
+            states[self.state_key] = states[known[0]]
         if self._leads(trainer) and (run := checkpoint.get(RUN_KEY)) is not None:
             _check_run(run)
             self._run = dict(run)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
+from lightning_embcompress.callbacks.reporting import unmeasured
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.reference import write_reference
 from lightning_embcompress.compression.search import search
@@ -41,6 +42,40 @@ from lightning_embcompress.tables.finding import Table, check_finite
 from lightning_embcompress.utils.division import failing_together
 from lightning_embcompress.utils.files import explaining_failure, replacing
 from lightning_embcompress.utils.random_state import gather_over_processes
+
+
+@dataclass
+class Done:
+    """What a callback has done in a run, as checkpoints keep it.
+
+    Attributes:
+        compressed: An entry of every table, none before they are compressed.
+        refined: Epochs of refinements.
+        token_counts: How often every token occurs, of all tables or by their names, where a refinement reads it again.
+        statistics: Of the model, where a refinement reads them again.
+        perplexity: For `report.json`.
+        unmeasured: What was changed last and not measured yet: an interruption may come in between.
+        settings: Budget and options by which tables were compressed; None before.
+    """
+
+    compressed: list[dict[str, Any]] = field(default_factory=list)
+    refined: list[int] = field(default_factory=list)
+    token_counts: Tensor | dict[str, Tensor] | None = None
+    statistics: Statistics | None = None
+    perplexity: dict[str, Any] = field(default_factory=unmeasured)
+    unmeasured: str | None = None
+    settings: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values and tensors: checkpoints are read with weights_only."""
+        return deepcopy({**vars(self), "statistics": self.statistics and dict(vars(self.statistics))})
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Done:
+        """Read what `to_dict` gave, of older checkpoints with fewer entries."""
+        known = deepcopy(dict(state))
+        statistics = known.pop("statistics", None)
+        return cls(**known, statistics=statistics and Statistics(**statistics))
 
 
 @dataclass(frozen=True)
@@ -269,24 +304,19 @@ def _find_residual(entry: Mapping[str, Any], factorization: Factorization[Any], 
     checksums = entry["checksum"]
     # A number alone: of older checkpoints.
     known = [checksums] if isinstance(checksums, int) else checksums
-    problems = []
+    others = []
     for place in dict.fromkeys([path, *(folder / end for end in ends for folder in folders)]):
         if not place.is_file():
             continue
-        if place.stat().st_size != size:
-            problems.append(
-                f"the residual {str(place)!r} is damaged: a table of {vocab_size} x {dim} takes {size} bytes, the "
-                f"file has {place.stat().st_size}"
-            )
-        elif known is not None and _checksum(place) not in known:
-            problems.append(
-                f"the residual {str(place)!r} is not the one that was written for this checkpoint: it is damaged, or "
-                "another run wrote to the same folder. Put it back, or resume without refine_at_epochs"
-            )
-        else:
+        if place.stat().st_size == size and (known is None or _checksum(place) in known):
             return place
-    if problems:
-        raise ValueError(problems[0])
+        others.append(place)
+    if others:
+        raise ValueError(
+            f"the residual {str(others[0])!r} is not the one that was written for this checkpoint ({size} bytes of a "
+            f"table of {vocab_size} x {dim}): it is damaged, or another run wrote to the same folder. Put it back, or "
+            "resume without refine_at_epochs"
+        )
     raise FileNotFoundError(
         f"the residual {str(path)!r} is missing: it was written when the table was compressed, and refinement "
         "needs it. Put it back, or resume without refine_at_epochs"

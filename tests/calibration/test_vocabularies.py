@@ -101,7 +101,7 @@ def test_the_callback_counts_every_vocabulary(make_trainer: Callable[..., Traine
     given: dict[str, Any] = {"ratio": 3, "refine_at_epochs": [1], "statistics_batches": batches}
     callback = EmbeddingCompression("transform_coding", tables=TABLES, **given)
     make_trainer(callback, max_epochs=2, num_sanity_val_steps=0).fit(model, DataLoader(PAIRS, batch_size=4))
-    counts = callback._counts
+    counts = callback._done.token_counts
     assert isinstance(counts, dict)
     assert torch.equal(counts["source"], _counted(PAIRS.tensors[0], SOURCE))
     assert torch.equal(counts["out"], _counted(PAIRS.tensors[1][:, :-1], TARGET))

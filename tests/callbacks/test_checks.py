@@ -134,7 +134,7 @@ def test_other_callbacks_go_on_beside_ours(make_trainer: MakeTrainer, tmp_path: 
     shown = {"enable_progress_bar": "Bar" in name, "enable_model_summary": "Summary" in name, "logger": InMemory()}
     make_trainer(*others, ours, max_epochs=3, enable_checkpointing=True, **shown).fit(model)
     assert len(plan_of(model).tables) == 2
-    assert ours._refined == [2]
+    assert ours._done.refined == [2]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
