@@ -40,15 +40,15 @@ def collect_in_training(
 
     Args:
         trainer: The Trainer that is fitting.
-        module: Its module, with the tables in place, dense or compressed.
+        module: Its module, with automatic optimization and the tables in place, dense or compressed.
         tables: `auto`, or the paths of modules, see `find_tables`.
         token_counts: `[vocab_size]` how often every token occurs; None to count the ids that embeddings get in these
             batches.
-        batches: Number of batches at most, in each process.
+        batches: Number of batches at most, in each process; one or more.
 
     Raises:
-        ValueError: If the module optimizes by hand, if there is no batch with finite values, if a table cannot be found
-            or is never called, or if the token counts do not fit.
+        ValueError: If there is no batch with finite values, if a table cannot be found or is never called, or if the
+            token counts do not fit.
     """
     with failing_together():
         collector = _collect(trainer, module, tables, token_counts, batches)
@@ -58,14 +58,6 @@ def collect_in_training(
 def _collect(
     trainer: Trainer, module: LightningModule, tables: str | Sequence[str], token_counts: Any, batches: int
 ) -> Collector:
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"{type(module).__name__} optimizes by hand (automatic_optimization=False), so that no loss can be taken "
-            "from its training_step without training it: use a method that needs token counts only, or give "
-            "statistics=collect_statistics(model, batches, loss_fn)"
-        )
-    if batches < 1:
-        raise ValueError(f"statistics need at least 1 batch, not {batches}")
     validates = is_overridden("validation_step", module)
     collector = Collector(module, find_layers(module, tables), token_counts)
     limit = min(batches, trainer.num_training_batches)

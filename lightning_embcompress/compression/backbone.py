@@ -240,12 +240,12 @@ def check_backbone(model: nn.Module, backbone: Backbone | None) -> None:
 
 
 def apply_backbone(model: nn.Module, backbone: Backbone | None) -> None:
-    """Give a model the structure of a backbone, ready to be loaded into; None makes it ordinary.
+    """Give a model the structure of a backbone that fits it (`check_backbone`), ready to be loaded into.
 
-    Raises:
-        ValueError: If the model has no such weights. It is as it was.
+    Args:
+        model: The model.
+        backbone: The backbone; None makes it ordinary.
     """
-    check_backbone(model, backbone)
     if backbone_of(model) == backbone:
         return
     restore_backbone(model, fill=False)

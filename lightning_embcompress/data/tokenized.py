@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +119,6 @@ class Tokens:
         return Tokens(TokenStream(self.ids.rows, new_ids, first), counts, [])
 
 
-class _Numbers(dict[str, int]):
-    """Numbers words as they come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.new: list[str] = []
-
-    def __missing__(self, word: str) -> int:
-        number = self[word] = len(self)
-        self.new.append(word)
-        return number
-
-
 def tokenize_words(source: TextSource, text_format: TextFormat, cache_dir: Path, description: str) -> Tokens:
     """Cut a text into words and number them as they come, or open what is in the cache.
 
@@ -148,12 +136,13 @@ def tokenize_words(source: TextSource, text_format: TextFormat, cache_dir: Path,
     """
 
     def parts() -> Iterator[tuple[Ids, list[str]]]:
-        numbers = _Numbers()
+        numbers: defaultdict[str, int] = defaultdict()
+        numbers.default_factory = numbers.__len__
         with progress_bar(description, total=source.size) as advance:
             for piece in source.pieces("files", CALL_CHARACTERS):
-                words = text_format.tokens(piece.text)
-                yield np.fromiter(map(numbers.__getitem__, words), dtype=np.int32, count=len(words)), numbers.new
-                numbers.new = []
+                words, known = text_format.tokens(piece.text), len(numbers)
+                ids = np.fromiter(map(numbers.__getitem__, words), dtype=np.int32, count=len(words))
+                yield ids, list(islice(numbers, known, None))
                 advance(piece.amount)
 
     settings = {"source": source.identity, "format": asdict(text_format)}

@@ -17,13 +17,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lightning_embcompress.calibration.special_tokens import KeepRows
-from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import BUDGETS, Budget
 from lightning_embcompress.compression.plan import Plan, apply_plan, plan_of
 from lightning_embcompress.compression.report import show_plan
 from lightning_embcompress.compression.solution import put_in_place, solve
-from lightning_embcompress.compression.tasks import Tie, plan
+from lightning_embcompress.compression.tasks import plan
 from lightning_embcompress.integrations.checkpoint import is_spawned, keep_structure, structure_from_checkpoint
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.methods.config import MethodConfig
@@ -35,6 +33,8 @@ from lightning_embcompress.utils.storage import is_sharded
 
 __all__ = ["compress_or_restore", "is_sharded", "shard_tables"]
 
+# Arguments of `compress` that `plan` takes as they are.
+_OF_PLAN = ("tables", "tie", "token_counts", "keep_rows", "statistics")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -166,18 +166,9 @@ def shard_tables(module: nn.Module, **options: Any) -> None:
             register_fsdp_forward_method(factorization, method)
 
 
-def _compress(
-    module: nn.Module,
-    method: MethodConfig | str,
-    *,
-    tables: str | Sequence[str] = "auto",
-    tie: Tie = "keep",
-    token_counts: Any = None,
-    keep_rows: KeepRows = None,
-    statistics: Statistics | None = None,
-    **given: Any,
-) -> None:
+def _compress(module: nn.Module, method: MethodConfig | str, **given: Any) -> None:
     """As `compress`, by all processes together."""
+    known = {name: given.pop(name) for name in _OF_PLAN if name in given}
     with failing_together():
         size = {name: given.pop(name, None) for name in BUDGETS}
         config = get_config(method, **given)
@@ -187,11 +178,10 @@ def _compress(
                 "max_perplexity_increase measures the perplexity, which cannot be done before sharding: give a ratio, "
                 "a size or bits_per_weight"
             )
-        found = find_tables(module, tables)
+        found = find_tables(module, known.get("tables", "auto"))
     _check_alike(found)
     with divided():
-        known: dict[str, Any] = {"statistics": statistics, "token_counts": token_counts, "keep_rows": keep_rows}
-        tasks = plan(module, config, budget, tables, tie, **known)
+        tasks = plan(module, config, budget, **known)
     # Layers that are made afterwards start from the same random numbers in all processes, whichever has solved what.
     with isolate_rng():
         solution = solve(tasks, together=True)

@@ -169,13 +169,6 @@ def test_compressed_tables(make_trainer: MakeTrainer) -> None:
     _close(named.found[0], expected)
 
 
-def test_modules_that_optimize_by_hand(make_trainer: MakeTrainer) -> None:
-    model = model_of()
-    model.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"LanguageModel .*statistics=collect_statistics\("):
-        make_trainer(Collect()).fit(model, **loaders_of())
-
-
 def test_heads_that_no_step_calls(make_trainer: MakeTrainer) -> None:
     class Functional(LanguageModel):
         def forward(self, inputs: Tensor) -> Tensor:
