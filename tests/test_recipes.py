@@ -19,7 +19,6 @@ from lightning_embcompress.cli.recipes_index import available_recipes
 from lightning_embcompress.modules import HuggingFaceCausalLM
 
 RECIPES = available_recipes()
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 SMALL_OBW = [
     "--trainer.accelerator=cpu",
@@ -73,27 +72,6 @@ def test_recipes_on_the_documentation_run(tmp_path: Path, name: str) -> None:
     assert main(["run", name, "--trainer.fast_dev_run=true", f"--data.cache_dir={tmp_path / 'cache'}"]) == 0
 
 
-def test_one_billion_word_recipe_runs(benchmark_folder: Path, tmp_path: Path) -> None:
-    options = [*SMALL_OBW, f"--data.data_dir={benchmark_folder}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    assert main(["run", "lstm_obw", "--trainer.fast_dev_run=true", *options]) == 0
-
-
-def test_one_billion_word_recipe_can_compress_from_the_start(benchmark_folder: Path, tmp_path: Path) -> None:
-    compression = {"ratio": 3, "groups": 5, "at_epoch": 0, "statistics_batches": 2}
-    callbacks = [{"class_path": "lightning_embcompress.callbacks.TransformCoding", "init_args": compression}]
-    limits = {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
-    Path("trial.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 1, **limits, "callbacks": callbacks}}))
-    options = [
-        *SMALL_OBW,
-        f"--data.data_dir={benchmark_folder}",
-        f"--data.cache_dir={tmp_path / 'cache'}",
-        "--data.vocabulary_file=1b_word_vocab.txt",
-    ]
-    assert main(["run", "lstm_obw", "--config", "trial.yaml", *options]) == 0
-    report = json.loads(Path("embcompress_runs/lstm_obw/version_0/report.json").read_text())
-    assert [table["shape"] for table in report["tables"]] == [[1500, 32], [1500, 32]]
-
-
 def test_one_billion_word_recipe_compresses_and_resumes(
     benchmark_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,28 +98,6 @@ def test_one_billion_word_recipe_compresses_and_resumes(
     last.write_bytes(last.read_bytes()[:-1000])
     assert main(["run", "lstm_obw", *options, "--ckpt_path", str(last)]) == 1
     assert "last.ckpt' is not a whole checkpoint" in capsys.readouterr().err
-
-
-def test_one_billion_word_recipe_on_real_text(tmp_path: Path) -> None:
-    data = SHARED / "lm1b"
-    if not data.is_dir():
-        pytest.skip(f"no text of the benchmark at {data}")
-    shards = "heldout-monolingual.tokenized.shuffled/news.en.heldout-"
-    options = [
-        *SMALL_OBW,
-        f"--data.data_dir={data}",
-        f"--data.cache_dir={tmp_path / 'cache'}",
-        f"--data.train_files={shards}dev",
-        f"--data.valid_files={shards}test",
-        f"--data.test_files={shards}test",
-        "--data.vocabulary_file=vocab-counts.top1000.txt",
-        "--trainer.limit_train_batches=3",
-        "--trainer.limit_val_batches=2",
-        "--trainer.limit_test_batches=2",
-        "--trainer.callbacks.ratio=2.5",
-        "--trainer.callbacks.groups=5",
-    ]
-    assert main(["run", "lstm_obw", *options]) == 0
 
 
 SMALL_GPT2 = [

@@ -11,7 +11,6 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_embcompress.data import HuggingFaceText, OneBillionWord, PythonDocs, TextFiles
@@ -75,28 +74,6 @@ def test_trainer_without_held_out_text(make: Make, make_trainer: MakeTrainer) ->
     for run, split in ((trainer.validate, "valid"), (trainer.test, "test")):
         with pytest.raises(ValueError, match=f"{split}_files"):
             run(model, datamodule=data, verbose=False)
-
-
-class SaveAfter(Callback):
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-@pytest.mark.parametrize(("limit", "step"), [(None, 4), (None, 20), (6, 6), (6, 9)])
-def test_resume_in_the_middle_of_an_epoch(
-    make: Make, make_trainer: MakeTrainer, tmp_path: Path, step: int, limit: int | None
-) -> None:
-    path, whole, resumed = tmp_path / "middle.ckpt", Recorder(), Recorder()
-    options = {"max_epochs": 4, "limit_train_batches": limit, "num_sanity_val_steps": 1}
-    make_trainer(SaveAfter(step, path), **options).fit(whole, datamodule=make())
-    make_trainer(**options).fit(resumed, datamodule=make(), ckpt_path=path)
-    rest, seen = inputs_of(resumed.trained), inputs_of(whole.trained)
-    assert len(rest) == len(seen) - step
-    assert all(torch.equal(first, second) for first, second in zip(rest, seen[step:], strict=True))
 
 
 def test_processes_read_different_text(make: Make) -> None:

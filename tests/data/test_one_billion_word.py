@@ -1,4 +1,3 @@
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -6,7 +5,6 @@ import torch
 
 from lightning_embcompress.data import OneBillionWord
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "lm1b"
 HELD_OUT = "heldout-monolingual.tokenized.shuffled"
 TRAINING = "training-monolingual.tokenized.shuffled"
 
@@ -83,28 +81,3 @@ def test_errors(benchmark_dir: Path, tmp_path: Path) -> None:
     (benchmark_dir / "words").write_text("a\n</S>\n<UNK>\n")
     with pytest.raises(ValueError, match=r"words': The vocabulary has no '<S>' \(bos_token\)"):
         _ = make(benchmark_dir, tmp_path, vocabulary_file="words").vocabulary
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no benchmark text in {SHARED}")
-def test_real_sentences(tmp_path: Path) -> None:
-    data = OneBillionWord(
-        SHARED,
-        train_files=f"{HELD_OUT}/news.en.heldout-dev",
-        valid_files=f"{HELD_OUT}/news.en.heldout-test",
-        vocabulary_file="vocab-counts.top1000.txt",
-        cache_dir=tmp_path,
-        batch_size=16,
-    )
-    data.prepare_data()
-    data.setup("fit")
-    assert data.vocab_size == 1000
-    text = (SHARED / HELD_OUT / "news.en.heldout-dev").read_text(encoding="utf-8")
-    naive = Counter(word if word in data.vocabulary else "<UNK>" for line in text.split("\n") for word in line.split())
-    naive["<S>"] += text.count("\n")
-    assert data.token_counts.tolist() == [naive[word] for word in data.vocabulary.words]
-    both = OneBillionWord(
-        SHARED, train_files=f"{HELD_OUT}/news.en.heldout-*", valid_files=None, begin_token=None, cache_dir=tmp_path
-    )
-    assert int(both.token_counts.sum()) == 640_992
-    # 48,175 types of the text, the end of a sentence among them, and the unknown word.
-    assert both.vocab_size == 48_176

@@ -85,19 +85,3 @@ def test_without_sources(library: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="standard library were not found.*TextFiles"):
         PythonDocs(cache_dir=tmp_path / "cache").prepare_data()
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
-
-
-def test_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A third of the real library is enough to meet real sources, and three times faster.
-    sources = python_docs.python_files
-    monkeypatch.setattr(
-        python_docs, "python_files", lambda root: [*sources(root)[::3], *(root / "pydoc_data").glob("topics.py")]
-    )
-    data = PythonDocs(min_count=2, cache_dir=tmp_path)
-    data.prepare_data()
-    data.setup()
-    assert data.vocab_size > 3_000
-    assert int(data.token_counts.sum()) > 100_000
-    for loader in (data.val_dataloader(), data.test_dataloader()):
-        assert sum(targets.numel() for _, targets in loader) > 5_000
-    assert {"the", "returns", "iterator", "</S>", "<UNK>"} <= set(data.vocabulary.words)
