@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lightning_embcompress import EmbeddingCompression, GroupReduce, compress
+from lightning_embcompress import EmbeddingCompression, GroupReduce, TensorTrain, TransformCoding, compress
 from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.methods.registry import TransformCodingConfig
 from toys import DIM, VOCAB_SIZE, loaders_of, model_of
 
 MakeTrainer = Callable[..., Trainer]
@@ -279,3 +282,37 @@ def test_counts_of_a_data_module_are_read_only_where_they_are_needed(make_traine
         data, model = Data(), model_of()
         make_trainer(EmbeddingCompression(method, ratio=2), max_epochs=1).fit(model, datamodule=data)
         assert bool(data.asked) is asked
+
+
+def test_tensor_train_by_its_rank(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    model = model_of("tied")
+    make_trainer(TensorTrain(max_rank=1, at_epoch=1)).fit(model, **loaders_of())
+    (table,) = plan_of(model).tables
+    assert table.modules == ("encoder", "decoder")
+    assert table.spec["ranks"] == [1, 1, 1, 1, 1]
+    assert model.encoder.factorization is model.decoder.factorization
+    (entry,) = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert entry["parameter_ratio"] == 2
+
+
+def test_yaml_and_help_show_the_fields_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = {"class_path": "TransformCoding", "init_args": {"ratio": 8, "bits": 4, "refine_at_epochs": [2]}}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"trainer": {"callbacks": [callback], "logger": False}}))
+
+    def parse(*words: str) -> LightningCLI:
+        return LightningCLI(BoringModel, run=False, args=list(words), save_config_callback=None)
+
+    (found,) = (one for one in parse("--config", str(config)).trainer.callbacks if isinstance(one, TransformCoding))  # type: ignore[attr-defined]
+    assert found.config == TransformCodingConfig(bits=4)
+    assert found.refine_at_epochs == [2]
+    with pytest.raises(SystemExit):
+        parse("--trainer.callbacks.help=TransformCoding")
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("callbacks.bits", "every component of every group", "callbacks.at_epoch", "Epoch at whose start"):
+        assert part in shown
+    assert "callbacks.method" not in shown
+    config.write_text(config.read_text().replace('"bits"', '"bit"'))
+    with pytest.raises(SystemExit):
+        parse("--config", str(config))
+    assert "bit" in capsys.readouterr().err

@@ -143,6 +143,20 @@ def test_best_from_before_compression_in_the_same_trainer(make_trainer: MakeTrai
     assert dense["val_loss"] != compressed["val_loss"]
 
 
+def test_what_was_untied_is_tied_again_for_a_dense_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    model = model_of("tied")
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    callback = EmbeddingCompression("low_rank", ratio=2, at_epoch=1, tie="untie")
+    trainer = make_trainer(callback, keep, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(model, **loaders_of())
+    assert model.encoder.factorization is not model.decoder.factorization
+    data = loaders_of()["val_dataloaders"]
+    trainer.test(model, data, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert model.encoder.weight is model.decoder.weight
+    trainer.test(model, data, ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert model.encoder.factorization is not model.decoder.factorization
+
+
 def test_refinement_beyond_those_that_were_planned(
     make_trainer: MakeTrainer, tmp_path: Path, run: SimpleNamespace
 ) -> None:

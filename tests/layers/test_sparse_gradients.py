@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adagrad, Adam, SparseAdam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 from lightning_embcompress.compression.plan import compress, densify
 from lightning_embcompress.integrations.saved import load_compressed, save_compressed
@@ -288,14 +289,13 @@ def test_models_keep_the_flag_and_files_have_none(tmp_path: Path) -> None:
 
 
 def test_scaled_embeddings_keep_the_flag() -> None:
-    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
-    model = nn.Sequential(bart.BartScaledWordEmbedding(VOCAB_SIZE, DIM, padding_idx=1, embed_scale=2.0))
+    model = nn.Sequential(BartScaledWordEmbedding(VOCAB_SIZE, DIM, padding_idx=1, embed_scale=2.0))
     model[0].sparse = True
     compress(model, "low_rank", ratio=1.5)
     assert model[0].sparse
     assert _all_sparse(model)
     densify(model)
-    assert type(model[0]) is bart.BartScaledWordEmbedding
+    assert type(model[0]) is BartScaledWordEmbedding
     assert model[0].sparse
 
 

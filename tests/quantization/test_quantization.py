@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_embcompress import collect_statistics, compress, densify, load_compressed, save_compressed
@@ -180,7 +181,6 @@ def test_what_is_frozen_stays_frozen() -> None:
 
 @pytest.mark.parametrize("method", ["group_reduce", "transform_coding"])
 def test_transformers(method: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     model = gpt2(vocab_size=VOCAB_SIZE, n_embd=DIM)
     compress(model, method, ratio=3, token_counts=COUNTS)
     prepare_qat(model, Quantization(bits=6))

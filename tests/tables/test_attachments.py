@@ -188,7 +188,6 @@ def test_saving_a_prepared_model_leaves_hooks_where_they_are() -> None:
 
 
 def test_hooks_of_transformers_for_frozen_backbones() -> None:
-    pytest.importorskip("transformers")
     model = gpt2().requires_grad_(False)
     model.enable_input_require_grads()
     ids = torch.tensor([[1, 2, 3]])
