@@ -142,8 +142,10 @@ class CompressedEmbedding(CompressedLayer):
             rows: Tensor = self.factorization.read(ids, sparse=self.sparse and not is_exporting())
             if self.sparse and rows.requires_grad:
                 _refuse_data_parallel(type(self).__name__)
-            if self.padding_idx is not None and self.padding_idx not in self.factorization.padding_ids:
-                rows = torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+            padding = self.padding_idx
+            if rows.requires_grad and padding is not None and padding not in self.factorization.padding_ids:
+                is_padding: Tensor = ids == padding
+                rows = torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
             if self.max_norm is not None:
                 norms = rows.detach().norm(p=self.norm_type, dim=-1, keepdim=True)
                 rows = rows * (self.max_norm / (norms + 1e-7)).clamp(max=1.0)

@@ -31,7 +31,9 @@ class ProductQuantizationConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "product_quantization"
-    description: ClassVar[str] = "Rows put together from the centroids of their parts (PQ, MGQE)"
+    description: ClassVar[str] = (
+        "Rows put together from the centroids of their parts (PQ, MGQE): for storage, slower to serve than dense"
+    )
     needs_counts: ClassVar[bool] = True
     uses_metric: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("subspaces",)

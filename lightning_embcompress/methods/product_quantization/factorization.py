@@ -33,8 +33,10 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
     trained by gradients, the codes stay what they are. Rare tokens may have fewer centroids to choose from, and shorter
     codes (MGQE, Kang et al. 2020, arXiv 2002.09131).
 
-    Logits: for a few hidden states all their products with centroids are computed, and added up by the codes; for many,
-    rows are put together a piece at a time and multiplied.
+    It is for storage. Logits: for a few hidden states all their products with centroids are computed, and added up by
+    the codes, a lookup for each of them, which on a CPU takes several times as long as the product with the dense
+    table; for many, rows are put together a piece at a time and multiplied. To serve it, make the table dense again
+    (`densify`), or compress by `transform_coding`, whose codes `optimize_for_inference` lays out to be multiplied.
 
     Args:
         vocab_size: Rows of the table.

@@ -23,7 +23,7 @@ _TAIL = 8
 # What stands for 0, since FBGEMM reads bytes from 0 to 255; and what a lower byte counts.
 _ZERO, _LOWER = 128, 1 / 256
 # States up to which every one of them reads the bytes by itself.
-_FEW_STATES = 12
+_FEW_STATES = 6
 
 
 @cache
@@ -147,7 +147,7 @@ class ByteTiles:
     def rows(self, places: Tensor) -> Tensor:
         """`[n, components]` float32 numbers of `[n]` rows."""
         tile, column = places // self.shape.width, places % self.shape.width
-        found = self.data[tile, :, column].float() - _ZERO
+        found = self.data[tile, :, column].float().sub_(_ZERO)
         numbers = found[:, : self.shape.components]
         if self.shape.lower:
             numbers[:, : self.shape.lower].add_(found[:, self.shape.components :], alpha=_LOWER)

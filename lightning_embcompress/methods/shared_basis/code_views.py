@@ -89,24 +89,27 @@ class LaidOut:
         lengths = [one.data.shape[1] for one in self.blocks]
         weights = reduced.index_select(1, self.components) * self.factors
         shift = constant.repeat_interleave(self.ends.diff(prepend=self.ends.new_zeros(1)), dim=1)
-        for own, found in zip(weights, logits, strict=True):
-            sums = [
-                tiles.bag_sums(part)[:size] if len(part) else found.new_zeros(size)
-                for tiles, part, size in zip(self.blocks, torch.split(own, lengths), sizes, strict=True)
-            ]
-            torch.cat(sums, out=found)
+        # All states block by block: the bytes of one stay in the cache of a core.
+        sums = [
+            [tiles.bag_sums(own)[:size] if length * size else own.new_zeros(size) for own in part]
+            for tiles, part, size, length in zip(
+                self.blocks, torch.split(weights, lengths, 1), sizes, lengths, strict=True
+            )
+        ]
+        for found, of_blocks in zip(logits, zip(*sums, strict=True), strict=True):
+            torch.cat(of_blocks, out=found)
         return logits.add_(shift)
 
     def coefficients(self, positions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """`[n, rank]` coefficients of `[n]` ascending positions of rows, and the `[n]` blocks that they are in."""
         stops = torch.searchsorted(positions, self.ends).tolist()
-        parts, start, first = [], 0, 0
+        found = self.factors.new_zeros(len(positions), rank)
+        start = first = 0
         for tiles, units, stop in zip(self.blocks, self.units, stops, strict=True):
             if stop > start:
-                numbers = tiles.rows(positions[start:stop] - first) * units
-                parts.append(F.pad(numbers, (0, rank - len(units))) if len(units) < rank else numbers)
+                numbers = tiles.rows(positions[start:stop] - first)
+                torch.mul(numbers, units, out=found[start:stop, : len(units)])
             start, first = stop, first + tiles.shape.rows
-        found = torch.cat(parts) if parts else self.factors.new_empty(0, rank)
         return found, torch.searchsorted(self.ends, positions, right=True)
 
 
