@@ -44,12 +44,20 @@ class Collector:
         tables: Paths of the modules of every table, see `find_layers`.
         token_counts: `[vocab_size]` counts, or such counts by the paths of tables; None to count the words that
             embeddings get. Tables with as many rows are of one vocabulary.
+        in_halves: Whether to add up the moments of every second batch by themselves, too, for `expected_excess`.
 
     Raises:
         ValueError: If nothing of a vocabulary could be counted, or the counts do not fit the tables.
     """
 
-    def __init__(self, model: nn.Module, tables: Sequence[Sequence[str]], token_counts: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tables: Sequence[Sequence[str]],
+        token_counts: Any = None,
+        *,
+        in_halves: bool = False,
+    ) -> None:
         """Check, and make room for the sums."""
         self.model = model
         self.tables = [list(modules) for modules in tables]
@@ -88,6 +96,8 @@ class Collector:
             self._make_sum("hidden_mean", path, dim)
             self._make_sum("probabilities", path, self.sizes[path])
             self._make_sum("squared_probabilities", path, self.sizes[path])
+        kept = [key for key, total in self.sums.items() if in_halves and total.dim() == 2]
+        self.halves = {key: torch.zeros_like(self.sums[key]) for key in kept}
         self.counted = {size: torch.zeros(size, dtype=torch.long) for size in sorted(counted)}
         # Positions of a softmax, those with probabilities, and calls of embeddings.
         self.positions = dict.fromkeys(softmaxes, 0)
@@ -329,6 +339,8 @@ class Collector:
             return False
         for kind, path, part in parts:
             self.sums[kind, path] += part.to(self.sums[kind, path].device)
+            if (kind, path) in self.halves and self.batches % 2:
+                self.halves[kind, path] += part.to(self.sums[kind, path].device)
         for path, count, has_probabilities in scored:
             self.positions[path] += count
             self.scored[path] += count if has_probabilities else 0

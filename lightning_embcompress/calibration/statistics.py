@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_embcompress.calibration.collector import Collector
 from lightning_embcompress.calibration.reading_modules import find_layers
 from lightning_embcompress.calibration.rows import as_batch
+from lightning_embcompress.calibration.settling import Settling
 from lightning_embcompress.calibration.sums import summed
 from lightning_embcompress.calibration.words import padding_ids
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
@@ -208,13 +209,16 @@ def collect_statistics(
     token_counts: Any = None,
     tables: str | Sequence[str] = "auto",
     limit: int | None = None,
+    tolerance: float | None = None,
     description: str = "Collecting statistics",
 ) -> Statistics:
     """Collect the statistics of a model's tables by one forward and backward pass over some batches of data.
 
-    A few hundred batches are enough for the moments; token counts are better those of all the training data. The model
-    is in evaluation mode meanwhile, and as it was before afterwards: no parameter and no gradient of one is touched,
-    nor is the global random state. Compressed tables are looked at by their modules, as dense ones are.
+    Token counts are better those of all the training data; moments need fewer tokens, 30 to 100 times the dimension of
+    the tables: by `tolerance` the pass ends once it has seen enough. The logits of causal language models of
+    transformers are computed a few positions at a time, if there is no loss_fn. The model is in evaluation mode
+    meanwhile, and as it was before afterwards: no parameter and no gradient of one is touched, nor is the global random
+    state. Compressed tables are looked at by their modules, as dense ones are.
 
     Where `torch.distributed` is in use all processes have to call this, each with its own part of the data; all get the
     statistics of everything.
@@ -231,10 +235,15 @@ def collect_statistics(
             to count the ids that embeddings get, without padding, see `WordMasks`.
         tables: `auto`, or the paths of one or more modules, see `find_tables`.
         limit: Number of batches at most; None for all.
+        tolerance: End before the last batch once the moments have settled: once a table that is compressed by them is
+            expected to lose only this part more than by those of endless text, such as 0.1, as halves of the text
+            differ (see `expected_excess`). Batches must come in no order then. How far it is from that is logged. None
+            for all batches.
         description: What the progress bar says.
 
     Raises:
-        ValueError: If there is no batch, or none with finite values; if the tables cannot be found, or one of them is
+        ValueError: If limit or tolerance is not positive; if there is no batch, or none with finite values; if the
+            tables cannot be found, or one of them is
             never called; if the token counts do not fit them.
 
     Example:
@@ -253,13 +262,16 @@ def collect_statistics(
             )
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 batch, it is {limit}")
-        collector = Collector(model, find_layers(model, tables), token_counts)
+        if tolerance is not None and not tolerance > 0:
+            raise ValueError(f"tolerance must be positive, a part of the loss such as 0.1, it is {tolerance}")
+        collector = Collector(model, find_layers(model, tables), token_counts, in_halves=tolerance is not None)
+        settling = None if tolerance is None else Settling(collector, tolerance)
         sizes = [size for size in (limit, len(batches) if isinstance(batches, Sized) else None) if size is not None]
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         with (
             isolate_rng(),
             collector,
-            progress_bar(description, total=min(sizes, default=1)) as advance,
+            progress_bar(description, total=min(sizes, default=None), unit="batches") as advance,
         ):
             for batch in islice(batches, limit):
                 batch = move_data_to_device(batch if loss_fn else as_batch(batch, model.forward), device)
@@ -271,6 +283,10 @@ def collect_statistics(
                 elif collector.add_causal(arguments := _with_labels(model, batch)) is None:
                     collector.add(_loss_of_output(model, arguments))
                 advance(1)
+                if settling is not None and settling.is_settled():
+                    break
+    if settling is not None:
+        settling.say()
     return Statistics(**summed(collector))
 
 

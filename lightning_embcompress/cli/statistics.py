@@ -18,14 +18,16 @@ from lightning_embcompress.methods.config import MethodConfig
 if TYPE_CHECKING:
     from lightning_embcompress.cli.commands import Compress
 
-# Second moments of some thousand dimensions need no more; a pass over them takes as long as a few measurements.
-_MOST_TOKENS = 2**17
+# Moments of tokens of a text, and how much more a table may lose by them than by exact ones before they are enough: see
+# `collect_statistics`. The excess falls as one over the number of tokens, and a CPU takes milliseconds for each.
+_CPU_TOKENS, _CPU_TOLERANCE = 2**15, 0.1
+_TOKENS, _TOLERANCE = 2**18, 0.03
 
 
 def collect_from_text(
     model: Any, text: TokenizedText, block_size: int, token_counts: Tensor, tables: str | Sequence[str]
 ) -> Statistics:
-    """Collect statistics from the part of a text that is counted.
+    """Collect statistics from the part of a text that is counted, until the moments have settled.
 
     Args:
         model: A causal language model of transformers.
@@ -38,8 +40,10 @@ def collect_from_text(
         ValueError: If a table is never called, or no block has a finite loss.
     """
     vocab_size = int(model.get_output_embeddings().out_features)
-    batches = text.counted_batches(block_size, vocab_size, _MOST_TOKENS)
-    statistics = collect_statistics(model, batches, token_counts=token_counts, tables=tables)
+    device = text.device or next(model.parameters()).device
+    most, tolerance = (_CPU_TOKENS, _CPU_TOLERANCE) if device.type == "cpu" else (_TOKENS, _TOLERANCE)
+    batches = text.counted_batches(block_size, vocab_size, most)
+    statistics = collect_statistics(model, batches, token_counts=token_counts, tables=tables, tolerance=tolerance)
     say(f"Statistics of {statistics.num_targets:,} tokens say what errors cost")
     return statistics
 

@@ -125,7 +125,7 @@ class TokenizedText:
         return 4 * vocab_size * max(self.within_batch(block_size), self.tokens_at_once(vocab_size))
 
     def counted_batches(self, block_size: int, vocab_size: int, max_tokens: int) -> list[Block]:
-        """Blocks of the part to count, spread over all of it, in batches whose logits and gradients fit the memory.
+        """Blocks of the part to count, from all over it in no order, in batches whose gradients fit the memory.
 
         Args:
             block_size: Tokens of a block.
@@ -137,7 +137,9 @@ class TokenizedText:
         """
         blocks = TokenBlocks(self.counted, self.within_batch(block_size))
         number = min(len(blocks), max(1, max_tokens // blocks.block_size))
-        chosen = [index * len(blocks) // number for index in range(number)]
+        # As many as are read before a pass ends early are from all over the text, too.
+        order = torch.randperm(number, generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [index * len(blocks) // number for index in order]
         return list(_batches(blocks, chosen, self.tokens_at_once(vocab_size, passes=4)))
 
     @torch.inference_mode()
