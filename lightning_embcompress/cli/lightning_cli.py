@@ -25,7 +25,7 @@ import lightning_embcompress.modules  # noqa: F401
 from lightning_embcompress.data.module import TextDataModule
 from lightning_embcompress.integrations.checkpoint import keep_structure
 from lightning_embcompress.integrations.checkpoint_io import check_checkpoint_file
-from lightning_embcompress.modules.huggingface import pretrained_vocab_size
+from lightning_embcompress.modules.huggingface_models import pretrained_vocab_size
 
 # The CLI's own default draws a random seed, and two runs of one recipe would differ without a word.
 DEFAULT_SEED = 1

@@ -7,31 +7,3 @@ loss, allocation), `quantizers` (integers in place of numbers), `kernels` (GPUs)
 Rows are looked up by `rows` of every factorization: in `blocks` for those with blocks of rows, in `folding` for folded
 tables, in `quantizers.factors` and `quantizers.packed_rows` for integers.
 """
-
-from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.registry import (
-    DEFAULT_METHOD,
-    METHODS,
-    Factorization,
-    Method,
-    MethodConfig,
-    Quantization,
-    check_spec,
-    factorization_from_spec,
-    get_config,
-    get_method,
-)
-
-__all__ = [
-    "DEFAULT_METHOD",
-    "METHODS",
-    "Factorization",
-    "Method",
-    "MethodConfig",
-    "Metric",
-    "Quantization",
-    "check_spec",
-    "factorization_from_spec",
-    "get_config",
-    "get_method",
-]

@@ -33,12 +33,10 @@ from lightning_embcompress.methods.transform_coding.config import TransformCodin
 from lightning_embcompress.methods.transform_coding.latent_codes import LatentCodes
 
 __all__ = [
-    "CHOOSERS",
     "CP",
     "DEFAULT_METHOD",
     "METHODS",
     "BlockLowRank",
-    "CPConfig",
     "Factorization",
     "FullTable",
     "GroupReduceConfig",
@@ -58,7 +56,6 @@ __all__ = [
     "TensorTrainMatrixConfig",
     "TransformCodingConfig",
     "Tucker",
-    "TuckerConfig",
     "WeightedLowRankConfig",
     "check_spec",
     "factorization_from_spec",

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typing_extensions import Self, override
 
-from lightning_embcompress.integrations.contents import one_line
 from lightning_embcompress.layers.full_softmax import full_softmax_loss, head_softmax_loss
-from lightning_embcompress.methods.config import nearest
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX, Perplexity
 from lightning_embcompress.modules.base import LanguageModel, Stage
+from lightning_embcompress.modules.huggingface_models import (
+    checkpoint_activations,
+    from_config,
+    load_pretrained,
+    read_config,
+    recorded,
+)
 from lightning_embcompress.utils.storage import is_sharded
 
 # Whatever is done to logits shows up to this size, which float16 has too.
 _LARGE_LOGIT = 1e4
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class HuggingFaceCausalLM(LanguageModel):
@@ -96,9 +97,9 @@ class HuggingFaceCausalLM(LanguageModel):
                 "name to go on from, config describes a model to train from scratch. Set the other to null."
             )
         if config is None:
-            model = _load_pretrained(str(pretrained), dtype)
+            model = load_pretrained(str(pretrained), dtype)
         else:
-            model = _from_config(_read_config(config, vocab_size), dtype)
+            model = from_config(read_config(config, vocab_size), dtype)
         table_size = int(model.get_input_embeddings().num_embeddings)
         if vocab_size is not None and vocab_size > table_size:
             raise ValueError(
@@ -111,12 +112,12 @@ class HuggingFaceCausalLM(LanguageModel):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         # Plain JSON values, so that checkpoints load with `weights_only=True`; in place of `pretrained`, which may not
         # be there any more when one is loaded.
-        self.hparams.update(pretrained=None, config=_recorded(model.config))
+        self.hparams.update(pretrained=None, config=recorded(model.config))
         self.model: Any = model
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         self._head_is_last: bool | None = None
         if gradient_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
 
     @classmethod
     def from_model(cls, model: Any, **training: Any) -> Self:
@@ -128,7 +129,7 @@ class HuggingFaceCausalLM(LanguageModel):
         """
         # On the meta device the model that is built from the configuration takes neither time nor memory.
         with torch.device("meta"):
-            wrapper = cls(config=_recorded(model.config), **training)
+            wrapper = cls(config=recorded(model.config), **training)
         wrapper.model = model
         wrapper.val_perplexity, wrapper.test_perplexity = Perplexity(), Perplexity()
         return wrapper
@@ -296,123 +297,3 @@ def _targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         targets.masked_fill_(padding, IGNORE_INDEX)
         targets[:, :-1].masked_fill_(padding[:, 1:], IGNORE_INDEX)
     return targets
-
-
-def _load_pretrained(name: str, dtype: str) -> Any:
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ValueError(
-                f"pretrained={name!r} has no config.json: give a directory that save_pretrained has written. To train "
-                "from scratch set pretrained to null and describe the model with config."
-            )
-        name = str(directory)
-    elif directory.exists() or directory.is_absolute() or name.startswith((".", "~")):
-        raise ValueError(
-            f"pretrained={name!r} is not a directory: give one that save_pretrained has written, or a name on the "
-            "Hugging Face hub."
-        )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"pretrained={name!r} cannot be loaded: give a directory that save_pretrained has written, or the name of "
-            f"a causal language model on the Hugging Face hub. What transformers says: {one_line(error)}"
-        ) from error
-    # It comes in evaluation mode, in which Lightning would train it, without dropout.
-    return model.train()
-
-
-def pretrained_vocab_size(name: str) -> int | None:
-    """Rows of the table of a pretrained model, as its configuration says; None where there is none to be read.
-
-    Args:
-        name: A directory, or a name on the Hugging Face hub.
-
-    Example:
-        >>> pretrained_vocab_size("/no/such/folder")
-    """
-    directory = Path(name).expanduser()
-    try:
-        config = AutoConfig.from_pretrained(str(directory) if directory.is_dir() else name).get_text_config()
-    # Loading the model says what is wrong with it.
-    except (OSError, ValueError):
-        return None
-    size = getattr(config, "vocab_size", None)
-    return size if isinstance(size, int) else None
-
-
-def _from_config(config: PretrainedConfig, dtype: str) -> Any:
-    auto: Any = AutoModelForCausalLM  # its functions have no types
-    try:
-        return auto.from_config(config, dtype=getattr(torch, dtype)).train()
-    except Exception as error:  # every type finds out in its own way what it cannot be built from
-        raise ValueError(
-            f"config of type {config.model_type!r} gives no causal language model. What transformers says: "
-            f"{one_line(error)}"
-        ) from error
-
-
-def _checkpoint_activations(model: Any) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise ValueError(f"{type(model).__name__} does not support gradient_checkpointing=True: set it to false.")
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:  # as older versions of transformers call it
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _read_config(config: Mapping[str, Any] | str, vocab_size: int | None) -> PretrainedConfig:
-    """Make the configuration of a model from scratch."""
-    if isinstance(config, str):
-        directory = Path(config).expanduser()
-        try:
-            read: PretrainedConfig = AutoConfig.from_pretrained(str(directory) if directory.exists() else config)
-            return read
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"config={config!r} cannot be read: give a mapping with model_type, a directory with config.json, or a "
-                f"name on the Hugging Face hub. What transformers says: {one_line(error)}"
-            ) from error
-    given = dict(config)
-    model_type = given.pop("model_type", None)
-    if model_type is None:
-        raise ValueError("config has no model_type: name the architecture, for example {'model_type': 'gpt2'}.")
-    try:
-        default = AutoConfig.for_model(model_type)
-    except ValueError:
-        meant = nearest(str(model_type), transformers.CONFIG_MAPPING)
-        raise ValueError(f"config.model_type={model_type!r} is not an architecture of transformers{meant}.") from None
-    if "transformers_version" not in given:
-        # What a person wrote; a whole configuration may come from another version, with other keys.
-        known = set(default.to_dict()) | set(default.attribute_map)
-        for key in given:
-            if key not in known and not hasattr(default, key):
-                raise ValueError(f"config.{key} is not a key of {type(default).__name__}{nearest(key, known)}.")
-        if vocab_size is not None:
-            given.setdefault("vocab_size", vocab_size)
-    rows = given.get("vocab_size", getattr(default, "vocab_size", None))
-    for name in _SPECIAL_IDS:
-        # The type's defaults are those of a vocabulary of its own.
-        if name not in given and rows is not None and _beyond(getattr(default, name, None), rows):
-            given[name] = None
-        elif rows is not None and _beyond(given.get(name), rows):
-            raise ValueError(
-                f"config.{name}={given[name]} is not in the table, which has vocab_size={rows} rows: give an id below "
-                f"{rows}, or null."
-            )
-    try:
-        return AutoConfig.for_model(model_type, **given)
-    except Exception as error:  # every type checks its values in its own way
-        raise ValueError(f"config of type {model_type!r} is not valid: {one_line(error)}") from error
-
-
-def _beyond(token_id: Any, rows: int) -> bool:
-    ids = token_id if isinstance(token_id, list) else [token_id]
-    return any(isinstance(one, int) and one >= rows for one in ids)
-
-
-def _recorded(config: PretrainedConfig) -> dict[str, Any]:
-    """Give a configuration as plain JSON values, without what only its files are concerned with."""
-    record: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in record.items() if key not in ("quantization_config", "_name_or_path")}
