@@ -38,7 +38,6 @@ KILLED = [
     ("step", 5, 4),
     ("step", 7, 6),
 ]
-MORE_KILLED = [*KILLED, ("solving", 4, 3), ("solving", 6, 5), ("writing", 6, 5), ("replacing", 6, 5)]
 # With the exit status, and whether the tables are compressed in the checkpoint that the interruption leaves.
 INTERRUPTED = [
     ("SIGINT", "solving", 2, 1, False),
@@ -50,16 +49,6 @@ INTERRUPTED = [
     ("SIGTERM", "replacing", 2, 0, True),
     ("SIGTERM", "solving", 4, 0, True),
 ]
-MORE_INTERRUPTED = [
-    *INTERRUPTED,
-    ("SIGINT", "step", 1, 1, False),
-    ("SIGINT", "writing", 2, 1, False),
-    ("SIGINT", "solving", 4, 1, True),
-    ("SIGTERM", "solving", 2, 0, True),
-    ("SIGTERM", "replacing", 4, 0, True),
-    ("SIGTERM", "step", 7, 0, True),
-]
-TIED = {"tied": True, "optimizer": "sgd"}
 RANDOM = 14
 
 
@@ -103,18 +92,12 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return _outcomes(tmp_path_factory.mktemp("untied"), {}, KILLED, INTERRUPTED)
 
 
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """All cases with one table for both and momentum."""
-    return _outcomes(tmp_path_factory.mktemp("tied"), TIED, MORE_KILLED, MORE_INTERRUPTED)
-
-
 def _assert_goes_on_as(whole: SimpleNamespace, folder: Path, checkpoint: Path, **arguments: Any) -> None:
     """That the run resumed in its folder ends as the whole one did, with all that is logged on the way."""
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     resumed = worker.fit(folder, ckpt_path=checkpoint, **arguments)
     worker.assert_equal(resumed, whole)
-    assert resumed.logged == [row for row in whole.logged if row[0] >= step]
+    assert resumed.rows == [row for row in whole.rows if row[0] >= step]
     assert resumed.callback["perplexity"] == whole.callback["perplexity"]
     # Nothing half is left, of the killed process neither.
     assert not list(folder.rglob("*.tmp"))
@@ -134,12 +117,6 @@ def _assert_survives_a_kill(outcomes: SimpleNamespace, name: str, epoch: int, la
 @pytest.mark.parametrize(("name", "epoch", "last"), KILLED)
 def test_a_killed_process(untied: SimpleNamespace, name: str, epoch: int, last: int) -> None:
     _assert_survives_a_kill(untied, name, epoch, last)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("name", "epoch", "last"), MORE_KILLED)
-def test_a_killed_process_with_a_tied_table(tied: SimpleNamespace, name: str, epoch: int, last: int) -> None:
-    _assert_survives_a_kill(tied, name, epoch, last)
 
 
 @pytest.mark.full
@@ -177,7 +154,7 @@ def _assert_survives_an_interruption(
     # It goes on to the end, with other random numbers as from within every epoch of a plain loader.
     resumed = worker.fit(folder / "interrupted", ckpt_path=interrupted, case=outcomes.case)
     assert resumed.trainer.current_epoch == 8
-    assert all(isinstance(layer, CompressedLayer) for layer in (resumed.model.encoder, resumed.model.decoder))
+    assert all(isinstance(layer, CompressedLayer) for layer in (resumed.module.encoder, resumed.module.decoder))
     assert [table.modules for table in resumed.plan.tables] == [table.modules for table in outcomes.whole.plan.tables]
     assert resumed.callback["refined"] == [4, 6]
     perplexity = resumed.report["perplexity"]
@@ -192,14 +169,6 @@ def test_an_interrupted_process(
     untied: SimpleNamespace, how: str, name: str, epoch: int, code: int, compressed: bool
 ) -> None:
     _assert_survives_an_interruption(untied, how, name, epoch, code, compressed)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("how", "name", "epoch", "code", "compressed"), MORE_INTERRUPTED)
-def test_an_interrupted_process_with_a_tied_table(
-    tied: SimpleNamespace, how: str, name: str, epoch: int, code: int, compressed: bool
-) -> None:
-    _assert_survives_an_interruption(tied, how, name, epoch, code, compressed)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import lr_scheduler
 
 from lightning_embcompress import GroupReduce
-from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.utils.random_state import random_state
-from toys import InMemory
+from toys import InMemory, assert_same_run, outcome
 
 CPU = torch.device("cpu")
 Run = Callable[..., SimpleNamespace]
@@ -78,33 +76,15 @@ def run(
         options = {"max_epochs": 5, "logger": logger, "enable_checkpointing": keep is not None}
         engine = make_trainer(*callbacks, **{**options, "default_root_dir": where, **(trainer or {})})
         engine.fit(module, datamodule=factory.data(**(data or {})), ckpt_path=ckpt_path)
-        (scheduler,) = engine.lr_scheduler_configs or [None]
-        return SimpleNamespace(
-            parameters=dict(module.state_dict()),
-            optimizer=engine.optimizers[0].state_dict(),
-            scheduler={} if scheduler is None else scheduler.scheduler.state_dict(),
-            plan=plan_of(module),
-            report=json.loads((where / "report.json").read_text()),
-            step=engine.global_step,
-            rows=logger.rows,
-            random=random_state(CPU),
-        )
+        return SimpleNamespace(**vars(outcome(engine, module)), step=engine.global_step, random=random_state(CPU))
 
     return fit
 
 
 def _assert_equal(resumed: SimpleNamespace, whole: SimpleNamespace, path: Path) -> None:
     step = int(path.stem[5:])
-    for name in ("parameters", "optimizer", "random"):
-        first, second = getattr(resumed, name), getattr(whole, name)
-        torch.testing.assert_close(
-            first, second, rtol=0, atol=0, msg=lambda said, name=name: f"{name}, from step {step}: {said}"
-        )
-    # A method of the object itself.
-    first, second = ({**each.scheduler, "anneal_func": 0, "_anneal_func_type": 0} for each in (resumed, whole))
-    assert first == second
-    assert resumed.plan == whole.plan
-    assert resumed.report == whole.report
+    assert_same_run(resumed, whole, path)
+    torch.testing.assert_close(resumed.random, whole.random, rtol=0, atol=0)
     assert resumed.step == whole.step == 5 * (whole.step // 5)
     # Lightning saves a step before it logs its metrics and validates after it, and goes on with the step that follows.
     before = torch.load(path, weights_only=True)["callbacks"]["CountRows"]["rows"]
@@ -171,9 +151,8 @@ def test_resuming_a_run_that_max_steps_ended_within_an_epoch(run: Run, tmp_path:
     # Written after the hooks of the epoch's end.
     assert "lstm_state" in torch.load(path, weights_only=True)
     resumed = run("resumed", trainer={"max_steps": 55, "max_epochs": None}, ckpt_path=path)
-    for name in ("parameters", "optimizer", "random"):
-        torch.testing.assert_close(getattr(resumed, name), getattr(whole, name), rtol=0, atol=0)
-    assert resumed.report == whole.report
+    assert_same_run(resumed, whole, path)
+    torch.testing.assert_close(resumed.random, whole.random, rtol=0, atol=0)
     assert resumed.rows == [row for row in whole.rows if (row[0] or 0) >= 15]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from lifecycle.workers import interrupted as worker
 from lightning_embcompress.callbacks import reporting, solving
 from lightning_embcompress.compression.reference import open_reference
 from lightning_embcompress.integrations.checkpoint_io import AtomicCheckpointIO
+from toys import small_files
 
 TIED = {"tied": True, "optimizer": "sgd"}
 
@@ -164,17 +164,6 @@ def test_resuming_again_what_was_resumed_from_a_moved_folder(tmp_path: Path) -> 
 
 
 @contextmanager
-def _small_files() -> Iterator[None]:
-    """No file can grow beyond 64 bytes, as on a full disk: what is written first is there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextmanager
 def _no_synchronizing() -> Iterator[None]:
     """A disk that says only at the end that it is full, as those of a network do."""
 
@@ -186,7 +175,7 @@ def _no_synchronizing() -> Iterator[None]:
         yield
 
 
-DISKS: dict[str, Callable[[], Any]] = {"limit": _small_files, "network": _no_synchronizing}
+DISKS: dict[str, Callable[[], Any]] = {"limit": small_files, "network": _no_synchronizing}
 BEFORE = {False: "nothing was left there", True: "what was there before is as it was", None: ""}
 
 

@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_embcompress import EmbeddingCompression
 from lightning_embcompress.callbacks import replacing
-from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.compression.tasks import Task
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.utils import files
-from toys import InMemory, LanguageModel, quiet_trainer
+from toys import InMemory, LanguageModel, assert_same_run, outcome, quiet_trainer
 
 VOCAB_SIZE, DIM, STEPS = 120, 12, 6
 """Steps are those of an epoch."""
@@ -125,43 +124,23 @@ def fit(
 ) -> SimpleNamespace:
     """One run, with a checkpoint of every epoch."""
     seed_everything(0, verbose=False)
-    module, compression, logger = model(**(case or {})), compression or callback(), InMemory()
+    module, compression = model(**(case or {})), compression or callback()
     keep = ModelCheckpoint(
         changes.pop("dirpath", folder), filename="{epoch}", save_top_k=-1, save_last=True, save_on_train_epoch_end=True
     )
     trainer = quiet_trainer(
         folder,
         *(*callbacks, compression, keep),
-        **{"logger": logger, "max_epochs": max_epochs, "enable_checkpointing": True, **changes},
+        **{"logger": InMemory(), "max_epochs": max_epochs, "enable_checkpointing": True, **changes},
     )
     trainer.fit(module, **data(), ckpt_path=ckpt_path)
-    return SimpleNamespace(
-        model=module,
-        trainer=trainer,
-        logged=logger.rows,
-        state={
-            "parameters": {name: value.clone() for name, value in module.state_dict().items()},
-            "optimizer": trainer.optimizers[0].state_dict(),
-            "scheduler": {
-                # But for functions, which are equal to themselves only.
-                name: value
-                for name, value in trainer.lr_scheduler_configs[0].scheduler.state_dict().items()
-                if not callable(value)
-            },
-        },
-        plan=plan_of(module),
-        report=json.loads((Path(trainer.log_dir or folder) / "report.json").read_text()),
-        callback={name: value for name, value in compression.state_dict().items() if name != "compressed"},
-    )
+    callback_state = {name: value for name, value in compression.state_dict().items() if name != "compressed"}
+    return SimpleNamespace(**vars(outcome(trainer, module)), callback=callback_state)
 
 
 def assert_equal(resumed: SimpleNamespace, whole: SimpleNamespace) -> None:
     """That two runs, as `fit` gives them, came to the same end."""
-    torch.testing.assert_close(resumed.state["parameters"], whole.state["parameters"], rtol=0, atol=0)
-    torch.testing.assert_close(resumed.state["optimizer"], whole.state["optimizer"], rtol=0, atol=0)
-    assert resumed.state["scheduler"] == whole.state["scheduler"]
-    assert resumed.plan == whole.plan
-    assert resumed.report == whole.report
+    assert_same_run(resumed, whole)
     assert resumed.callback["refined"] == whole.callback["refined"]
 
 

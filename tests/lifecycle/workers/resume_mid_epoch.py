@@ -14,6 +14,7 @@ from lightning_embcompress import GroupReduce
 from lightning_embcompress.data import TextFiles
 from lightning_embcompress.modules import LSTMLanguageModel
 from lightning_embcompress.utils.random_state import gather_over_processes
+from toys import Losses, quiet_trainer
 
 
 class SeedByRank(Callback):
@@ -21,14 +22,6 @@ class SeedByRank(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         torch.manual_seed(trainer.global_rank)
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.values.append(float(outputs["loss"]))
 
 
 def fit(
@@ -47,11 +40,9 @@ def fit(
         data.vocab_size, 12, 12, dropout=dropout, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01)
     )
     losses = Losses()
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "devices": devices, "max_epochs": 2, "default_root_dir": folder}
-    quiet |= {"strategy": "ddp" if devices > 1 else "auto"}
-    quiet |= {"enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks)}
-    trainer = Trainer(callbacks=[losses, *callbacks], **quiet)
+    options: dict[str, Any] = {"devices": devices, "max_epochs": 2, "strategy": "ddp" if devices > 1 else "auto"}
+    saves = any(isinstance(one, ModelCheckpoint) for one in callbacks)
+    trainer = quiet_trainer(folder, losses, *callbacks, enable_checkpointing=saves, **options)
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return model, losses.values
 
