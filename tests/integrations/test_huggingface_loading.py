@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lightning_embcompress import densify, load_compressed, save_compressed
-from lightning_embcompress.compression.plan import PLAN_VERSION, plan_of
+from lightning_embcompress.compression.plan import plan_of
 from lightning_embcompress.integrations import registration
 from toys import compress_toy, gpt2
 
@@ -166,7 +166,6 @@ _DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit_factors(lambda tensors, name: tensors[f"{name}.packed_block_index"].fill_(255)),
         r"(?s)is damaged: .*block sizes differ from the plan",
     ),
-    "a newer plan": (_edit_plan(lambda plan: plan.update(version=PLAN_VERSION + 1)), rf"version {PLAN_VERSION + 1}"),
     "no plan": (_edit_plan(lambda plan: plan.pop("tables")), "not a compression plan"),
     "a plan of another model": (_edit_plan(lambda plan: plan["tables"][0].update(modules=["nosuch"])), "'nosuch'"),
     "another vocabulary": (

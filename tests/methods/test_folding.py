@@ -90,22 +90,6 @@ def test_rows_and_logits_are_those_of_the_reconstruction(problem: tuple[FoldedTa
         assert (logits.double() - hidden.double() @ expected.T).norm() <= close * float(hidden.norm() + 1)
 
 
-@given(_structures(), st.integers(1, 9))
-@settings(deadline=None, max_examples=40)
-def test_gradients_are_those_of_the_dense_table(problem: tuple[FoldedTable[Any], int], count: int) -> None:
-    factors, seed = problem
-    factors = factors.double()
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(count, factors.dim, generator=generator, dtype=torch.float64, requires_grad=True)
-    scores = torch.randn(count, factors.vocab_size, generator=generator, dtype=torch.float64)
-    inputs = [hidden, *factors.parameters()]
-    found = torch.autograd.grad((factors.logits(hidden) * scores).sum(), inputs)
-    table = factors.rows(torch.arange(factors.vocab_size))
-    expected = torch.autograd.grad((hidden @ table.T * scores).sum(), inputs)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.norm() + 1))
-
-
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kind", [CP, Tucker])
 def test_logits_of_many_states_are_contracted_a_few_at_a_time(
