@@ -9,12 +9,15 @@ import copy
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from made import fill_table, zipf_metric
 from measure import THREADS, PeakMemory, Side, in_turns, seconds
 
+from lightning_embcompress import optimize_for_inference
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.methods.registry import SharedBasisBlocks
 
 pytestmark = pytest.mark.timeout(3600)
@@ -78,12 +81,33 @@ def test_codes_of_the_best_groups_take_seconds(benchmark) -> None:
     assert taken < 10
 
 
+def _codes_of_3_bits(vocab_size: int, dim: int) -> SharedBasisBlocks:
+    """Random codes in 32 blocks of unequal sizes, with widths like those of a trained table at 3 bits a weight."""
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.randperm(vocab_size - 1, generator=generator)[:31].sort().values + 1
+    sizes = torch.cat([ends, torch.tensor([vocab_size])]).diff(prepend=torch.zeros(1, dtype=torch.long))
+    # Frequent words have more components of many bits.
+    first = [[[8, many], [6, 4], [5, 15], [4, 60], [3, 230]] for many in [dim // 10] + [1] * 31]
+    segments = [[*runs, [2, dim - sum(count for _, count in runs)]] for runs in first]
+    coded = SharedBasisBlocks(vocab_size, dim, dim, sizes.tolist(), segments, True)
+    codes = [
+        torch.cat([torch.randint(2**bits, (size, n), generator=generator, dtype=torch.uint8) for bits, n in runs], 1)
+        for size, runs in zip(sizes.tolist(), segments, strict=True)
+    ]
+    with torch.no_grad():
+        coded.levels.copy_(torch.cat([torch.linspace(-3, 3, 2**bits).sinh() / 3 for bits in coded.widths]))
+        basis, means = torch.randn(dim, dim) / dim**0.5, torch.randn(32, dim)
+        coded.store(codes, basis, means, 0.1 + torch.rand(sum(coded.ranks)))
+        blocks = torch.arange(32).repeat_interleave(sizes)
+        coded._index(blocks[torch.randperm(vocab_size, generator=generator)])
+    return coded
+
+
 @pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize(("vocab_size", "dim"), [(49_152, 576), pytest.param(262_144, 640, marks=pytest.mark.full)])
 @torch.no_grad()
-def test_serving_codes_of_3_bits(benchmark, thread_count: int) -> None:
-    vocab_size, dim = 49_152, 576
-    table = fill_table(torch.empty(vocab_size, dim))
-    kept = SharedBasisBlocks.solve(table, vocab_size * dim * 3 // 8, zipf_metric(vocab_size, dim)[0], 32, 1, _WIDTHS)
+def test_serving_codes_of_3_bits(benchmark, vocab_size: int, dim: int, thread_count: int) -> None:
+    kept, table = _codes_of_3_bits(vocab_size, dim), fill_table(torch.empty(vocab_size, dim))
     laid_out, half = copy.deepcopy(kept), table.bfloat16()
     assert laid_out.lay_out()
     resident = sum(buffer.nbytes for buffer in laid_out.buffers()) * 8 / table.numel()
@@ -100,6 +124,8 @@ def test_serving_codes_of_3_bits(benchmark, thread_count: int) -> None:
         }
         found = in_turns(sides, 9, thread_count)
         ratios[number] = found["codes, laid out"].ratio
+        if number == 1:
+            assert found["codes, laid out"].seconds <= found["bfloat16"].seconds
     for number in (1, 512):
         ids = torch.randint(vocab_size, (number,))
         in_turns({f"rows of {number}": Side(lambda i=ids: laid_out.rows(i))}, 9, thread_count)
@@ -107,3 +133,32 @@ def test_serving_codes_of_3_bits(benchmark, thread_count: int) -> None:
     assert resident <= 9
     assert ratios[1] >= 2
     assert ratios[64] >= 0.9
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@torch.no_grad()
+def test_generating_from_codes_of_3_bits(benchmark, thread_count: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    # SmolLM2-135M's shape.
+    config = transformers.LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    dense = transformers.LlamaForCausalLM(config).eval()
+    small, ids = copy.deepcopy(dense), torch.randint(49_152, (1, 32))
+    coded = _codes_of_3_bits(49_152, 576)
+    small.set_input_embeddings(CompressedEmbedding(coded))
+    small.lm_head = CompressedLinear(coded)
+
+    def generate(model: Any) -> Any:
+        return model.generate(ids, max_new_tokens=64, do_sample=False)
+
+    def ratio(name: str) -> float:
+        sides = {"64 tokens, dense": Side(lambda: generate(dense)), name: Side(lambda: generate(small))}
+        return in_turns(sides, 2, thread_count)[name].ratio
+
+    ratios = [ratio("codes")]
+    assert optimize_for_inference(small) == 1
+    ratios.append(ratio("codes, laid out"))
+    benchmark.pedantic(lambda: generate(small), rounds=1)
+    assert min(ratios) >= 1

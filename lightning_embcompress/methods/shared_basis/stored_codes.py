@@ -185,9 +185,12 @@ class StoredCodes(RowBlocks[ConfigT]):
     def _rows_of_bytes(self, ids: Tensor, laid: LaidOut) -> Tensor:
         """`[*, dim]` rows of `[*]` ids; every distinct one is computed once."""
         frame = self._frame()
-        positions, inverse = torch.unique(self.position[ids], return_inverse=True)
+        positions, inverse = self.position.index_select(0, ids.reshape(-1)), None
+        if len(positions) > 1:
+            positions, inverse = torch.unique(positions, return_inverse=True)
         coefficients, blocks = laid.coefficients(positions, self.rank)
-        return F.embedding(inverse, coefficients.to(frame.basis.dtype) @ frame.basis + frame.means[blocks])
+        rows = frame.means.index_select(0, blocks).addmm_(coefficients.to(frame.basis.dtype), frame.basis)
+        return (rows if inverse is None else F.embedding(inverse, rows)).view(*ids.shape, self.dim)
 
     def _coded_products(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """States, codes, offsets of their levels, and the constant of every block."""
@@ -240,10 +243,13 @@ class StoredCodes(RowBlocks[ConfigT]):
         return maker
 
     def _rows_as_bytes(self) -> LaidOut | None:
-        """Bytes to look rows up in, where codes are laid out as such and no gradient is wanted."""
-        if self._byte_levels is not None and torch.is_grad_enabled() and self.levels.requires_grad:
+        """Bytes to look rows up in, where codes are laid out as such, still on the CPU, and no gradient is wanted."""
+        if self._byte_levels is None:
+            return None
+        if self.level_bytes.device.type != "cpu" or (torch.is_grad_enabled() and self.levels.requires_grad):
             self._take_back()
-        return None if self._byte_levels is None else self._laid_out(self._byte_levels)
+            return None
+        return self._laid_out(self._byte_levels)
 
     def _for_bytes(self, hidden: Tensor) -> LaidOut | None:
         """Bytes to multiply states with, where no gradient is wanted and that is faster; otherwise None."""
