@@ -86,20 +86,20 @@ def show_tasks(tasks: Sequence[Task], budget: Budget | None = None, shares_budge
         budget: That they were planned for; None where the config fixes the sizes.
         shares_budget: Whether only all tables together have a size.
     """
-    columns = ("table", "method", "shape", "dtype", "MB now", "MB at most", "ratio", "bits/\nweight")
+    columns = ("table", "method", "shape", "MB now", "MB at most", "ratio", "bits/\nweight")
     screen = ScreenTable(*columns, title="Tables to compress")
     for task in tasks:
         sizes = [""] * 3 if shares_budget else _most([task])
         now = f"{task.table.weight.nbytes / 1e6:.3f}"
-        dtype = str(task.table.weight.dtype).removeprefix("torch.")
-        screen.add_row(" = ".join(task.table.modules), task.config.method, _shape(task.table.shape), dtype, now, *sizes)
+        shape = _shape(task.table.shape, str(task.table.weight.dtype).removeprefix("torch."))
+        screen.add_row(" = ".join(task.table.modules), task.config.method, shape, now, *sizes)
     if shares_budget:
         asked = _most(tasks)
         if budget is not None and budget.is_searched:
             asked = [f"perplexity {math.expm1(budget.max_loss):+.2%}", "", ""]
         screen.add_section()
         now = f"{sum(task.dense_bytes for task in tasks) / 1e6:.3f}"
-        screen.add_row("all together", "", "", "", now, *asked)
+        screen.add_row("all together", "", "", now, *asked)
     print_table(screen)
 
 
@@ -129,12 +129,12 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     if report["compressed"]:
         _show_compressed("Compressed tables", report["tables"], report["model"], {"share": shares})
     else:
-        screen = ScreenTable("table", "shape", "dtype", "MB", "bits/\nweight", "share", title="Tables to compress")
+        screen = ScreenTable("table", "shape", "MB", "bits/\nweight", "share", title="Tables to compress")
         for table, share in zip(report["tables"], shares, strict=False):
-            cells = _shape(table["shape"]), table["dtype"], _sizes(table)[1], f"{table['bits_per_weight']:g}"
+            cells = _shape(table["shape"], table["dtype"]), _sizes(table)[1], f"{table['bits_per_weight']:g}"
             screen.add_row(" = ".join(table["modules"]), *cells, share)
         screen.add_section()
-        screen.add_row("whole model", "", "", _sizes(report["model"])[1], "", "")
+        screen.add_row("whole model", "", _sizes(report["model"])[1], "", "")
         print_table(screen)
     if report["note"]:
         say(f"No tables are chosen: {report['note']}")
@@ -144,15 +144,15 @@ def _show_compressed(
     title: str, entries: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], shown: Mapping[str, Sequence[str]]
 ) -> None:
     """Print entries of `table_report`, the whole model, and in further columns a cell for each of these lines."""
-    columns = ("table", "method", "shape", "structure", "dtype", "MB dense", "MB stored", "ratio", "bits/\nweight")
+    columns = ("table", "method", "shape", "structure", "MB dense", "MB stored", "ratio", "bits/\nweight")
     screen = ScreenTable(*columns, *shown, title=title)
     *cells, last = zip(*shown.values(), strict=True)
     for entry, more in zip(entries, cells, strict=True):
         names, bits = " = ".join(entry["modules"]), f"{entry['bits_per_weight']:.2f}"
-        stored = entry["structure"], entry["dtype"], *_sizes(entry), bits
-        screen.add_row(names, entry["method"], _shape(entry["shape"]), *stored, *more)
+        stored = entry["structure"], *_sizes(entry), bits
+        screen.add_row(names, entry["method"], _shape(entry["shape"], entry["dtype"]), *stored, *more)
     screen.add_section()
-    screen.add_row("whole model", "", "", "", "", *_sizes(whole), "", *last)
+    screen.add_row("whole model", "", "", "", *_sizes(whole), "", *last)
     print_table(screen)
 
 
@@ -176,8 +176,9 @@ def print_table(screen: ScreenTable) -> None:
     (console if console.is_terminal else Console(width=150)).print(screen)
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return f"{shape[0]:,} x {shape[1]:,}"
+def _shape(shape: Sequence[int], dtype: str) -> str:
+    """What ratios are against."""
+    return f"{shape[0]:,} x {shape[1]:,}\n{dtype}"
 
 
 def _structure(table: TablePlan) -> str:

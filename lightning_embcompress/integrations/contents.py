@@ -20,6 +20,7 @@ from lightning_embcompress.compression.report import say
 from lightning_embcompress.integrations.checkpoint import RECORD_KEY, read_plan
 from lightning_embcompress.integrations.checkpoint_io import read_mapped, readable
 from lightning_embcompress.integrations.sources import CONFIG_FILE, Source
+from lightning_embcompress.utils.progress import progress_bar
 
 _CHUNK_BYTES = 2**22
 
@@ -93,7 +94,7 @@ def load_pretrained(source: Source, dtype: torch.dtype | None = None) -> nn.Modu
     read_plan(source.config.get("quantization_config"), repr(source.name))
     arguments = {"dtype": "auto" if dtype is None else dtype, "local_files_only": True, "output_loading_info": True}
     wanted = model_class(source)
-    with quiet_transformers():
+    with quiet_transformers(), progress_bar(f"Loading {source.name}", total=None):
         try:
             model, found = wanted.from_pretrained(str(source.path), **arguments)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
