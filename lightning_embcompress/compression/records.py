@@ -129,10 +129,10 @@ def check_factors(tables: Sequence[TablePlan], state: Mapping[str, Any], where: 
                 if (weight := state.get(f"{path}.weight")) is not None and not is_table_entry(weight):
                     raise ValueError(f"{where} is damaged: it has {path + '.weight'!r}, whose table is compressed")
                 check_layout(expected, found, f"{path}.factorization.", where)
-        # Tied layers have the same.
+        # Tied layers have the same: the first is named.
         distinct = {
             place_of(value): (f"{path}.factorization.{name}", value)
-            for path in table.modules
+            for path in reversed(table.modules)
             for name, value in owned[path].items()
         }
         check_values(dict(distinct.values()), where)
