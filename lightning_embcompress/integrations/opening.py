@@ -15,7 +15,6 @@ from torch import nn
 
 from lightning_embcompress.integrations.checkpoint import (
     RECORD_KEY,
-    load_from_checkpoint,
     restore_and_tell,
     write_record,
 )
@@ -47,9 +46,6 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack", ".ot", ".gguf", ".ggml"),
     *(".onnx", ".onnx_data", ".tflite", ".mlmodel", ".pdparams", ".engine"),
 )
-
-# Classes of LightningModules that checkpoints are opened with.
-_MODULES: dict[type[LightningModule], tuple[frozenset[str], dict[str, Any]]] = {}
 
 
 @dataclass
@@ -202,41 +198,6 @@ def open_model(
         return OpenedModel(source, load_pretrained(source, wanted), tokenizer=tokenizer)
     contents = read_contents(source, trust)
     return OpenedModel(source, build_skeleton(contents.tensors, contents.plan, repr(source.name), wanted), contents)
-
-
-def register_module_class(kind: type[LightningModule], marks: set[str], **arguments: Any) -> None:
-    """Let `open_module` open checkpoints of a class.
-
-    Args:
-        kind: The class.
-        marks: Hyper-parameters that its checkpoints have, and those of no other class.
-        **arguments: Hyper-parameters that are changed when one is opened.
-    """
-    _MODULES[kind] = (frozenset(marks), arguments)
-
-
-def open_module(source: Source) -> LightningModule:
-    """Build the LightningModule of a checkpoint, and load it.
-
-    Args:
-        source: A checkpoint of a class that `register_module_class` was told of.
-
-    Raises:
-        ValueError: If it is damaged, or of another class.
-    """
-    found = read_contents(source).checkpoint.get("hyper_parameters")
-    hyper_parameters = found if isinstance(found, dict) else {}
-    # Lightning notes the name of a class for runs of the command line only.
-    path = hyper_parameters.get("_class_path")
-    for kind, (marks, arguments) in _MODULES.items():
-        is_kind = marks <= hyper_parameters.keys() if path is None else str(path).rpartition(".")[2] == kind.__name__
-        if is_kind:
-            return load_from_checkpoint(kind, source.path, map_location="cpu", **arguments)
-    known = ", ".join(kind.__name__ for kind in _MODULES)
-    raise ValueError(
-        f"{source.name!r} is not a checkpoint of {known}, as far as its hyper-parameters say: build the model, and "
-        "give it as model and the checkpoint as weights."
-    )
 
 
 def load_weights(module: LightningModule, source: Source) -> None:

@@ -13,7 +13,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_embcompress.integrations.opening import load_weights, open_module, register_module_class
+from lightning_embcompress.integrations.checkpoint import load_from_checkpoint
+from lightning_embcompress.integrations.contents import read_contents
+from lightning_embcompress.integrations.opening import load_weights
 from lightning_embcompress.integrations.sources import Source, find_source
 from lightning_embcompress.methods.specs import plain
 from lightning_embcompress.modules.base import VocabularyModule
@@ -25,8 +27,11 @@ _Result = TypeVar("_Result")
 
 # Built again from what a checkpoint says. No other class: a file must not choose what code is run.
 _CLASSES: dict[str, type[VocabularyModule]] = {cls.__name__: cls for cls in (LSTMLanguageModel, HuggingFaceCausalLM)}
-register_module_class(LSTMLanguageModel, {"embedding_dim", "hidden_size", "tie_weights"})
-register_module_class(HuggingFaceCausalLM, {"pretrained", "config", "gradient_checkpointing"})
+OPENED: dict[type[LightningModule], tuple[set[str], dict[str, Any]]] = {
+    LSTMLanguageModel: ({"embedding_dim", "hidden_size", "tie_weights"}, {}),
+    HuggingFaceCausalLM: ({"pretrained", "config", "gradient_checkpointing"}, {}),
+}
+"""Classes whose checkpoints are opened, by hyper-parameters that no other class has; and those that are changed."""
 _NOT_RECORDED = ("optimizer", "lr_scheduler")
 # What a model of transformers notes of itself once it is built.
 _UPDATED = ("pretrained", "config")
@@ -128,7 +133,24 @@ def _read(source: Source, name: str) -> LightningModule:
             f"{name}={source.name!r} was written by save_compressed and does not say what kind of model it is: build"
             f" one as it was before compression, and give it as {name} and the directory as weights."
         )
-    opened = apart_from_recipe(lambda: open_module(source))
+    opened = apart_from_recipe(lambda: _read_checkpoint(source))
     inner = getattr(opened, "model", None)
     # A fine-tuning of a model: what was fine-tuned is meant, and not its teacher or its losses.
     return inner if isinstance(inner, LightningModule) else opened
+
+
+def _read_checkpoint(source: Source) -> LightningModule:
+    """Build the LightningModule of a checkpoint, and load it."""
+    found = read_contents(source).checkpoint.get("hyper_parameters")
+    hyper_parameters = found if isinstance(found, dict) else {}
+    # Lightning notes the name of a class for runs of the command line only.
+    path = hyper_parameters.get("_class_path")
+    for kind, (marks, changed) in OPENED.items():
+        is_kind = marks <= hyper_parameters.keys() if path is None else str(path).rpartition(".")[2] == kind.__name__
+        if is_kind:
+            return load_from_checkpoint(kind, source.path, map_location="cpu", **changed)
+    known = ", ".join(kind.__name__ for kind in OPENED)
+    raise ValueError(
+        f"{source.name!r} is not a checkpoint of {known}, as far as its hyper-parameters say: build the model, and "
+        "give it as model and the checkpoint as weights."
+    )

@@ -21,10 +21,9 @@ from lightning_embcompress.integrations.checkpoint import (
     restores_structure,
     write_record,
 )
-from lightning_embcompress.integrations.opening import register_module_class
 from lightning_embcompress.integrations.saved import save_compressed
 from lightning_embcompress.modules.base import LanguageModel, VocabularyModule
-from lightning_embcompress.modules.finetuning.architecture import architecture_of, build, open_model
+from lightning_embcompress.modules.finetuning.architecture import OPENED, architecture_of, build, open_model
 from lightning_embcompress.modules.finetuning.parts import Freeze, Parts, own_step, unfreeze, warn_of_frozen
 from lightning_embcompress.modules.finetuning.teacher import Teacher
 from lightning_embcompress.modules.finetuning.terms import Terms
@@ -340,8 +339,9 @@ class CompressedLanguageModel(VocabularyModule):
 
 
 # A part that was frozen there is trained again, unless it is to be frozen here too.
-register_module_class(
-    CompressedLanguageModel, {"architecture", "teacher_top_k"}, freeze=None, teacher_shares_backbone=False
+OPENED[CompressedLanguageModel] = (
+    {"architecture", "teacher_top_k"},
+    {"freeze": None, "teacher_shares_backbone": False},
 )
 
 
