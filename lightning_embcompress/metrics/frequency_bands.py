@@ -65,7 +65,6 @@ class PerplexityByFrequency(LikelihoodSums):
     Args:
         token_counts: Occurrences in the training text, shape ``[vocab_size]``.
         bands: Last rank of each band but the last one, increasing (:func:`band_of_tokens`).
-        ignore_index: Target value that is not scored.
         **kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -85,12 +84,11 @@ class PerplexityByFrequency(LikelihoodSums):
         self,
         token_counts: Tensor,
         bands: Sequence[int] = DEFAULT_BANDS,
-        ignore_index: int = IGNORE_INDEX,
         **kwargs: Any,
     ) -> None:
         """Start from zero, with every token in its band."""
         band, names = band_of_tokens(torch.as_tensor(token_counts), bands)
-        super().__init__(shape=(len(names),), ignore_index=ignore_index, **kwargs)
+        super().__init__(shape=(len(names),), **kwargs)
         self.names = names
         # Not in the checkpoint: it comes from the corpus, which is there whenever the metric is used.
         self.register_buffer("band_of_token", band, persistent=False)
@@ -101,14 +99,14 @@ class PerplexityByFrequency(LikelihoodSums):
 
         Args:
             logits: Unnormalised scores, floating point, shape ``[*, vocab_size]``.
-            targets: Ids of the true tokens, int64, shape ``[*]``.
+            targets: Ids of the true tokens, int64, shape ``[*]``; -100 is not scored.
 
         Raises:
             ValueError: If the shapes do not agree.
             TypeError: If a dtype is not the expected one.
         """
-        nll = token_negative_log_likelihood(logits, targets, self.ignore_index).detach().flatten()
-        scored = targets.flatten().ne(self.ignore_index)
+        nll = token_negative_log_likelihood(logits, targets).detach().flatten()
+        scored = targets.flatten().ne(IGNORE_INDEX)
         # Ignored tokens go to a band like any other, with weight zero: no boolean indexing, so no wait for the GPU.
         band = self.band_of_token[torch.where(scored, targets.flatten(), 0)].long()
         self.nll_sum.index_add_(0, band, nll.to(self.nll_sum.dtype))

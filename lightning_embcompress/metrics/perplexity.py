@@ -26,15 +26,14 @@ IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 2**24
 
 
-def token_negative_log_likelihood(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def token_negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the negative log-likelihood of every target token, in nats.
 
     Works in float32 (float64 for float64 logits) whatever the dtype of the logits, a chunk of tokens at a time.
 
     Args:
         logits: Unnormalised scores, floating point, shape ``[*, vocab_size]``.
-        targets: Ids of the true tokens, int64, shape ``[*]``.
-        ignore_index: Target value that is not scored.
+        targets: Ids of the true tokens, int64, shape ``[*]``; -100 is not scored.
 
     Returns:
         Negative log-likelihoods, shape ``[*]``, float32 or float64; zero at ignored targets.
@@ -62,7 +61,7 @@ def token_negative_log_likelihood(logits: Tensor, targets: Tensor, ignore_index:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not flat_targets.numel():
         return flat_logits.new_zeros(targets.shape, dtype=dtype)
-    scored = flat_targets.ne(ignore_index)
+    scored = flat_targets.ne(IGNORE_INDEX)
     ids = torch.where(scored, flat_targets, 0)
     tokens = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
     chunks = []
@@ -84,7 +83,6 @@ class LikelihoodSums(Metric):
 
     Args:
         shape: Shape of the sums; one number each for the plain perplexity.
-        ignore_index: Target value that is not scored.
         **kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
     """
 
@@ -94,10 +92,9 @@ class LikelihoodSums(Metric):
     nll_sum: Tensor
     count: Tensor
 
-    def __init__(self, shape: Sequence[int] = (), ignore_index: int = IGNORE_INDEX, **kwargs: Any) -> None:
+    def __init__(self, shape: Sequence[int] = (), **kwargs: Any) -> None:
         """Start from zero."""
         super().__init__(**kwargs)
-        self.ignore_index = ignore_index
         self.add_state("nll_sum", default=torch.zeros(tuple(shape), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros(tuple(shape), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -124,7 +121,6 @@ class Perplexity(LikelihoodSums):
     was computed already, so that an evaluation step reads the logits only once.
 
     Args:
-        ignore_index: Target value that is not scored.
         **kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -135,10 +131,6 @@ class Perplexity(LikelihoodSums):
         >>> metric.compute()
         tensor(2.0000, dtype=torch.float64)
     """
-
-    def __init__(self, ignore_index: int = IGNORE_INDEX, **kwargs: Any) -> None:
-        """Start from zero."""
-        super().__init__(ignore_index=ignore_index, **kwargs)
 
     @override
     def update(
@@ -153,7 +145,7 @@ class Perplexity(LikelihoodSums):
 
         Args:
             logits: Unnormalised scores, floating point, shape ``[*, vocab_size]``.
-            targets: Ids of the true tokens, int64, shape ``[*]``.
+            targets: Ids of the true tokens, int64, shape ``[*]``; -100 is not scored.
             nll_sum: Sum of the negative log-likelihoods in nats, a scalar.
             count: Number of the tokens in that sum, an integer scalar.
 
@@ -162,8 +154,8 @@ class Perplexity(LikelihoodSums):
             TypeError: If a dtype is not the expected one.
         """
         if logits is not None and targets is not None and nll_sum is None and count is None:
-            nll = token_negative_log_likelihood(logits, targets, self.ignore_index)
-            nll_sum, count = nll.sum(dtype=_accumulator(nll.device)), targets.ne(self.ignore_index).sum()
+            nll = token_negative_log_likelihood(logits, targets)
+            nll_sum, count = nll.sum(dtype=_accumulator(nll.device)), targets.ne(IGNORE_INDEX).sum()
         elif nll_sum is None or count is None or logits is not None or targets is not None:
             raise ValueError("Give either `logits` and `targets`, or `nll_sum` and `count`.")
         self.nll_sum += nll_sum.detach().to(self.nll_sum)
