@@ -186,6 +186,16 @@ def small_model(model_type: str, name: str, seed: int = 0) -> nn.Module:
     return kind(config).eval()
 
 
+def build(name: str, **given: Any) -> Any:
+    """A small model of a class, with changes of its configuration, in training mode."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    config = small_config(kind.config_class.model_type)
+    torch.manual_seed(0)
+    return kind(type(config)(**{**config.to_dict(), **given}))
+
+
 def inputs_of(model: Any, seed: int = 1) -> dict[str, Tensor]:
     """Two lines of eight tokens each, and of six for a decoder."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -20,51 +19,41 @@ from lightning_embcompress import compress, densify
 from lightning_embcompress.compression.plan import Plan, plan_of
 from lightning_embcompress.integrations.huggingface import aliases
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
+from small_models import VOCAB_SIZE, build
 from toys import compress_toy, gpt2
 
 _VOCAB = 300
-_IDS = torch.randint(3, _VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-_TOKENS = {"vocab_size": _VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_GPT2 = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
-_OPT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
-_LLAMA = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-_BART = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("layers", "attention_heads", "ffn_dim")}
-_BART |= {"d_model": 32, "scale_embedding": True}
-_GROUPED = _LLAMA | {"num_key_value_heads": 1}
-_BERT = _LLAMA | {"max_position_embeddings": 64}
-_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+_IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(1))
 
 _INPUT, _HEAD, _MODEL = "model.decoder.embed_tokens", "lm_head", "model.embed_tokens"
 _T5_TIES = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", _HEAD)
-# Class of the model, sizes, and paths of its tables while they are tied.
+# Class of the model, changes of its small configuration, and paths of its tables while they are tied.
 _FAMILIES: dict[str, tuple[str, dict[str, Any], list[tuple[str, ...]]]] = {
-    "gpt2": ("GPT2LMHeadModel", _GPT2, [("transformer.wte", _HEAD)]),
-    "gpt2 untied": ("GPT2LMHeadModel", _GPT2 | {"tie_word_embeddings": False}, [("transformer.wte",), (_HEAD,)]),
-    "gpt2 headless": ("GPT2Model", _GPT2, [("wte",)]),
-    "gpt2 of two heads": ("GPT2DoubleHeadsModel", _GPT2 | {"num_labels": 1}, [("transformer.wte", _HEAD)]),
-    "gpt-j with a head bias": ("GPTJForCausalLM", _GPT2 | {"rotary_dim": 8}, [("transformer.wte",), (_HEAD,)]),
-    "opt": ("OPTForCausalLM", _OPT | {"word_embed_proj_dim": 32}, [(_INPUT, _HEAD)]),
-    "opt projected": ("OPTForCausalLM", _OPT | {"word_embed_proj_dim": 16}, [(_INPUT, _HEAD)]),
-    "llama": ("LlamaForCausalLM", _LLAMA, [(_MODEL,), (_HEAD,)]),
-    "llama tied": ("LlamaForCausalLM", _LLAMA | {"tie_word_embeddings": True}, [(_MODEL, _HEAD)]),
-    "qwen2 tied": ("Qwen2ForCausalLM", _GROUPED | {"tie_word_embeddings": True}, [(_MODEL, _HEAD)]),
-    "gemma3 scaled": ("Gemma3ForCausalLM", _GROUPED | {"head_dim": 16}, [(_MODEL, _HEAD)]),
-    "bart scaled": ("BartForCausalLM", _BART, [(_INPUT, _HEAD)]),
+    "gpt2": ("GPT2LMHeadModel", {}, [("transformer.wte", _HEAD)]),
+    "gpt2 untied": ("GPT2LMHeadModel", {"tie_word_embeddings": False}, [("transformer.wte",), (_HEAD,)]),
+    "gpt2 headless": ("GPT2Model", {}, [("wte",)]),
+    "gpt2 of two heads": ("GPT2DoubleHeadsModel", {"num_labels": 1}, [("transformer.wte", _HEAD)]),
+    "gpt-j with a head bias": ("GPTJForCausalLM", {}, [("transformer.wte",), (_HEAD,)]),
+    "opt": ("OPTForCausalLM", {}, [(_INPUT, _HEAD)]),
+    "opt projected": ("OPTForCausalLM", {"word_embed_proj_dim": 16}, [(_INPUT, _HEAD)]),
+    "llama": ("LlamaForCausalLM", {}, [(_MODEL,), (_HEAD,)]),
+    "llama tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}, [(_MODEL, _HEAD)]),
+    "qwen2 tied": ("Qwen2ForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}, [(_MODEL, _HEAD)]),
+    "gemma3 scaled": ("Gemma3ForCausalLM", {"num_key_value_heads": 1}, [(_MODEL, _HEAD)]),
+    "bart scaled": ("BartForCausalLM", {"scale_embedding": True}, [(_INPUT, _HEAD)]),
     "bart encoder and decoder": (
         "BartForConditionalGeneration",
-        _BART,
+        {"scale_embedding": True},
         [("model.shared", "model.encoder.embed_tokens", _INPUT, _HEAD)],
     ),
-    "t5": ("T5ForConditionalGeneration", _T5, [_T5_TIES]),
-    "bert": ("BertForPreTraining", _BERT, [("bert.embeddings.word_embeddings", "cls.predictions.decoder")]),
+    "t5": ("T5ForConditionalGeneration", {}, [_T5_TIES]),
+    "bert": ("BertForPreTraining", {}, [("bert.embeddings.word_embeddings", "cls.predictions.decoder")]),
 }
 
 
 def _build(family: str, **given: Any) -> Any:
-    name, sizes, _ = _FAMILIES[family]
-    torch.manual_seed(0)
-    model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**{**_TOKENS, **sizes, **given}))
+    name, changes, _ = _FAMILIES[family]
+    model = build(name, **{**changes, **given})
     for name, parameter in model.named_parameters():
         # Otherwise biases are zero, and a lost one shows nowhere.
         if name.endswith("bias"):

@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from lightning_embcompress import convert_qat, densify, load_compressed, prepare_qat
 from lightning_embcompress.compression.plan import plan_of
-from small_models import VOCAB_SIZE, small_config, small_model
+from small_models import VOCAB_SIZE, build, small_model
 from toys import compress_toy
 
 # The classes that are saved, and more that are loaded.
@@ -43,10 +43,7 @@ def _memory_is_dirty() -> Iterator[None]:
 
 
 def _build(family: str, name: str, **given: Any) -> Any:
-    model_class = getattr(transformers, family + name)
-    config = small_config(model_class.config_class.model_type)
-    torch.manual_seed(0)
-    model = model_class(type(config)(**{**config.to_dict(), **given}))
+    model = build(family + name, **given)
     for parameter_name, parameter in model.named_parameters():
         # Otherwise biases are zero, and a lost one shows nowhere.
         if parameter_name.endswith("bias"):

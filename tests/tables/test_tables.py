@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_embcompress.compression.plan import compress, densify
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear
 from lightning_embcompress.methods.registry import LowRank
 from lightning_embcompress.tables.finding import Table, check_finite, find_tables
 from lightning_embcompress.tables.replacement import replace_table, restore_dense
+from small_models import build
 
 
 def _pair(vocab_size: int = 100, dim: int = 8) -> nn.ModuleDict:
@@ -240,17 +240,6 @@ def test_layers_that_are_not_compiled_any_more_are_named(
 
 @pytest.mark.parametrize(("tied", "pad", "constant"), [(True, 2, ()), (True, 0, (0,)), (False, 2, (2,))])
 def test_a_softmax_goes_on_to_train_the_end_token_that_pads(tied: bool, pad: int, constant: tuple[int, ...]) -> None:
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=pad,
-        tie_word_embeddings=tied,
-    )
-    tables = find_tables(LlamaForCausalLM(config))
+    tables = find_tables(build("LlamaForCausalLM", pad_token_id=pad, tie_word_embeddings=tied))
     assert tables[0].padding == constant
     assert all(not table.padding for table in tables[1:])
