@@ -3,7 +3,7 @@
 Every table is stored, read back, and put into the dense model, which is measured: what a way to store it loses is told
 apart from how it is computed with. Points are kept as soon as they are known; the same command goes on with them.
 
-    python tests/benchmarks/pretrained_figures.py measure MODEL FOLDER --statistics FILE
+    python tests/benchmarks/pretrained_figures.py measure MODEL FOLDER STATISTICS
     python tests/benchmarks/pretrained_figures.py table FOLDER
 """
 
