@@ -72,6 +72,7 @@ def measure(
     folder: Path,
     statistics: Path,
     data: Path = _DATA,
+    share: float = 1.0,
     threads: int = 2,
     stages: list[int] | None = None,
     others: bool = True,
@@ -83,6 +84,7 @@ def measure(
         folder: Where the points are kept.
         statistics: What errors cost, of other text of the first kind.
         data: Folder of the texts.
+        share: How much of the texts is measured, their first blocks.
         threads: Of torch.
         stages: Which methods to measure, by their numbers in `_STAGES`; all where none are given.
         others: Whether the formats of other programs are measured.
@@ -96,7 +98,8 @@ def measure(
         text = (data / file).read_text(encoding="utf-8")[:characters].replace(" <unk>", " unk")
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][:tokens]
         assert ids.numel() == tokens, f"{file}: {characters} characters are only {ids.numel()} tokens"
-        texts.append(_Text(name, ids.view(-1, _BLOCK), []))
+        blocks = ids.view(-1, _BLOCK)
+        texts.append(_Text(name, blocks[: max(1, round(share * len(blocks)))], []))
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     reader = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     found = Statistics.load(statistics)

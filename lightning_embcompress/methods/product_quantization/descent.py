@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.solver import (
     Groups,
+    Space,
     gather_rows,
     nearest,
     restricted_groups,
@@ -20,6 +22,45 @@ from lightning_embcompress.utils.division import deal
 
 # Parts of the rows that processes share: few, as their sums are exchanged for every subspace.
 _UNITS = 8
+# Numbers of rows that are encoded at a time: 4 MiB of float32 errors stay in a cache.
+_NUMBERS = 2**20
+# How often every subspace is encoded in turn for a codebook that is found: more changes little.
+_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What one subspace would best hold, with all others as they are.
+
+    Attributes:
+        space: Its columns.
+        toward: `M_ss⁻¹ M_s`, `[size, dim]`.
+    """
+
+    space: Space
+    toward: Tensor
+
+    @classmethod
+    def all_of(cls, dim: int, subspaces: int, metric: Metric, like: Tensor) -> list[_Turn]:
+        """Those of all subspaces, in a metric that is `usable`."""
+        turns = []
+        for space in subspaces_of(dim, subspaces, metric, like):
+            columns = space.columns
+            inverse = torch.linalg.inv(metric.matrix[columns, columns])
+            turns.append(cls(space, (inverse @ metric.matrix[columns]).to(like)))
+        return turns
+
+    def choose(self, errors: Tensor, codes: Tensor, groups: Groups, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and what the subspace would best hold, `[count]` and `[count, size]`.
+
+        Args:
+            errors: `[dim, count]`, what rows are above what is stored.
+            codes: `[count]` as they are.
+            groups: Positions of the rows by how many of the centroids they may use.
+            codebook: `[num_centroids, dim]`.
+        """
+        wanted = codebook[:, self.space.columns][codes.long()] + (self.toward @ errors).T
+        return nearest(self.space.times_root(wanted), groups, self.space.enter(codebook).contiguous())[0], wanted
 
 
 def descend(
@@ -64,9 +105,7 @@ def descend(
         advance(1.0)
         return
     vocab_size, dim = weight.shape
-    usual = usable(metric)
-    spaces = subspaces_of(dim, codes.shape[1], usual, codebook)
-    matrix = usual.matrix.to(codebook)
+    turns = _Turn.all_of(dim, codes.shape[1], usable(metric), codebook)
     weights = metric.weights.to(codebook)
     groups = groups or Groups([torch.arange(vocab_size, device=weight.device)], [codebook.shape[0]])
     runs = [run for run in torch.arange(vocab_size, device=weight.device).tensor_split(_UNITS) if run.numel()]
@@ -77,12 +116,8 @@ def descend(
 
     def turn(subspace: int, moves: bool) -> None:
         """Choose the codes of a subspace, and move its centroids."""
-        space = spaces[subspace]
-        columns = space.columns
-        inverse = torch.linalg.inv(usual.matrix[columns, columns]).to(codebook)
-        toward = (matrix[:, columns] @ inverse).T.contiguous()
+        columns = turns[subspace].space.columns
         centroids = codebook[:, columns].clone()
-        entered = space.enter(codebook).contiguous()
         sums = [torch.zeros(centroids.shape[0], centroids.shape[1] + 1, dtype=torch.float64) for _ in runs]
         chosen = [torch.empty(run.numel(), dtype=torch.int16, device=codes.device) for run in runs]
 
@@ -92,8 +127,7 @@ def descend(
             if error is None:
                 error = weight[rows].to(codebook.dtype) - gather_rows(codebook, codes[rows])
                 error = errors[unit] = error.T.contiguous()
-            wanted = centroids[codes[rows, subspace].long()] + (toward @ error).T
-            found, _ = nearest(space.times_root(wanted), own[unit], entered)
+            found, wanted = turns[subspace].choose(error, codes[rows, subspace], own[unit], codebook)
             chosen[unit].copy_(found)
             weighted = torch.cat([wanted, torch.ones_like(wanted[:, :1])], dim=1) * weights[rows].unsqueeze(1)
             added = torch.zeros_like(sums[unit], dtype=codebook.dtype, device=codebook.device)
@@ -110,7 +144,62 @@ def descend(
                 error[columns] += (centroids[codes[rows, subspace].long()] - codebook[:, columns][found.long()]).T
             codes[rows, subspace] = found
 
-    steps = (rounds + 1) * len(spaces)
+    steps = (rounds + 1) * len(turns)
     for step in range(steps):
-        turn(step % len(spaces), step < rounds * len(spaces))
+        turn(step % len(turns), step < rounds * len(turns))
         advance(1 / steps)
+
+
+def encode(
+    weight: Tensor,
+    codebook: Tensor,
+    subspaces: int,
+    groups: Groups,
+    metric: Metric | None = None,
+    advance: Callable[[float], None] = lambda _: None,
+) -> Tensor:
+    """Codes of rows for a codebook that stays what it is.
+
+    Without a metric they are those of the nearest centroids. With one, every subspace in turn makes up for the errors
+    that the others have left, as in `descend`. A few rows at a time: nothing of the table's size is kept but the codes.
+
+    Args:
+        weight: `[vocab_size, dim]` table.
+        codebook: `[num_centroids, dim]` centroids, float32 or float64.
+        subspaces: How many.
+        groups: Rows by how many of the centroids they may use.
+        metric: Of the table; its row weights do not matter.
+        advance: Called with shares of the work that add up to 1.
+
+    Returns:
+        `[vocab_size, subspaces]` codes, int16.
+
+    Example:
+        >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> encode(torch.tensor([[0.2, 0.9]]), codebook, 2, Groups([torch.arange(1)], [2]))
+        tensor([[0, 1]], dtype=torch.int16)
+    """
+    vocab_size, dim = weight.shape
+    codes = torch.empty(vocab_size, subspaces, dtype=torch.int16, device=weight.device)
+    turns = [] if metric is None else _Turn.all_of(dim, subspaces, usable(metric), codebook)
+    spaces = [turn.space for turn in turns] or subspaces_of(dim, subspaces, None, codebook)
+    entered = [space.enter(codebook).contiguous() for space in spaces]
+    runs = torch.arange(vocab_size, device=weight.device).split(max(1, _NUMBERS // dim))
+
+    def compute(unit: int) -> None:
+        rows = slice(int(runs[unit][0]), int(runs[unit][-1]) + 1)
+        own = restricted_groups(groups, runs[unit], vocab_size)
+        part, found = weight[rows].to(codebook.dtype), codes.new_empty(subspaces, runs[unit].numel())
+        for subspace, space in enumerate(spaces):
+            found[subspace] = nearest(space.enter(part), own, entered[subspace])[0]
+        errors = (part - gather_rows(codebook, found.T)).T.contiguous() if turns else part
+        for subspace, turn in [*enumerate(turns)] * _SWEEPS:
+            chosen, _ = turn.choose(errors, found[subspace], own, codebook)
+            centroids = codebook[:, turn.space.columns]
+            errors[turn.space.columns] += (centroids[found[subspace].long()] - centroids[chosen]).T
+            found[subspace] = chosen
+        codes[rows] = found.T
+
+    parts = [codes[int(run[0]) : int(run[-1]) + 1] for run in runs]
+    deal([[part] for part in parts], [float(run.numel()) for run in runs], compute, advance)
+    return codes

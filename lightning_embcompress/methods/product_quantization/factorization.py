@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,15 @@ from typing_extensions import Self
 
 from lightning_embcompress.methods.base import Problem, is_exporting
 from lightning_embcompress.methods.numerics.gram import row_weights
+from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
-from lightning_embcompress.methods.product_quantization.descent import descend
-from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
+from lightning_embcompress.methods.product_quantization.descent import descend, encode
+from lightning_embcompress.methods.product_quantization.solver import (
+    Groups,
+    Sample,
+    product_quantization,
+    subspace_sizes,
+)
 from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.sized import SizedFactorization, Sizes
@@ -277,19 +284,31 @@ class ProductQuantization(SizedFactorization[ProductQuantizationConfig]):
         groups = Groups([(~rare).nonzero().flatten()], [self.centroids])
         if self.rare_tokens:
             groups = Groups([*groups.rows, rare.nonzero().flatten()], [self.centroids, self.rare_centroids])
+        sample = Sample.of(weights, groups, self.centroids)
+        rows = weight if sample.rows.numel() == self.vocab_size else weight[sample.rows]
+        of_rows = None if metric is None else Metric(metric.matrix, sample.weights)
         rounds = 0 if metric is None else config.metric_rounds
+        # K-means takes about as long as three rounds; all rows are read three times.
+        parts = [3.0 * rows.shape[0], float(rounds * rows.shape[0]), 3.0 * (self.vocab_size - rows.shape[0])]
 
-        def part_done(share: float) -> None:
-            # K-means takes about as long as four rounds.
-            advance(share / (4 + rounds) * 4)
+        def advance_in(part: int) -> Callable[[float], None]:
+            return lambda share: advance(share * parts[part] / sum(parts))
 
         codebook, codes = product_quantization(
-            weight, weights, self.subspaces, self.centroids, groups, start, config.max_iterations, part_done, metric
+            rows,
+            sample.weights,
+            self.subspaces,
+            self.centroids,
+            sample.groups,
+            start,
+            config.max_iterations,
+            advance_in(0),
+            of_rows,
         )
-        if metric is not None and rounds:
-            descend(
-                weight, metric, codebook, codes, groups, rounds, lambda share: advance(share / (4 + rounds) * rounds)
-            )
+        if of_rows is not None and rounds:
+            descend(rows, of_rows, codebook, codes, sample.groups, rounds, advance_in(1))
+        if rows is not weight:
+            codes = encode(weight, codebook, self.subspaces, groups, metric if rounds else None, advance_in(2))
         self.codebook.copy_(codebook)
         self._keep(codes, rare)
 

@@ -61,9 +61,9 @@ def product_quantization(
     """Weighted k-means in every subspace of the columns (Jégou, Douze and Schmid 2011; for embeddings DPQ, MGQE).
 
     In subspace `s` it minimises `Σ_i q_i ‖w_is − C_s[k_is]‖²` by Lloyd's iteration, from k-means++ (Arthur and
-    Vassilvitskii 2007) or from centroids there are. It is trained on a sample of the rows, in which those of high
-    weight are sure to be, then takes one step with all of them. A subspace of one column is sorted, and trained on all
-    rows. Centroids without rows are moved to rows that have an error.
+    Vassilvitskii 2007) or from centroids there are, until the error has settled. A subspace of one column is sorted.
+    Centroids without rows are moved to rows that have an error. Of a large table it is called with a sample of the
+    rows, see `Sample`.
 
     With a metric it minimises `Σ_i q_i ‖(w_is − C_s[k_is]) M_ss^½‖²`, `M_ss` the block of the second moment that
     belongs to the columns of the subspace: k-means of the columns times its root, whose centroids are taken back by the
@@ -79,7 +79,7 @@ def product_quantization(
         num_centroids: Centroids of a subspace.
         groups: Rows by how many centroids they may use; None for all of them.
         start: `[num_centroids, dim]` codebook to start from; None for k-means++.
-        max_iterations: Most steps on the sample.
+        max_iterations: Most steps.
         advance: Called with shares of the work that add up to 1.
         metric: Whose second moment measures distances; None for plain ones.
 
@@ -98,14 +98,10 @@ def product_quantization(
     groups = groups or Groups([torch.arange(vocab_size, device=weight.device)], [num_centroids])
     codebook = torch.empty(num_centroids, dim, dtype=compute_dtype(weight.dtype), device=weight.device)
     codes = torch.empty(vocab_size, subspaces, dtype=torch.int16, device=weight.device)
-    generator = torch.Generator().manual_seed(0)
-    rows, priority = _sample(weights, _ROWS_PER_CENTROID * num_centroids, generator)
-    agree(rows, priority)
-    whole = _Sampled(groups, weights.to(codebook))
-    sample = _Sampled(restricted_groups(groups, rows, vocab_size), priority.to(codebook))
+    given = _Points(groups, weights.to(codebook))
     spaces = subspaces_of(dim, subspaces, None if metric is None else usable(metric), codebook)
     if start is None:
-        starts = _starting_codebook(weight, rows, sample, spaces, num_centroids, generator)
+        starts = _starting_codebook(weight, given, spaces, num_centroids, torch.Generator().manual_seed(0))
     else:
         starts = torch.cat([space.enter(start.to(codebook)) for space in spaces], dim=1)
 
@@ -114,11 +110,9 @@ def product_quantization(
         columns = space.columns
         points, centroids = space.enter(weight), starts[:, columns]
         if points.shape[1] == 1:
-            centroids = _sorted_lloyd(points[:, 0], whole, centroids[:, 0], 3 * max_iterations).unsqueeze(1)
+            centroids = _sorted_lloyd(points[:, 0], given, centroids[:, 0], 3 * max_iterations).unsqueeze(1)
         else:
-            centroids = _lloyd(points[rows], sample, centroids, max_iterations)
-            if rows.numel() < vocab_size:
-                centroids = _lloyd(points, whole, centroids, 1)
+            centroids = _lloyd(points, given, centroids, max_iterations)
         # Codes are those of the centroids as they are stored.
         codebook[:, columns] = space.leave(centroids).to(weight.dtype)
         codes[:, subspace] = nearest(points, groups, space.enter(codebook).contiguous())[0]
@@ -154,9 +148,9 @@ class Space:
         """Points `[count, size]` where distances are those of the metric."""
         return points if self.roots is None else points @ self.roots[0]
 
-    def enter(self, rows: Tensor, first: int = 0) -> Tensor:
-        """Columns of rows, `[count, size]`, times the root; the rows begin with column `first`."""
-        return self.times_root(rows[:, self.columns.start - first : self.columns.stop - first].to(self.dtype))
+    def enter(self, rows: Tensor) -> Tensor:
+        """Columns of rows, `[count, size]`, times the root."""
+        return self.times_root(rows[:, self.columns].to(self.dtype))
 
     def leave(self, points: Tensor) -> Tensor:
         """Points as columns, `[count, size]`."""
@@ -184,11 +178,39 @@ def gather_rows(codebook: Tensor, codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Sampled:
+class _Points:
     """Weighted points of k-means: groups of their positions, and their weights."""
 
     groups: Groups
     weights: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows that a codebook is trained on: how long that takes does not grow with the table.
+
+    Attributes:
+        rows: Their ids, ascending; those of high weight are sure to be among them.
+        weights: Of the rows, such that sums over any of them are right on average.
+        groups: The same rows by how many of the centroids they may use.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    groups: Groups
+
+    @classmethod
+    def of(cls, weights: Tensor, groups: Groups, num_centroids: int) -> Sample:
+        """Draw some rows for every centroid, the same in all processes.
+
+        Example:
+            >>> sample = Sample.of(torch.ones(1000), Groups([torch.arange(1000)], [4]), num_centroids=4)
+            >>> sample.rows.shape, round(float(sample.weights.sum()), -2)
+            (torch.Size([256]), 1000.0)
+        """
+        rows, drawn = _sample(weights, _ROWS_PER_CENTROID * num_centroids, torch.Generator().manual_seed(0))
+        agree(rows, drawn)
+        return cls(rows, drawn, restricted_groups(groups, rows, weights.numel()))
 
 
 def _sample(weights: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -218,16 +240,15 @@ def restricted_groups(groups: Groups, rows: Tensor, vocab_size: int) -> Groups:
 
 def _starting_codebook(
     weight: Tensor,
-    rows: Tensor,
-    sample: _Sampled,
+    given: _Points,
     spaces: Sequence[Space],
     num_centroids: int,
     generator: torch.Generator,
 ) -> Tensor:
     """K-means++ for a few subspaces of one size at a time: one by one, small steps would take longer than the work."""
-    starts = torch.empty(num_centroids, weight.shape[1], dtype=sample.weights.dtype, device=weight.device)
+    starts = torch.empty(num_centroids, weight.shape[1], dtype=given.weights.dtype, device=weight.device)
     sizes = subspace_sizes(weight.shape[1], len(spaces))
-    step = max(1, _POINTS // rows.numel())
+    step = max(1, _POINTS // weight.shape[0])
     subspace = 0
     units = []
     while subspace < len(spaces):
@@ -239,21 +260,20 @@ def _starting_codebook(
 
     def compute(unit: int) -> None:
         columns, some, drawn = units[unit]
-        sampled = weight[:, columns][rows]
-        points = torch.stack([space.enter(sampled, columns.start).T for space in some])
-        starts[:, columns] = _plus_plus(points, sample, drawn).flatten(0, 1).T
+        points = torch.stack([space.enter(weight).T for space in some])
+        starts[:, columns] = _plus_plus(points, given, drawn).flatten(0, 1).T
 
     # Subspaces of a unit have one size.
     deal([[starts[:, columns]] for columns, _, _ in units], [len(some) for _, some, _ in units], compute)
     return starts
 
 
-def _plus_plus(points: Tensor, sample: _Sampled, drawn: Tensor) -> Tensor:
+def _plus_plus(points: Tensor, given: _Points, drawn: Tensor) -> Tensor:
     """Starting centroids by k-means++: the next one is drawn by weight and squared distance to those there are.
 
     Args:
         points: `[subspaces, size, count]`; all subspaces go side by side.
-        sample: Their groups and weights. Centroids which a group may not use are drawn from the others.
+        given: Their groups and weights. Centroids which a group may not use are drawn from the others.
         drawn: `[subspaces, num_centroids]` numbers from 0 to 1.
 
     Returns:
@@ -262,12 +282,12 @@ def _plus_plus(points: Tensor, sample: _Sampled, drawn: Tensor) -> Tensor:
     _, size, count = points.shape
     squares = points.square().sum(dim=1)
     distances = torch.ones_like(squares)
-    weights = sample.weights
+    weights = given.weights
     centroids = []
     for index in range(drawn.shape[1]):
-        if index in sample.groups.limits:
+        if index in given.groups.limits:
             weights = weights.clone()
-            for rows, limit in zip(sample.groups.rows, sample.groups.limits, strict=True):
+            for rows, limit in zip(given.groups.rows, given.groups.limits, strict=True):
                 if limit <= index:
                     weights[rows] = 0
         total = (weights * distances).cumsum(1)
@@ -281,20 +301,20 @@ def _plus_plus(points: Tensor, sample: _Sampled, drawn: Tensor) -> Tensor:
     return torch.cat(centroids, dim=2)
 
 
-def _lloyd(points: Tensor, sample: _Sampled, centroids: Tensor, max_iterations: int) -> Tensor:
+def _lloyd(points: Tensor, given: _Points, centroids: Tensor, max_iterations: int) -> Tensor:
     """Lloyd's iteration: every point to its nearest centroid, every centroid to the mean of its points."""
     previous = torch.inf
     for _ in range(max_iterations):
-        codes, errors = nearest(points, sample.groups, centroids)
-        errors = errors * sample.weights
+        codes, errors = nearest(points, given.groups, centroids)
+        errors = errors * given.weights
         error = float(errors.sum())
         if not previous - error > _TOLERANCE * error:
             break
         previous = error
-        mass = torch.zeros_like(centroids[:, 0]).index_add_(0, codes, sample.weights)
-        sums = torch.zeros_like(centroids).index_add_(0, codes, points * sample.weights.unsqueeze(1))
+        mass = torch.zeros_like(centroids[:, 0]).index_add_(0, codes, given.weights)
+        sums = torch.zeros_like(centroids).index_add_(0, codes, points * given.weights.unsqueeze(1))
         centroids = torch.where(mass.unsqueeze(1) > 0, sums / mass.unsqueeze(1), centroids)
-        _reseed(points, errors, sample.groups, mass, centroids)
+        _reseed(points, errors, given.groups, mass, centroids)
     return centroids
 
 
@@ -336,12 +356,12 @@ def _nearest_of_sorted(points: Tensor, centroids: Tensor) -> Tensor:
     return order[torch.bucketize(points, (values[1:] + values[:-1]) / 2)]
 
 
-def _sorted_lloyd(points: Tensor, sample: _Sampled, centroids: Tensor, max_iterations: int) -> Tensor:
+def _sorted_lloyd(points: Tensor, given: _Points, centroids: Tensor, max_iterations: int) -> Tensor:
     """Lloyd's iteration of single numbers: cells are ranges of the sorted points, and their means come from sums.
 
     Args:
         points: `[count]`.
-        sample: Their groups and weights.
+        given: Their groups and weights.
         centroids: `[num_centroids]`.
         max_iterations: Most steps.
 
@@ -349,9 +369,9 @@ def _sorted_lloyd(points: Tensor, sample: _Sampled, centroids: Tensor, max_itera
         `[num_centroids]`.
     """
     runs = []
-    for rows, limit in zip(sample.groups.rows, sample.groups.limits, strict=True):
+    for rows, limit in zip(given.groups.rows, given.groups.limits, strict=True):
         values, order = points[rows].sort()
-        weights = sample.weights[rows][order].double()
+        weights = given.weights[rows][order].double()
         sums = [torch.nn.functional.pad(part.cumsum(0), (1, 0)) for part in (weights, weights * values)]
         runs.append((values, limit, sums[0], sums[1]))
     for _ in range(max_iterations):
@@ -365,8 +385,8 @@ def _sorted_lloyd(points: Tensor, sample: _Sampled, centroids: Tensor, max_itera
         moved = torch.where(mass > 0, total / mass, centroids.double()).to(centroids)
         if not bool((mass > 0).all()):
             column = moved.unsqueeze(1)
-            errors = nearest(points.unsqueeze(1), sample.groups, column)[1] * sample.weights
-            _reseed(points.unsqueeze(1), errors, sample.groups, mass, column)
+            errors = nearest(points.unsqueeze(1), given.groups, column)[1] * given.weights
+            _reseed(points.unsqueeze(1), errors, given.groups, mass, column)
             moved = column[:, 0]
         change = float((moved - centroids).abs().max())
         centroids = moved

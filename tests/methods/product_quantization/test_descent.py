@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.product_quantization.descent import descend
+from lightning_embcompress.methods.product_quantization import descent, solver
+from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
+from lightning_embcompress.methods.product_quantization.descent import descend, encode
+from lightning_embcompress.methods.product_quantization.factorization import ProductQuantization
 from lightning_embcompress.methods.product_quantization.solver import (
     Groups,
     gather_rows,
@@ -149,3 +152,31 @@ def test_no_change_of_one_code_lowers_the_loss() -> None:
             other = codes.clone()
             other[:, subspace] = code
             assert torch.all(losses(other) >= own - 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_codebook_of_a_sample_is_about_as_good(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, metric = normal(2000, 8, dtype=dtype), loss_metric(2000, 8)
+    monkeypatch.setattr(descent, "_NUMBERS", 2**12)
+    losses = []
+    for rows_per_centroid in (1000, 30):
+        monkeypatch.setattr(solver, "_ROWS_PER_CENTROID", rows_per_centroid)
+        config = ProductQuantizationConfig(bits=4)
+        found = ProductQuantization.decompose(table, 2000 * 2 + 1024, None, config, metric=metric)
+        losses.append(metric.loss(table, found.materialize()))
+    assert losses[1] < 1.2 * losses[0]
+
+
+def test_encoding_finds_what_descent_ends_with() -> None:
+    table, metric = normal(300, 6), loss_metric(300, 6)
+    rare = torch.arange(300) >= 200
+    groups = Groups([(~rare).nonzero().flatten(), rare.nonzero().flatten()], [16, 4])
+    codebook, codes = product_quantization(table, metric.weights, 3, 16, groups, metric=metric)
+    shares: list[float] = []
+    found = encode(table, codebook, 3, groups, metric, shares.append)
+    assert sum(shares) == pytest.approx(1)
+    assert int(found[rare].max()) < 4
+    assert metric.loss(table, gather_rows(codebook, found)) < 0.9 * metric.loss(table, gather_rows(codebook, codes))
+    # Each row alone gives the same.
+    one = Groups([torch.arange(0), torch.arange(1)], [16, 4])
+    assert torch.equal(encode(table[250:251], codebook, 3, one, metric), found[250:251])

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.product_quantization import solver
-from lightning_embcompress.methods.product_quantization.solver import Groups, product_quantization, subspace_sizes
+from lightning_embcompress.methods.product_quantization.descent import encode
+from lightning_embcompress.methods.product_quantization.solver import (
+    Groups,
+    Sample,
+    product_quantization,
+    subspace_sizes,
+)
 from toys import normal
 
 
@@ -156,8 +162,12 @@ def test_training_on_a_sample_is_about_as_good(subspaces: int, monkeypatch: pyte
     weight, weights = normal(3000, 4, dtype=torch.float32), _zipf(3000)
     whole = _error(weight, weights, product_quantization(weight, weights, subspaces, 16))
     monkeypatch.setattr(solver, "_ROWS_PER_CENTROID", 30)
-    found = product_quantization(weight, weights, subspaces, 16)
-    assert _error(weight, weights, found) <= 1.1 * whole
+    groups = Groups([torch.arange(3000)], [16])
+    sample = Sample.of(weights, groups, 16)
+    assert sample.rows.numel() == 480
+    codebook, _ = product_quantization(weight[sample.rows], sample.weights, subspaces, 16, sample.groups)
+    found = codebook, encode(weight, codebook, subspaces, groups)
+    assert _error(weight, weights, found) <= 1.15 * whole
     _check_nearest(weight, *found, 16)
 
 
@@ -178,9 +188,9 @@ def test_a_sample_has_the_heavy_rows_and_the_right_sums() -> None:
 
 def test_starting_centroids_are_different_rows() -> None:
     weight = normal(40, 6)
-    sample = solver._Sampled(Groups([torch.arange(40)], [40]), torch.ones(40).double())
+    points = solver._Points(Groups([torch.arange(40)], [40]), torch.ones(40).double())
     spaces = [solver.Space(columns, None, weight) for columns in (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))]
-    starts = solver._starting_codebook(weight, torch.arange(40), sample, spaces, 40, torch.Generator().manual_seed(0))
-    for part, points in zip(_parts(starts, 4), _parts(weight, 4), strict=True):
+    starts = solver._starting_codebook(weight, points, spaces, 40, torch.Generator().manual_seed(0))
+    for part, own in zip(_parts(starts, 4), _parts(weight, 4), strict=True):
         # Each row once, whatever the order.
-        assert torch.equal(part[part[:, 0].argsort()], points[points[:, 0].argsort()])
+        assert torch.equal(part[part[:, 0].argsort()], own[own[:, 0].argsort()])
