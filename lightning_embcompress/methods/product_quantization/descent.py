@@ -184,7 +184,7 @@ def encode(
     turns = [] if metric is None else _Turn.all_of(dim, subspaces, usable(metric), codebook)
     spaces = [turn.space for turn in turns] or subspaces_of(dim, subspaces, None, codebook)
     entered = [space.enter(codebook).contiguous() for space in spaces]
-    runs = torch.arange(vocab_size, device=weight.device).split(max(1, _NUMBERS // dim))
+    runs = torch.split(torch.arange(vocab_size, device=weight.device), max(1, _NUMBERS // dim))
 
     def compute(unit: int) -> None:
         rows = slice(int(runs[unit][0]), int(runs[unit][-1]) + 1)
