@@ -35,9 +35,8 @@ _TEXTS = (
     ("WikiText-2", "wikitext-2/valid.txt", 200_000, 16_384),
     ("lm1b", "lm1b/heldout-monolingual.tokenized.shuffled/news.en.heldout-dev", 100_000, 8_192),
 )
-# What has lost so many nats on the first quarter of a text is not measured on the rest: the error of the difference is
-# far below it.
-_LOST = 0.1
+# What has lost so many nats on the first quarter of a text, or on as many blocks, is not measured on the rest.
+_LOST, _FEWEST = 0.7, 4
 
 # Methods and sizes, in the order in which they are measured.
 _STAGES: tuple[tuple[Sequence[str], Sequence[float]], ...] = (
@@ -183,7 +182,8 @@ def _losses(model: Any, text: _Text) -> list[float]:
     """Mean loss of the blocks of a text; of the first quarter alone where it is far above the dense one."""
     found: list[float] = []
     for block in text.blocks:
-        if len(found) == len(text.blocks) // 4 and text.dense and _mean_change(found, text.dense) > _LOST:
+        quarter = max(_FEWEST, len(text.blocks) // 4)
+        if len(found) == quarter and text.dense and _mean_change(found, text.dense) > _LOST:
             break
         logits = model(input_ids=block[None], use_cache=False).logits[0, :-1]
         found.append(float(token_negative_log_likelihood(logits, block[1:]).double().mean()))
