@@ -100,21 +100,23 @@ def measure(
         blocks = ids.view(-1, _BLOCK)
         texts.append(_Text(name, blocks[: max(1, round(share * len(blocks)))], []))
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    reader = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     found = Statistics.load(statistics)
     if (folder / SWEEP_FILE).is_file():
         losses = _points(folder)[0].losses
         texts = [_Text(text.name, text.blocks, losses[text.name]) for text in texts]
 
     def evaluate(smaller: nn.Module) -> Measured:
-        (target,) = find_tables(reader)
+        (own,) = find_tables(dense)
         with torch.no_grad():
-            target.weight.copy_(_table_of(smaller))
-        losses = {}
+            before = own.weight.clone()
+            own.weight.copy_(_table_of(smaller))
+        try:
+            losses = {text.name: _losses(dense, text) for text in texts}
+        finally:
+            with torch.no_grad():
+                own.weight.copy_(before)
         for text in texts:
-            losses[text.name] = _losses(reader, text)
-            if not text.dense:
-                text.dense = losses[text.name]
+            text.dense = text.dense or losses[text.name]
         values = [math.exp(_mean_change(losses[text.name], text.dense) + _mean(text.dense)) for text in texts]
         return Measured(values[0], {text.name: value for text, value in zip(texts, values, strict=True)}, losses)
 

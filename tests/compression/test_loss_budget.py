@@ -182,7 +182,7 @@ def test_automatic_method_takes_the_least_predicted_loss(trained: dict[str, Any]
         found = compress(other, method, ratio=8, statistics=statistics).predicted_loss
         # Those with floats share the budget otherwise.
         assert least <= 1.1 * (found or 0.0)
-    assert all(table.method in ("transform_coding", "product_quantization", "shared_basis") for table in plan.tables)
+    assert all(table.method in ("transform_coding", "shared_basis") for table in plan.tables)
 
 
 def test_tied_tables_are_untied_only_if_that_loses_less(trained: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
 from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
 from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 
@@ -23,5 +22,9 @@ class AutomaticConfig(MethodConfig):
 
     @property
     def candidates(self) -> tuple[MethodConfig, ...]:
-        """Methods that predict the loss, the one that is mostly the best first."""
-        return TransformCodingConfig(), SharedBasisConfig(), ProductQuantizationConfig()
+        """Methods that can lose the least, the one that is mostly the best first.
+
+        Product quantization predicts the loss too, but without a transform it pays for every column alike: on trained
+        tables it was never the best at any size (`docs/figures.md`), and takes the longest.
+        """
+        return TransformCodingConfig(), SharedBasisConfig()
