@@ -37,6 +37,8 @@ _TEXTS = (
 )
 # What has lost so many nats on the first quarter of a text, or on as many blocks, is not measured on the rest.
 _LOST, _FEWEST = 0.7, 4
+# Above so many nats only the order of magnitude is told.
+_RUINED = 1.0
 
 # Methods and sizes, in the order in which they are measured.
 _STAGES: tuple[tuple[Sequence[str], Sequence[float]], ...] = (
@@ -139,30 +141,35 @@ def measure(
 
 
 def table(folder: Path) -> None:
-    """Print all points as a table of Markdown.
+    """Print all points as a table of Markdown, against the dense model by blocks.
 
     Args:
         folder: Where the points are.
     """
-    points = _points(folder)
+    points = [point for point in _points(folder) if point.losses]
     dense = points[0]
-    names = list(dense.losses)
-    print("| table | bits per weight | of bfloat16 | " + " | ".join(names) + " | nats | predicted | seconds |")
-    print("|---|---" + "|---" * (len(names) + 4) + "|")
+    print("| stored as | bits per weight | " + " | ".join(dense.losses) + " | nats | predicted |")
+    print("|---" * (len(dense.losses) + 4) + "|")
     for point in sorted(points, key=lambda one: (-(one.bits_per_weight or 0), one.perplexity or math.inf)):
-        if point.bits_per_weight is None:
-            continue
-        cells = [point.method, f"{point.bits_per_weight:.2f}", f"{16 / point.bits_per_weight:.1f}x"]
-        for name in names:
-            change, error = point.change(dense, name)
-            few = "" if len(point.losses[name]) == len(dense.losses[name]) else "*"
-            value = f"{math.exp(change + _mean(dense.losses[name])):.2f}{few}"
-            cells.append(value if point is dense else f"{value} ({math.expm1(change):+.1%} ± {error:.1%})")
-        change, error = point.change(dense, names[0])
-        cells.append("" if point is dense else f"{change:+.4f} ± {error:.4f}")
-        cells.append("" if point.predicted_loss is None else f"{point.predicted_loss:.4f}")
-        cells.append("" if point.seconds is None else f"{point.seconds:.0f}")
+        changes = {name: point.change(dense, name) for name in dense.losses}
+        cells = [point.method, f"{point.bits_per_weight:.2f}"]
+        cells += [_shown(point, dense, name, *change) for name, change in changes.items()]
+        change, error = next(iter(changes.values()))
+        cells.append("" if point is dense else f"{change:+.4f} ± {error:.4f}" if change < _RUINED else f"{change:+.1f}")
+        cells.append("" if point is dense or point.predicted_loss is None else f"{point.predicted_loss:.4f}")
         print(f"| {' | '.join(cells)} |")
+
+
+def _shown(point: Point, dense: Point, text: str, change: float, error: float) -> str:
+    """Perplexity on a text, and how much that is above the dense one; a star where only its beginning was measured."""
+    few = "" if len(point.losses[text]) == len(dense.losses[text]) else "*"
+    value = math.exp(_mean(dense.losses[text]) + change)
+    if point is dense:
+        return f"{value:,.2f}"
+    if change > _RUINED:
+        return f"{float(f'{value:.2g}'):,.0f}{few}"
+    sure = "" if math.isnan(error) else f" ± {100 * error:.1f}"
+    return f"{value:,.2f}{few} ({100 * math.expm1(change):+,.1f}{sure} %)"
 
 
 def _points(folder: Path) -> list[Point]:
