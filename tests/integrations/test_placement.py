@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import backend_registration
 
 from lightning_embcompress import compress
 from lightning_embcompress.calibration.statistics import collect_statistics
@@ -73,3 +78,17 @@ def test_what_a_model_needs_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
     assert Placement(model, device, workspace=1).is_larger
     with pytest.raises(ValueError, match="Linear does not name its blocks"):
         Placement(nn.Linear(100, 100), device, workspace=size)
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this version of torch has no backends in Python",
+)
+def test_nothing_is_mixed_with_tensors_of_another_device() -> None:
+    worker, tests = Path(__file__).parent / "workers" / "another_device.py", Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    done = subprocess.run(
+        [sys.executable, str(worker)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("done\n")
