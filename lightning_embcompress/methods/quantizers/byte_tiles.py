@@ -37,6 +37,18 @@ def is_few(states: int) -> bool:
     return states <= _FEW_STATES and has_bags()
 
 
+def product_dtype(states: int, dtype: torch.dtype) -> torch.dtype:
+    """What so many states of a dtype are multiplied in: bfloat16 as it is where that is fast, all others float32."""
+    return dtype if dtype == torch.bfloat16 and not is_few(states) and _multiplies_bfloat16() else torch.float32
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
 @cache
 def _items(bits: int) -> Tensor:
     """The first `2^bits` numbers: all tiles of all matrices are read from one."""
@@ -139,9 +151,9 @@ class ByteTiles:
         """The numbers of a run of rows, `[n, components]` int16."""
         numbers = self.data.new_empty(rows.stop - rows.start, self.shape.components, dtype=torch.int16)
         for tile, columns, own in self.pieces(rows):
-            upper, lower = self._bytes(tile, columns)
-            numbers[own] = 256 * (upper.T.to(torch.int16) - _ZERO)
-            numbers[own, : self.shape.lower] += lower.T.to(torch.int16) - _ZERO
+            found = self.data[tile, :, columns].T.to(torch.int16) - _ZERO
+            numbers[own] = 256 * found[:, : self.shape.components]
+            numbers[own, : self.shape.lower] += found[:, self.shape.components :]
         return numbers
 
     def rows(self, places: Tensor) -> Tensor:
@@ -172,10 +184,11 @@ class ByteTiles:
         """Products of states with a run of rows.
 
         Args:
-            states: `[m, components]` float32.
-            shift: `[m, 1]` float32, what is added to them.
+            states: `[m, components]` in their `product_dtype`.
+            shift: `[m, 1]` in that dtype, what is added to them.
             start: The first row.
-            out: `[m, n]` float32, where they are written; None for the products with all rows from the first one on.
+            out: `[m, n]` in that dtype, where they are written; None for the products with all rows from the first
+                one on.
 
         Returns:
             `[m, n]`.
@@ -191,17 +204,18 @@ class ByteTiles:
             for place, weights in enumerate(self.weights(states)):
                 torch.add(self.bag_sums(weights, tiles)[own], shift[place], out=out[place])
             return out
-        constant = shift - _ZERO * (states.sum(1, True) + _LOWER * states[:, : self.shape.lower].sum(1, True))
-        buffer = states.new_empty(self.shape.components, self.shape.width)
+        components, lower = self.shape.components, self.shape.lower
+        # A number of two bytes is exact in float32, but not in bfloat16.
+        adds_bytes = states.dtype == torch.float32
+        if lower and not adds_bytes:
+            states = torch.cat([states, states[:, :lower] * _LOWER], dim=1)
+        buffer = states.new_empty(components + lower, self.shape.width)
         for tile, columns, own in self.pieces(rows):
-            upper, lower = self._bytes(tile, columns)
-            numbers = buffer[:, : upper.shape[1]].copy_(upper)
-            if self.shape.lower:
-                numbers[: self.shape.lower].add_(lower, alpha=_LOWER)
-            torch.addmm(constant, states, numbers, out=out[:, own])
+            # Without their highest bit as it is, bytes from 0 to 255 are those from -128 to 127.
+            found = (self.data[tile, :, columns] ^ _ZERO).view(torch.int8)
+            numbers = buffer[:, : found.shape[1]].copy_(found)
+            if lower and adds_bytes:
+                numbers[:lower].add_(numbers[components:], alpha=_LOWER)
+                numbers = numbers[:components]
+            torch.addmm(shift, states, numbers, out=out[:, own])
         return out
-
-    def _bytes(self, tile: int, columns: slice) -> tuple[Tensor, Tensor]:
-        """Upper and lower bytes, `[components, n]` and `[lower, n]`."""
-        found = self.data[tile, :, columns]
-        return found[: self.shape.components], found[self.shape.components :]

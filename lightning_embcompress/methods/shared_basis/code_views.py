@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles, is_few
+from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles, is_few, product_dtype
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,15 @@ class LaidOut:
         return cls(data, blocks, units, torch.cat(kept), torch.cat(factors), rows.cumsum(0))
 
     def logits(self, reduced: Tensor, constant: Tensor) -> Tensor:
-        """`[m, vocab_size]` float32 in block order, of `[m, rank]` states in the basis and `[m, blocks]` constants."""
-        sizes = [one.shape.rows for one in self.blocks]
-        logits = reduced.new_empty(len(reduced), sum(sizes))
+        """`[m, vocab_size]` in block order, of `[m, rank]` states in the basis and `[m, blocks]` constants."""
+        sizes, dtype = [one.shape.rows for one in self.blocks], reduced.dtype
+        wide = product_dtype(len(reduced), dtype)
+        logits, constant = reduced.new_empty(len(reduced), sum(sizes), dtype=wide), constant.to(wide)
         if not is_few(len(reduced)):
             parts = zip(torch.split(logits, sizes, 1), torch.split(constant, 1, 1), strict=True)
             for tiles, units, (part, shift) in zip(self.blocks, self.units, parts, strict=True):
-                tiles.product(reduced[:, : len(units)] * units, shift, out=part)
-            return logits
+                tiles.product((reduced[:, : len(units)] * units).to(wide), shift, out=part)
+            return logits.to(dtype)
         # The same for all blocks at once as far as it can be: of one state, calls take as long as products.
         lengths = [one.data.shape[1] for one in self.blocks]
         weights = reduced.index_select(1, self.components) * self.factors
@@ -98,7 +99,7 @@ class LaidOut:
         ]
         for found, of_blocks in zip(logits, zip(*sums, strict=True), strict=True):
             torch.cat(of_blocks, out=found)
-        return logits.add_(shift)
+        return logits.add_(shift).to(dtype)
 
     def coefficients(self, positions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """`[n, rank]` coefficients of `[n]` ascending positions of rows, and the `[n]` blocks that they are in."""
@@ -132,8 +133,10 @@ def byte_tile(
 
     def logits_of(start: int, stop: int) -> Callable[[Tensor, Tensor], Tensor]:
         def logits(reduced: Tensor, shift: Tensor) -> Tensor:
-            states, out = reduced.float()[:, : len(units)] * units, units.new_empty(len(reduced), stop - start)
-            return tiles.product(states, shift.float(), start, out).to(dtype)
+            wide = product_dtype(len(reduced), dtype)
+            out = reduced.new_empty(len(reduced), stop - start, dtype=wide)
+            states = (reduced[:, : len(units)] * units).to(wide)
+            return tiles.product(states, shift.to(wide), start, out).to(dtype)
 
         return logits
 

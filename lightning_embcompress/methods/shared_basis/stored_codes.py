@@ -270,8 +270,7 @@ class StoredCodes(RowBlocks[ConfigT]):
     def _byte_logits(self, hidden: Tensor, laid: LaidOut) -> Tensor:
         frame, states = self._frame(), hidden.reshape(-1, self.dim)
         reduced, constant = F.linear(states, frame.basis), F.linear(states, frame.means)
-        logits = laid.logits(reduced.float(), constant.float()).to(reduced.dtype)
-        return logits.view(*hidden.shape[:-1], self.vocab_size)
+        return laid.logits(reduced, constant).view(*hidden.shape[:-1], self.vocab_size)
 
     def _lay(self, levels: ByteLevels, flat: Tensor | None = None) -> LaidOut:
         """Bytes of all blocks: those there are, or made of the codes."""

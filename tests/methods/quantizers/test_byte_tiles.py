@@ -51,3 +51,13 @@ def test_numbers_are_read_back_wherever_they_begin(shape: tuple[int, int, int]) 
     for start in range(0, shape[0], 100):
         again.write(slice(start, min(start + 100, shape[0])), numbers[start : start + 100])
     assert torch.equal(again.data, tiles.data)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_in_bfloat16_round_states_alone(shape: tuple[int, int, int]) -> None:
+    tiles, numbers = _tiles(*shape)
+    hidden, shift = torch.randn(9, shape[1]).bfloat16(), torch.randn(9, 1).bfloat16()
+    exact = hidden.double() @ (numbers.double() / 256).T
+    found = tiles.product(hidden, shift)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact + shift.double(), rtol=0.02, atol=0.01 * (1 + shape[1]))
