@@ -48,15 +48,20 @@ class Times(Callback):
         return float(steps.median())
 
 
-def _step(folder: Path, *callbacks: Callback) -> float:
-    times = Times()
+def _fit(folder: Path, *callbacks: Callback) -> Trainer:
     trainer = Trainer(
         accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[*callbacks, times],
+        enable_model_summary=False, callbacks=list(callbacks),
         default_root_dir=folder,
     )  # fmt: skip
     ids = torch.randint(VOCAB_SIZE, (STEPS * 4, 17), generator=torch.Generator().manual_seed(0))
     trainer.fit(Model(), DataLoader(TensorDataset(ids), 4))
+    return trainer
+
+
+def _step(folder: Path, *callbacks: Callback) -> float:
+    times = Times()
+    _fit(folder, *callbacks, times)
     return times.median()
 
 
@@ -72,7 +77,8 @@ def test_steps_in_which_nothing_is_due(benchmark, tmp_path: Path) -> None:
         beside, alone = min(beside, compressing()), min(alone, _step(tmp_path))
     # Below what two runs differ by: the hook that runs in every step, alone.
     callback, calls = EmbeddingCompression("low_rank", ratio=4, at_epoch=2), 100_000
-    trainer, module = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), Model()
+    trainer = _fit(tmp_path, callback)
+    module = trainer.lightning_module
     start = time.perf_counter()
     for _ in range(calls):
         callback.on_train_batch_start(trainer, module, None, 1)
