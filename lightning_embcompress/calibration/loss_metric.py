@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.layers.compressed import CompressedLinear
-from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
+from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies, weigh_unseen
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.tables.finding import Table
 
@@ -19,47 +20,71 @@ from lightning_embcompress.tables.finding import Table
 _SEEN = 1000
 
 
-def metric_of(model: nn.Module, table: Table, statistics: Statistics, token_counts: Tensor | None = None) -> Metric:
+def metric_of(
+    model: nn.Module,
+    table: Table,
+    statistics: Statistics,
+    token_counts: Tensor | None = None,
+    unseen_weight: float | None = None,
+) -> Metric:
     """What an error in a table costs, for all the ways in which it is read.
 
-    An embedding adds `E[g gᵀ]`, a head `E[h hᵀ]`; a tied table has both. Of a head with a bias it is the covariance:
-    `corrections_of` make up for the rest. Rows count by their smoothed frequency. Those of a table that is only a
-    head count less the surer the model is of them: the Fisher information of a logit is `p (1 − p)`, not `p`. Those of
-    one that is only an embedding count by how large the gradients of tokens of their frequency are, too.
+    An embedding adds `E[g gᵀ]`, and its rows are expected to count by their frequency `f_i` (`smoothed_frequencies`)
+    times how large the gradients of tokens of about that frequency are. A head adds `E[h hᵀ]`; of one with a bias it is
+    the covariance, as `corrections_of` make up for the rest. Its rows are expected to count by the Fisher information
+    of a logit, `E[p_i (1 − p_i)]`, with `p_i` the probability that the model predicts: models predict far more of the
+    tokens that a text lacks than its counts let expect, and lose as much by their errors. A token that was counted more
+    often than it is predicted has `f_i` for `p_i`.
+
+    A table that is read in several ways has `M = Σ_r m_r M_r`, `m_r` the sum of the weights of way `r`, and
+    `q_i = Σ_r s_r q_ri / m_r`, where `s_r = m_r tr(M⁻¹ M_r) / d` is its part of the loss if all directions lose the
+    same.
+
+    Other texts lack others of the tokens. So those that were not counted, of which `u` of 1 is expected (or what
+    follows from the counts, if that is more), have half of it in equal parts; and where rows are approximated they
+    weigh twice as much as is expected, `2 u / (1 + u)`: as much again for text of other kinds. What is predicted is of
+    text like that of the statistics.
 
     Args:
         model: The model.
         table: One of its tables, dense or compressed.
         statistics: Of the model.
         token_counts: `[vocab_size]` counts by which rows count; None for those of the statistics.
+        unseen_weight: What the rows of tokens that were not counted weigh together where rows are approximated, above
+            0 and below 1; None for twice what is expected.
 
     Raises:
         ValueError: If the statistics are of another model or vocabulary.
     """
     statistics.check([table])
-    total = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
     counts = statistics.counts_of(table.modules)
-    weights = smoothed_frequencies(counts if token_counts is None else token_counts)
-    heads = [path for path in table.modules if path in statistics.hidden]
-    for path in heads:
-        total += statistics.hidden[path]
+    weighed = counts if token_counts is None else token_counts
+    frequencies, is_unseen = smoothed_frequencies(weighed), weighed == 0
+    ways = []
+    for path in (path for path in table.modules if path in statistics.hidden):
+        moment = statistics.hidden[path]
         if bias_of(model, path) is not None:
             mean = statistics.hidden_mean[path]
-            total -= torch.outer(mean, mean)
-    embeddings = [path for path in table.modules if path in statistics.gradients]
-    for path in embeddings:
-        total += statistics.gradients[path]
-    if not embeddings and len(heads) == 1 and heads[0] in statistics.squared_probabilities:
-        weights = weights * _doubts(statistics, heads[0])
-    if not heads and len(embeddings) == 1 and embeddings[0] in statistics.gradient_energies:
-        weights = weights * _relative_energies(statistics, counts, embeddings[0])
-    metric = Metric(total, weights)
+            moment = moment - torch.outer(mean, mean)
+        ways.append((moment, _information(statistics, path, frequencies, is_unseen)))
+    for path in (path for path in table.modules if path in statistics.gradients):
+        ways.append((statistics.gradients[path], frequencies * _relative_energies(statistics, counts, path)))
+    moments = torch.stack([float(weights.sum()) * moment for moment, weights in ways])
+    metric = Metric(moments.sum(dim=0), torch.zeros_like(frequencies))
     if metric.floored:
         rank_zero_info(
             f"The moments of table {table.name!r} have {metric.floored} of {table.shape[1]} eigenvalues that are too "
             "small or negative; they are raised to a floor. More batches of statistics see more directions."
         )
-    return metric
+    shares = (metric.inverse_root @ metric.inverse_root * moments).sum(dim=(1, 2)).clamp(min=1e-300)
+    for share, (_, weights) in zip((shares / shares.sum()).tolist(), ways, strict=True):
+        metric.weights.add_(weights, alpha=share / float(weights.sum()))
+    unseen = float(torch.maximum(metric.weights[is_unseen].sum(), frequencies[is_unseen].sum()))
+    metric.weights[is_unseen] += unseen / max(1, int(is_unseen.sum()))
+    metric.weights.div_(metric.weights.sum())
+    expected = weigh_unseen(metric.weights, is_unseen, unseen)
+    metric.weights.copy_(weigh_unseen(metric.weights, is_unseen, unseen_weight))
+    return replace(metric, expected=expected)
 
 
 def bias_of(model: nn.Module, path: str) -> Tensor | None:
@@ -68,14 +93,22 @@ def bias_of(model: nn.Module, path: str) -> Tensor | None:
     return module.bias if isinstance(module, nn.Linear | CompressedLinear) else None
 
 
-def _doubts(statistics: Statistics, path: str) -> Tensor:
-    """`E[p (1 − p)] / E[p]` of every token: 1 for one that is never likely."""
-    mean, square = statistics.probabilities[path], statistics.squared_probabilities[path]
-    return ((mean - square) / mean.clamp(min=1e-300)).clamp(0.05, 1.0)
+def _information(statistics: Statistics, path: str, frequencies: Tensor, is_unseen: Tensor) -> Tensor:
+    """Fisher information of the logits of a head, `E[p_i (1 − p_i)]`; of one whose logits are not known, `f_i`."""
+    if path not in statistics.probabilities:
+        return frequencies
+    predicted = statistics.probabilities[path]
+    mean = torch.where(is_unseen, predicted, torch.maximum(predicted, frequencies))
+    mean /= mean.sum()
+    if path not in statistics.squared_probabilities:
+        return mean
+    return mean * (1 - statistics.squared_probabilities[path] / predicted.clamp(min=1e-300)).clamp(0.05, 1.0)
 
 
 def _relative_energies(statistics: Statistics, token_counts: Tensor, path: str) -> Tensor:
     """Mean squared gradient of tokens of about the same frequency, over that of all; 1 where none was seen."""
+    if path not in statistics.gradient_energies:
+        return torch.ones(len(token_counts), dtype=torch.float64)
     counts, energies = token_counts.double(), statistics.gradient_energies[path]
     # The statistics are often of a part of the text that was counted.
     seen = counts * (statistics.num_targets / max(1.0, float(counts.sum())))

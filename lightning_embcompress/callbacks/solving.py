@@ -24,7 +24,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.evaluation import validation_perplexity
 from lightning_embcompress.callbacks.replacing import replace_in_training, uninterrupted
@@ -208,12 +207,11 @@ def solve_again(
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             own_counts = counts[table.name] if isinstance(counts, Mapping) else counts
-            metric = None if statistics is None else metric_of(module, table, statistics, own_counts)
+            task = Task(table, config, entry["max_bytes"], entry["untied"], None, own_counts)
+            task = task if statistics is None else task.weighed(module, statistics)
             table = replace(table, weight=table.weight.to(own.device))
             # A copy: the model changes when all tables are solved and their residuals are on the disk.
-            tasks.append(
-                Task(table, config, entry["max_bytes"], entry["untied"], metric, own_counts, start=deepcopy(own))
-            )
+            tasks.append(replace(task, table=table, start=deepcopy(own)))
         solved = []
         found = solve(tasks, together=True).factors
         for entry, own, task, factors in zip(entries, owned, tasks, found, strict=True):

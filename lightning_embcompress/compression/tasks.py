@@ -16,7 +16,7 @@ from lightning_embcompress.calibration.special_tokens import KeepRows, protected
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.layers.bags import AnyEmbedding
-from lightning_embcompress.methods.config import WIDTHS, MethodConfig
+from lightning_embcompress.methods.config import WIDTHS, MethodConfig, MetricConfig
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rate_allocation import RateCurve, allocate
@@ -87,6 +87,16 @@ class Task:
     def trains(self) -> bool:
         """Whether the factors are to be trained."""
         return (self.table.weight if self.start is None else next(self.start.parameters())).requires_grad
+
+    def weighed(self, model: nn.Module, statistics: Statistics) -> Task:
+        """The task with the metric of the loss.
+
+        Raises:
+            ValueError: If the statistics are of another model or vocabulary.
+        """
+        unseen_weight = self.config.unseen_weight if isinstance(self.config, MetricConfig) else None
+        metric = metric_of(model, self.table, statistics, self.token_counts, unseen_weight)
+        return replace(self, metric=metric)
 
     def solve(self) -> Factorization[Any]:
         """Find the factors, with a progress bar: of several candidates those of the least predicted loss."""
@@ -261,6 +271,8 @@ def plan(
             f"method={config.method!r} minimises what the loss grows by, and has to know what errors cost: give "
             "statistics=collect_statistics(model, batches), or name one method"
         )
+    if statistics is None and not is_preview:
+        _check_unseen_weight(config)
     found = find_tables(model, tables)
     ways: tuple[Tie, ...] = ("keep", "untie") if tie == "auto" and statistics is not None else (tie,)
     tasks = Tasks(_sized(model, found, config, budget, ways[0]), statistics)
@@ -279,10 +291,7 @@ def plan(
     is_searched = budget is not None and budget.is_searched
     # Nothing is shared where the config says how large each is, or one table has it all.
     if not is_searched and (config.fixes_size or (len(tasks) == 1 and len(ways) == 1)):
-        known = tuple(
-            replace(task, metric=metric_of(model, task.table, statistics, task.token_counts)) for task in tasks
-        )
-        return replace(tasks, tables=known)
+        return replace(tasks, tables=tuple(task.weighed(model, statistics) for task in tasks))
     best = share(model, tasks, statistics)
     if len(ways) > 1:
         untied = _sized(model, found, config, budget, "untie")
@@ -300,15 +309,15 @@ def share(model: nn.Module, tasks: Tasks, statistics: Statistics) -> Tasks:
     """
     known, curves, fixed = [], [], []
     with progress_bar("Sharing the budget", total=float(len(tasks))) as advance:
-        for task in tasks:
+        for task in (one.weighed(model, statistics) for one in tasks):
             vocab_size, dim = task.table.shape
             blocks = min(_GROUPS, vocab_size)
             # Of floats only ranks are to be decided, not bits.
             widths = () if task.config.keeps_floats else WIDTHS
             bits, always = bit_budget(vocab_size, dim, task.table.weight.element_size(), 0, widths)
-            metric = metric_of(model, task.table, statistics, task.token_counts)
-            known.append(replace(task, metric=metric))
-            curves.append(rate_curve(task.table.weight.detach(), metric, bits, blocks))
+            assert task.metric is not None
+            known.append(task)
+            curves.append(rate_curve(task.table.weight.detach(), task.metric, bits, blocks))
             fixed.append(8 * (always + task.padding_bytes) + blocks * bits.block + bits.index(blocks))
             advance(1.0)
     return Tasks(tuple(known), statistics, tuple(curves), tuple(fixed))
@@ -378,6 +387,15 @@ def check_counts(tables: Sequence[Table], config: MethodConfig, token_counts: An
             "method that needs none"
         )
     return [None] * len(tables)
+
+
+def _check_unseen_weight(config: MethodConfig) -> None:
+    """Refuse to weigh unseen tokens where rows are weighted as published."""
+    if isinstance(config, MetricConfig) and config.unseen_weight is not None and not config.weighs_by_counts:
+        raise ValueError(
+            f"unseen_weight={config.unseen_weight} is of the metric of the loss, which {config.method!r} has from "
+            "statistics alone: give statistics=collect_statistics(model, batches), or leave it out"
+        )
 
 
 def _kept(tables: Sequence[Table], config: MethodConfig, keep_rows: KeepRows) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from typing_extensions import Self
@@ -49,6 +49,9 @@ class MethodConfig:
     formerly: ClassVar[str] = ""
     """Name of the method of which it was a variant in plans and checkpoints of older versions."""
 
+    def __post_init__(self) -> None:
+        """Check the ranges of fields."""
+
     @property
     def fixes_size(self) -> bool:
         """Whether the config leaves nothing for a budget to decide."""
@@ -78,6 +81,32 @@ class MethodConfig:
                     f"unknown option {name!r}{nearest(name, names)}; {cls.method!r} has {', '.join(names) or 'none'}"
                 )
         return cls(**plain(options))
+
+
+@dataclass(frozen=True)
+class MetricConfig(MethodConfig):
+    """A method that weighs errors by what the loss grows by, where that is known.
+
+    Attributes:
+        unseen_weight: How much the tokens that the counted text lacks weigh together, above 0 and below 1: more for
+            text of other kinds, less for more of the same. None for twice what the statistics expect of them, the
+            model's own predictions included, or for what follows from the counts alone where there are none.
+
+    Raises:
+        ValueError: If it is out of its range.
+    """
+
+    uses_metric: ClassVar[bool] = True
+    weighs_by_counts: ClassVar[bool] = False
+    """Whether rows have the weights of the metric, from counts alone, where nothing is known of the loss."""
+
+    unseen_weight: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        if self.unseen_weight is not None and not 0 < self.unseen_weight < 1:
+            raise ValueError(f"unseen_weight must be above 0 and below 1, it is {self.unseen_weight}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_embcompress.calibration.loss_metric import add_to_biases, bias_of, corrections_of, metric_of
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from lightning_embcompress.compression.plan import compress
+from lightning_embcompress.methods.numerics.metric import smoothed_frequencies
 from lightning_embcompress.methods.registry import LowRank
 from lightning_embcompress.tables.finding import find_tables
 from toys import LanguageModel
@@ -42,44 +43,101 @@ def _collect(model: nn.Module) -> Statistics:
     return collect_statistics(model, _batches(), _loss)
 
 
+def _information(statistics: Statistics, path: str) -> Tensor:
+    """`E[p (1 − p)]` of every token, of tokens that are predicted at least as often as they occur."""
+    return statistics.probabilities[path] - statistics.squared_probabilities[path]
+
+
 def test_moments_of_the_roles() -> None:
     model = Bigram()
     statistics = _collect(model)
     encoder, decoder = find_tables(model)
-    assert torch.equal(metric_of(model, encoder, statistics).matrix, statistics.gradients["encoder"])
+
+    def assert_same_but_for_a_factor(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found / found.trace(), expected / expected.trace())
+
+    assert_same_but_for_a_factor(metric_of(model, encoder, statistics).matrix, statistics.gradients["encoder"])
     mean = statistics.hidden_mean["decoder"]
     expected = statistics.hidden["decoder"] - torch.outer(mean, mean)
-    torch.testing.assert_close(metric_of(model, decoder, statistics).matrix, expected)
+    assert_same_but_for_a_factor(metric_of(model, decoder, statistics).matrix, expected)
     model = Bigram(bias=False)
     metric = metric_of(model, find_tables(model)[1], _collect(model))
-    torch.testing.assert_close(metric.matrix, _collect(model).hidden["decoder"])
-    # Tied tables add their roles, and count by frequency.
+    assert_same_but_for_a_factor(metric.matrix, _collect(model).hidden["decoder"])
+
+
+def test_a_tied_table_is_the_sum_of_its_roles() -> None:
+    """Errors that are the same in all directions of the metric lose what they lose in both roles."""
     model = Bigram(bias=False, tied=True)
     statistics = _collect(model)
     [table] = find_tables(model)
     metric = metric_of(model, table, statistics)
-    torch.testing.assert_close(metric.matrix, statistics.gradients["encoder"] + statistics.hidden["decoder"])
-    counts = statistics.token_counts.double() + 1
-    torch.testing.assert_close(metric.weights, counts / counts.sum())
+    assert float(metric.weights.sum()) == pytest.approx(1)
+    ways = {
+        kind: metric_of(model, table, replace(statistics, **{other: {}}))
+        for kind, other in (("hidden", "gradients"), ("gradients", "hidden"))
+    }
+    torch.testing.assert_close(metric.matrix, ways["hidden"].matrix + ways["gradients"].matrix)
+    generator = torch.Generator().manual_seed(4)
+    sizes = torch.rand(_VOCAB_SIZE, 1, generator=generator, dtype=torch.float64)
+    # A direction at a time, so that nothing is left to chance.
+    found, expected = 0.0, 0.0
+    for direction in metric.inverse_root:
+        error = sizes * direction
+        found += metric.loss(error, torch.zeros_like(error))
+        expected += sum(one.loss(error, torch.zeros_like(error)) for one in ways.values())
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_weights_follow_gradients_and_doubts() -> None:
     model = Bigram()
     statistics = _collect(model)
     encoder, decoder = find_tables(model)
-    frequency = (statistics.token_counts.double() + 1) / (statistics.token_counts.sum() + _VOCAB_SIZE)
+    frequency = smoothed_frequencies(statistics.token_counts)
     # Of the mean gradient energy nothing is lost: a token of mean gradients keeps its frequency.
-    weights = metric_of(model, encoder, statistics).weights
-    assert (weights > 0).all()
-    assert float(weights.sum()) == pytest.approx(1, rel=0.2)
-    relative = metric_of(model, decoder, statistics).weights / frequency
+    metric = metric_of(model, encoder, statistics)
+    assert (metric.weights > 0).all()
+    mass = metric.matrix.trace() / statistics.gradients["encoder"].trace()
+    assert float(mass) == pytest.approx(1, rel=0.2)
+    # A softmax that predicts less than occurs counts by what occurs.
+    head = metric_of(model, decoder, statistics)
     mean, square = statistics.probabilities["decoder"], statistics.squared_probabilities["decoder"]
-    torch.testing.assert_close(relative, (mean - square) / mean)
+    wanted = torch.maximum(mean, frequency) * (mean - square) / mean
+    torch.testing.assert_close(head.predicting, wanted / wanted.sum())
     # Whatever the order of the tokens.
     order = torch.randperm(_VOCAB_SIZE, generator=torch.Generator().manual_seed(2))
     energies = {"encoder": statistics.gradient_energies["encoder"][order]}
     permuted = replace(statistics, token_counts=statistics.token_counts[order], gradient_energies=energies)
-    torch.testing.assert_close(metric_of(model, encoder, permuted).weights, weights[order])
+    torch.testing.assert_close(metric_of(model, encoder, permuted).weights, metric.weights[order])
+
+
+def test_unseen_tokens_weigh_what_the_model_predicts_of_them() -> None:
+    model = Bigram(bias=False)
+    statistics = _collect(model)
+    decoder = find_tables(model)[1]
+    counts = statistics.token_counts.clone()
+    rare = counts.argsort()[:20]
+    counts[rare] = 0
+    unseen = counts == 0
+    metric = metric_of(model, decoder, statistics, counts)
+    # Half as the model predicts, half in equal parts; twice as much where rows are approximated.
+    information = _information(statistics, "decoder")[rare]
+    wanted = information + information.mean()
+    for weights in (metric.predicting[rare], metric.weights[rare]):
+        torch.testing.assert_close(weights / weights.sum(), wanted / wanted.sum())
+    expected = float(metric.predicting[unseen].sum())
+    assert float(metric.weights[unseen].sum()) == pytest.approx(2 * expected / (1 + expected))
+    # Far more than the counts say.
+    assert float(metric.weights[unseen].sum()) > 5 * float(smoothed_frequencies(counts)[unseen].sum())
+    given = metric_of(model, decoder, statistics, counts, unseen_weight=0.5)
+    assert float(given.weights[unseen].sum()) == pytest.approx(0.5)
+    torch.testing.assert_close(given.predicting, metric.predicting)
+    # Of a softmax whose logits are never computed there are counts alone.
+    silent = replace(statistics, probabilities={}, squared_probabilities={})
+    torch.testing.assert_close(metric_of(model, decoder, silent, counts).predicting, smoothed_frequencies(counts))
+    # What is to be kept weighs as if it had been counted.
+    counts[rare[0]] = counts.max()
+    kept = metric_of(model, decoder, statistics, counts)
+    assert float(kept.weights[rare[0]]) > 3 * float(metric.weights[rare[0]])
 
 
 def test_the_prediction_is_the_second_order_of_the_loss() -> None:
@@ -89,10 +147,11 @@ def test_the_prediction_is_the_second_order_of_the_loss() -> None:
     model.decoder.weight.data.mul_(0.3)
     statistics = collect_statistics(model, _batches(), _loss)
     decoder = find_tables(model)[1]
-    metric = metric_of(model, decoder, statistics)
     hidden = [model.hidden(batch[:-1]) for batch in _batches()]
     logits = torch.cat([part @ model.decoder.weight.T for part in hidden]).detach()
     states = torch.cat(hidden).detach()
+    # Counts of as many tokens as the model predicts.
+    metric = metric_of(model, decoder, statistics, statistics.probabilities["decoder"] * statistics.num_targets)
     row = int(statistics.token_counts.argmax())
     change = torch.zeros(_VOCAB_SIZE, _DIM, dtype=torch.float64)
     change[row] = 0.01 * torch.randn(_DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -101,10 +160,7 @@ def test_the_prediction_is_the_second_order_of_the_loss() -> None:
         (logits - states @ change.T).log_softmax(1), logits.log_softmax(1), log_target=True, reduction="batchmean"
     )
     predicted = metric.loss(model.decoder.weight.detach(), model.decoder.weight.detach() - change)
-    share = (statistics.probabilities["decoder"] - statistics.squared_probabilities["decoder"])[row] / metric.weights[
-        row
-    ]
-    assert float(lost) == pytest.approx(float(share) * predicted, rel=0.3)
+    assert float(lost) == pytest.approx(predicted, rel=0.3)
 
 
 @pytest.mark.parametrize("compressed_before", [False, True])

@@ -177,7 +177,10 @@ def test_the_smallest_tables_within_a_limit(
     assert callback.state_dict()["settings"]["max_perplexity_increase"] == "5%"
 
 
-def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(make_trainer: MakeTrainer) -> None:
+def test_a_limit_that_cannot_be_met_leaves_the_model_as_it_is(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_embcompress.callbacks.solving.validation_perplexity", lambda *_: 1e4)
     model, before = model_of(), Copies()
     callback = TransformCoding(max_perplexity_increase=1e-7, at_epoch=1, bits=1)
     trainer = make_trainer(before, callback)

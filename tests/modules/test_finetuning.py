@@ -222,7 +222,7 @@ def test_reconstruction_is_what_the_metric_says() -> None:
     seed_everything(0, verbose=False)
     model, dense = _lstm(30), _lstm(30)
     compress(model, "low_rank", ratio=2)
-    counts = torch.arange(29, -1, -1)
+    counts = torch.arange(30, 0, -1)
     factors = {name: torch.randn(DIM, DIM, dtype=torch.double) for name in ("decoder", "encoder")}
     moments = {name: factor @ factor.T for name, factor in factors.items()}
     statistics = Statistics(
@@ -234,7 +234,7 @@ def test_reconstruction_is_what_the_metric_says() -> None:
         probabilities={"decoder": torch.linspace(0.1, 0.01, 30, dtype=torch.double)},
         squared_probabilities={"decoder": torch.linspace(0.03, 0.0005, 30, dtype=torch.double)},
     )
-    text = torch.repeat_interleave(torch.arange(30), counts + 1)
+    text = torch.repeat_interleave(torch.arange(30), counts)
     for table, name in zip(find_tables(dense), ("encoder", "decoder"), strict=True):
         layer = model.get_submodule(name)
         expected = layer.factorization.loss_in(metric_of(dense, table, statistics), table.weight)

@@ -5,19 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.config import MethodConfig, MetricConfig
 from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
 from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 
 
 @dataclass(frozen=True)
-class AutomaticConfig(MethodConfig):
-    """For every table the one of `candidates` of the least predicted loss at equal bytes."""
+class AutomaticConfig(MetricConfig):
+    """For every table the one of `candidates` of the least predicted loss at equal bytes.
+
+    Attributes:
+        unseen_weight: How much the tokens that the counted text lacks weigh together, above 0 and below 1, see
+            `MetricConfig`.
+
+    Raises:
+        ValueError: If it is out of its range.
+    """
 
     method: ClassVar[str] = "auto"
     description: ClassVar[str] = "For every table the method of the least predicted loss"
     needs_counts: ClassVar[bool] = True
-    uses_metric: ClassVar[bool] = True
     needs_metric: ClassVar[bool] = True
 
     @property

@@ -28,7 +28,9 @@ class Metric:
 
     Attributes:
         matrix: `[dim, dim]` symmetric second moment `M`, float64, on the CPU.
-        weights: `[vocab_size]` positive row weights `q`, float64; those of counts sum to 1.
+        weights: `[vocab_size]` positive row weights `q`, float64, by which a table is approximated; those that follow
+            from counts are 1 in total.
+        expected: `[vocab_size]` row weights by which the loss is predicted; None for those of the approximation.
 
     Example:
         >>> metric = Metric(torch.diag(torch.tensor([4.0, 1.0])), torch.tensor([0.5, 0.5]))
@@ -38,6 +40,12 @@ class Metric:
 
     matrix: Tensor
     weights: Tensor
+    expected: Tensor | None = None
+
+    @property
+    def predicting(self) -> Tensor:
+        """`[vocab_size]` row weights by which the loss is predicted."""
+        return self.weights if self.expected is None else self.expected
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor, int]:
@@ -69,10 +77,10 @@ class Metric:
 
     def restricted(self, columns: slice) -> Metric:
         """The metric of some of the columns, others unchanged."""
-        return Metric(self.matrix[columns, columns], self.weights)
+        return Metric(self.matrix[columns, columns], self.weights, self.expected)
 
     def loss(self, weight: Tensor, approximation: Tensor | Callable[[slice], Tensor]) -> float:
-        """Predicted growth of the mean loss, `½ Σ_i q_i δ_iᵀ M δ_i`, in nats.
+        """Predicted growth of the mean loss, `½ Σ_i q_i δ_iᵀ M δ_i` with the expected `q`, in nats.
 
         Processes share the rows, see `utils.division`.
 
@@ -82,7 +90,7 @@ class Metric:
         """
         dtype = compute_dtype(weight.dtype)
         root = self.root.to(weight.device, dtype)
-        weights = self.weights.to(weight.device)
+        weights = self.predicting.to(weight.device)
         read = approximation if callable(approximation) else approximation.__getitem__
         units = row_units(*weight.shape)
         sums = [torch.zeros(len(chunks), dtype=torch.float64) for chunks in units]
@@ -96,18 +104,53 @@ class Metric:
         return 0.5 * float(torch.cat(sums).sum())
 
 
-def smoothed_frequencies(token_counts: Tensor) -> Tensor:
-    """How often every token is expected: `q_i = (n_i + 1) / (N + V)`, which sums to 1 and is never 0.
+def smoothed_frequencies(token_counts: Tensor, unseen_weight: float | None = None) -> Tensor:
+    """How often every token is expected: never 0, and 1 in total.
+
+    Absolute discounting (Ney, Essen and Kneser 1994): each of the `T` distinct tokens among the `N` that were counted
+    gives up `D = (n₁ + 1) / (n₁ + 2 n₂ + 1)` of an occurrence, `n₁` of them counted once and `n₂` twice. The `n₀`
+    others have `D T / N` together, in equal parts, though none more than 1 occurrence or the smallest count; the rest
+    is divided in proportion to the counts.
 
     Args:
         token_counts: `[vocab_size]` counts `n`.
+        unseen_weight: What the tokens that were not counted weigh together, above 0 and below 1, in place of that
+            estimate.
 
     Returns:
         `[vocab_size]` float64.
 
     Example:
-        >>> smoothed_frequencies(torch.tensor([5, 0, 2]))
-        tensor([0.6000, 0.1000, 0.3000], dtype=torch.float64)
+        >>> smoothed_frequencies(torch.tensor([6, 0, 1, 0, 0, 0]))
+        tensor([0.6122, 0.0714, 0.1020, 0.0714, 0.0714, 0.0714], dtype=torch.float64)
+        >>> smoothed_frequencies(torch.tensor([6, 0, 2, 0]), unseen_weight=0.2)
+        tensor([0.6000, 0.1000, 0.2000, 0.1000], dtype=torch.float64)
     """
-    counts = token_counts.double() + 1
-    return counts / counts.sum()
+    counts = token_counts.double()
+    is_unseen = counts == 0
+    counted = counts[~is_unseen]
+    each = 1.0
+    if counted.numel():
+        once, twice = int((counted <= 1).sum()), int(((counted > 1) & (counted <= 2)).sum())
+        given = (once + 1) / (once + 2 * twice + 1) * counted.numel()
+        rest = max(1e-300, 1 - given / float(counted.sum()))
+        each = min(1.0, float(counted.min()), given / rest / max(1, int(is_unseen.sum())))
+    smoothed = counts.where(~is_unseen, each)
+    return weigh_unseen(smoothed / smoothed.sum(), is_unseen, unseen_weight)
+
+
+def weigh_unseen(weights: Tensor, is_unseen: Tensor, unseen_weight: float | None) -> Tensor:
+    """Row weights of which those of unseen tokens are a given part, as they are to each other.
+
+    Args:
+        weights: `[vocab_size]` positive, 1 in total.
+        is_unseen: `[vocab_size]` which.
+        unseen_weight: What they weigh together; None for what they do.
+
+    Returns:
+        `[vocab_size]`, 1 in total; the weights themselves where all tokens are unseen, or none.
+    """
+    if unseen_weight is None or bool(is_unseen.all()) or not bool(is_unseen.any()):
+        return weights
+    part = float(weights[is_unseen].sum())
+    return weights * torch.where(is_unseen, unseen_weight / part, (1 - unseen_weight) / (1 - part))

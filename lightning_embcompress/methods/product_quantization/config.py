@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.config import MetricConfig
 
 # Bits of a code where none are given.
 _BITS = 8
 
 
 @dataclass(frozen=True)
-class ProductQuantizationConfig(MethodConfig):
+class ProductQuantizationConfig(MetricConfig):
     """Product quantization: rows put together from the centroids of their parts.
 
     Attributes:
@@ -25,6 +25,8 @@ class ProductQuantizationConfig(MethodConfig):
         max_iterations: Most iterations of k-means on a sample of the rows.
         metric_rounds: In the metric of the loss, how often every subspace makes up for the errors that the others have
             left; 0 for k-means alone.
+        unseen_weight: How much the tokens that the counted text lacks weigh together, above 0 and below 1, see
+            `MetricConfig`.
 
     Raises:
         ValueError: If one is out of its range.
@@ -35,7 +37,6 @@ class ProductQuantizationConfig(MethodConfig):
         "Rows put together from the centroids of their parts (PQ, MGQE): for storage, slower to serve than dense"
     )
     needs_counts: ClassVar[bool] = True
-    uses_metric: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("subspaces",)
 
     subspaces: int | None = None
@@ -47,6 +48,7 @@ class ProductQuantizationConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        super().__post_init__()
         for name in ("subspaces", "max_iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -95,7 +95,8 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
 
         Without a metric all directions count the same, and rows by their counts.
         """
-        config, metric = problem.config, problem.metric or plain_metric(problem.weight, problem.token_counts)
+        config = problem.config
+        metric = problem.metric or plain_metric(problem.weight, problem.token_counts, config.unseen_weight)
         return cls.solve(
             problem.weight,
             problem.max_bytes,
@@ -109,7 +110,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     def _refine(self, problem: Problem[SharedBasisConfig]) -> Self:
         """Solve again from the blocks as they are, and afresh, and take the better."""
         target, max_bytes, config, advance = problem.weight, problem.max_bytes, problem.config, problem.advance
-        metric = problem.metric or plain_metric(target, problem.token_counts)
+        metric = problem.metric or plain_metric(target, problem.token_counts, config.unseen_weight)
         widths = config.widths
         now = self.block_of_row.to(target.device)
         arguments = (target, max_bytes, metric, config.groups, config.refine_rounds, widths)
@@ -248,12 +249,13 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
             self.packed_codes = self._packed(found)
 
 
-def plain_metric(weight: Tensor, token_counts: Tensor | None) -> Metric:
+def plain_metric(weight: Tensor, token_counts: Tensor | None, unseen_weight: float | None = None) -> Metric:
     """The metric where nothing is known of the loss: all directions count the same, and rows by their counts.
 
     Args:
         weight: `[vocab_size, dim]` table.
         token_counts: `[vocab_size]` how often every token occurs; None for equally often.
+        unseen_weight: What the tokens that were not counted weigh together; None for what is expected of them.
     """
     counts = torch.zeros(weight.shape[0]) if token_counts is None else token_counts
-    return Metric(torch.eye(weight.shape[1], dtype=torch.float64), smoothed_frequencies(counts.cpu()))
+    return Metric(torch.eye(weight.shape[1], dtype=torch.float64), smoothed_frequencies(counts.cpu(), unseen_weight))

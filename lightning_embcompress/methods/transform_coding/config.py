@@ -18,6 +18,8 @@ class TransformCodingConfig(SharedBasisConfig):
         refine_rounds: Most rounds of moving rows between groups; 0 for none.
         bits: The one width of coefficients that are kept, 1 to 8; None for the best of 1, 2, 3, 4, 5, 6 and 8 for
             every component of every group.
+        unseen_weight: How much the tokens that the counted text lacks weigh together, above 0 and below 1, see
+            `MetricConfig`.
 
     Raises:
         ValueError: If one is out of its range.

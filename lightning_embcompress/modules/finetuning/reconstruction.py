@@ -64,9 +64,9 @@ class Reconstruction:
             table = Table(tuple(paths), torch.empty(own, device="meta"))
             metric = metric_of(model, table, statistics)
             self.root = metric.root.float()
-            self.chances = metric.weights.float()
-            self.total = float(metric.weights.sum())
-            self.relative = (metric.weights / smoothed_frequencies(statistics.counts_of(paths))).float()
+            self.chances = metric.predicting.float()
+            self.total = float(metric.predicting.sum())
+            self.relative = (metric.predicting / smoothed_frequencies(statistics.counts_of(paths))).float()
 
     def to(self, device: torch.device) -> None:
         """Move what is read."""

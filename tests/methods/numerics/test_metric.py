@@ -62,8 +62,38 @@ def test_metric_of_some_columns() -> None:
     assert part.loss(change[:, 2:], torch.zeros(5, 4)) == pytest.approx(metric.loss(change, torch.zeros(5, 6)))
 
 
-def test_smoothed_frequencies_are_never_zero_and_sum_to_one() -> None:
-    found = smoothed_frequencies(torch.tensor([0, 10**9, 3]))
+@pytest.mark.parametrize(
+    "counts", [[0, 10**9, 3], [0, 0, 0, 0], [0, 1, 1, 0], [5.0, 0.0], [0.2, 0.5, 0.3, 0.0], [7, 1]]
+)
+def test_smoothed_frequencies(counts: list[float]) -> None:
+    """Never zero, in the order of the counts, and 1 in total; a token that is not counted is below all that are."""
+    tensor = torch.tensor(counts)
+    found = smoothed_frequencies(tensor)
     assert float(found.sum()) == pytest.approx(1, abs=1e-15)
     assert (found > 0).all()
-    torch.testing.assert_close(smoothed_frequencies(torch.zeros(4)), torch.full((4,), 0.25, dtype=torch.float64))
+    order = tensor.argsort(stable=True)
+    assert (found[order].diff() >= 0).all()
+    seen = tensor > 0
+    torch.testing.assert_close(found[seen] / found[seen].sum(), tensor[seen].double() / tensor.sum(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("length", [5_000, 20_000])
+def test_unseen_tokens_weigh_what_the_next_text_has_of_them(length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chances = 1 / torch.arange(1, 20_001, dtype=torch.float64)
+    text, following = (chances.multinomial(length, replacement=True, generator=generator) for _ in range(2))
+    counts = torch.bincount(text, minlength=len(chances))
+    expected = float(smoothed_frequencies(counts)[counts == 0].sum())
+    assert expected == pytest.approx(float((counts[following] == 0).double().mean()), rel=0.2)
+    # One occurrence for every token would be much more.
+    assert expected < 0.7 * float((counts == 0).sum() / (counts.sum() + len(counts)))
+
+
+def test_weight_of_unseen_tokens() -> None:
+    counts = torch.tensor([0, 8, 1, 0, 4])
+    found = smoothed_frequencies(counts, 0.3)
+    assert float(found[counts == 0].sum()) == pytest.approx(0.3)
+    torch.testing.assert_close(found[1:3] / found[4], torch.tensor([2.0, 0.25], dtype=torch.float64))
+    # Nothing to share with.
+    for counts in (torch.zeros(4), torch.ones(4)):
+        torch.testing.assert_close(smoothed_frequencies(counts, 0.3), torch.full((4,), 0.25, dtype=torch.float64))

@@ -121,7 +121,8 @@ def test_more_bits_lose_less(coded: bool) -> None:
     for ratio in torch.logspace(1.5, 0.6, 12).tolist():
         solution = shared_basis(table, metric, _budget(ratio, coded), refine_rounds=3)
         losses.append(metric.loss(table, _approximation(table, solution)))
-    assert all(more <= 1.005 * less for less, more in zip(losses, losses[1:], strict=False))
+    # In the end nearly nothing is lost, and that by the levels of what weighs the most.
+    assert all(more <= 1.005 * less + 1e-4 * losses[0] for less, more in zip(losses, losses[1:], strict=False))
     assert losses[-1] < 0.2 * losses[0]
 
 
