@@ -21,8 +21,10 @@ from lightning_embcompress.methods.numerics.gram import compute_dtype
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.tables.transformers_models import pretrained_models
 
-# Logits of a piece. A table is read once for each, so that it has to have enough positions; on a CPU 64 MiB of float32.
-_CPU_PIECE_ELEMENTS, _PIECE_ELEMENTS = 2**24, 2**26
+# Logits of a piece. The table is read once for each, so that a piece has at least some hundred positions where their
+# logits are no more than the most.
+_CPU_ELEMENTS, _ELEMENTS = 2**24, 2**26
+_POSITIONS, _MOST_ELEMENTS = 256, 2**26
 # Tokens on which a model is asked what its loss is, and how exactly that is to be found again.
 _FEW, _SAME = 16, 1e-4
 
@@ -107,8 +109,7 @@ class CausalModel:
         """
         given = {name: value for name, value in arguments.items() if name != "labels"}
         labels = arguments["labels"]
-        elements = _CPU_PIECE_ELEMENTS if labels.device.type == "cpu" else _PIECE_ELEMENTS
-        positions = max(1, elements // self._vocab_size)
+        positions = _positions(self._vocab_size, labels.device)
         targets, places = _targets(labels)
         body = _Body()
         gradient: Tensor | None = None
@@ -180,3 +181,9 @@ def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """What is predicted at each of the `batch × length` positions, and which of them have a target."""
     targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].flatten()
     return targets, (targets != IGNORE_INDEX).nonzero().flatten()
+
+
+def _positions(vocab_size: int, device: torch.device) -> int:
+    """Of a piece."""
+    elements = _CPU_ELEMENTS if device.type == "cpu" else _ELEMENTS
+    return max(1, elements // vocab_size, min(_POSITIONS, _MOST_ELEMENTS // vocab_size))

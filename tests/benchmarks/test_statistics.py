@@ -51,3 +51,30 @@ def test_the_cost_of_statistics(benchmark) -> None:
     assert found["statistics"].ratio > 1 / 1.3
     # Sums over the vocabulary and the dimensions, and logits in small pieces; the logits alone take 93 MB.
     assert found["statistics"].peak_bytes < found["passes"].peak_bytes + 40e6
+
+
+# Beside a body of next to nothing the head is all that is measured; a block of 512 tokens of a large vocabulary.
+LARGE_VOCABULARY, LARGE_DIM, BLOCK, PIECE_BYTES = 262_144, 640, 512, 1.2e9
+
+
+def test_the_cost_of_a_large_vocabulary(benchmark) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(vocab_size=LARGE_VOCABULARY, hidden_size=LARGE_DIM, tie_word_embeddings=True, **sizes)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    ids = torch.randint(LARGE_VOCABULARY, (1, BLOCK))
+    counts = torch.ones(LARGE_VOCABULARY)
+
+    def passes() -> None:
+        rows = model.model.embed_tokens(ids).detach().requires_grad_()
+        torch.autograd.grad(model(inputs_embeds=rows, labels=ids, use_cache=False).loss, rows)
+
+    sides = {
+        "passes": Side(passes),
+        "statistics": Side(lambda: collect_statistics(model, [{"input_ids": ids}], token_counts=counts)),
+    }
+    found = benchmark.pedantic(lambda: in_turns(sides, 1, 1), rounds=1)
+    assert found["statistics"].ratio > 1 / 1.15
+    # Some logits and their gradient, of the batch's 0.5 GB of each; the moments take 13 MB, the sums of tokens 20 MB.
+    assert found["statistics"].peak_bytes < PIECE_BYTES

@@ -108,7 +108,7 @@ def _rows_of_logits(model: Any) -> Iterator[list[int]]:
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal, "_CPU_PIECE_ELEMENTS", POSITIONS * VOCAB_SIZE)
+    monkeypatch.setattr(causal, "_positions", lambda vocab_size, device: POSITIONS)
 
 
 @pytest.mark.parametrize("make", [_gpt2, _opt, _bert])
