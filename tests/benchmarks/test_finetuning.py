@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from torch.optim.lr_scheduler import LambdaLR
+from finetuning import linear, trainer_of
 from torch.utils.data import DataLoader
 
 from lightning_embcompress.compression.plan import compress, plan_of
@@ -86,12 +85,6 @@ ROWS = {
 }
 
 
-def linear(optimizer: Any) -> LambdaLR:
-    """Up for a twentieth of the steps, and down to nothing."""
-    rise = STEPS / 20
-    return LambdaLR(optimizer, lambda step: min((step + 1) / rise, (STEPS - step) / (STEPS - rise)))
-
-
 def train(model: LSTMLanguageModel, teacher: LSTMLanguageModel, batches: list[Any], row: Row) -> float:
     """Train for `STEPS` steps; gives seconds a step."""
     torch.manual_seed(0)
@@ -102,20 +95,11 @@ def train(model: LSTMLanguageModel, teacher: LSTMLanguageModel, batches: list[An
         distillation_weight=row.distilled,
         optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE),
         factor_learning_rate=row.rate,
-        lr_scheduler=linear,
+        lr_scheduler=partial(linear, steps=STEPS),
         lr_scheduler_interval="step",
         frequency_bands=False,
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of(STEPS)
     start = time.perf_counter()
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return (time.perf_counter() - start) / STEPS

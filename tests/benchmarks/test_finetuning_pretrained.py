@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 import torch
+from finetuning import linear, trainer_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
@@ -93,12 +93,6 @@ class StepTimes(Callback):
             sys.stdout.flush()
 
 
-def linear(optimizer: Any) -> LambdaLR:
-    """Up for a twentieth of the steps, and down to nothing."""
-    rise = STEPS / 20
-    return LambdaLR(optimizer, lambda step: min((step + 1) / rise, (STEPS - step) / (STEPS - rise)))
-
-
 @pytest.fixture(scope="module")
 def text() -> Text:
     if PRETRAINED is None:
@@ -147,21 +141,11 @@ def test_training_on(benchmark: Any, text: Text, found: dict[tuple[str, str], Te
             distillation_weight=share,
             optimizer=partial(torch.optim.AdamW, lr=BACKBONE_RATE, weight_decay=0.0),
             factor_learning_rate=FACTOR_RATE,
-            lr_scheduler=linear,
+            lr_scheduler=partial(linear, steps=STEPS),
             lr_scheduler_interval="step",
             frequency_bands=False,
         )
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=STEPS,
-            precision="bf16-mixed",
-            gradient_clip_val=1.0,
-            logger=False,
-            callbacks=[times],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = trainer_of(STEPS, times)
         trainer.fit(module, DataLoader(text.batches(), batch_size=None))
         if is_compressed:
             convert_qat(model)
