@@ -17,11 +17,11 @@ from lightning_embcompress.cli.statistics import WantedStatistics
 from lightning_embcompress.cli.targets import report_path
 from lightning_embcompress.cli.text import (
     TokenizedText,
-    block_size_of,
     check_measurable,
     check_perplexity,
     read_text,
     tokenizer_of,
+    vocab_size_of,
 )
 from lightning_embcompress.cli.usage import UsageError, in_shell_terms
 from lightning_embcompress.compression.budget import BUDGETS, Budget
@@ -105,7 +105,7 @@ def run_compress(given: Compress, source: Source, target: Path) -> None:
         if text is not None and text.block_size is not None:
             # Before all that takes longer: it also shows whether text, tokenizer and model belong together.
             perplexity["dense"] = text.measure(opened.model, "Perplexity, dense")
-            check_perplexity(perplexity["dense"], _vocab_size(opened.model), tokenizer)
+            check_perplexity(perplexity["dense"], vocab_size_of(opened.model), tokenizer)
         placement = Placement(opened.model, device, is_called=False) if text is None else text.placement
         statistics = None
         if wanted is not None:
@@ -235,7 +235,7 @@ def _read_text(
         tokens.check_ids(task.table.shape[0], tokenizer)
     if given.counts_only:
         return _Text(tokens, None, Placement(opened.model, device, is_called=False))
-    block_size = tokens.within_batch(block_size_of(opened.model))
+    block_size = tokens.block_size_of(opened.model)
     tokens.check_length(block_size)
     there = tokens.num_measured
     tokens = tokens.limited(default_max_tokens(device) if given.max_tokens is None else given.max_tokens)
@@ -244,14 +244,10 @@ def _read_text(
             f"Perplexity is measured on the first {tokens.num_measured:,} of the {there:,} tokens in the last tenth of "
             "the text: more with --max_tokens"
         )
-    workspace = tokens.workspace(block_size, _vocab_size(opened.model))
+    workspace = tokens.workspace(block_size, vocab_size_of(opened.model))
     workspace = max(workspace, *(4 * task.table.weight.numel() for task in tasks))
     say_memory(opened.model, device, workspace)
     return _Text(tokens, block_size, Placement(opened.model, device, workspace))
-
-
-def _vocab_size(model: Any) -> int:
-    return int(model.get_output_embeddings().out_features)
 
 
 def _counts(text: _Text | None, tasks: Sequence[Task]) -> tuple[Tensor | None, str | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
-from lightning_embcompress.cli.text import TokenizedText, block_size_of
+from lightning_embcompress.cli.text import TokenizedText, vocab_size_of
 from lightning_embcompress.cli.usage import UsageError
 from lightning_embcompress.compression.report import say
 from lightning_embcompress.methods.config import MethodConfig
@@ -39,7 +39,7 @@ def collect_from_text(
     Raises:
         ValueError: If a table is never called, or no block has a finite loss.
     """
-    vocab_size = int(model.get_output_embeddings().out_features)
+    vocab_size = vocab_size_of(model)
     device = text.device or next(model.parameters()).device
     most, tolerance = (_CPU_TOKENS, _CPU_TOLERANCE) if device.type == "cpu" else (_TOKENS, _TOLERANCE)
     batches = text.counted_batches(block_size, vocab_size, most)
@@ -118,7 +118,7 @@ class WantedStatistics:
             return Statistics.load(self.file)
         assert text is not None
         assert token_counts is not None
-        statistics = collect_from_text(model, text, block_size_of(model), token_counts, tables)
+        statistics = collect_from_text(model, text, text.block_size_of(model), token_counts, tables)
         if self.file is not None:
             try:
                 statistics.save(self.file)

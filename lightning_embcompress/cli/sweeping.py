@@ -15,7 +15,6 @@ from lightning_embcompress.cli.sweep import DEFAULT_METHODS, checksum, sweep
 from lightning_embcompress.cli.sweep_record import SWEEP_FILE, Point
 from lightning_embcompress.cli.sweep_report import show_sweep, write_sweep
 from lightning_embcompress.cli.text import (
-    block_size_of,
     check_measurable,
     check_perplexity,
     read_text,
@@ -76,7 +75,7 @@ def _run(given: Sweep, source: Source, folder: Path, device: torch.device) -> No
     text = read_text(given.text, tokenizer, 9 if given.counts_text is None else 0)
     counted = text if given.counts_text is None else read_text(given.counts_text, tokenizer, 10)
     text, counted = (one.placed(device, given.batch_tokens) for one in (text, counted))
-    counts, block_size = counted.counts(vocab_size), text.within_batch(block_size_of(model))
+    counts, block_size = counted.counts(vocab_size), text.block_size_of(model)
     for one in (text, counted):
         one.check_ids(vocab_size, tokenizer)
         one.check_length(block_size)

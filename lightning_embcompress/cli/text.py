@@ -96,15 +96,17 @@ class TokenizedText:
             ValueError: If it is shorter.
         """
         there = len(self.counted) + self.num_measured
-        if there < self.within_batch(block_size):
+        if there < block_size:
             raise ValueError(
                 f"the text has {there:,} tokens, fewer than a block of {block_size:,}, which the model reads at once: "
                 "give more text, or take shorter blocks with --batch_tokens"
             )
 
-    def within_batch(self, block_size: int) -> int:
-        """Tokens of a block, no more than a batch has."""
-        return block_size if self.batch_tokens is None else min(block_size, self.batch_tokens)
+    def block_size_of(self, model: Any) -> int:
+        """Tokens that a model of transformers reads at once: its context, up to 1,024, and no more than a batch has."""
+        known = (getattr(model.config, key, None) for key in _CONTEXT_KEYS)
+        context = next((value for value in known if isinstance(value, int) and value > 1), _MAX_BLOCK_SIZE)
+        return min(context, _MAX_BLOCK_SIZE, self.batch_tokens or context)
 
     def tokens_at_once(self, vocab_size: int, passes: int = 1) -> int:
         """Tokens of a batch.
@@ -122,7 +124,7 @@ class TokenizedText:
 
     def workspace(self, block_size: int, vocab_size: int) -> int:
         """Bytes of the logits of a batch, in float32."""
-        return 4 * vocab_size * max(self.within_batch(block_size), self.tokens_at_once(vocab_size))
+        return 4 * vocab_size * max(block_size, self.tokens_at_once(vocab_size))
 
     def counted_batches(self, block_size: int, vocab_size: int, max_tokens: int) -> list[Block]:
         """Blocks of the part to count, from all over it in no order, in batches whose gradients fit the memory.
@@ -135,7 +137,7 @@ class TokenizedText:
         Returns:
             `input_ids` and `labels` as a model of transformers takes them.
         """
-        blocks = TokenBlocks(self.counted, self.within_batch(block_size))
+        blocks = TokenBlocks(self.counted, block_size)
         number = min(len(blocks), max(1, max_tokens // blocks.block_size))
         # As many as are read before a pass ends early are from all over the text, too.
         order = torch.randperm(number, generator=torch.Generator().manual_seed(0)).tolist()
@@ -155,8 +157,8 @@ class TokenizedText:
         """
         device = self.device or next(model.parameters()).device
         sums: Any = (metric or Perplexity()).to(device)
-        blocks = TokenBlocks(self.measured, self.within_batch(block_size))
-        vocab_size = int(model.get_output_embeddings().out_features)
+        blocks = TokenBlocks(self.measured, block_size)
+        vocab_size = vocab_size_of(model)
         was_training = model.training
         model.eval()
         try:
@@ -260,8 +262,6 @@ def check_measurable(source: Source) -> None:
     )
 
 
-def block_size_of(model: Any) -> int:
-    """Tokens that a model of transformers reads at once: its context, up to 1,024."""
-    config = model.config
-    known = [value for key in _CONTEXT_KEYS if isinstance(value := getattr(config, key, None), int) and value > 1]
-    return min(known[0] if known else _MAX_BLOCK_SIZE, _MAX_BLOCK_SIZE)
+def vocab_size_of(model: Any) -> int:
+    """How many logits a model of transformers gives for a token."""
+    return int(model.get_output_embeddings().out_features)
