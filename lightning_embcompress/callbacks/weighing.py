@@ -20,7 +20,8 @@ from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.callbacks.collecting import collect_in_training
 from lightning_embcompress.callbacks.evaluation import NOTHING_TO_COUNT, stream_token_counts
 from lightning_embcompress.compression.budget import Budget
-from lightning_embcompress.compression.tasks import Task, check_counts
+from lightning_embcompress.compression.tasks import Task
+from lightning_embcompress.compression.weighing import check_counts
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedEmbedding
 from lightning_embcompress.methods.config import MethodConfig

@@ -20,7 +20,8 @@ from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.cli.sweep_record import Point, SweepRecord, locked_folder
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import compress
-from lightning_embcompress.compression.tasks import check_counts, plan
+from lightning_embcompress.compression.tasks import plan
+from lightning_embcompress.compression.weighing import check_counts
 from lightning_embcompress.layers.sizes import model_bytes
 from lightning_embcompress.methods.registry import FullTable, Quantization, get_config
 from lightning_embcompress.quantization.aware import quantize_tables

@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.calibration.counts import Vocabulary, counts_by_table
 from lightning_embcompress.calibration.loss_metric import metric_of
-from lightning_embcompress.calibration.special_tokens import KeepRows, protected_counts, rows_to_keep, special_tokens
+from lightning_embcompress.calibration.special_tokens import KeepRows
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import Budget
+from lightning_embcompress.compression.weighing import check_counts, check_unseen_weight, kept_rows, protected
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.methods.config import WIDTHS, MethodConfig, MetricConfig
 from lightning_embcompress.methods.numerics.gram import row_weights
@@ -272,11 +272,11 @@ def plan(
             "statistics=collect_statistics(model, batches), or name one method"
         )
     if statistics is None and not is_preview:
-        _check_unseen_weight(config)
+        check_unseen_weight(config)
     found = find_tables(model, tables)
     ways: tuple[Tie, ...] = ("keep", "untie") if tie == "auto" and statistics is not None else (tie,)
     tasks = Tasks(_sized(model, found, config, budget, ways[0]), statistics)
-    kept = _kept(found, config, keep_rows)
+    kept = kept_rows(found, config, keep_rows)
     counts: list[Tensor | None] = [None] * len(found)
     if not is_preview:
         if counted is not None:
@@ -284,7 +284,7 @@ def plan(
         checked = check_counts(found, config, token_counts)
         for table in found:
             check_finite(table)
-        counts = [_protected(model, *one) for one in zip(found, checked, kept, strict=True)]
+        counts = [protected(model, *one) for one in zip(found, checked, kept, strict=True)]
         tasks = tasks.counted(found, counts)
     if statistics is None:
         return tasks
@@ -367,51 +367,3 @@ def _untied(model: nn.Module, table: Table) -> list[Table]:
     others = tuple(path for path in table.modules if path not in embeddings)
     parts = Table(embeddings, table.weight, table.padding), Table(others, table.weight)
     return [part for part in parts if part.modules]
-
-
-def check_counts(tables: Sequence[Table], config: MethodConfig, token_counts: Any) -> list[Tensor | None]:
-    """Check token counts against the tables that need them.
-
-    Returns:
-        For every table a `[vocab_size]` tensor, or None.
-
-    Raises:
-        ValueError: If they are needed and missing, of the wrong length, negative or not finite.
-    """
-    if token_counts is not None:
-        return list(counts_by_table(token_counts, [Vocabulary(table.modules, table.shape[0]) for table in tables]))
-    if config.needs_counts:
-        raise ValueError(
-            f"method {config.method!r} weights the rows of table {tables[0].name!r} by frequency: give token_counts, "
-            "how often every token occurs in the training data (torch.bincount(ids, minlength=vocab_size)), or use a "
-            "method that needs none"
-        )
-    return [None] * len(tables)
-
-
-def _check_unseen_weight(config: MethodConfig) -> None:
-    """Refuse to weigh unseen tokens where rows are weighted as published."""
-    if isinstance(config, MetricConfig) and config.unseen_weight is not None and not config.weighs_by_counts:
-        raise ValueError(
-            f"unseen_weight={config.unseen_weight} is of the metric of the loss, which {config.method!r} has from "
-            "statistics alone: give statistics=collect_statistics(model, batches), or leave it out"
-        )
-
-
-def _kept(tables: Sequence[Table], config: MethodConfig, keep_rows: KeepRows) -> list[list[int]]:
-    """Ids that are named to be kept, for every table."""
-    kept = [rows_to_keep(table, keep_rows, tables) for table in tables]
-    if any(kept) and not (config.needs_counts or config.uses_metric):
-        raise ValueError(
-            f"keep_rows cannot be followed by {config.method!r}, which does not weigh rows by how often they occur: "
-            "leave it out, or use a method that does, such as the default"
-        )
-    return kept
-
-
-def _protected(model: nn.Module, table: Table, counts: Tensor | None, kept: Sequence[int]) -> Tensor | None:
-    """Counts in which neither special tokens nor those that were named are rare."""
-    if counts is None:
-        return None
-    special = {**dict.fromkeys(kept, "named"), **special_tokens(model, table)}
-    return protected_counts(counts, special, table.padding)

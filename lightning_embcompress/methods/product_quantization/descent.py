@@ -10,14 +10,13 @@ from torch import Tensor
 
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.solver import (
-    Groups,
     Space,
     gather_rows,
     nearest,
-    restricted_groups,
     subspaces_of,
     usable,
 )
+from lightning_embcompress.methods.product_quantization.training_sample import Groups, restricted_groups
 from lightning_embcompress.utils.division import deal
 
 # Parts of the rows that processes share: few, as their sums are exchanged for every subspace.

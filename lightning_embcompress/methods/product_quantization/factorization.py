@@ -16,12 +16,8 @@ from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
 from lightning_embcompress.methods.product_quantization.descent import descend, encode
-from lightning_embcompress.methods.product_quantization.solver import (
-    Groups,
-    Sample,
-    product_quantization,
-    subspace_sizes,
-)
+from lightning_embcompress.methods.product_quantization.solver import product_quantization, subspace_sizes
+from lightning_embcompress.methods.product_quantization.training_sample import Groups, Sample
 from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.sized import SizedFactorization, Sizes

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.metric import Metric
-from lightning_embcompress.methods.product_quantization import descent, solver
+from lightning_embcompress.methods.product_quantization import descent, training_sample
 from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
 from lightning_embcompress.methods.product_quantization.descent import descend, encode
 from lightning_embcompress.methods.product_quantization.factorization import ProductQuantization
 from lightning_embcompress.methods.product_quantization.solver import (
-    Groups,
     gather_rows,
     product_quantization,
     subspace_sizes,
 )
+from lightning_embcompress.methods.product_quantization.training_sample import Groups
 from toys import loss_metric, normal
 
 
@@ -160,7 +160,7 @@ def test_a_codebook_of_a_sample_is_about_as_good(dtype: torch.dtype, monkeypatch
     monkeypatch.setattr(descent, "_NUMBERS", 2**12)
     losses = []
     for rows_per_centroid in (1000, 30):
-        monkeypatch.setattr(solver, "_ROWS_PER_CENTROID", rows_per_centroid)
+        monkeypatch.setattr(training_sample, "_ROWS_PER_CENTROID", rows_per_centroid)
         config = ProductQuantizationConfig(bits=4)
         found = ProductQuantization.decompose(table, 2000 * 2 + 1024, None, config, metric=metric)
         losses.append(metric.loss(table, found.materialize()))

@@ -9,14 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.gram import row_weights
-from lightning_embcompress.methods.product_quantization import solver
+from lightning_embcompress.methods.product_quantization import solver, training_sample
 from lightning_embcompress.methods.product_quantization.descent import encode
-from lightning_embcompress.methods.product_quantization.solver import (
-    Groups,
-    Sample,
-    product_quantization,
-    subspace_sizes,
-)
+from lightning_embcompress.methods.product_quantization.solver import product_quantization, subspace_sizes
+from lightning_embcompress.methods.product_quantization.training_sample import Groups, Sample
 from toys import normal
 
 
@@ -161,7 +157,7 @@ def test_rare_rows_share_the_first_centroids() -> None:
 def test_training_on_a_sample_is_about_as_good(subspaces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, weights = normal(3000, 4, dtype=torch.float32), _zipf(3000)
     whole = _error(weight, weights, product_quantization(weight, weights, subspaces, 16))
-    monkeypatch.setattr(solver, "_ROWS_PER_CENTROID", 30)
+    monkeypatch.setattr(training_sample, "_ROWS_PER_CENTROID", 30)
     groups = Groups([torch.arange(3000)], [16])
     sample = Sample.of(weights, groups, 16)
     assert sample.rows.numel() == 480
@@ -173,7 +169,7 @@ def test_training_on_a_sample_is_about_as_good(subspaces: int, monkeypatch: pyte
 
 def test_a_sample_has_the_heavy_rows_and_the_right_sums() -> None:
     weights = _zipf(5000)
-    rows, priority = solver._sample(weights, 400, torch.Generator().manual_seed(0))
+    rows, priority = training_sample._sample(weights, 400, torch.Generator().manual_seed(0))
     assert rows.numel() == 400
     assert torch.equal(rows, rows.unique())
     assert torch.equal(rows[:20], torch.arange(20))
@@ -181,7 +177,7 @@ def test_a_sample_has_the_heavy_rows_and_the_right_sums() -> None:
     assert float(priority.sum()) == pytest.approx(float(weights.sum()), rel=0.05)
     tail = rows >= 2500
     assert float(priority[tail].sum()) == pytest.approx(float(weights[2500:].sum()), rel=0.3)
-    rows, priority = solver._sample(weights, 5000, torch.Generator().manual_seed(0))
+    rows, priority = training_sample._sample(weights, 5000, torch.Generator().manual_seed(0))
     assert torch.equal(rows, torch.arange(5000))
     assert priority is weights
 
