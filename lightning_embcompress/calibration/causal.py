@@ -15,11 +15,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_embcompress.calibration.recomputing import calling, kept_bytes, recomputing, stacked_layers
 from lightning_embcompress.methods.numerics.gram import compute_dtype
 from lightning_embcompress.metrics.perplexity import IGNORE_INDEX
 from lightning_embcompress.tables.transformers_models import pretrained_models
+from lightning_embcompress.utils.devices import free_memory
 
 # Logits of a piece. The table is read once for each, so that a piece has at least some hundred positions where their
 # logits are no more than the most.
@@ -27,6 +30,8 @@ _CPU_ELEMENTS, _ELEMENTS = 2**24, 2**26
 _POSITIONS, _MOST_ELEMENTS = 256, 2**26
 # Tokens on which a model is asked what its loss is, and how exactly that is to be found again.
 _FEW, _SAME = 16, 1e-4
+# Of the free memory, what layers may keep for the way back.
+_SHARE = 0.7
 
 
 class CausalModel:
@@ -47,6 +52,8 @@ class CausalModel:
         reads_on = "use_cache" in inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if reads_on else {}
         self._is_known: bool | None = None
+        self._token_bytes = 0
+        self._recomputes = False
 
     @classmethod
     def of(cls, model: nn.Module, heads: Mapping[str, nn.Module]) -> CausalModel | None:
@@ -78,8 +85,24 @@ class CausalModel:
         if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.shape != labels.shape or ids.dim() != 2:
             return False
         if self._is_known is None:
-            self._is_known = self._is_confirmed(ids[:1, :_FEW])
+            few = ids[:1, :_FEW]
+            self._is_known = self._is_confirmed(few)
+            if self._is_known:
+                body = self._bodies[0]
+                kept = kept_bytes(self._model, lambda: body(input_ids=few, **self._options))
+                self._token_bytes = kept // few.numel()
         return self._is_known
+
+    def _is_short_of_memory(self, ids: Tensor) -> bool:
+        """Whether what layers compute on a batch is too much to be kept; then it is for all that follow."""
+        free, needed = free_memory(ids.device), self._token_bytes * ids.numel()
+        if not self._recomputes and free is not None and needed > _SHARE * free:
+            self._recomputes = True
+            rank_zero_info(
+                f"The layers keep {needed / 1e9:.1f} GB of a batch of {ids.numel():,} tokens for the way back, and "
+                f"{free / 1e9:.1f} GB are free: they are computed twice instead"
+            )
+        return self._recomputes
 
     @torch.no_grad()
     def _is_confirmed(self, ids: Tensor) -> bool:
@@ -113,6 +136,7 @@ class CausalModel:
         targets, places = _targets(labels)
         body = _Body()
         gradient: Tensor | None = None
+        body.layers = stacked_layers(self._model) if self._is_short_of_memory(labels) else ()
         for logits, leaf, piece in self._pieces(given, places, positions, body):
             if logits is None or body.states is None or body.states.shape[:-1] != labels.shape:
                 return None
@@ -142,10 +166,7 @@ class CausalModel:
     def _replayed(self, body: _Body) -> Iterator[None]:
         with ExitStack() as stack:
             for part in self._bodies:
-                # That of a wrapper, as accelerate has them, is the instance's own.
-                own = vars(part).get("forward")
-                stack.callback(partial(setattr, part, "forward", own) if own else partial(delattr, part, "forward"))
-                part.forward = partial(body.forward, part, part.forward)
+                stack.enter_context(calling(part, partial(body.forward, part)))
             yield
 
 
@@ -154,6 +175,7 @@ class _Body:
 
     def __init__(self) -> None:
         self.places: Tensor
+        self.layers: Sequence[nn.Module] = ()
         self.states: Tensor | None = None
         self.leaf = torch.empty(0)
         self._part: nn.Module | None = None
@@ -162,7 +184,8 @@ class _Body:
     def forward(self, part: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         if self._part is None:
             self._part = part
-            self._output = forward(*arguments, **keywords)
+            with recomputing(self.layers):
+                self._output = forward(*arguments, **keywords)
             self.states = self._output[0]
         elif self._part is not part:
             # Within the one that is called first.

@@ -256,6 +256,8 @@ class Collector:
         """
         if self._causal is None or not self._causal.fits(arguments):
             return None
+        # The model may have been tried on some tokens.
+        self._forget()
         (path,) = self.heads
         pieces = self._pieces = HeadPieces(path, self.sums, arguments["labels"].shape)
         try:

@@ -40,7 +40,9 @@ def find_device(name: str) -> torch.device:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None where that is not known."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # Of what torch has taken, a part may be free again.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_embcompress.calibration import causal
+from lightning_embcompress.calibration.recomputing import calling, kept_bytes, stacked_layers
 from lightning_embcompress.calibration.statistics import Statistics, collect_statistics
 from toys import gpt2
 
@@ -215,6 +216,40 @@ def test_the_model_is_as_before() -> None:
     with pytest.raises(ZeroDivisionError):
         collect_statistics(model, _data())
     assert not {"forward"} & vars(model.transformer).keys()
+
+
+@pytest.mark.parametrize("make", [_gpt2, _opt, _gemma2])
+def test_layers_are_computed_twice_where_memory_is_short(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _model(make)
+    expected = collect_statistics(model, _data())
+    small, large = _data()[1], {"input_ids": torch.randint(3, VOCAB_SIZE, (400, 11))}
+    calls: list[int] = []
+
+    def count(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return forward(*arguments, **keywords)
+
+    layer = stacked_layers(model)[-1]
+    with calling(layer, count), caplog.at_level("INFO", "lightning.pytorch"):
+        for free, batches, times in ((10**9, [small, large], 2), (10**4, [large, small], 4)):
+            monkeypatch.setattr(causal, "free_memory", lambda device, free=free: free)
+            calls.clear()
+            collect_statistics(model, batches)
+            # Three times on a few tokens before.
+            assert len(calls) == 3 + times
+    assert [record.message for record in caplog.records if "4,400 tokens" in record.message]
+    monkeypatch.setattr(causal, "free_memory", lambda device: 10_000)
+    _assert_same(collect_statistics(model, _data()), expected, atol=1e-12)
+    assert "forward" not in vars(layer)
+
+
+def test_what_is_kept_for_the_way_back_is_counted() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.ModuleList([nn.Linear(16, 16)])[0])
+    states = torch.randn(32, 8, requires_grad=True)
+    # What the first layer is given, and what the activation gives; weights are there anyway.
+    assert kept_bytes(model, lambda: model(states)) == 4 * 32 * (8 + 16)
 
 
 def test_half_precision_and_autocast() -> None:

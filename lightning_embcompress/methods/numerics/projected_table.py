@@ -158,7 +158,7 @@ class ProjectedTable:
         """The first coefficients of some rows, around the mean of the table, `[rows, rank]` float64 on the CPU."""
         projector = self.projector[:, :rank].to(self.weight.device, self.dtype)
         parts = [self.weight[rows[chunk]].to(self.dtype) @ projector for chunk in row_chunks(*self._shape(rows))]
-        return torch.cat(parts).to("cpu", torch.float64) - self.center @ self.projector[:, :rank]
+        return torch.cat(parts).to("cpu", torch.float64).sub_(self.center @ self.projector[:, :rank])
 
     def _shape(self, rows: Tensor) -> tuple[int, int]:
         return rows.numel(), self.weight.shape[1]
@@ -280,5 +280,9 @@ class ProjectedTable:
         share = self.q * (sizes / mass.clamp(min=1e-300))[blocks]
         rows, weights = draw(share, min(_SAMPLED_ROWS, max(256, _SAMPLED // max(1, rank))))
         inside = blocks[rows].cpu()
-        values = (self.coefficients(rows, rank) - means[inside]) / scales[inside].clamp(min=1e-300)
+        values = self.coefficients(rows, rank)
+        # In place: of many rows they are as large as the table that they are of.
+        for chunk in row_chunks(*values.shape):
+            values[chunk] -= means[inside[chunk]]
+            values[chunk] /= scales[inside[chunk]].clamp(min=1e-300)
         return values, weights.cpu(), inside

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,9 @@ def draw(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
         (tensor([1, 0, 3]), tensor([8., 2., 2.]))
     """
     order = weights.argsort(descending=True, stable=True)
-    chance = chances(weights, torch.ones_like(weights), count)[order]
-    drawn = at_equal_steps(chance)
+    once = torch.ones_like(weights)
+    chance = chances(weights, once, count)[order]
+    drawn, _ = at_equal_steps(chance, once)
     return order[drawn], weights[order][drawn] / chance[drawn]
 
 
@@ -58,12 +61,25 @@ def chances(weights: Tensor, copies: Tensor, count: int) -> Tensor:
     return torch.empty_like(found).scatter_(0, order, found)
 
 
-def at_equal_steps(chance: Tensor) -> Tensor:
-    """Ids of the items at which the sum of the chances so far passes a whole number.
+def at_equal_steps(chance: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+    """The items, and which of their copies, at which the sum of the chances so far passes a whole number.
 
     Args:
         chance: `[items]` from 0 to 1.
+        copies: `[items]` how many times each is there, one after the other.
+
+    Returns:
+        `[drawn]` ids of items and `[drawn]` which copy of each, from 0.
+
+    Example:
+        >>> at_equal_steps(torch.tensor([1.0, 0.5]), torch.tensor([1, 4]))
+        (tensor([0, 1, 1]), tensor([0, 1, 3]))
     """
+    chance = chance.double()
+    mass = chance * copies
+    sums = mass.cumsum(0)
     # Half a step off, so that rounding of the sums decides nothing.
-    steps = (chance.cumsum(0, dtype=torch.float64) + 0.5).floor()
-    return (torch.diff(steps, prepend=steps.new_zeros(1)) > 0).nonzero().squeeze(1)
+    steps = torch.arange(math.floor(float(sums[-1]) + 0.5), dtype=torch.float64, device=chance.device) + 0.5
+    item = torch.searchsorted(sums, steps)
+    copy = ((steps - (sums - mass)[item]) / chance[item]).ceil().long() - 1
+    return item, torch.minimum(copy.clamp(min=0), copies[item].long() - 1)

@@ -221,7 +221,7 @@ def _quantizers(table: ProjectedTable, blocks: Tensor, sums: BlockSums, budget: 
     if budget.is_exact:
         return Widths((0, *budget.widths), (1.0, *(0.0 for _ in budget.widths)))
     values, weights, inside = table.sample(blocks, sums.means[:, : sums.second.shape[1]], sums.scales)
-    values, weights = _pooled(values, weights, (sums.scales > 0)[inside])
+    values, weights = _pooled(values, weights, inside, sums.scales > 0)
     lost = torch.zeros(len(budget.widths), dtype=torch.float64)
 
     def compute(unit: int) -> None:
@@ -242,7 +242,7 @@ def _levels(
 
     def compute(unit: int) -> None:
         bits = used[unit]
-        pooled = _pooled(values, weights, ((solution.bits == bits) & (scales > 0))[inside])
+        pooled = _pooled(values, weights, inside, (solution.bits == bits) & (scales > 0))
         found[bits].copy_(fit_levels(*pooled, bits))
         lost[unit] = distortion(*pooled, found[bits])
 
@@ -250,23 +250,24 @@ def _levels(
     return found, dict(zip(used, lost.tolist(), strict=True))
 
 
-def _pooled(values: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _pooled(values: Tensor, weights: Tensor, inside: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Some of the chosen coefficients of all components together, and their weights.
 
     Args:
         values: `[rows, rank]`.
         weights: `[rows]`.
-        chosen: `[rows, rank]` which.
+        inside: `[rows]` blocks.
+        chosen: `[blocks, rank]` which.
     """
-    row, component = chosen.nonzero(as_tuple=True)
-    if not row.numel():
+    copies = chosen.sum(dim=1)[inside]
+    if not bool(copies.any()):
         # Of a width that no row of the sample has: those of a normal distribution.
         normal = torch.special.ndtri((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
         return normal, torch.ones_like(normal)
     # As with rows: a few values that weigh much would have levels of their own.
-    chance = chances(weights, chosen.sum(dim=1), _POOLED)
-    drawn = at_equal_steps(chance[row])
-    row, component = row[drawn], component[drawn]
+    chance = chances(weights, copies, _POOLED)
+    row, place = at_equal_steps(chance, copies)
+    component = chosen.logical_not().sort(dim=1, stable=True).indices[inside[row], place]
     return values[row, component], weights[row] / chance[row]
 
 

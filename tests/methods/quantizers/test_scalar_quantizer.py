@@ -84,4 +84,8 @@ def test_chances_count_copies() -> None:
     assert float((found * copies).sum()) == pytest.approx(7)
     assert float(found[1]) == 1
     assert float(found[0]) == pytest.approx(2 * float(found[3]))
-    assert at_equal_steps(found.repeat_interleave(copies)).numel() == 7
+    item, copy = at_equal_steps(found, copies)
+    # As if every copy were an item.
+    single, _ = at_equal_steps(found.repeat_interleave(copies), torch.ones(int(copies.sum())))
+    assert torch.equal((copies.cumsum(0) - copies)[item] + copy, single)
+    assert len(single.unique()) == 7
