@@ -134,7 +134,8 @@ def show_inspection(report: Mapping[str, Any]) -> None:
             cells = _shape(table["shape"], table["dtype"]), _sizes(table)[1], f"{table['bits_per_weight']:g}"
             screen.add_row(" = ".join(table["modules"]), *cells, share)
         screen.add_section()
-        screen.add_row("whole model", "", _sizes(report["model"])[1], "", "")
+        whole = report["model"]
+        screen.add_row("whole model", "", _sizes(whole)[1], f"{whole['bits_per_weight']:.2f}", "")
         print_table(screen)
     if report["note"]:
         say(f"No tables are chosen: {report['note']}")
@@ -152,7 +153,7 @@ def _show_compressed(
         stored = entry["structure"], *_sizes(entry), bits
         screen.add_row(names, entry["method"], _shape(entry["shape"], entry["dtype"]), *stored, *more)
     screen.add_section()
-    screen.add_row("whole model", "", "", "", *_sizes(whole), "", *last)
+    screen.add_row("whole model", "", "", "", *_sizes(whole), f"{whole['bits_per_weight']:.2f}", *last)
     print_table(screen)
 
 

@@ -142,6 +142,17 @@ def parametrized_bytes(model: nn.Module) -> tuple[int, int]:
         >>> parametrized_bytes(model)
         (131072, 33792)
     """
-    lists = {id(kept): kept for kept in readings(model).values()}.values()
+    lists = _lists(model)
     dense = sum(reading_of(kept).shape.numel() * dtype_of(kept).itemsize for kept in lists)
     return dense, sum(tensor.nbytes for kept in lists for tensor in kept.state_dict().values())
+
+
+def parametrized_numbers(model: nn.Module) -> tuple[int, int]:
+    """How many numbers the quantized weights are, and how many the state dict has in their place."""
+    lists = _lists(model)
+    weights = sum(reading_of(kept).shape.numel() for kept in lists)
+    return weights, sum(tensor.numel() for kept in lists for tensor in kept.state_dict().values())
+
+
+def _lists(model: nn.Module) -> list[ParametrizationList]:
+    return list({id(kept): kept for kept in readings(model).values()}.values())

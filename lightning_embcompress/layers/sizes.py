@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
-from lightning_embcompress.layers.parametrized_weights import parametrized_bytes
+from lightning_embcompress.layers.parametrized_weights import parametrized_bytes, parametrized_numbers
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.methods.specs import dense_bytes
 from lightning_embcompress.utils.storage import place_of
@@ -52,11 +52,11 @@ def model_bytes(model: nn.Module) -> dict[str, float]:
     Of a sharded model, too, it is all of it, and not the part of this process.
 
     Returns:
-        `dense_bytes`, `stored_bytes` and their `ratio`, as in `report.json`.
+        `dense_bytes`, `stored_bytes`, their `ratio` and the `bits_per_weight` of all numbers, as in `report.json`.
 
     Example:
         >>> model_bytes(nn.Linear(10, 5, bias=False))
-        {'dense_bytes': 200, 'stored_bytes': 200, 'ratio': 1.0}
+        {'dense_bytes': 200, 'stored_bytes': 200, 'ratio': 1.0, 'bits_per_weight': 32.0}
     """
     tables = [factors for _, factors in compressed_tables(model)]
     inside = {
@@ -66,9 +66,17 @@ def model_bytes(model: nn.Module) -> dict[str, float]:
         for tensor in module.factorization.state_dict(keep_vars=True).values()
     }
     # A shard counts as the whole tensor.
-    outside = {place_of(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
-    rest = sum(size for place, size in outside.items() if place not in inside)
+    tensors = {place_of(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    outside = [tensor for place, tensor in tensors.items() if place not in inside]
+    rest, numbers = sum(tensor.nbytes for tensor in outside), sum(tensor.numel() for tensor in outside)
     other_dense, other_stored = parametrized_bytes(model)
+    weights, in_their_place = parametrized_numbers(model)
+    weights += numbers - in_their_place + sum(dense_table_bytes(one) // one.dtype.itemsize for one in tables)
     dense = rest - other_stored + other_dense + sum(map(dense_table_bytes, tables))
     stored = rest + sum(factors.stored_bytes() for factors in tables)
-    return {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored if stored else 1.0}
+    return {
+        "dense_bytes": dense,
+        "stored_bytes": stored,
+        "ratio": dense / stored if stored else 1.0,
+        "bits_per_weight": 8 * stored / weights if weights else 0.0,
+    }

@@ -157,6 +157,7 @@ def test_bytes_are_those_of_the_bits() -> None:
             "dense_bytes": dense,
             "stored_bytes": dense - 4 * 32_768 + of_weights,
             "ratio": pytest.approx(dense / (dense - 4 * 32_768 + of_weights)),
+            "bits_per_weight": pytest.approx(32 * (dense - 4 * 32_768 + of_weights) / dense),
         }
 
 

@@ -73,7 +73,7 @@ def at_equal_steps(chance: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> at_equal_steps(torch.tensor([1.0, 0.5]), torch.tensor([1, 4]))
-        (tensor([0, 1, 1]), tensor([0, 1, 3]))
+        (tensor([0, 1, 1]), tensor([0, 0, 2]))
     """
     chance = chance.double()
     mass = chance * copies
