@@ -137,6 +137,7 @@ class HeadPieces:
         self.shape = shape
         self._is_word: Tensor | None = None
         self._hidden: Tensor
+        self._given: Tensor
         self._count = 0
         self._squares = torch.zeros_like(sums["hidden", path])
         self._mean = torch.zeros_like(sums["hidden_mean", path])
@@ -147,12 +148,23 @@ class HeadPieces:
         self._hidden = hidden.detach().reshape(-1, hidden.shape[-1])
         self._is_word = None if is_word is None else is_word.flatten()
 
+    def give(self, products: Tensor) -> None:
+        """Note what the head gives for the next piece, `[*, vocab_size]`, of which the model makes its logits."""
+        self._given = products
+
+    def _energy(self, logits: Tensor, gradient: Tensor) -> float:
+        """Mean square by which logits grow with what the head gives, as seen by a gradient: of a factor its square."""
+        if logits is self._given or logits._base is self._given:
+            return 1.0
+        (at_products,) = torch.autograd.grad(logits, self._given, gradient, retain_graph=True)
+        return float(at_products.float().square().sum() / gradient.float().square().sum().clamp(min=1e-30))
+
     @torch.no_grad()
     def see(self, logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
         """Add up the moments of a piece.
 
         Args:
-            logits: `[N, vocab_size]`.
+            logits: `[N, vocab_size]`, with what they were computed from.
             targets: `[N]`.
             places: `[N]`, which positions these are.
 
@@ -165,12 +177,12 @@ class HeadPieces:
         with torch.autocast(logits.device.type, enabled=False):
             hidden = wide(self._hidden[is_word.to(self._hidden.device)])
             self._count += len(hidden)
-            self._squares += (hidden.T @ hidden).to(self._squares.device)
             self._mean += hidden.sum(0).to(self._mean.device)
             for rows, probabilities, room in _softmax(logits):
                 _add_probabilities(self._probabilities, probabilities, room, is_word[rows].to(probabilities))
                 probabilities.scatter_add_(1, targets[rows, None], probabilities.new_full((len(probabilities), 1), -1))
                 gradient[rows] = probabilities
+            self._squares += (hidden.T @ hidden).to(self._squares) * self._energy(logits, gradient)
         return gradient
 
     def moments(self) -> tuple[int, dict[str, Tensor]]:

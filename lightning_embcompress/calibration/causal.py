@@ -142,7 +142,7 @@ class CausalModel:
                 return None
             gradient = torch.zeros_like(body.states) if gradient is None else gradient
             if len(places):
-                at_logits = see(logits.detach()[0], targets[piece].to(logits.device), piece)
+                at_logits = see(logits[0], targets[piece].to(logits.device), piece)
                 (found,) = torch.autograd.grad(logits, leaf, at_logits.unsqueeze(0))
                 gradient.flatten(0, -2)[piece.to(gradient.device)] = found[0]
         return None if body.states is None or gradient is None else (body.states, gradient)

@@ -192,6 +192,8 @@ class Collector:
 
     def _logits_hook(self, _: nn.Module, __: tuple[Any, ...], logits: Tensor) -> None:
         self._within_head = False
+        if self._pieces is not None:
+            self._pieces.give(logits)
         self._see_logits(logits)
 
     def _see_product(self, path: str, logits_of: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor | None:

@@ -58,6 +58,7 @@ class Statistics:
         token_counts: `[vocab_size]` int64, how often every token occurs; float64 if counts were given that are not
             whole numbers.
         hidden: Path of a head to `E[h hᵀ]`, `[d, d]` float64, `h` the hidden state that the head reads at a target.
+            Where a causal language model of transformers scales what the head gives, times the square of that factor.
         hidden_mean: Path of a head to `E[h]`, `[d]` float64.
         probabilities: Path of a head to the mean predicted probability of every token, `[vocab_size]` float64. Missing
             for heads whose logits were never computed, as in training with a sampled softmax.

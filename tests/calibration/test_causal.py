@@ -140,11 +140,25 @@ def test_what_the_model_does_with_logits_is_in_their_probabilities() -> None:
     model = _model(_gemma2).eval()
     data = _data()[1:2]
     found = collect_statistics(model, data)
-    _assert_same(found, _at_once(model, data), but=("probabilities", "squared_probabilities"))
+    _assert_same(found, _at_once(model, data), but=("hidden", "probabilities", "squared_probabilities"))
     with torch.no_grad():
         probabilities = model(**data[0]).logits[:, :-1].softmax(-1)
     torch.testing.assert_close(found.probabilities["lm_head"], probabilities.mean((0, 1)))
     torch.testing.assert_close(found.squared_probabilities["lm_head"], probabilities.square().mean((0, 1)))
+
+
+def test_a_factor_of_the_logits_counts_as_one_of_the_hidden_states() -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    sizes = {**_LAYERS, **_SMALL, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    scaled = _model(lambda: GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0)))
+    plain = _model(lambda: GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=1.0)))
+    plain.load_state_dict(scaled.state_dict())
+    with torch.no_grad():
+        plain.lm_head.weight /= 4
+    found, expected = (collect_statistics(model, _data()) for model in (scaled, plain))
+    found.hidden["lm_head"] *= 16
+    _assert_same(found, expected)
 
 
 def _with_another_loss() -> Any:
