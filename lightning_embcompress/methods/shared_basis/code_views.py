@@ -104,12 +104,13 @@ class LaidOut:
     def coefficients(self, positions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """`[n, rank]` coefficients of `[n]` ascending positions of rows, and the `[n]` blocks that they are in."""
         stops = torch.searchsorted(positions, self.ends).tolist()
-        found = self.factors.new_zeros(len(positions), rank)
+        found = self.factors.new_empty(len(positions), rank)
         start = first = 0
         for tiles, units, stop in zip(self.blocks, self.units, stops, strict=True):
             if stop > start:
                 numbers = tiles.rows(positions[start:stop] - first)
                 torch.mul(numbers, units, out=found[start:stop, : len(units)])
+                found[start:stop, len(units) :] = 0
             start, first = stop, first + tiles.shape.rows
         return found, torch.searchsorted(self.ends, positions, right=True)
 
