@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Values at a time, a multiple of 8 so that pieces end with a byte: digits on the way take many times the memory.
-_PIECE = 2**18
+_PIECE = 2**16
 
 
 def bit_width(num_values: int) -> int:
@@ -19,12 +19,13 @@ def packed_bytes(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def pack_bits(values: Tensor, bits: int) -> Tensor:
+def pack_bits(values: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """Pack non-negative integers below `2^bits` without gaps, lowest bit first.
 
     Args:
         values: `[count]` integers.
         bits: Bits a value, from 0 to 31.
+        out: Where the result is written; None for new memory.
 
     Returns:
         `[⌈count · bits / 8⌉]` uint8.
@@ -33,16 +34,19 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         >>> unpack_bits(pack_bits(torch.tensor([5, 0, 7]), 3), 3, 3)
         tensor([5, 0, 7])
     """
+    count = values.numel()
+    packed = torch.empty(packed_bytes(count, bits), dtype=torch.uint8, device=values.device) if out is None else out
     if bits == 8:
-        return values.to(torch.uint8)
+        return packed.copy_(values)
     shifts = torch.arange(bits, device=values.device)
     places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=values.device)
-    packed = [torch.empty(0, dtype=torch.uint8, device=values.device)]
-    for piece in torch.split(values, _PIECE):
+    for start in range(0, count, _PIECE):
+        piece = values[start : start + _PIECE]
         digits = ((piece.long().unsqueeze(1) >> shifts) & 1).flatten().to(torch.uint8)
         digits = torch.nn.functional.pad(digits, (0, -digits.numel() % 8)).view(-1, 8)
-        packed.append((digits * places).sum(dim=1, dtype=torch.uint8))
-    return torch.cat(packed)
+        begin = start * bits // 8
+        packed[begin : begin + len(digits)] = (digits * places).sum(dim=1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.long) -> Tensor:

@@ -220,7 +220,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
             self.basis.copy_(solution.basis)
             self.means.copy_(solution.means)
         basis, means, stored = self._read()
-        turns = [one.to(device) for one in projectors(basis, metric, self.ranks)]
+        projector_of = projectors(basis, metric)
         dtype = compute_dtype(weight.dtype)
         levels = level_tables(self.levels.to(dtype), self.widths) if self.is_coded else {}
         # In place: the coefficients of all rows are as large as the result.
@@ -233,7 +233,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
 
         def compute(unit: int) -> None:
             block, run, rows = parts[unit]
-            projector = turns[block].to(dtype)
+            projector = projector_of(self.ranks[block]).to(device, dtype)
             shift = means[block].to(dtype) @ projector
             for chunk in row_chunks(run.stop - run.start, self.dim):
                 place = slice(run.start + chunk.start, run.start + chunk.stop)

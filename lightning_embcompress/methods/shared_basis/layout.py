@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -148,15 +149,17 @@ def nearest_codes(values: Tensor, runs: Sequence[tuple[int, int]], tables: Mappi
     return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
 
 
-def projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Tensor]:
-    """`[dim, rank]` for each rank: coefficients of least loss in the first rows of a basis that storing it has changed.
+def projectors(basis: Tensor, metric: Metric) -> Callable[[int], Tensor]:
+    """Coefficients of least loss in the first rows of a basis that storing it has changed.
 
     They are `M Bᵀ (B M Bᵀ)⁻¹`; of the Cholesky factor the first rows and columns are that of the first rows of `B`.
 
     Args:
         basis: `[rank, dim]`.
         metric: What an error costs.
-        ranks: Of every block.
+
+    Returns:
+        Called with a number of rows, `[dim, rank]` of these.
     """
     seen = basis.double().cpu() @ metric.root
     lengths = seen.norm(dim=1, keepdim=True).clamp(min=1e-300)
@@ -165,7 +168,13 @@ def projectors(basis: Tensor, metric: Metric, ranks: Sequence[int]) -> list[Tens
     moment = seen @ seen.T + 1e-12 * torch.eye(len(seen), dtype=torch.float64)
     inverse = torch.linalg.inv(torch.linalg.cholesky(moment))
     turned = metric.root @ (seen.T @ inverse.T)
-    return [turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T) for rank in ranks]
+
+    # The last one alone: those of all blocks can be larger than the table.
+    @lru_cache(maxsize=1)
+    def projector(rank: int) -> Tensor:
+        return turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T)
+
+    return projector
 
 
 def segments_of(bits: list[int], is_coded: bool) -> list[list[int]]:

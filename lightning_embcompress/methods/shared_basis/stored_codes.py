@@ -78,7 +78,7 @@ class StoredCodes(RowBlocks[ConfigT]):
         buffer("scale_unit", 1 if self.rank else 0, dtype=dtype)
         buffer("basis_scales", self.rank, dtype=dtype)
         buffer("mean_scales", blocks, dtype=dtype)
-        buffer("packed_codes", sum(packed_bytes(size * n, bits) for size, bits, n in self._runs()))
+        buffer("packed_codes", self._num_packed())
         buffer("scale_codes", sum(self.ranks))
         buffer("basis_codes", self.rank, self.dim)
         buffer("mean_codes", blocks, self.dim)
@@ -90,6 +90,10 @@ class StoredCodes(RowBlocks[ConfigT]):
         for size, runs in zip(self.sizes, self.segments, strict=True):
             for bits, count in runs:
                 yield size, bits, count
+
+    def _num_packed(self) -> int:
+        """Bytes of all packed codes."""
+        return sum(packed_bytes(size * count, bits) for size, bits, count in self._runs())
 
     def _block_codes(self) -> list[Tensor]:
         """`[size, rank]` codes of every block."""
@@ -104,13 +108,14 @@ class StoredCodes(RowBlocks[ConfigT]):
 
     def _packed(self, codes: Sequence[Tensor]) -> Tensor:
         """The codes of all blocks, packed."""
-        packed = []
+        packed, begin = self.packed_codes.new_empty(self._num_packed()), 0
         for block, runs in zip(codes, self.segments, strict=True):
             start = 0
             for bits, count in runs:
-                packed.append(pack_bits(block[:, start : start + count].flatten(), bits))
-                start += count
-        return torch.cat([self.packed_codes.new_empty(0), *packed])
+                length = packed_bytes(block.shape[0] * count, bits)
+                pack_bits(block[:, start : start + count].flatten(), bits, packed[begin : begin + length])
+                start, begin = start + count, begin + length
+        return packed
 
     def _unpack(self) -> None:
         """Read the codes of all blocks from what is packed."""
