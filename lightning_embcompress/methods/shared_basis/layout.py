@@ -172,7 +172,8 @@ def projectors(basis: Tensor, metric: Metric) -> Callable[[int], Tensor]:
     # The last one alone: those of all blocks can be larger than the table.
     @lru_cache(maxsize=1)
     def projector(rank: int) -> Tensor:
-        return turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T)
+        projected: Tensor = turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T)
+        return projected
 
     return projector
 
