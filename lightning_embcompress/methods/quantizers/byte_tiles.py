@@ -3,7 +3,7 @@
 One state is the weights of a bag whose items are components: FBGEMM's sum of rows of bytes (`embedding_bag` of
 quantized tables) reads every byte once, converts it in a register and adds it up in float32, so that a product takes
 what a quarter of a float32 matrix takes to be read. For more states, or where torch is built without FBGEMM, the bytes
-of a tile are converted to floats, which stay in the cache of a core, and multiplied there.
+of some tiles are converted to floats, which stay in the caches, and every core multiplies tiles of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _WIDTH, _VECTOR, _MANY_ROWS = 384, 16, 128
 _TAIL = 8
 # What stands for 0, since FBGEMM reads bytes from 0 to 255; and what a lower byte counts.
 _ZERO, _LOWER = 128, 1 / 256
+# Tiles that a thread multiplies before it waits for the others, and sums of all of them at once.
+_TILES, _SUMS = 2, 2**13
 # States up to which every one of them reads the bytes by itself.
 _FEW_STATES = 6
 
@@ -209,13 +211,19 @@ class ByteTiles:
         adds_bytes = states.dtype == torch.float32
         if lower and not adds_bytes:
             states = torch.cat([states, states[:, :lower] * _LOWER], dim=1)
-        buffer = states.new_empty(components + lower, self.shape.width)
-        for tile, columns, own in self.pieces(rows):
+        pieces = list(self.pieces(rows))
+        at_once = max(1, min(len(pieces), _TILES * torch.get_num_threads(), _SUMS // len(states)))
+        numbers = states.new_empty(at_once, components + lower, self.shape.width)
+        sums = states.new_empty(at_once, len(states), self.shape.width)
+        for first in range(0, len(pieces), at_once):
+            group = pieces[first : first + at_once]
+            data = self.data[group[0][0] : group[-1][0] + 1, :, : self.shape.width]
             # Without their highest bit as it is, bytes from 0 to 255 are those from -128 to 127.
-            found = (self.data[tile, :, columns] ^ _ZERO).view(torch.int8)
-            numbers = buffer[:, : found.shape[1]].copy_(found)
+            found = numbers[: len(group)].copy_((data ^ _ZERO).view(torch.int8))
             if lower and adds_bytes:
-                numbers[:lower].add_(numbers[components:], alpha=_LOWER)
-                numbers = numbers[:components]
-            torch.addmm(shift, states, numbers, out=out[:, own])
+                found[:, :lower].add_(found[:, components:], alpha=_LOWER)
+                found = found[:, :components]
+            torch.bmm(states.expand(len(group), -1, -1), found, out=sums[: len(group)])
+            for of_tile, (_, columns, own) in zip(sums, group, strict=False):
+                torch.add(of_tile[:, columns], shift, out=out[:, own])
         return out
