@@ -246,7 +246,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         results = [[found[block][run]] for block, run, _ in parts]
         deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in parts], compute)
         if self.is_coded:
-            self.packed_codes = self._packed(found)
+            self._packed(found, out=self.packed_codes)
 
 
 def plain_metric(weight: Tensor, token_counts: Tensor | None, unseen_weight: float | None = None) -> Metric:

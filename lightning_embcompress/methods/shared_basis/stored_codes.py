@@ -106,9 +106,9 @@ class StoredCodes(RowBlocks[ConfigT]):
             start += size * rank
         return found
 
-    def _packed(self, codes: Sequence[Tensor]) -> Tensor:
-        """The codes of all blocks, packed."""
-        packed, begin = self.packed_codes.new_empty(self._num_packed()), 0
+    def _packed(self, codes: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The codes of all blocks, packed, in new memory if there is no other."""
+        packed, begin = self.packed_codes.new_empty(self._num_packed()) if out is None else out, 0
         for block, runs in zip(codes, self.segments, strict=True):
             start = 0
             for bits, count in runs:
