@@ -195,9 +195,10 @@ def _factors(spec: Mapping[str, Any]) -> str:
     """Whatever a structure says beside the shape."""
     if isinstance(spec.get("segments"), list):
         ranks = [sum(count for _, count in runs) for runs in spec["segments"]]
-        bits = sorted({width for runs in spec["segments"] for width, _ in runs if width})
+        bits = sorted({abs(width) for runs in spec["segments"] for width, _ in runs if width})
         widths = f" in {bits[0]} to {bits[-1]} bits" if bits else ""
-        return f"{len(spec['sizes'])} groups, ranks {_listed(ranks, ', ')}{widths}"
+        windows = f", windows of {spec['window']} bits" if "window" in spec else ""
+        return f"{len(spec['sizes'])} groups, ranks {_listed(ranks, ', ')}{widths}{windows}"
     if isinstance(spec.get("sizes"), list):
         return f"{len(spec['sizes'])} groups, ranks {_listed(spec['ranks'], ', ')}"
     modes = [_listed(spec[name], " x ") for name in ("vocab_shape", "dim_shape", "shape") if name in spec]

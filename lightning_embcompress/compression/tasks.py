@@ -21,6 +21,7 @@ from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rate_allocation import RateCurve, allocate
 from lightning_embcompress.methods.registry import Factorization, get_method
+from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
 from lightning_embcompress.methods.shared_basis.layout import bit_budget
 from lightning_embcompress.methods.shared_basis.solver import rate_curve
 from lightning_embcompress.methods.specs import padding_bytes
@@ -314,7 +315,8 @@ def share(model: nn.Module, tasks: Tasks, statistics: Statistics) -> Tasks:
             blocks = min(_GROUPS, vocab_size)
             # Of floats only ranks are to be decided, not bits.
             widths = () if task.config.keeps_floats else WIDTHS
-            bits, always = bit_budget(vocab_size, dim, task.table.weight.element_size(), 0, widths)
+            window = task.config.window if isinstance(task.config, SharedBasisConfig) else 0
+            bits, always = bit_budget(vocab_size, dim, task.table.weight.element_size(), 0, widths, window)
             assert task.metric is not None
             known.append(task)
             curves.append(rate_curve(task.table.weight.detach(), task.metric, bits, blocks))

@@ -81,21 +81,29 @@ def test_codes_of_the_best_groups_take_seconds(benchmark) -> None:
     assert taken < 10
 
 
-def _codes_of_3_bits(vocab_size: int, dim: int) -> SharedBasisBlocks:
-    """Random codes in 32 blocks of unequal sizes, with widths like those of a trained table at 3 bits a weight."""
+def _codes_of_3_bits(vocab_size: int, dim: int, window: int = 0) -> SharedBasisBlocks:
+    """Random codes in 32 blocks of unequal sizes, with widths like those of a trained table at 3 bits a weight.
+
+    With windows those of up to 5 bits are of a trellis.
+    """
     generator = torch.Generator().manual_seed(0)
     ends = torch.randperm(vocab_size - 1, generator=generator)[:31].sort().values + 1
     sizes = torch.cat([ends, torch.tensor([vocab_size])]).diff(prepend=torch.zeros(1, dtype=torch.long))
     # Frequent words have more components of many bits.
     first = [[[8, many], [6, 4], [5, 15], [4, 60], [3, 230]] for many in [dim // 10] + [1] * 31]
     segments = [[*runs, [2, dim - sum(count for _, count in runs)]] for runs in first]
-    coded = SharedBasisBlocks(vocab_size, dim, dim, sizes.tolist(), segments, True)
+    signed = [[[-bits if window and bits <= 5 else bits, n] for bits, n in runs] for runs in segments]
+    coded = SharedBasisBlocks(vocab_size, dim, dim, sizes.tolist(), signed, True, window=window)
     codes = [
         torch.cat([torch.randint(2**bits, (size, n), generator=generator, dtype=torch.uint8) for bits, n in runs], 1)
         for size, runs in zip(sizes.tolist(), segments, strict=True)
     ]
     with torch.no_grad():
-        coded.levels.copy_(torch.cat([torch.linspace(-3, 3, 2**bits).sinh() / 3 for bits in coded.widths]))
+        coded.levels.copy_(
+            torch.cat(
+                [torch.linspace(-3, 3, 2**bits).sinh() / 3 if bits > 0 else torch.ones(1) / 30 for bits in coded.widths]
+            )
+        )
         basis, means = torch.randn(dim, dim) / dim**0.5, torch.randn(32, dim)
         coded.store(codes, basis, means, 0.1 + torch.rand(sum(coded.ranks)))
         blocks = torch.arange(32).repeat_interleave(sizes)
@@ -133,6 +141,29 @@ def test_serving_codes_of_3_bits(benchmark, vocab_size: int, dim: int, thread_co
     assert resident <= 9
     assert ratios[1] >= 2
     assert ratios[64] >= 0.9
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@torch.no_grad()
+def test_serving_codes_of_a_trellis(benchmark, thread_count: int) -> None:
+    fixed, trellis = _codes_of_3_bits(49_152, 576), _codes_of_3_bits(49_152, 576, window=12)
+    assert fixed.lay_out()
+    assert trellis.lay_out()
+    for number, most in ((1, 1.05), (64, 1.05)):
+        hidden = torch.randn(number, 576)
+        sides = {
+            f"logits of {number}, fixed widths": Side(lambda h=hidden: fixed.logits(h)),
+            "trellis": Side(lambda h=hidden: trellis.logits(h)),
+        }
+        assert in_turns(sides, 9, thread_count)["trellis"].ratio >= 1 / most
+    for number in (1, 512):
+        ids = torch.randint(49_152, (number,))
+        sides = {
+            f"rows of {number}, fixed widths": Side(lambda i=ids: fixed.rows(i)),
+            "trellis": Side(lambda i=ids: trellis.rows(i)),
+        }
+        assert in_turns(sides, 9, thread_count)["trellis"].ratio >= 1 / 1.5
+    benchmark.pedantic(lambda: trellis.logits(hidden), rounds=1)
 
 
 @pytest.mark.parametrize("thread_count", THREADS)

@@ -61,6 +61,7 @@ def test_cases_refine_in_place_and_not(alone: dict[str, Any]) -> None:
         "group_reduce": False,
         "group_reduce in place": True,
         "transform_coding": True,
+        "trellis": True,
         "weighted_low_rank": True,
         "tensor_train": True,
         "product_quantization": True,

@@ -162,6 +162,7 @@ def _check_same(one: Factorization[Any], other: Factorization[Any]) -> None:
 
 _CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{method: (method, {}) for method in _METHODS},
+    "trellis": ("transform_coding", {"codes": "trellis", "effort": 6, "bits": 2}),
     "rare tokens": ("product_quantization", {"subspaces": 4, "bits": 4, "rare_bits": 2, "rare_fraction": 0.5}),
 }
 
@@ -215,6 +216,15 @@ _STRUCTURES: list[dict[str, Any]] = [
     {"kind": "low_rank", "rank": 2},
     {"kind": "product_quantization", "subspaces": 4, "centroids": 4, "rare_tokens": 3, "rare_centroids": 2},
     {"kind": "shared_basis_blocks", "sizes": [6, 4], "rank": 4, "segments": [[[4, 4]], [[2, 1]]], "is_coded": True},
+    {
+        "kind": "shared_basis_blocks",
+        "sizes": [6, 4],
+        "rank": 4,
+        "segments": [[[4, 1], [-2, 3]], [[-3, 2]]],
+        "is_coded": True,
+        "window": 6,
+    },
+    {"kind": "latent_codes", "sizes": [6, 4], "rank": 4, "segments": [[[-2, 4]], [[2, 1]]], "window": 8},
     {"kind": "tensor_train", "shape": [2, 2], "ranks": [1, 1, 1]},
     {"kind": "tensor_train_matrix", "vocab_shape": [2, 5], "dim_shape": [2, 2], "ranks": [1, 2, 1]},
     {"kind": "tucker", "vocab_shape": [2, 5], "dim_shape": [4], "ranks": [2, 2, 2]},
@@ -233,18 +243,23 @@ _IMPOSSIBLE: dict[str, list[Any]] = {
     "centroids": [0, 11],
     "rare_tokens": [11, "2", None],
     "rare_centroids": [5, "2", None],
-    "segments": ["all", [[[4, 4]]], [[[9, 4]], [[2, 1]]], [[[4, 5]], [[2, 1]]], [[[4, 4, 1]], [[2, 1]]]],
+    "segments": [
+        *("all", [[[4, 4]]], [[[9, 4]], [[2, 1]]], [[[4, 5]], [[2, 1]]], [[[4, 4, 1]], [[2, 1]]]),
+        *([[[-6, 4]], [[2, 1]]], [[[-2, 3], [2, 1]], [[2, 1]]], [[[-2, 4]], [[-2, 1]]], [[[4, 4]], [[-2, 1]]]),
+        *([[[4, 4]], [["-2", 1]]], [[[4, 4]], [[-2.0, 1]]], [[[4, 4]], [[-2, -1]]], [[4], [2]]),
+    ],
+    "window": [0, 3, 17, -6, 6.0, "6", None, True],
     "is_coded": [1, False],
 }
 
 
-@pytest.mark.parametrize("structure", _STRUCTURES, ids=lambda structure: str(structure["kind"]))
+@pytest.mark.parametrize("structure", _STRUCTURES, ids=lambda one: f"{one['kind']}{one.get('window', '')}")
 def test_structures_that_are_not_possible_are_refused(structure: dict[str, Any]) -> None:
     spec = {**structure, "vocab_size": 10, "dim": 4}
     assert factorization_from_spec(spec, torch.float32).spec() == spec
     for name in spec.keys() - {"kind"}:
         for bad in _IMPOSSIBLE[name]:
-            with pytest.raises(ValueError, match=f"{name}|rank|bits|segments"):
+            with pytest.raises(ValueError, match=f"{name}|rank|bits|segments|window"):
                 factorization_from_spec({**spec, name: bad}, torch.float32)
 
 

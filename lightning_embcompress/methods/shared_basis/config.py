@@ -45,3 +45,8 @@ class SharedBasisConfig(MetricConfig):
     def widths(self) -> tuple[int, ...]:
         """Bits of a coefficient to choose from; none for floats."""
         return ()
+
+    @property
+    def window(self) -> int:
+        """Bits of the windows of a trellis; 0 for none."""
+        return 0

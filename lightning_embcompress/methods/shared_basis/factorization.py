@@ -17,7 +17,6 @@ from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
 from lightning_embcompress.methods.shared_basis.layout import (
     KIND,
     bit_budget,
-    level_tables,
     nearest_codes,
     projectors,
     segments_of,
@@ -74,10 +73,12 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     def smallest_bytes(cls, vocab_size: int, dim: int, itemsize: int, config: SharedBasisConfig | None = None) -> int:
         """Bytes with only a mean in every block, see `Factorization.smallest_bytes`."""
         config = config or cls.config_class()
-        return cls.least_bytes(vocab_size, dim, itemsize, config.groups, config.widths)
+        return cls.least_bytes(vocab_size, dim, itemsize, config.groups, config.widths, config.window)
 
     @classmethod
-    def least_bytes(cls, vocab_size: int, dim: int, itemsize: int, groups: Any, widths: tuple[int, ...]) -> int:
+    def least_bytes(
+        cls, vocab_size: int, dim: int, itemsize: int, groups: Any, widths: tuple[int, ...], window: int = 0
+    ) -> int:
         """Bytes with only a mean in every block; no widths where coefficients are floats.
 
         Raises:
@@ -86,7 +87,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         count = groups if isinstance(groups, int) else 1
         if count > vocab_size:
             raise ValueError(f"groups must be at most the {vocab_size} rows of the table, it is {count}")
-        budget, fixed = bit_budget(vocab_size, dim, itemsize, 0, widths)
+        budget, fixed = bit_budget(vocab_size, dim, itemsize, 0, widths, window)
         return fixed - (-(count * budget.block + budget.index(count)) // 8)
 
     @classmethod
@@ -104,6 +105,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
             config.groups,
             config.refine_rounds,
             config.widths,
+            config.window,
             advance=problem.advance,
         )
 
@@ -111,16 +113,18 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         """Solve again from the blocks as they are, and afresh, and take the better."""
         target, max_bytes, config, advance = problem.weight, problem.max_bytes, problem.config, problem.advance
         metric = problem.metric or plain_metric(target, problem.token_counts, config.unseen_weight)
-        widths = config.widths
+        widths, window = config.widths, config.window
         now = self.block_of_row.to(target.device)
-        arguments = (target, max_bytes, metric, config.groups, config.refine_rounds, widths)
+        arguments = (target, max_bytes, metric, config.groups, config.refine_rounds, widths, window)
         starts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
-        if max_bytes >= self.least_bytes(self.vocab_size, self.dim, target.element_size(), len(self.sizes), widths):
+        if max_bytes >= self.least_bytes(
+            self.vocab_size, self.dim, target.element_size(), len(self.sizes), widths, window
+        ):
             starts.append((now, None))
         # What there is stays only if the config and the budget still allow it.
         bits = self._bits()
         offered = {0, *(widths or (8 * target.dtype.itemsize,))}
-        stays = self.is_coded == bool(widths) and set(bits.flatten().tolist()) <= offered
+        stays = self.is_coded == bool(widths) and self.window == window and set(bits.flatten().tolist()) <= offered
         if stays:
             starts.append((now, bits))
         solved = [self.solve(*arguments, *pair, lambda part: advance(part / len(starts))) for pair in starts]
@@ -151,7 +155,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     def _bits(self) -> Tensor:
         """`[blocks, rank]` bits of all components, 0 where they are dropped, those of a number for floats."""
         floats = 8 * self.dtype.itemsize
-        rows = [[bits or floats for bits, count in runs for _ in range(count)] for runs in self.segments]
+        rows = [[abs(bits) or floats for bits, count in runs for _ in range(count)] for runs in self.segments]
         padded = [row + [0] * (self.rank - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.long).reshape(len(rows), self.rank)
 
@@ -165,6 +169,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         groups: Any,
         refine_rounds: int,
         widths: tuple[int, ...],
+        window: int = 0,
         start: Tensor | None = None,
         keep: Tensor | None = None,
         advance: Callable[[float], None] = lambda _: None,
@@ -178,6 +183,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
             groups: See `SharedBasisConfig`.
             refine_rounds: See `SharedBasisConfig`.
             widths: Bits of a coefficient to choose from; none for floats.
+            window: Bits of the windows of a trellis; 0 for none.
             start: `[vocab_size]` block of every row to begin with.
             keep: `[blocks, rank]` bits that are to stay what they are.
             advance: Called with shares of the work that add up to 1.
@@ -187,27 +193,27 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         """
         vocab_size, dim = weight.shape
         count = groups if isinstance(groups, int) else None
-        least = cls.least_bytes(vocab_size, dim, weight.element_size(), groups, widths)
+        least = cls.least_bytes(vocab_size, dim, weight.element_size(), groups, widths, window)
         if max_bytes < least and keep is None:
             raise ValueError(
                 f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} in {count or 1} blocks of a mean each, "
                 f"which takes {least}; allow more bytes or use fewer groups"
             )
-        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths)
+        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths, window)
         solution = shared_basis(
             weight, metric, budget, count, refine_rounds, start, keep, lambda part: advance(0.8 * part)
         )
         is_coded = bool(widths)
         segments = [segments_of(row, is_coded) for row in solution.bits.tolist()]
         sizes = torch.bincount(solution.block_of_row, minlength=len(segments)).tolist()
-        solved = cls(vocab_size, dim, solution.bits.shape[1], sizes, segments, is_coded, weight.dtype, weight.device)
+        rank = solution.bits.shape[1]
+        solved = cls(vocab_size, dim, rank, sizes, segments, is_coded, weight.dtype, weight.device, window)
         solved._index(solution.block_of_row)
-        solved._fill(weight, solution, metric)
+        solved._fill(weight, solution, metric, lambda part: advance(0.2 * part))
         solved.predicted_loss = solution.loss
-        advance(0.2)
         return solved
 
-    def _fill(self, weight: Tensor, solution: SharedBasis, metric: Metric) -> None:
+    def _fill(self, weight: Tensor, solution: SharedBasis, metric: Metric, advance: Callable[[float], None]) -> None:
         """Coefficients of all rows, in the basis and around the means as they are stored."""
         device = weight.device
         if self.is_coded:
@@ -222,7 +228,8 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         basis, means, stored = self._read()
         projector_of = projectors(basis, metric)
         dtype = compute_dtype(weight.dtype)
-        levels = level_tables(self.levels.to(dtype), self.widths) if self.is_coded else {}
+        levels = {bits: own.to(dtype) for bits, own in self._level_tables().items()} if self.is_coded else {}
+        costs = (basis.double().cpu() @ metric.root).square().sum(dim=1).to(device)
         # In place: the coefficients of all rows are as large as the result.
         found = self._block_codes() if self.is_coded else [one.detach() for one in self.coefficients]
         parts = [
@@ -240,13 +247,17 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
                 values = weight[rows[place]].to(dtype) @ projector - shift
                 if self.is_coded:
                     values /= stored[block].to(dtype).clamp(min=1e-30)
-                    values = nearest_codes(values, self.segments[block], levels)
+                    own = costs[: self.ranks[block]] * stored[block].double().square()
+                    values = nearest_codes(values, self.segments[block], levels, own, self.window)
                 found[block][place] = values.to(found[block].dtype)
+            advance((run.stop - run.start) / self.vocab_size)
 
         results = [[found[block][run]] for block, run, _ in parts]
         deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in parts], compute)
         if self.is_coded:
             self._packed(found, out=self.packed_codes)
+        if self.window:
+            self._unpack()
 
 
 def plain_metric(weight: Tensor, token_counts: Tensor | None, unseen_weight: float | None = None) -> Metric:

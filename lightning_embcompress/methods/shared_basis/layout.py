@@ -13,7 +13,8 @@ from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rate_allocation import Overheads
 from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
-from lightning_embcompress.methods.shared_basis.solver import BitBudget
+from lightning_embcompress.methods.quantizers.trellis import WIDEST, WINDOWS, decode, encode, fits, widest
+from lightning_embcompress.methods.shared_basis.solver import BitBudget, num_levels
 from lightning_embcompress.methods.specs import stored_bytes
 
 KIND = "shared_basis_blocks"
@@ -28,6 +29,7 @@ def structure(
     sizes: Sequence[int],
     segments: Sequence[Sequence[Sequence[int]]],
     is_coded: bool,
+    window: int = 0,
 ) -> dict[str, Any]:
     """The structure of `SharedBasisBlocks`, as JSON; arguments as there."""
     return {
@@ -38,11 +40,12 @@ def structure(
         "sizes": list(sizes),
         "segments": [[list(run) for run in runs] for runs in segments],
         "is_coded": is_coded,
+        **({"window": window} if window else {}),
     }
 
 
 def bit_budget(
-    vocab_size: int, dim: int, itemsize: int, max_bytes: int, widths: tuple[int, ...]
+    vocab_size: int, dim: int, itemsize: int, max_bytes: int, widths: tuple[int, ...], window: int = 0
 ) -> tuple[BitBudget, int]:
     """What a solution may take, and the bytes that are there whatever it is.
 
@@ -52,15 +55,16 @@ def bit_budget(
         itemsize: Bytes of a number of the table.
         max_bytes: Most bytes that may be stored.
         widths: Bits of a coefficient to choose from; none for floats.
+        window: Bits of the windows of a trellis; 0 for none.
 
     Returns:
         The budget of what depends on the solution, and the bytes of the rest.
     """
-    spec = structure(vocab_size, dim, dim, [], [], False)
+    spec = structure(vocab_size, dim, dim, [], [], False, window)
     # What a block adds to the structure, as text, and to the last bytes of its segments.
-    said = len(str(vocab_size)) + 4 + len(f"[{8},{dim}],") * max(1, len(widths))
+    said = len(str(vocab_size)) + 4 + len(f"[{-8},{dim}],") * max(1, len(widths))
     if widths:
-        fixed = stored_bytes(sum(2**bits for bits in widths) * itemsize + itemsize, 9, spec)
+        fixed = stored_bytes((sum(2**bits for bits in widths) + widest(window)) * itemsize + itemsize, 9, spec)
         row = 8 * (dim + itemsize)
         block = row + 8 * said + 7 * len(widths)
         overheads = Overheads(8, row)
@@ -77,6 +81,7 @@ def bit_budget(
         block,
         lambda count: 8 * packed_bytes(vocab_size, bit_width(count)),
         as_stored if widths else lambda means: means,
+        window,
     )
     return budget, fixed
 
@@ -102,7 +107,7 @@ def as_stored(values: Tensor) -> Tensor:
 
 
 def checked_segments(
-    dim: int, rank: int, blocks: int, segments: Sequence[Sequence[Sequence[int]]], is_coded: bool
+    dim: int, rank: int, blocks: int, segments: Sequence[Sequence[Sequence[int]]], is_coded: bool, window: int = 0
 ) -> tuple[list[list[tuple[int, int]]], list[int], list[int]]:
     """Check which components the blocks keep, and in how many bits.
 
@@ -112,6 +117,7 @@ def checked_segments(
         blocks: Number of blocks.
         segments: For every block, runs `[bits, components]` of the components that it keeps.
         is_coded: Whether they are codes.
+        window: Bits of the windows of a trellis; 0 for none.
 
     Returns:
         The segments, the components of every block, and the widths that there are.
@@ -126,26 +132,87 @@ def checked_segments(
         raise ValueError(
             f"there must be segments for each of {blocks} blocks, the most of {rank} components, and at most {dim}"
         )
-    if not used <= (set(range(1, 9)) if is_coded else {0}) or any(n < 1 for r in runs_of_blocks for _, n in r):
-        raise ValueError("the segments of a block must be [bits, components], bits 1 to 8 of codes, 0 of floats")
+    offered = {*range(1, 9), *range(-WIDEST, 0)} if is_coded else {0}
+    if not used <= offered or any(n < 1 for r in runs_of_blocks for _, n in r):
+        raise ValueError(
+            f"the segments of a block must be [bits, components], bits 1 to 8 of codes, -1 to -{WIDEST} of codes of a "
+            "trellis, 0 of floats"
+        )
+    if window and (window not in WINDOWS or not is_coded):
+        raise ValueError(f"the windows of a trellis must have {WINDOWS[0]} to {WINDOWS[-1]} bits, not {window}")
+    for runs in runs_of_blocks:
+        own = trellis_bits(runs)
+        if own and not (window and fits(own, window) and all(bits < 0 for bits, _ in runs[-len(trellis_runs(runs)) :])):
+            raise ValueError(
+                f"segments of a trellis must be the last of a block, of at most {widest(window)} bits, and fill a "
+                f"window of {window}, not {runs}"
+            )
     return runs_of_blocks, ranks, sorted(used - {0})
+
+
+def trellis_runs(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The segments of a block that are coded by a trellis, with their bits above 0."""
+    return [(-bits, count) for bits, count in runs if bits < 0]
+
+
+def trellis_bits(runs: Sequence[tuple[int, int]]) -> list[int]:
+    """Bits of every component of a block that is coded by a trellis: the last ones."""
+    return [bits for bits, count in trellis_runs(runs) for _ in range(count)]
+
+
+def table_size(bits: int) -> int:
+    """Levels that codes of a byte choose from: as many as there are, or the numbers of a trellis."""
+    return 2**bits if bits > 0 else 256
 
 
 def level_tables(levels: Tensor, widths: Sequence[int]) -> dict[int, Tensor]:
     """Levels of every width, of those that stand one after the other."""
-    return dict(zip(widths, torch.split(levels, [2**bits for bits in widths]), strict=True)) if widths else {}
+    return dict(zip(widths, torch.split(levels, [table_size(bits) for bits in widths]), strict=True)) if widths else {}
 
 
-def nearest_codes(values: Tensor, runs: Sequence[tuple[int, int]], tables: Mapping[int, Tensor]) -> Tensor:
-    """Codes of the nearest levels, `[rows, components]` int64.
+def level_values(levels: Tensor, widths: Sequence[int]) -> Tensor:
+    """Levels of every width, one after the other, of what is kept of them: of a trellis the unit of its numbers."""
+    if not any(bits < 0 for bits in widths):
+        return levels
+    parts = zip(torch.split(levels, [num_levels(bits) for bits in widths]), widths, strict=True)
+    numbers = torch.arange(-128, 128, dtype=levels.dtype, device=levels.device)
+    return torch.cat([part if bits > 0 else part * numbers for part, bits in parts])
+
+
+def from_windows(codes: Tensor, runs: Sequence[tuple[int, int]], window: int) -> Tensor:
+    """`[rows, components]` codes as they are stored, as codes of levels: those of a trellis are read in its windows."""
+    bits = trellis_bits(runs)
+    if not bits:
+        return codes
+    first = codes.shape[1] - len(bits)
+    numbers = decode(codes[:, first:], bits, window) + 128
+    return torch.cat([codes[:, :first], numbers.to(codes.dtype)], dim=1)
+
+
+def nearest_codes(
+    values: Tensor,
+    runs: Sequence[tuple[int, int]],
+    tables: Mapping[int, Tensor],
+    costs: Tensor,
+    window: int,
+) -> Tensor:
+    """Codes of the nearest levels, those of a trellis of least cost, `[rows, components]` int64, as they are stored.
 
     Args:
         values: `[rows, components]` coefficients of a block in units of their scales.
         runs: The segments of the block.
         tables: Levels of every width.
+        costs: `[components]` what a squared error of a component costs.
+        window: Bits of the windows of a trellis.
     """
     parts = torch.split(values, [count for _, count in runs], dim=1) if runs else []
-    codes = [nearest_level(part.contiguous(), tables[bits]) for part, (bits, _) in zip(parts, runs, strict=True)]
+    pairs = list(zip(parts, runs, strict=True))
+    codes = [nearest_level(part.contiguous(), tables[bits]) for part, (bits, _) in pairs if bits > 0]
+    # Where a number stands for nothing, all codes are as good.
+    targets = [part / (tables[bits][129] - tables[bits][128]).clamp(min=1e-30) for part, (bits, _) in pairs if bits < 0]
+    if targets:
+        bits = trellis_bits(runs)
+        codes.append(encode(torch.cat(targets, dim=1), bits, costs[-len(bits) :], window).long())
     return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
 
 

@@ -42,6 +42,11 @@ class ByteLevels:
         numbers, units = {}, {}
         for bits, levels in tables.items():
             levels = levels.double().cpu()
+            if bits < 0:
+                # Those of a trellis are whole numbers of their unit.
+                units[bits] = float(levels[-1] / (len(levels) // 2 - 1))
+                numbers[bits] = 256 * torch.arange(-128, 128).to(torch.int16)
+                continue
             largest = max(float(levels.abs().max()), 1e-300)
             if exact or float(levels.sort().values.diff().min()) < 2 * largest / _LARGEST:
                 units[bits] = largest / _LARGEST

@@ -23,6 +23,8 @@ from lightning_embcompress.methods.numerics.projected_table import BlockSums, Pr
 from lightning_embcompress.methods.numerics.rate_allocation import Overheads, RateCurve, Rates, Widths, allocate
 from lightning_embcompress.methods.numerics.sampling import at_equal_steps, chances
 from lightning_embcompress.methods.quantizers.scalar_quantizer import distortion, fit_levels
+from lightning_embcompress.methods.quantizers.trellis import widest
+from lightning_embcompress.methods.quantizers.trellis_levels import fit_unit
 from lightning_embcompress.utils.division import agree, deal
 
 # Numbers of blocks to choose from where none is given: each is made of neighbours of the next.
@@ -31,6 +33,8 @@ _AUTOMATIC_GROUPS = (1, 2, 4, 8, 16, 32)
 _TOLERANCE = 2e-3
 # Coefficients to which levels are fitted.
 _POOLED = 2**18
+# Windows that fit into a row, at least, where a trellis is worth it.
+_LONG = 3
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class BitBudget:
         block: Bits of a block: its mean.
         index: Called with the number of blocks, bits of the index that says which row is in which.
         stored_means: Called with means of blocks, `[blocks, dim]` float64, what they become when they are stored.
+        window: Bits of the windows of a trellis, by which narrow coefficients are coded; 0 for none.
     """
 
     max_bits: int
@@ -54,6 +59,7 @@ class BitBudget:
     block: int
     index: Callable[[int], int]
     stored_means: Callable[[Tensor], Tensor] = lambda means: means
+    window: int = 0
 
     def left(self, blocks: int) -> float:
         """Bits that are left for coefficients and basis with so many blocks."""
@@ -66,13 +72,14 @@ class SharedBasis:
 
     Attributes:
         block_of_row: `[vocab_size]` int64; no block is empty.
-        bits: `[blocks, rank]` int64 bits of a coefficient, 0 where the component is dropped; rows do not rise.
+        bits: `[blocks, rank]` int64 bits of a coefficient, 0 where the component is dropped, below 0 where it is coded
+            by a trellis; their amounts do not rise within a row.
         means: `[blocks, dim]` float64 weighted means of the rows, as they are stored.
         projector: `[dim, rank]` float64: coefficients are `(w − mean) projector`.
         basis: `[rank, dim]` float64: rows are `mean + coefficients basis`.
         scales: `[blocks, rank]` float64 weighted root mean squares of the coefficients around these means.
-        levels: For every width that is used, `[2^bits]` float64 levels of coefficients over their scale; none where
-            coefficients are kept as floats.
+        levels: For every width that is used, `[2^bits]` float64 levels of coefficients over their scale, or of a
+            trellis `[1]`, what a number of it stands for; none where coefficients are kept as floats.
         losses: Predicted growth of the loss in nats, before refinement and after each round; of codes, with what
             quantizers lose in the blocks to begin with.
         loss: Predicted growth of the loss in nats; of codes, with what the levels lose.
@@ -225,29 +232,48 @@ def _quantizers(table: ProjectedTable, blocks: Tensor, sums: BlockSums, budget: 
     lost = torch.zeros(len(budget.widths), dtype=torch.float64)
 
     def compute(unit: int) -> None:
-        lost[unit] = distortion(values, weights, fit_levels(values, weights, budget.widths[unit]))
+        bits = budget.widths[unit]
+        if bits <= widest(budget.window):
+            lost[unit] = fit_unit(values, weights, bits, budget.window)[1]
+        else:
+            lost[unit] = distortion(values, weights, fit_levels(values, weights, bits))
 
     deal([[one] for one in lost], [1.0] * len(lost), compute)
     return Widths((0, *budget.widths), (1.0, *lost.tolist()))
 
 
 def _levels(
-    table: ProjectedTable, solution: SharedBasis, means: Tensor, scales: Tensor
+    table: ProjectedTable, solution: SharedBasis, means: Tensor, scales: Tensor, window: int
 ) -> tuple[dict[int, Tensor], dict[int, float]]:
     """Levels of every width that is used, for the coefficients that have it, and what is lost at them."""
     used = sorted(set(solution.bits.flatten().tolist()) - {0})
-    found = {bits: torch.zeros(2**bits, dtype=torch.float64) for bits in used}
+    found = {bits: torch.zeros(num_levels(bits), dtype=torch.float64) for bits in used}
     lost = torch.zeros(len(used), dtype=torch.float64)
     values, weights, inside = table.sample(solution.block_of_row, means, scales)
 
     def compute(unit: int) -> None:
         bits = used[unit]
         pooled = _pooled(values, weights, inside, (solution.bits == bits) & (scales > 0))
+        if bits < 0:
+            found[bits][0], lost[unit] = fit_unit(*pooled, -bits, window)
+            return
         found[bits].copy_(fit_levels(*pooled, bits))
         lost[unit] = distortion(*pooled, found[bits])
 
     deal([[found[bits], one] for bits, one in zip(used, lost, strict=True)], [1.0] * len(used), compute)
     return found, dict(zip(used, lost.tolist(), strict=True))
+
+
+def num_levels(bits: int) -> int:
+    """Levels of a width that are kept: all of them, or the unit of the numbers of a trellis."""
+    return 2**bits if bits > 0 else 1
+
+
+def _coded_by_trellis(bits: Tensor, window: int) -> Tensor:
+    """`[blocks, rank]` bits, below 0 where a trellis gets them: the narrow ones of rows that are some windows long."""
+    narrow = (bits > 0) & (bits <= widest(window))
+    is_long = (bits * narrow).sum(dim=1, keepdim=True) >= _LONG * window
+    return torch.where(narrow & is_long, -bits, bits)
 
 
 def _pooled(values: Tensor, weights: Tensor, inside: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +311,7 @@ def _solution(
     number = torch.full((len(sums.sizes),), -1, dtype=torch.long)
     number[present] = torch.arange(len(present))
     rank = rates.widths.shape[1]
-    bits = torch.tensor(widths.bits)[rates.widths[present]]
+    bits = _coded_by_trellis(torch.tensor(widths.bits)[rates.widths[present]], budget.window)
     scales = sums.scales[present, :rank]
     # Rows of the basis of length 1: coefficients are then as large as the table's values, whatever the metric's
     # unit, and have a place in every dtype.
@@ -304,7 +330,7 @@ def _solution(
     agree(solution.means, solution.projector, solution.basis, solution.scales)
     if budget.is_exact:
         return solution
-    levels, lost = _levels(table, solution, sums.means[present, :rank], scales)
+    levels, lost = _levels(table, solution, sums.means[present, :rank], scales, budget.window)
     left = torch.ones_like(scales)
     for width, part in lost.items():
         left[bits == width] = part

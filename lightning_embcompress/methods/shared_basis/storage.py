@@ -37,6 +37,7 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         is_coded: Whether coefficients are codes.
         dtype: Dtype of the factors.
         device: Device of the factors.
+        window: Bits of the windows of a trellis, which has the segments of bits below 0; 0 for none.
 
     Raises:
         ValueError: If the structure is not possible.
@@ -55,11 +56,13 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         is_coded: bool,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        window: int = 0,
     ) -> None:
         """Build it empty."""
         super().__init__(vocab_size, dim, sizes, device)
-        self.rank = rank
-        self.segments, self.ranks, self.widths = checked_segments(dim, rank, len(self.sizes), segments, is_coded)
+        self.rank, self.window = rank, window
+        checked = checked_segments(dim, rank, len(self.sizes), segments, is_coded, window)
+        self.segments, self.ranks, self.widths = checked
         self.is_coded = is_coded
         blocks = len(self.sizes)
 
@@ -114,7 +117,7 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
                 continue
             if self.is_coded:
                 index = F.embedding(place, codes[block]).int() + offsets[block]
-                values = looked_up(materialize(self.levels, sparse), index) * scales[block]
+                values = looked_up(self._level_values(sparse), index) * scales[block]
             else:
                 values = read_rows(factors[block], place, sparse)
             rows.append(values @ basis[: self.ranks[block]] + means[block])
@@ -142,7 +145,11 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         if not isinstance(spec.get("is_coded"), bool):
             raise ValueError("the structure's 'is_coded' must be true or false")
         blocks = cls.checked_blocks(spec, dim)
-        return cls(vocab_size, dim, integer(spec, "rank"), *blocks, spec["is_coded"], dtype, device)
+        return cls(vocab_size, dim, integer(spec, "rank"), *blocks, spec["is_coded"], dtype, device, window_of(spec))
+
+    def structure(self) -> dict[str, Any]:
+        """See `Factorization.structure`; with the windows of a trellis where there is one."""
+        return super().structure() | ({"window": self.window} if self.window else {})
 
     @classmethod
     def checked_blocks(cls, spec: dict[str, Any], dim: int) -> tuple[list[int], list[Any]]:
@@ -159,7 +166,9 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
             if not isinstance(runs, list) or len(runs) > dim:
                 raise ValueError("the structure's 'segments' must be lists of [bits, components]")
             for run in runs:
-                if len(integers({"segments": run}, "segments")) != 2:
+                # Bits of a trellis are below 0.
+                signless = [abs(one) if type(one) is int else one for one in run] if isinstance(run, list) else run
+                if len(integers({"segments": signless}, "segments")) != 2:
                     raise ValueError("the structure's 'segments' must be lists of [bits, components]")
         return sizes, segments
 
@@ -200,3 +209,8 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         if self.is_coded:
             raise ValueError("codes have widths of their own, and no other quantization")
         super().hold(quantization, state)
+
+
+def window_of(spec: dict[str, Any]) -> int:
+    """Bits of the windows of a trellis, of a structure that came from a file; 0 where it has none."""
+    return integer(spec, "window") if "window" in spec else 0

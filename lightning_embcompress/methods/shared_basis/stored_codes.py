@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_embcompress.methods.base import ConfigT, is_exporting
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.kernels.choice import uncompiled
+from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles
 from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
@@ -26,8 +27,17 @@ from lightning_embcompress.methods.shared_basis.code_views import (
     code_tile,
     looked_up,
 )
-from lightning_embcompress.methods.shared_basis.layout import SCALE_STEPS, byte_codes, level_tables
+from lightning_embcompress.methods.shared_basis.layout import (
+    SCALE_STEPS,
+    byte_codes,
+    from_windows,
+    level_tables,
+    level_values,
+    table_size,
+    trellis_runs,
+)
 from lightning_embcompress.methods.shared_basis.level_bytes import ByteLevels
+from lightning_embcompress.methods.shared_basis.solver import num_levels
 from lightning_embcompress.methods.tiles import TileMaker
 from lightning_embcompress.utils.kept import Kept
 
@@ -54,6 +64,7 @@ class StoredCodes(RowBlocks[ConfigT]):
     segments: list[list[tuple[int, int]]]
     ranks: list[int]
     widths: list[int]
+    window: int
     levels: Tensor
     packed_codes: Tensor
     codes: Tensor
@@ -73,7 +84,9 @@ class StoredCodes(RowBlocks[ConfigT]):
         def buffer(name: str, *shape: int, persistent: bool = True, dtype: torch.dtype = torch.uint8) -> None:
             self.register_buffer(name, torch.zeros(*shape, dtype=dtype, device=device), persistent=persistent)
 
-        self.levels = nn.Parameter(torch.zeros(sum(2**bits for bits in self.widths), dtype=dtype, device=device))
+        self.levels = nn.Parameter(
+            torch.zeros(sum(num_levels(bits) for bits in self.widths), dtype=dtype, device=device)
+        )
         # Not trained: a step that suits levels, which are about 1, would be many times the size of these.
         buffer("scale_unit", 1 if self.rank else 0, dtype=dtype)
         buffer("basis_scales", self.rank, dtype=dtype)
@@ -82,14 +95,26 @@ class StoredCodes(RowBlocks[ConfigT]):
         buffer("scale_codes", sum(self.ranks))
         buffer("basis_codes", self.rank, self.dim)
         buffer("mean_codes", blocks, self.dim)
-        buffer("codes", sum(size * n for size, n in zip(self.sizes, self.ranks, strict=True)), persistent=False)
+        buffer("codes", self._num_codes(), persistent=False)
         buffer("level_bytes", 0, persistent=False)
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:
         """Rows, bits and components of every segment, in the order in which they are packed."""
         for size, runs in zip(self.sizes, self.segments, strict=True):
             for bits, count in runs:
-                yield size, bits, count
+                yield size, abs(bits), count
+
+    def _num_codes(self) -> int:
+        """Codes of all blocks."""
+        return sum(size * rank for size, rank in zip(self.sizes, self.ranks, strict=True))
+
+    def _level_values(self, sparse: bool = False) -> Tensor:
+        """All levels, one width after the other."""
+        return level_values(materialize(self.levels, sparse), self.widths)
+
+    def _level_tables(self) -> dict[int, Tensor]:
+        """Levels of every width."""
+        return level_tables(self._level_values(), self.widths)
 
     def _num_packed(self) -> int:
         """Bytes of all packed codes."""
@@ -107,13 +132,13 @@ class StoredCodes(RowBlocks[ConfigT]):
         return found
 
     def _packed(self, codes: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """The codes of all blocks, packed, in new memory if there is no other."""
+        """The codes of all blocks as they are stored, packed, in new memory if there is no other."""
         packed, begin = self.packed_codes.new_empty(self._num_packed()) if out is None else out, 0
         for block, runs in zip(codes, self.segments, strict=True):
             start = 0
             for bits, count in runs:
-                length = packed_bytes(block.shape[0] * count, bits)
-                pack_bits(block[:, start : start + count].flatten(), bits, packed[begin : begin + length])
+                length = packed_bytes(block.shape[0] * count, abs(bits))
+                pack_bits(block[:, start : start + count].flatten(), abs(bits), packed[begin : begin + length])
                 start, begin = start + count, begin + length
         return packed
 
@@ -128,10 +153,13 @@ class StoredCodes(RowBlocks[ConfigT]):
             start = 0
             for bits, count in runs:
                 number = block.shape[0] * count
-                length = packed_bytes(number, bits)
-                codes = unpack_bits(self.packed_codes[begin : begin + length], bits, number, torch.uint8)
+                length = packed_bytes(number, abs(bits))
+                codes = unpack_bits(self.packed_codes[begin : begin + length], abs(bits), number, torch.uint8)
                 block[:, start : start + count] = codes.view(-1, count)
                 start, begin = start + count, begin + length
+            # A few rows at a time: windows take four bytes each.
+            for chunk in row_chunks(*block.shape) if trellis_runs(runs) else ():
+                block[chunk] = from_windows(block[chunk], runs, self.window)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loads = prefix + "packed_codes" in state_dict
@@ -143,7 +171,7 @@ class StoredCodes(RowBlocks[ConfigT]):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._byte_levels is not None:
+        if self._byte_levels is not None and not self.window:
             destination[prefix + "packed_codes"] = self._packed(self._decoded(self._byte_levels))
 
     def _frame(self) -> Frame:
@@ -155,7 +183,7 @@ class StoredCodes(RowBlocks[ConfigT]):
         basis = (self.basis_codes.to(self.dtype) - 128) * self.basis_scales.unsqueeze(1)
         means = (self.mean_codes.to(self.dtype) - 128) * self.mean_scales.unsqueeze(1)
         scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
-        starts = dict(zip(self.widths, accumulate((2**bits for bits in self.widths), initial=0), strict=False))
+        starts = dict(zip(self.widths, accumulate(map(table_size, self.widths), initial=0), strict=False))
         offsets = [[starts[bits] for bits, count in runs for _ in range(count)] for runs in self.segments]
         device = self.scale_codes.device
         return Frame(
@@ -183,7 +211,7 @@ class StoredCodes(RowBlocks[ConfigT]):
         begin = first_code + (position.unsqueeze(1) - first_row) * rank
         component = torch.arange(self.rank, device=ids.device)
         codes = looked_up(self.codes, torch.where(component < rank, begin + component, 0))
-        values = looked_up(materialize(self.levels, sparse), codes.int() + places.offsets[block])
+        values = looked_up(self._level_values(sparse), codes.int() + places.offsets[block])
         return (values * places.scales[block]) @ frame.basis + frame.means[block]
 
     @uncompiled
@@ -221,14 +249,12 @@ class StoredCodes(RowBlocks[ConfigT]):
         def product(states: Tensor, piece: Tensor, levels: Tensor) -> Tensor:
             return F.linear(states, looked_up(levels, piece.int() + offsets))
 
-        keeps = torch.is_grad_enabled() and not is_exporting()
+        keeps, levels = torch.is_grad_enabled() and not is_exporting(), self._level_values()
         step = max(1, _PIECE // max(1, codes.shape[1]))
         # Not `torch.split`, of which runtimes have none for bytes.
         pieces = [codes[start : start + step] for start in range(0, codes.shape[0], step)]
         return [
-            checkpoint(product, states, piece, self.levels, use_reentrant=False)
-            if keeps
-            else product(states, piece, self.levels)
+            checkpoint(product, states, piece, levels, use_reentrant=False) if keeps else product(states, piece, levels)
             for piece in pieces
         ]
 
@@ -242,7 +268,7 @@ class StoredCodes(RowBlocks[ConfigT]):
                 reads = (reduced, *maker.share(constant[..., block : block + 1]))
                 maker.add(tiles.shape.rows, reads, byte_tile(tiles, units, constant.dtype))
             return maker
-        levels = maker.share(self.levels)
+        levels = maker.share(self._level_values())
         for states, codes, offsets, shift in self._coded_products(hidden):
             maker.add(len(codes), (*maker.share(states, shift), *levels), code_tile(codes, offsets))
         return maker
@@ -270,7 +296,7 @@ class StoredCodes(RowBlocks[ConfigT]):
         if not is_worth_a_copy or hidden.numel() > _FEW_STATES * self.dim:
             return None
         read = [self.packed_codes, self.levels, self.scale_codes, self.scale_unit]
-        return _laid.of(read, lambda: self._lay(ByteLevels.of(level_tables(self.levels, self.widths), exact=True)))
+        return _laid.of(read, lambda: self._lay(ByteLevels.of(self._level_tables(), exact=True)))
 
     def _byte_logits(self, hidden: Tensor, laid: LaidOut) -> Tensor:
         frame, states = self._frame(), hidden.reshape(-1, self.dim)
@@ -305,10 +331,12 @@ class StoredCodes(RowBlocks[ConfigT]):
         """See `Factorization.lay_out`: bytes take the place of all codes, until a gradient is wanted."""
         fits = self.rank and self.codes.device.type == "cpu" and self.dtype != torch.float64
         if self._byte_levels is None and fits:
-            levels = ByteLevels.of(level_tables(self.levels, self.widths), exact=False)
+            levels = ByteLevels.of(self._level_tables(), exact=False)
             with torch.inference_mode(mode=False):
                 self.level_bytes = self._lay(levels).data
-                self.codes, self.packed_codes = self.codes.new_empty(0), self.packed_codes.new_empty(0)
+                self.codes = self.codes.new_empty(0)
+                # Which windows the bytes of a trellis were read in can no longer be seen.
+                self.packed_codes = self.packed_codes if self.window else self.packed_codes.new_empty(0)
             self._byte_levels = levels
         return self._byte_levels is not None
 
@@ -323,11 +351,14 @@ class StoredCodes(RowBlocks[ConfigT]):
         """Let the codes take the place of the bytes that they were laid out as."""
         assert self._byte_levels is not None
         with torch.inference_mode(mode=False):
-            codes = self._decoded(self._byte_levels)
+            codes = None if self.window else self._decoded(self._byte_levels)
+            self.level_bytes, self._byte_levels = self.level_bytes.new_empty(0), None
+            if codes is None:
+                self.codes = self.packed_codes.new_empty(self._num_codes())
+                self._unpack()
+                return
             self.packed_codes = self._packed(codes)
             self.codes = torch.cat([block.flatten() for block in codes])
-            self.level_bytes = self.level_bytes.new_empty(0)
-        self._byte_levels = None
 
     def _store_frame(self, basis: Tensor, means: Tensor, scales: Tensor) -> None:
         """Round what codes stand on: basis and means to 8 bits, and `[Σ rank]` scales to steps of their logarithms."""
@@ -344,7 +375,7 @@ class StoredCodes(RowBlocks[ConfigT]):
         """Keep other codes, and what they stand on.
 
         Args:
-            codes: `[size, rank]` of every block.
+            codes: `[size, rank]` of every block, as they are stored.
             basis: `[rank, dim]`.
             means: `[blocks, dim]`.
             scales: `[Σ rank]`, those of the components of every block.
@@ -353,3 +384,5 @@ class StoredCodes(RowBlocks[ConfigT]):
         for place, values in zip(self._block_codes(), codes, strict=True):
             place.copy_(values)
         self.packed_codes = self._packed(self._block_codes())
+        if self.window:
+            self._unpack()

@@ -20,10 +20,10 @@ from lightning_embcompress.methods.shared_basis.layout import (
     SCALE_STEPS,
     as_stored,
     checked_segments,
-    level_tables,
     nearest_codes,
 )
-from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage
+from lightning_embcompress.methods.shared_basis.solver import num_levels
+from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage, window_of
 from lightning_embcompress.methods.specs import integer, positive_integers
 from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 
@@ -44,6 +44,7 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         segments: For every block, runs `[bits, components]` of the components that it keeps.
         dtype: Dtype of the numbers.
         device: Device of the numbers.
+        window: Bits of the windows of a trellis; 0 for none.
 
     Raises:
         ValueError: If the structure is not possible.
@@ -71,13 +72,14 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         segments: Sequence[Sequence[Sequence[int]]],
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        window: int = 0,
     ) -> None:
         """Build it empty."""
-        coded, ranks, widths = checked_segments(dim, rank, len(sizes), segments, is_coded=True)
+        coded, ranks, widths = checked_segments(dim, rank, len(sizes), segments, is_coded=True, window=window)
         super().__init__(vocab_size, dim, rank, sizes, _floats(ranks), False, dtype, device)
-        self.segments, self.widths = coded, widths
+        self.segments, self.widths, self.window = coded, widths, window
         self.log_scales = nn.Parameter(torch.zeros(sum(ranks), dtype=dtype, device=device))
-        levels = torch.zeros(sum(2**bits for bits in widths), dtype=dtype, device=device)
+        levels = torch.zeros(sum(num_levels(bits) for bits in widths), dtype=dtype, device=device)
         self.register_buffer("levels", levels)
         # Of basis and means.
         self.register_buffer("units", torch.ones(2, dtype=dtype, device=device))
@@ -92,7 +94,8 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         """
         if not coded.is_coded:
             raise ValueError("its coefficients are no codes, but numbers")
-        latent = cls(coded.vocab_size, coded.dim, coded.rank, coded.sizes, coded.segments, coded.dtype, coded.device)
+        shape = (coded.vocab_size, coded.dim, coded.rank, coded.sizes, coded.segments)
+        latent = cls(*shape, coded.dtype, coded.device, coded.window)
         latent._index(coded.block_of_row)
         latent.levels.copy_(coded.levels)
         basis, means, scales = coded._read()
@@ -105,7 +108,7 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         for numbers, codes, offsets in zip(
             latent.coefficients, coded._block_codes(), coded._frame().offsets, strict=True
         ):
-            numbers.copy_(latent.levels[(codes.int() + offsets).long()])
+            numbers.copy_(latent._level_values()[(codes.int() + offsets).long()])
         latent.inherit(coded)
         return latent.requires_grad_(coded.may_train)
 
@@ -113,7 +116,8 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
     def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Build it empty, see `Factorization.from_spec`."""
         vocab_size, dim = positive_integers(spec, "vocab_size", "dim")
-        return cls(vocab_size, dim, integer(spec, "rank"), *SharedBasisBlocks.checked_blocks(spec, dim), dtype, device)
+        blocks = SharedBasisBlocks.checked_blocks(spec, dim)
+        return cls(vocab_size, dim, integer(spec, "rank"), *blocks, dtype, device, window_of(spec))
 
     @property
     def is_prepared(self) -> bool:
@@ -136,16 +140,17 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
     def converted(self) -> SharedBasisBlocks:
         """The codes that stand for the numbers as they are, see `Factorization.converted`."""
         arguments = (self.vocab_size, self.dim, self.rank, self.sizes, self.segments)
-        coded = SharedBasisBlocks(*arguments, True, self.dtype, self.device)
+        coded = SharedBasisBlocks(*arguments, True, self.dtype, self.device, self.window)
         coded._index(self.block_of_row)
         coded.levels.copy_(self.levels)
-        tables = level_tables(self.levels, self.widths)
+        tables, costs = self._level_tables(), torch.exp2(2 * self.log_scales.double())
         codes = []
-        for numbers, runs in zip(self.coefficients, self.segments, strict=True):
+        blocks = zip(self.coefficients, self.segments, torch.split(costs, self.ranks), strict=True)
+        for numbers, runs, own in blocks:
             codes.append(torch.empty(numbers.shape, dtype=torch.uint8, device=numbers.device))
             # A few rows at a time: on the way codes take eight bytes each.
             for chunk in row_chunks(*numbers.shape):
-                codes[-1][chunk] = nearest_codes(numbers[chunk], runs, tables).to(torch.uint8)
+                codes[-1][chunk] = nearest_codes(numbers[chunk], runs, tables, own, self.window).to(torch.uint8)
         basis, means = self.basis * self.units[0], self.means * self.units[1]
         coded.store(codes, basis, means, torch.exp2(self.log_scales.double()))
         coded.inherit(self)
@@ -159,7 +164,7 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
         return basis, means, []
 
     def _factors(self, sparse: bool = False) -> list[RoundedFactor]:
-        tables = level_tables(self.levels, self.widths)
+        tables = self._level_tables()
 
         def nearest(runs: Sequence[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
             def levels(numbers: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ CASES: dict[str, Callable[[], list[Factorization[Any]]]] = {
     "group_reduce": lambda: solve("group_reduce", 4, groups=4, refine_rounds=3, move_fraction=0.5),
     "group_reduce in place": lambda: solve("group_reduce", 6, groups=5, refine_rounds=0),
     "transform_coding": lambda: solve("transform_coding", 8, refine_rounds=3),
+    "trellis": lambda: solve("transform_coding", 8, refine_rounds=1, codes="trellis", effort=6),
     "loss": lambda: solve_in_loss("shared_basis", 5),
     "weighted_low_rank": lambda: solve("weighted_low_rank", rank=20),
     "tensor_train": lambda: solve("tensor_train", max_rank=3, shape=[4, 4, 5, 2]),

@@ -34,7 +34,9 @@ def _table(coded: SharedBasisBlocks) -> Tensor:
     frame = coded._frame()
     parts = []
     for block, codes in enumerate(coded._block_codes()):
-        values = coded.levels.double()[(codes.int() + frame.offsets[block]).long()] * frame.scales[block].double()
+        values = (
+            coded._level_values().double()[(codes.int() + frame.offsets[block]).long()] * frame.scales[block].double()
+        )
         parts.append(values @ frame.basis[: codes.shape[1]].double() + frame.means[block].double())
     return torch.cat(parts)[coded.position].detach()
 
