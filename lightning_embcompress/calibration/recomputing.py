@@ -47,11 +47,12 @@ def recomputing(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 def kept_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that are kept of a forward pass for the way back, those of parameters and buffers left out."""
-    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    # Not by its address, which devices of others do not tell.
+    owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():

@@ -32,7 +32,10 @@ from lightning_embcompress.utils.files import replacing
         ("SOURCE out --size big", "size must be a number of bytes such as '80MB'"),
         ("SOURCE out --method group_reduse --ratio 2", "did you mean 'group_reduce'?"),
         ("SOURCE out --ration 2", "there is no option --ration; did you mean --ratio? (embcompress compress --help"),
-        ("SOURCE out --ration 2", "of which the method's are --unseen_weight, --groups, --refine_rounds, --bits)"),
+        (
+            "SOURCE out --ration 2",
+            "of which the method's are --unseen_weight, --groups, --refine_rounds, --bits, --codes, --effort)",
+        ),
         ("SOURCE out --ratio 2 --groups", "--groups: expected one argument"),
         ("SOURCE out --ratio 2 --groups --overwrite", "--groups: expected one argument"),
         ("SOURCE out --ratio 2 --groups 0", "groups must be 1 or more"),

@@ -48,11 +48,13 @@ def test_shared_tensors_are_counted_once_on_any_device(device: str) -> None:
     dense = rest + 4 * 500 * 16
     with torch.device(device):
         model = _Model()
-    assert model_bytes(model) == {"dense_bytes": dense, "stored_bytes": dense, "ratio": 1.0}
+    assert model_bytes(model) == {"dense_bytes": dense, "stored_bytes": dense, "ratio": 1.0, "bits_per_weight": 32.0}
     apply_plan(model, compress(_Model(), "low_rank", rank=3))
     assert model.decoder.factorization.device.type == device
     stored = rest + model.encoder.factorization.stored_bytes()
-    assert model_bytes(model) == {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored}
+    found = model_bytes(model)
+    assert found.pop("bits_per_weight") == pytest.approx(32 * stored / dense)
+    assert found == {"dense_bytes": dense, "stored_bytes": stored, "ratio": dense / stored}
 
 
 class _Packed(nn.Parameter):

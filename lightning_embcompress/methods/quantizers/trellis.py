@@ -77,7 +77,7 @@ def windows(codes: Tensor, bits: Sequence[int], window: int) -> Tensor:
 
     Example:
         >>> windows(torch.tensor([[1, 0, 1, 1]]), [1, 1, 1, 1], window=4)
-        tensor([[14, 13, 11,  7]], dtype=torch.int32)
+        tensor([[ 7, 14, 13, 11]], dtype=torch.int32)
     """
     found = codes.to(torch.int32)
     seen = torch.tensor(bits, dtype=torch.int32, device=codes.device)
