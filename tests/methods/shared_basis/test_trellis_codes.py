@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.registry import SharedBasisBlocks, TransformCodingConfig, factorization_from_spec
-from toys import falling_counts, normal
+from toys import falling_counts, gpt2, normal
 
 ROWS, DIM = 1200, 48
 
@@ -132,3 +134,19 @@ def test_refinement_goes_on_with_the_trellis() -> None:
 def test_options_that_are_not_possible_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}.*{value}"):
         TransformCodingConfig(**{"codes": "trellis", name: value})
+
+
+def test_tied_tables_of_a_model_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = gpt2(vocab_size=600, n_embd=48)
+    counts = falling_counts(600)
+    plan = compress(model, "transform_coding", bits_per_weight=3, codes="trellis", effort=6, token_counts=counts)
+    assert plan.tables[0].spec["window"] == 6
+    assert any(bits < 0 for runs in plan.tables[0].spec["segments"] for bits, _ in runs)
+    assert model.lm_head.factorization is model.transformer.wte.factorization
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(600, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
