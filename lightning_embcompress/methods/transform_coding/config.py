@@ -35,7 +35,7 @@ class TransformCodingConfig(SharedBasisConfig):
 
     bits: int | None = None
     codes: Literal["lloyd", "trellis"] = "lloyd"
-    effort: int = 8
+    effort: int = 10
 
     def __post_init__(self) -> None:
         """Check the ranges."""
