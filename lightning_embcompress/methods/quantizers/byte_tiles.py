@@ -22,7 +22,7 @@ _WIDTH, _VECTOR, _MANY_ROWS = 384, 16, 128
 _TAIL = 8
 # What stands for 0, since FBGEMM reads bytes from 0 to 255; and what a lower byte counts.
 _ZERO, _LOWER = 128, 1 / 256
-# Tiles that a thread multiplies before it waits for the others, and sums of all of them at once.
+# Tiles that a thread multiplies before it waits for the others; and the most tiles, times states, at once.
 _TILES, _SUMS = 2, 2**13
 # States up to which every one of them reads the bytes by itself.
 _FEW_STATES = 6

@@ -79,15 +79,15 @@ def windows(codes: Tensor, bits: Sequence[int], window: int) -> Tensor:
         >>> windows(torch.tensor([[1, 0, 1, 1]]), [1, 1, 1, 1], window=4)
         tensor([[ 7, 14, 13, 11]], dtype=torch.int32)
     """
-    found = codes.to(torch.int32)
+    found: Tensor = codes.to(torch.int32)
     seen = torch.tensor(bits, dtype=torch.int32, device=codes.device)
     span, mask = 1, 2**window - 1
     # Windows of twice as many components are made of two; rows are circles.
-    while int(seen.min() if seen.numel() else window) < window:
+    while int(seen.min()) < window:
         found = (found | (found.roll(span, 1) << seen.clamp(max=window))) & mask
         seen = (seen + seen.roll(span)).clamp(max=window)
         span *= 2
-    return found.bitwise_and(mask)
+    return found
 
 
 def decode(codes: Tensor, bits: Sequence[int], window: int) -> Tensor:
@@ -188,7 +188,7 @@ def _search(
         if step % _SETTLE == 0:
             best -= best.amin(0)
         after = bits[order[step + 1]] if step + 1 < len(order) else 0
-        shift = squares[place] + (own >> (window - after) if after else 0)
+        shift = squares[place] + (own >> (window - after))
         into = new.view(-1, 2**width, rows)
         torch.addcmul(shift.view(-1, 2**width, 1), numbers.view(-1, 2**width, 1), places[place], value=-1, out=into)
         into += best[:, None]

@@ -141,8 +141,8 @@ def checked_segments(
     if window and (window not in WINDOWS or not is_coded):
         raise ValueError(f"the windows of a trellis must have {WINDOWS[0]} to {WINDOWS[-1]} bits, not {window}")
     for runs in runs_of_blocks:
-        own = trellis_bits(runs)
-        if own and not (window and fits(own, window) and all(bits < 0 for bits, _ in runs[-len(trellis_runs(runs)) :])):
+        own, is_last = trellis_bits(runs), [bits < 0 for bits, _ in runs]
+        if own and (is_last != sorted(is_last) or not fits(own, window)):
             raise ValueError(
                 f"segments of a trellis must be the last of a block, of at most {widest(window)} bits, and fill a "
                 f"window of {window}, not {runs}"
@@ -150,14 +150,9 @@ def checked_segments(
     return runs_of_blocks, ranks, sorted(used - {0})
 
 
-def trellis_runs(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The segments of a block that are coded by a trellis, with their bits above 0."""
-    return [(-bits, count) for bits, count in runs if bits < 0]
-
-
 def trellis_bits(runs: Sequence[tuple[int, int]]) -> list[int]:
     """Bits of every component of a block that is coded by a trellis: the last ones."""
-    return [bits for bits, count in trellis_runs(runs) for _ in range(count)]
+    return [-bits for bits, count in runs if bits < 0 for _ in range(count)]
 
 
 def table_size(bits: int) -> int:
@@ -177,6 +172,11 @@ def level_values(levels: Tensor, widths: Sequence[int]) -> Tensor:
     parts = zip(torch.split(levels, [num_levels(bits) for bits in widths]), widths, strict=True)
     numbers = torch.arange(-128, 128, dtype=levels.dtype, device=levels.device)
     return torch.cat([part if bits > 0 else part * numbers for part, bits in parts])
+
+
+def unit_of(levels: Tensor) -> Tensor:
+    """What a number of a trellis stands for, of its 256 levels."""
+    return levels[129]
 
 
 def from_windows(codes: Tensor, runs: Sequence[tuple[int, int]], window: int) -> Tensor:
@@ -209,7 +209,7 @@ def nearest_codes(
     pairs = list(zip(parts, runs, strict=True))
     codes = [nearest_level(part.contiguous(), tables[bits]) for part, (bits, _) in pairs if bits > 0]
     # Where a number stands for nothing, all codes are as good.
-    targets = [part / (tables[bits][129] - tables[bits][128]).clamp(min=1e-30) for part, (bits, _) in pairs if bits < 0]
+    targets = [part / unit_of(tables[bits]).clamp(min=1e-30) for part, (bits, _) in pairs if bits < 0]
     if targets:
         bits = trellis_bits(runs)
         codes.append(encode(torch.cat(targets, dim=1), bits, costs[-len(bits) :], window).long())

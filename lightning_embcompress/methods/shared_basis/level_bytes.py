@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles, TileShape
+from lightning_embcompress.methods.shared_basis.layout import unit_of
 
 _LARGEST = 127
 
@@ -44,7 +45,7 @@ class ByteLevels:
             levels = levels.double().cpu()
             if bits < 0:
                 # Those of a trellis are whole numbers of their unit.
-                units[bits] = float(levels[-1] / (len(levels) // 2 - 1))
+                units[bits] = float(unit_of(levels))
                 numbers[bits] = 256 * torch.arange(-128, 128).to(torch.int16)
                 continue
             largest = max(float(levels.abs().max()), 1e-300)

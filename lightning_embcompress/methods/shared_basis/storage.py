@@ -176,8 +176,7 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
     def num_values(self) -> int:
         """Coefficients, codes or not, and what they stand on, see `Factorization.num_values`."""
         frame = (self.rank + len(self.sizes)) * self.dim
-        coefficients = sum(size * rank for size, rank in zip(self.sizes, self.ranks, strict=True))
-        return frame + coefficients + (self.levels.numel() if self.is_coded else 0)
+        return frame + self._num_codes() + (self.levels.numel() if self.is_coded else 0)
 
     @property
     def is_packed(self) -> bool:

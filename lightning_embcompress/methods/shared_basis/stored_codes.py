@@ -34,7 +34,6 @@ from lightning_embcompress.methods.shared_basis.layout import (
     level_tables,
     level_values,
     table_size,
-    trellis_runs,
 )
 from lightning_embcompress.methods.shared_basis.level_bytes import ByteLevels
 from lightning_embcompress.methods.shared_basis.solver import num_levels
@@ -158,7 +157,7 @@ class StoredCodes(RowBlocks[ConfigT]):
                 block[:, start : start + count] = codes.view(-1, count)
                 start, begin = start + count, begin + length
             # A few rows at a time: windows take four bytes each.
-            for chunk in row_chunks(*block.shape) if trellis_runs(runs) else ():
+            for chunk in row_chunks(*block.shape) if self.window else ():
                 block[chunk] = from_windows(block[chunk], runs, self.window)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -351,14 +350,15 @@ class StoredCodes(RowBlocks[ConfigT]):
         """Let the codes take the place of the bytes that they were laid out as."""
         assert self._byte_levels is not None
         with torch.inference_mode(mode=False):
-            codes = None if self.window else self._decoded(self._byte_levels)
-            self.level_bytes, self._byte_levels = self.level_bytes.new_empty(0), None
-            if codes is None:
+            if self.window:
                 self.codes = self.packed_codes.new_empty(self._num_codes())
+                self.level_bytes, self._byte_levels = self.level_bytes.new_empty(0), None
                 self._unpack()
                 return
+            codes = self._decoded(self._byte_levels)
             self.packed_codes = self._packed(codes)
             self.codes = torch.cat([block.flatten() for block in codes])
+            self.level_bytes, self._byte_levels = self.level_bytes.new_empty(0), None
 
     def _store_frame(self, basis: Tensor, means: Tensor, scales: Tensor) -> None:
         """Round what codes stand on: basis and means to 8 bits, and `[Σ rank]` scales to steps of their logarithms."""

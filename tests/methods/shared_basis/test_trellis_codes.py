@@ -50,9 +50,10 @@ def test_less_is_lost_at_equal_bytes(bits: float) -> None:
 
 
 def test_rows_of_few_components_have_levels_of_their_own() -> None:
-    coded = _coded(0.6)
-    used = {bits for runs in coded.segments for bits, _ in runs}
-    assert min(used) < 0 < max(used) or all(sum(count for _, count in runs) < 18 for runs in coded.segments)
+    coded = _coded(0.8)
+    narrow = [[bits for bits, _ in runs if bits <= 3] for runs in coded.segments]
+    assert any(min(own, default=0) < 0 for own in narrow)
+    assert any(max(own, default=0) > 0 for own in narrow)
     assert float((coded.rows(torch.arange(ROWS)) - coded.materialize()).abs().max()) < 1e-5
 
 
@@ -104,12 +105,11 @@ def test_numbers_behind_codes_become_the_same_codes_again() -> None:
     with torch.no_grad():
         for numbers in latent.coefficients:
             numbers.neg_()
-    basis, means = coded._frame().basis, coded._frame().means
+    means = coded._frame().means
     ends = torch.tensor(coded.sizes).cumsum(0)
     shift = means[torch.searchsorted(ends, coded.position, right=True)]
     turned = latent.converted().materialize() - shift
     change = turned + (coded.materialize() - shift)
-    assert basis.numel()
     assert float(change.norm()) < 0.5 * float(turned.norm())
 
 
