@@ -15,6 +15,7 @@ from hypothesis import settings
 from lightning.pytorch import Trainer
 from torch import distributed
 
+from lightning_embcompress.utils import progress
 from toys import quiet_trainer
 
 # The same examples in every run; `--hypothesis-profile default` draws others.
@@ -26,6 +27,12 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Scripts that tests start import the toy models too, as pytest's `pythonpath` lets the tests do.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine a line about a long step would come between those that a test reads."""
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 3600.0)
 
 
 @pytest.fixture
