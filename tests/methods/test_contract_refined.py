@@ -68,8 +68,9 @@ def test_reaches_the_error_of_a_fresh_decomposition(method: str, dtype: torch.dt
     refined = _refined(method, factors, target)
     after, fresh = _error(method, refined, target), _error(method, _fresh(method, target), target)
     assert after < 0.99 * before
-    # Of few levels in 16 bits, more is left to where a solver begins.
-    assert after <= (1.1 if dtype == torch.float32 else 1.3) * fresh
+    # Of few levels in 16 bits, more is left to where a solver begins; blocks in one basis stay what they are unless
+    # others are clearly better.
+    assert after <= (1.3 if dtype != torch.float32 else 1.15 if method == "shared_basis" else 1.1) * fresh
     assert refined.dtype == dtype
     assert refined.stored_bytes() <= _budget(method, dtype.itemsize)
 

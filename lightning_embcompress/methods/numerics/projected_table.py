@@ -98,9 +98,18 @@ class ProjectedTable:
         self.q = q.clamp(min=max(_LEAST_WEIGHT * float(q.mean()), 1e-30))
         self.units = row_units(vocab_size, dim)
         self.center = torch.zeros(dim, dtype=torch.float64)
-        self.projector = torch.zeros(dim, dim, dtype=torch.float64)
-        """Coefficients are `(w − center) projector`."""
-        self.inverse = torch.zeros(dim, dim, dtype=torch.float64)
+        self.axes = (torch.zeros(dim, dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
+        """The basis: `projector` and `inverse`."""
+
+    @property
+    def projector(self) -> Tensor:
+        """`[dim, dim]`: coefficients are `(w − center) projector`."""
+        return self.axes[0]
+
+    @property
+    def inverse(self) -> Tensor:
+        """`[dim, dim]`: rows are `center + coefficients inverse`."""
+        return self.axes[1]
 
     def equal_groups(self, groups: int) -> Tensor:
         """Groups of equal numbers of words, those of the highest weight first; of equal weight, the longest first."""
@@ -118,8 +127,14 @@ class ProjectedTable:
         blocks[order] = torch.arange(order.numel(), device=order.device) * groups // order.numel()
         return blocks
 
-    def choose_basis(self, blocks: Tensor, groups: int) -> None:
-        """Eigenvectors of the weighted moment around the means of blocks, seen through the metric."""
+    def choose_basis(self, blocks: Tensor, groups: int, begin: Tensor | None = None) -> None:
+        """Eigenvectors of the weighted moment around the means of blocks, seen through the metric.
+
+        Args:
+            blocks: `[vocab_size]` block of every row.
+            groups: How many.
+            begin: `[rank, dim]` rows to begin with instead, nearly orthogonal in the metric.
+        """
         gram = gram_matrix(self.weight, self.q)
         sums = [torch.zeros(groups, self.weight.shape[1] + 1, dtype=torch.float64) for _ in self.units]
 
@@ -134,20 +149,72 @@ class ProjectedTable:
         total = torch.stack(sums).sum(dim=0)
         mass, first = total[:, 0].clamp(min=1e-300), total[:, 1:]
 
+        projector, inverse = torch.zeros_like(self.projector), torch.zeros_like(self.inverse)
+
         def decompose(_: int) -> None:
             root = self.metric.root.to(gram)
             moment = gram - (first.T @ (first / mass.unsqueeze(1))).to(gram)
             seen = root @ moment @ root
-            vectors = torch.linalg.eigh((seen + seen.T) / 2).eigenvectors.flip(1)
-            # The sign is free: a table that has changed a little gets a basis that has changed a little.
-            largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-            vectors = (vectors * torch.where(largest < 0, -1.0, 1.0)).cpu()
-            self.projector.copy_(self.metric.root @ vectors)
-            self.inverse.copy_(vectors.T @ self.metric.inverse_root)
+            vectors = _eigenvectors(seen).cpu()
+            if begin is not None:
+                # What is missing to a basis is that of what is left.
+                given = begin.double().cpu() @ self.metric.root
+                rest = torch.eye(len(vectors), dtype=torch.float64) - torch.linalg.pinv(given) @ given
+                left = _eigenvectors(rest @ seen.cpu() @ rest)[:, : len(vectors) - len(given)]
+                vectors, signs = torch.linalg.qr(torch.cat([given.T, left], dim=1))
+                vectors = vectors * signs.diagonal().sign()
+            projector.copy_(self.metric.root @ vectors)
+            inverse.copy_(vectors.T @ self.metric.inverse_root)
             self.center.copy_(first.sum(dim=0) / mass.sum())
 
         # One process decomposes it: rounding may differ between processors.
-        deal([[self.projector, self.inverse, self.center]], [1.0], decompose)
+        deal([[projector, inverse, self.center]], [1.0], decompose)
+        self.axes = (projector, inverse)
+
+    def moments(self, blocks: Tensor, sums: BlockSums, group_of_block: Tensor, groups: int) -> Tensor:
+        """Second moments of the coefficients around the means of their blocks, added up over groups of blocks.
+
+        Args:
+            blocks: `[vocab_size]` block of every row.
+            sums: Of them.
+            group_of_block: `[blocks]` int64.
+            groups: How many.
+
+        Returns:
+            `[groups, dim, dim]` in the dtype of computing.
+        """
+        dim, group_of_row = self.weight.shape[1], group_of_block.to(blocks.device)[blocks]
+        found = torch.zeros(groups, dim, dim, dtype=self.dtype, device=self.weight.device)
+
+        def compute(group: int) -> None:
+            rows = (group_of_row == group).nonzero().squeeze(1)
+            if rows.numel() == 0:
+                return
+            first = sums.rows[group_of_block == group]
+            mass = sums.mass[group_of_block == group].clamp(min=1e-300).unsqueeze(1)
+            moment = gram_matrix(self.weight, self.q, rows).cpu() - first.T @ (first / mass)
+            found[group] = self.projector.T @ moment @ self.projector
+
+        costs = torch.bincount(group_of_row, minlength=groups).tolist()
+        deal([[one] for one in found], costs, compute)
+        return found
+
+    def turn(self, rotation: Callable[[], Tensor]) -> None:
+        """Take other directions for the components.
+
+        Args:
+            rotation: Gives `[dim, dim]` orthonormal columns, the new directions in the old.
+        """
+        projector, inverse = torch.empty_like(self.projector), torch.empty_like(self.inverse)
+
+        def turn(_: int) -> None:
+            turned = rotation().cpu()
+            projector.copy_(self.projector @ turned)
+            inverse.copy_(turned.T @ self.inverse)
+
+        # One process finds it: rounding may differ between processors.
+        deal([[projector, inverse]], [1.0], turn)
+        self.axes = (projector, inverse)
 
     def _selector(self, blocks: Tensor, q: Tensor, groups: int) -> Tensor:
         """`[groups, rows]`: weights of the rows of each group, 0 elsewhere; sums over groups are products with it."""
@@ -199,6 +266,32 @@ class ProjectedTable:
 
         seen = torch.cat([self.projector[:, :rank], directions], dim=1)
         return self._pass(len(sums.sizes), rank, seen, choose, sums.total)
+
+    def beyond(self, blocks: Tensor, means: Tensor, largest: Tensor) -> Tensor:
+        """`[*, blocks, rank]` half the weighted squares by which coefficients of the rows of blocks exceed some values.
+
+        Args:
+            blocks: `[vocab_size]` block of every row.
+            means: `[blocks, rank]` mean coefficients.
+            largest: `[*, blocks, rank]` the values.
+        """
+        count, groups, rank = largest.shape
+        projector = self.projector[:, :rank].to(self.weight.device, self.dtype)
+        shift = (self.center @ self.projector[:, :rank] + means).to(projector)
+        values = largest.to(projector)
+        parts = [torch.zeros(count, groups, rank, dtype=torch.float64) for _ in self.units]
+
+        def compute(unit: int) -> None:
+            for chunk in self.units[unit]:
+                own = blocks[chunk]
+                rows = (self.weight[chunk].to(self.dtype) @ projector - shift[own]).abs_()
+                selected = self._selector(own, 0.5 * self.q[chunk], groups)
+                for index in range(count):
+                    over = (rows - values[index][own]).clamp_(min=0).square_()
+                    parts[unit][index] += (selected @ over).double().cpu()
+
+        deal([[part] for part in parts], [float(len(chunks)) for chunks in self.units], compute)
+        return torch.stack(parts).sum(dim=0)
 
     def _pass(
         self,
@@ -286,3 +379,11 @@ class ProjectedTable:
             values[chunk] -= means[inside[chunk]]
             values[chunk] /= scales[inside[chunk]].clamp(min=1e-300)
         return values, weights.cpu(), inside
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Those of a symmetric matrix, the largest first, in columns."""
+    vectors: Tensor = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)
+    # The sign is free: a table that has changed a little gets a basis that has changed a little.
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)

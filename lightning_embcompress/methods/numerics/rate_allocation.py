@@ -24,10 +24,14 @@ class Widths:
     Attributes:
         bits: Bits of a value, ascending; the first is 0: the component is dropped.
         distortions: Part of the energy that is lost at each, descending; the first is 1.
+        largest: The largest value that each can stand for, in root mean squares.
+        beyond: Part of the energy that is lost because values are larger than that.
     """
 
     bits: tuple[int, ...]
     distortions: tuple[float, ...]
+    largest: tuple[float, ...] = ()
+    beyond: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,12 @@ def falling(values: Sequence[float]) -> list[float]:
     return [total / count for total, count in pools for _ in range(count)]
 
 
+def falling_rows(values: Tensor) -> Tensor:
+    """The same for every row, `[rows, columns]` float64."""
+    rows = [falling(row) for row in values.tolist()]
+    return torch.tensor(rows, dtype=torch.float64).reshape(values.shape)
+
+
 class RateCurve:
     """What can be kept of a table at which price, and what is lost then.
 
@@ -96,8 +106,7 @@ class RateCurve:
     ) -> None:
         """Prepare what is the same at all prices."""
         self._energies = energies.double().cpu()
-        falls = [falling(row) for row in self._energies.tolist()]
-        self._falls = torch.tensor(falls, dtype=torch.float64).reshape(energies.shape)
+        self._falls = falling_rows(self._energies)
         self._lost = torch.tensor(widths.distortions, dtype=torch.float64)
         bits = torch.tensor(widths.bits, dtype=torch.float64)
         # [blocks, widths]
@@ -105,7 +114,7 @@ class RateCurve:
         self._costs += (bits > 0) * float(overheads.column)
         self._basis = overheads.basis
         self._total = float(self._energies.sum()) + rest
-        largest = float(self._falls.max()) if falls and falls[0] else 0.0
+        largest = float(self._falls.max()) if self._falls.numel() else 0.0
         self.prices = (largest * 1e-24, max(largest, 1e-300) * max(2, len(sizes)))
         """A price at which everything that has any energy is kept, and one at which nothing is."""
 

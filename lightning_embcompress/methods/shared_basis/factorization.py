@@ -116,18 +116,18 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         widths, window = config.widths, config.window
         now = self.block_of_row.to(target.device)
         arguments = (target, max_bytes, metric, config.groups, config.refine_rounds, widths, window)
-        starts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
+        starts: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = [(None, None, None)]
         if max_bytes >= self.least_bytes(
             self.vocab_size, self.dim, target.element_size(), len(self.sizes), widths, window
         ):
-            starts.append((now, None))
+            starts.append((now, None, None))
         # What there is stays only if the config and the budget still allow it.
         bits = self._bits()
         offered = {0, *(widths or (8 * target.dtype.itemsize,))}
         stays = self.is_coded == bool(widths) and self.window == window and set(bits.flatten().tolist()) <= offered
         if stays:
-            starts.append((now, bits))
-        solved = [self.solve(*arguments, *pair, lambda part: advance(part / len(starts))) for pair in starts]
+            starts.append((now, bits, self._read()[0].detach()))
+        solved = [self.solve(*arguments, *one, lambda part: advance(part / len(starts))) for one in starts]
         losses = torch.tensor([one.loss_in(metric, target) for one in (*solved, self)], dtype=torch.float64)
         # Which one is taken must be the same in all processes.
         agree(losses)
@@ -172,6 +172,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         window: int = 0,
         start: Tensor | None = None,
         keep: Tensor | None = None,
+        basis: Tensor | None = None,
         advance: Callable[[float], None] = lambda _: None,
     ) -> Self:
         """Find blocks, basis, widths and coefficients.
@@ -186,6 +187,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
             window: Bits of the windows of a trellis; 0 for none.
             start: `[vocab_size]` block of every row to begin with.
             keep: `[blocks, rank]` bits that are to stay what they are.
+            basis: `[rank, dim]` the basis to begin with that goes with them.
             advance: Called with shares of the work that add up to 1.
 
         Raises:
@@ -201,7 +203,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
             )
         budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths, window)
         solution = shared_basis(
-            weight, metric, budget, count, refine_rounds, start, keep, lambda part: advance(0.8 * part)
+            weight, metric, budget, count, refine_rounds, start, keep, basis, lambda part: advance(0.8 * part)
         )
         is_coded = bool(widths)
         segments = [segments_of(row, is_coded) for row in solution.bits.tolist()]

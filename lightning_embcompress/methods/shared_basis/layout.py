@@ -14,7 +14,8 @@ from lightning_embcompress.methods.numerics.rate_allocation import Overheads
 from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
 from lightning_embcompress.methods.quantizers.trellis import WIDEST, WINDOWS, decode, encode, fits, widest
-from lightning_embcompress.methods.shared_basis.solver import BitBudget, num_levels
+from lightning_embcompress.methods.shared_basis.budget import BitBudget
+from lightning_embcompress.methods.shared_basis.level_fitting import num_levels
 from lightning_embcompress.methods.specs import stored_bytes
 
 KIND = "shared_basis_blocks"

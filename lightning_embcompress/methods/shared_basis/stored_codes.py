@@ -36,7 +36,7 @@ from lightning_embcompress.methods.shared_basis.layout import (
     table_size,
 )
 from lightning_embcompress.methods.shared_basis.level_bytes import ByteLevels
-from lightning_embcompress.methods.shared_basis.solver import num_levels
+from lightning_embcompress.methods.shared_basis.level_fitting import num_levels
 from lightning_embcompress.methods.tiles import TileMaker
 from lightning_embcompress.utils.kept import Kept
 

@@ -22,7 +22,7 @@ from lightning_embcompress.methods.shared_basis.layout import (
     checked_segments,
     nearest_codes,
 )
-from lightning_embcompress.methods.shared_basis.solver import num_levels
+from lightning_embcompress.methods.shared_basis.level_fitting import num_levels
 from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage, window_of
 from lightning_embcompress.methods.specs import integer, positive_integers
 from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig

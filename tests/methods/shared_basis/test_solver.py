@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.numerics.rate_allocation import Overheads, allocate
-from lightning_embcompress.methods.shared_basis.solver import BitBudget, SharedBasis, rate_curve, shared_basis
+from lightning_embcompress.methods.shared_basis.budget import BitBudget
+from lightning_embcompress.methods.shared_basis.solver import SharedBasis, rate_curve, shared_basis
 from toys import normal
 
 _VOCAB_SIZE, _DIM = 600, 24
@@ -96,7 +97,9 @@ def test_refinement_never_makes_it_worse(groups: int | None, coded: bool) -> Non
     table, metric, budget = _table(), _metric(), _budget(8, coded)
     before = shared_basis(table, metric, budget, groups, refine_rounds=0)
     after = shared_basis(table, metric, budget, groups, refine_rounds=6)
-    assert before.losses == after.losses[:1]
+    # Before and after the basis is turned.
+    assert before.losses == after.losses[:2]
+    assert before.losses[1] < before.losses[0]
     assert after.loss <= before.loss
     if groups == 8:
         assert after.loss < 0.97 * before.loss
@@ -129,8 +132,8 @@ def test_more_bits_lose_less(coded: bool) -> None:
 def test_the_best_number_of_groups_is_at_least_as_good_as_any() -> None:
     table, metric, budget = _table(), _metric(), _budget(10)
     best = shared_basis(table, metric, budget, None, refine_rounds=0).loss
-    # Another number of groups to begin with has a slightly different basis.
-    assert all(best <= 1.02 * shared_basis(table, metric, budget, c, refine_rounds=0).loss for c in (1, 2, 4, 8, 16))
+    # It is chosen before the basis is turned to what suits the blocks.
+    assert all(best <= 1.03 * shared_basis(table, metric, budget, c, refine_rounds=0).loss for c in (1, 2, 4, 8, 16))
 
 
 def test_everything_fits() -> None:

@@ -1,0 +1,147 @@
+"""Levels and scales of coefficients, and what is lost at them, seen on a sample of the table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_embcompress.methods.numerics.projected_table import BlockSums, ProjectedTable
+from lightning_embcompress.methods.numerics.rate_allocation import Widths
+from lightning_embcompress.methods.numerics.sampling import at_equal_steps, chances
+from lightning_embcompress.methods.quantizers.scalar_quantizer import distortion, fit_levels
+from lightning_embcompress.methods.quantizers.trellis import widest
+from lightning_embcompress.methods.quantizers.trellis_levels import fit_unit
+from lightning_embcompress.methods.shared_basis.budget import BitBudget
+from lightning_embcompress.utils.division import agree, deal
+
+# Coefficients to which levels are fitted.
+_POOLED = 2**18
+# Times the root mean square that the scale of a component may be.
+_WIDER = (1.0, 2**0.25, 2**0.5, 2.0, 2**1.5, 4.0, 8.0)
+# Windows that fit into a row, at least, where a trellis is worth it.
+_LONG = 3
+
+
+def fit_widths(table: ProjectedTable, blocks: Tensor, sums: BlockSums, budget: BitBudget) -> Widths:
+    """What is lost of a coefficient at each width, seen on a sample."""
+    if budget.is_exact:
+        return Widths((0, *budget.widths), (1.0, *(0.0 for _ in budget.widths)))
+    values, weights, inside = table.sample(blocks, sums.means[:, : sums.second.shape[1]], sums.scales)
+    values, weights = _pooled(values, weights, inside, sums.scales > 0)
+    # What is lost, the largest level, and what is lost beyond it.
+    found = torch.zeros(len(budget.widths), 3, dtype=torch.float64)
+    energy = float((weights * values.square()).sum())
+
+    def compute(unit: int) -> None:
+        bits = budget.widths[unit]
+        if bits <= widest(budget.window):
+            unit_of_numbers, found[unit, 0] = fit_unit(values, weights, bits, budget.window)
+            found[unit, 1] = 127 * unit_of_numbers
+        else:
+            levels = fit_levels(values, weights, bits)
+            found[unit, 0], found[unit, 1] = distortion(values, weights, levels), levels.abs().max()
+        over = (values.abs() - found[unit, 1]).clamp(min=0).square()
+        found[unit, 2] = float((weights * over).sum()) / max(energy, 1e-300)
+
+    deal([[one] for one in found], [1.0] * len(found), compute)
+    lost, largest, beyond = found.T.tolist()
+    return Widths((0, *budget.widths), (1.0, *lost), (0.0, *largest), (1.0, *beyond))
+
+
+def levels_in_use(
+    table: ProjectedTable, blocks: Tensor, bits: Tensor, means: Tensor, scales: Tensor, window: int
+) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """Levels of every width that is used, for the coefficients that have it, and what is lost at them.
+
+    Args:
+        table: Whose coefficients.
+        blocks: `[vocab_size]` block of every row.
+        bits: `[blocks, rank]` as of `SharedBasis`.
+        means: `[blocks, rank]` mean coefficients.
+        scales: `[blocks, rank]`.
+        window: Bits of the windows of a trellis; 0 for none.
+    """
+    used = sorted(set(bits.flatten().tolist()) - {0})
+    found = {bits: torch.zeros(num_levels(bits), dtype=torch.float64) for bits in used}
+    lost = torch.zeros(len(used), dtype=torch.float64)
+    values, weights, inside = table.sample(blocks, means, scales)
+
+    def compute(unit: int) -> None:
+        width = used[unit]
+        pooled = _pooled(values, weights, inside, (bits == width) & (scales > 0))
+        if width < 0:
+            found[width][0], lost[unit] = fit_unit(*pooled, -width, window)
+            return
+        found[width].copy_(fit_levels(*pooled, width))
+        lost[unit] = distortion(*pooled, found[width])
+
+    deal([[found[width], one] for width, one in zip(used, lost, strict=True)], [1.0] * len(used), compute)
+    return found, dict(zip(used, lost.tolist(), strict=True))
+
+
+def widened(
+    table: ProjectedTable,
+    blocks: Tensor,
+    chosen: Tensor,
+    energies: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    widths: Widths,
+) -> Tensor:
+    """Scales that are larger than root mean squares where values are far beyond the levels.
+
+    A component in which most rows are small and one is many times as large would ruin that one.
+
+    Args:
+        table: Whose coefficients.
+        blocks: `[vocab_size]` block of every row.
+        chosen: `[blocks, rank]` index into the widths.
+        energies: `[blocks, rank]` what dropping a component costs.
+        means: `[blocks, rank]` mean coefficients.
+        scales: `[blocks, rank]` root mean squares of the coefficients around them.
+        widths: Ways to store a coefficient.
+    """
+    lost, largest, beyond = (
+        torch.tensor(one, dtype=torch.float64)[chosen] for one in (widths.distortions, widths.largest, widths.beyond)
+    )
+    factors = torch.tensor(_WIDER, dtype=torch.float64).view(-1, 1, 1)
+    # Between the levels errors grow with the square of the scale.
+    costs = factors.square() * ((lost - beyond).clamp(min=0) * energies)
+    costs += table.beyond(blocks, means, factors * largest * scales)
+    costs[1:, chosen == 0] = torch.inf
+    found = scales * factors.flatten()[costs.argmin(dim=0)]
+    agree(found)
+    return found
+
+
+def num_levels(bits: int) -> int:
+    """Levels of a width that are kept: all of them, or the unit of the numbers of a trellis."""
+    return 2**bits if bits > 0 else 1
+
+
+def coded_by_trellis(bits: Tensor, window: int) -> Tensor:
+    """`[blocks, rank]` bits, below 0 where a trellis gets them: the narrow ones of rows that are some windows long."""
+    narrow = (bits > 0) & (bits <= widest(window))
+    is_long = (bits * narrow).sum(dim=1, keepdim=True) >= _LONG * window
+    return torch.where(narrow & is_long, -bits, bits)
+
+
+def _pooled(values: Tensor, weights: Tensor, inside: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Some of the chosen coefficients of all components together, and their weights.
+
+    Args:
+        values: `[rows, rank]`.
+        weights: `[rows]`.
+        inside: `[rows]` blocks.
+        chosen: `[blocks, rank]` which.
+    """
+    copies = chosen.sum(dim=1)[inside]
+    if not bool(copies.any()):
+        # Of a width that no row of the sample has: those of a normal distribution.
+        normal = torch.special.ndtri((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
+        return normal, torch.ones_like(normal)
+    # As with rows: a few values that weigh much would have levels of their own.
+    chance = chances(weights, copies, _POOLED)
+    row, place = at_equal_steps(chance, copies)
+    component = chosen.logical_not().sort(dim=1, stable=True).indices[inside[row], place]
+    return values[row, component], weights[row] / chance[row]
