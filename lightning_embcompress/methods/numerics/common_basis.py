@@ -47,7 +47,7 @@ def common_basis(moments: Tensor, value: Callable[[Tensor], Valued]) -> Tensor:
         value: Called with `[blocks, dim]` float64 energies, half the diagonals, what is lost of them.
 
     Returns:
-        `[dim, dim]` float64 orthonormal columns, on the device of the moments; of all steps the best.
+        `[dim, dim]` float64 orthonormal columns, on the CPU; of all steps the best.
 
     Example:
         >>> turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
@@ -59,10 +59,10 @@ def common_basis(moments: Tensor, value: Callable[[Tensor], Valued]) -> Tensor:
         tensor([[4., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    basis = torch.eye(moments.shape[1], dtype=torch.float64, device=moments.device)
+    basis = torch.eye(moments.shape[1], dtype=torch.float64)
     seen, step = moments, 1.0
     now = value(_energies(seen))
-    best, found = now.loss, basis[:, now.order.to(basis.device)]
+    best, found = now.loss, basis[:, now.order]
     for _ in range(_STEPS):
         direction, lost = _direction(seen, now.parts), _lost(seen, now.parts)
         while True:
@@ -75,9 +75,11 @@ def common_basis(moments: Tensor, value: Callable[[Tensor], Valued]) -> Tensor:
                 return found
         basis, seen, step = basis @ turn, turned, min(1.0, 2 * step)
         now = value(_energies(seen))
-        if now.loss >= best * (1 - _TOLERANCE):
+        if now.loss >= best:
             break
-        best, found = now.loss, basis[:, now.order.to(basis.device)]
+        gain, best, found = 1 - now.loss / best, now.loss, basis[:, now.order]
+        if gain < _TOLERANCE:
+            break
     return found
 
 
@@ -92,12 +94,12 @@ def _lost(moments: Tensor, parts: Tensor) -> float:
 
 def _direction(moments: Tensor, parts: Tensor) -> Tensor:
     """`[dim, dim]` antisymmetric: angles by which pairs of directions turn, gradient over curvature."""
-    parts = parts.to(moments.device)
-    diagonals = moments.diagonal(dim1=1, dim2=2).double()
+    diagonals = 2 * _energies(moments)
     # Σ_b D_bk (G_b)_kl, and Σ_b D_bk (G_b)_ll.
-    products = torch.zeros_like(moments[0], dtype=torch.float64)
-    for moment, part in zip(moments, parts, strict=True):
-        products.addcmul_(part.unsqueeze(1), moment.double())
+    summed = torch.zeros_like(moments[0])
+    for moment, part in zip(moments, parts.to(moments), strict=True):
+        summed.addcmul_(part.unsqueeze(1), moment)
+    products = summed.cpu().double()
     crossed, own = parts.T @ diagonals, (parts * diagonals).sum(dim=0)
     both = crossed + crossed.T
     curvature = (both - own.unsqueeze(1) - own).clamp(min=0) + _RIDGE * both
@@ -107,6 +109,6 @@ def _direction(moments: Tensor, parts: Tensor) -> Tensor:
 
 def _rotation(angles: Tensor) -> Tensor:
     """The rotation by antisymmetric angles, by Cayley's transform."""
-    identity = torch.eye(len(angles), dtype=angles.dtype, device=angles.device)
+    identity = torch.eye(len(angles), dtype=angles.dtype)
     rotation: Tensor = torch.linalg.solve(identity - angles / 2, identity + angles / 2)
     return rotation

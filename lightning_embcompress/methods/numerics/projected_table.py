@@ -162,7 +162,7 @@ class ProjectedTable:
                 rest = torch.eye(len(vectors), dtype=torch.float64) - torch.linalg.pinv(given) @ given
                 left = _eigenvectors(rest @ seen.cpu() @ rest)[:, : len(vectors) - len(given)]
                 vectors, signs = torch.linalg.qr(torch.cat([given.T, left], dim=1))
-                vectors = vectors * signs.diagonal().sign()
+                vectors = vectors * torch.where(signs.diagonal() < 0, -1.0, 1.0)
             projector.copy_(self.metric.root @ vectors)
             inverse.copy_(vectors.T @ self.metric.inverse_root)
             self.center.copy_(first.sum(dim=0) / mass.sum())
@@ -208,7 +208,7 @@ class ProjectedTable:
         projector, inverse = torch.empty_like(self.projector), torch.empty_like(self.inverse)
 
         def turn(_: int) -> None:
-            turned = rotation().cpu()
+            turned = rotation()
             projector.copy_(self.projector @ turned)
             inverse.copy_(turned.T @ self.inverse)
 

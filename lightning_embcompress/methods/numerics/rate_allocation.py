@@ -24,14 +24,10 @@ class Widths:
     Attributes:
         bits: Bits of a value, ascending; the first is 0: the component is dropped.
         distortions: Part of the energy that is lost at each, descending; the first is 1.
-        largest: The largest value that each can stand for, in root mean squares.
-        beyond: Part of the energy that is lost because values are larger than that.
     """
 
     bits: tuple[int, ...]
     distortions: tuple[float, ...]
-    largest: tuple[float, ...] = ()
-    beyond: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from lightning_embcompress.methods.specs import stored_bytes
 KIND = "shared_basis_blocks"
 # Scales are powers of two of a sixteenth: within 2 % of what they should be, codes being chosen by what they are.
 SCALE_STEPS = 16
+# Bits of a number of the basis of codes; there were 8 once. With fewer, codes lose more than their bytes are worth.
+BASIS_BITS = 6
 
 
 def structure(
@@ -31,6 +33,7 @@ def structure(
     segments: Sequence[Sequence[Sequence[int]]],
     is_coded: bool,
     window: int = 0,
+    basis_bits: int = BASIS_BITS,
 ) -> dict[str, Any]:
     """The structure of `SharedBasisBlocks`, as JSON; arguments as there."""
     return {
@@ -42,6 +45,7 @@ def structure(
         "segments": [[list(run) for run in runs] for runs in segments],
         "is_coded": is_coded,
         **({"window": window} if window else {}),
+        **({"basis_bits": basis_bits} if is_coded and basis_bits != 8 else {}),
     }
 
 
@@ -61,14 +65,15 @@ def bit_budget(
     Returns:
         The budget of what depends on the solution, and the bytes of the rest.
     """
-    spec = structure(vocab_size, dim, dim, [], [], False, window)
+    spec = structure(vocab_size, dim, dim, [], [], bool(widths), window)
     # What a block adds to the structure, as text, and to the last bytes of its segments.
     said = len(str(vocab_size)) + 4 + len(f"[{-8},{dim}],") * max(1, len(widths))
     if widths:
-        fixed = stored_bytes((sum(2**bits for bits in widths) + widest(window)) * itemsize + itemsize, 9, spec)
+        # With what the last byte of the basis has left.
+        fixed = stored_bytes((sum(2**bits for bits in widths) + widest(window)) * itemsize + itemsize + 1, 9, spec)
         row = 8 * (dim + itemsize)
         block = row + 8 * said + 7 * len(widths)
-        overheads = Overheads(8, row)
+        overheads = Overheads(8, BASIS_BITS * dim + 8 * itemsize)
     else:
         # A tensor of its own in the file for the coefficients of each block.
         fixed = stored_bytes(0, 3, spec)
@@ -87,24 +92,31 @@ def bit_budget(
     return budget, fixed
 
 
-def byte_codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows to 8 bits: codes, of which 128 stands for 0, and the scale of each row.
+def integer_codes(values: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Round rows to integers of some bits: codes, of which the middle one stands for 0, and the scale of each row.
 
     Args:
         values: `[rows, columns]`.
+        bits: At most 8.
 
     Returns:
-        `[rows, columns]` uint8 and `[rows]` in the dtype of the values: a value is `(code - 128) * scale`.
+        `[rows, columns]` uint8 and `[rows]` in the dtype of the values: see `from_integers`.
     """
-    scales = values.abs().amax(dim=1) / 127
+    largest = (1 << (bits - 1)) - 1
+    scales = values.abs().amax(dim=1) / largest
     levels = values / scales.clamp(min=torch.finfo(values.dtype).tiny).unsqueeze(1)
-    return (levels.round().clamp(-127, 127) + 128).to(torch.uint8), scales
+    return (levels.round().clamp(-largest, largest) + largest + 1).to(torch.uint8), scales
 
 
-def as_stored(values: Tensor) -> Tensor:
-    """What rows are once they were rounded to 8 bits."""
-    codes, scales = byte_codes(values)
-    return (codes.to(values) - 128) * scales.unsqueeze(1)
+def from_integers(codes: Tensor, scales: Tensor, bits: int = 8) -> Tensor:
+    """The rows that codes stand for, in the dtype of the scales."""
+    values: Tensor = (codes.to(scales.dtype) - (1 << (bits - 1))) * scales.unsqueeze(1)
+    return values
+
+
+def as_stored(values: Tensor, bits: int = 8) -> Tensor:
+    """What rows are once they were rounded to integers of some bits."""
+    return from_integers(*integer_codes(values, bits), bits)
 
 
 def checked_segments(

@@ -28,24 +28,17 @@ def fit_widths(table: ProjectedTable, blocks: Tensor, sums: BlockSums, budget: B
         return Widths((0, *budget.widths), (1.0, *(0.0 for _ in budget.widths)))
     values, weights, inside = table.sample(blocks, sums.means[:, : sums.second.shape[1]], sums.scales)
     values, weights = _pooled(values, weights, inside, sums.scales > 0)
-    # What is lost, the largest level, and what is lost beyond it.
-    found = torch.zeros(len(budget.widths), 3, dtype=torch.float64)
-    energy = float((weights * values.square()).sum())
+    lost = torch.zeros(len(budget.widths), dtype=torch.float64)
 
     def compute(unit: int) -> None:
         bits = budget.widths[unit]
         if bits <= widest(budget.window):
-            unit_of_numbers, found[unit, 0] = fit_unit(values, weights, bits, budget.window)
-            found[unit, 1] = 127 * unit_of_numbers
+            lost[unit] = fit_unit(values, weights, bits, budget.window)[1]
         else:
-            levels = fit_levels(values, weights, bits)
-            found[unit, 0], found[unit, 1] = distortion(values, weights, levels), levels.abs().max()
-        over = (values.abs() - found[unit, 1]).clamp(min=0).square()
-        found[unit, 2] = float((weights * over).sum()) / max(energy, 1e-300)
+            lost[unit] = distortion(values, weights, fit_levels(values, weights, bits))
 
-    deal([[one] for one in found], [1.0] * len(found), compute)
-    lost, largest, beyond = found.T.tolist()
-    return Widths((0, *budget.widths), (1.0, *lost), (0.0, *largest), (1.0, *beyond))
+    deal([[one] for one in lost], [1.0] * len(lost), compute)
+    return Widths((0, *budget.widths), (1.0, *lost.tolist()))
 
 
 def levels_in_use(
@@ -82,11 +75,12 @@ def levels_in_use(
 def widened(
     table: ProjectedTable,
     blocks: Tensor,
-    chosen: Tensor,
+    bits: Tensor,
     energies: Tensor,
     means: Tensor,
     scales: Tensor,
-    widths: Widths,
+    levels: dict[int, Tensor],
+    lost: dict[int, float],
 ) -> Tensor:
     """Scales that are larger than root mean squares where values are far beyond the levels.
 
@@ -95,20 +89,26 @@ def widened(
     Args:
         table: Whose coefficients.
         blocks: `[vocab_size]` block of every row.
-        chosen: `[blocks, rank]` index into the widths.
+        bits: `[blocks, rank]` as of `SharedBasis`.
         energies: `[blocks, rank]` what dropping a component costs.
         means: `[blocks, rank]` mean coefficients.
         scales: `[blocks, rank]` root mean squares of the coefficients around them.
-        widths: Ways to store a coefficient.
+        levels: Of every width.
+        lost: What part of the energy is lost at each.
     """
-    lost, largest, beyond = (
-        torch.tensor(one, dtype=torch.float64)[chosen] for one in (widths.distortions, widths.largest, widths.beyond)
-    )
+    largest, between = torch.zeros_like(scales), torch.zeros_like(scales)
+    for width, values in levels.items():
+        largest[bits == width] = float(values.abs().max()) * (1 if width > 0 else 127)
     factors = torch.tensor(_WIDER, dtype=torch.float64).view(-1, 1, 1)
+    beyond = table.beyond(blocks, means, factors * largest * scales)
+    for width, part in lost.items():
+        own = bits == width
+        # Of all components together, that is what is lost beyond the levels; the rest is lost between them.
+        typical = float(beyond[0][own].sum() / energies[own].sum().clamp(min=1e-300))
+        between[own] = max(0.0, part - typical) * energies[own]
     # Between the levels errors grow with the square of the scale.
-    costs = factors.square() * ((lost - beyond).clamp(min=0) * energies)
-    costs += table.beyond(blocks, means, factors * largest * scales)
-    costs[1:, chosen == 0] = torch.inf
+    costs = factors.square() * between + beyond
+    costs[1:, bits == 0] = torch.inf
     found = scales * factors.flatten()[costs.argmin(dim=0)]
     agree(found)
     return found

@@ -237,8 +237,8 @@ def _solution(
     if budget.is_exact:
         return solution
     means, energies, blocks = sums.means[present, :rank], sums.energies[present], solution.block_of_row
-    scales = widened(table, blocks, rates.widths[present], energies[:, :rank], means, scales, widths)
     levels, lost = levels_in_use(table, blocks, bits, means, scales, budget.window)
+    scales = widened(table, blocks, bits, energies[:, :rank], means, scales, levels, lost)
     left = torch.ones_like(scales)
     for width, part in lost.items():
         left[bits == width] = part

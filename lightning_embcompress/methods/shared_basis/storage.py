@@ -17,7 +17,7 @@ from lightning_embcompress.methods.products import balance_product, store_produc
 from lightning_embcompress.methods.quantizers.factors import Factor, materialize, read_rows
 from lightning_embcompress.methods.quantizers.quantization import Quantization, State
 from lightning_embcompress.methods.shared_basis.code_views import looked_up
-from lightning_embcompress.methods.shared_basis.layout import checked_segments
+from lightning_embcompress.methods.shared_basis.layout import BASIS_BITS, checked_segments
 from lightning_embcompress.methods.shared_basis.stored_codes import StoredCodes
 from lightning_embcompress.methods.specs import integer, integers, positive_integers
 from lightning_embcompress.methods.tiles import Tiles
@@ -38,6 +38,7 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         dtype: Dtype of the factors.
         device: Device of the factors.
         window: Bits of the windows of a trellis, which has the segments of bits below 0; 0 for none.
+        basis_bits: Bits of a number of the basis, of codes.
 
     Raises:
         ValueError: If the structure is not possible.
@@ -57,10 +58,11 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         window: int = 0,
+        basis_bits: int = BASIS_BITS,
     ) -> None:
         """Build it empty."""
         super().__init__(vocab_size, dim, sizes, device)
-        self.rank, self.window = rank, window
+        self.rank, self.window, self.basis_bits = rank, window, basis_bits
         checked = checked_segments(dim, rank, len(self.sizes), segments, is_coded, window)
         self.segments, self.ranks, self.widths = checked
         self.is_coded = is_coded
@@ -145,11 +147,18 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         if not isinstance(spec.get("is_coded"), bool):
             raise ValueError("the structure's 'is_coded' must be true or false")
         blocks = cls.checked_blocks(spec, dim)
-        return cls(vocab_size, dim, integer(spec, "rank"), *blocks, spec["is_coded"], dtype, device, window_of(spec))
+        basis_bits = integer(spec, "basis_bits") if "basis_bits" in spec else 8
+        if not 2 <= basis_bits <= 8:
+            raise ValueError(f"the structure's 'basis_bits' must be from 2 to 8, not {basis_bits}")
+        shape = (vocab_size, dim, integer(spec, "rank"), *blocks, spec["is_coded"])
+        return cls(*shape, dtype, device, window_of(spec), basis_bits)
 
     def structure(self) -> dict[str, Any]:
         """See `Factorization.structure`; with the windows of a trellis where there is one."""
-        return super().structure() | ({"window": self.window} if self.window else {})
+        more = {"window": self.window} if self.window else {}
+        if self.is_coded and self.basis_bits != 8:
+            more["basis_bits"] = self.basis_bits
+        return super().structure() | more
 
     @classmethod
     def checked_blocks(cls, spec: dict[str, Any], dim: int) -> tuple[list[int], list[Any]]:

@@ -29,8 +29,9 @@ from lightning_embcompress.methods.shared_basis.code_views import (
 )
 from lightning_embcompress.methods.shared_basis.layout import (
     SCALE_STEPS,
-    byte_codes,
+    from_integers,
     from_windows,
+    integer_codes,
     level_tables,
     level_values,
     table_size,
@@ -53,7 +54,7 @@ _laid: Kept[LaidOut] = Kept()
 
 
 class StoredCodes(RowBlocks[ConfigT]):
-    """Codes, packed one segment after the other, and basis, means and scales in 8 bits.
+    """Codes, packed one segment after the other, the basis in 6 bits, means and scales in 8.
 
     In memory there are codes of a byte each beside those that are packed; once they are laid out for inference, bytes
     that are proportional to the levels take the place of both: 8 to 9 bits a weight, see `ByteTiles`.
@@ -64,6 +65,7 @@ class StoredCodes(RowBlocks[ConfigT]):
     ranks: list[int]
     widths: list[int]
     window: int
+    basis_bits: int
     levels: Tensor
     packed_codes: Tensor
     codes: Tensor
@@ -92,7 +94,10 @@ class StoredCodes(RowBlocks[ConfigT]):
         buffer("mean_scales", blocks, dtype=dtype)
         buffer("packed_codes", self._num_packed())
         buffer("scale_codes", sum(self.ranks))
-        buffer("basis_codes", self.rank, self.dim)
+        shape = (self.rank, self.dim)
+        buffer(
+            "basis_codes", *(shape if self.basis_bits == 8 else [packed_bytes(self.rank * self.dim, self.basis_bits)])
+        )
         buffer("mean_codes", blocks, self.dim)
         buffer("codes", self._num_codes(), persistent=False)
         buffer("level_bytes", 0, persistent=False)
@@ -179,8 +184,11 @@ class StoredCodes(RowBlocks[ConfigT]):
         return _frames.of([*read, self.scale_codes, self.scale_unit], self._read_frame)
 
     def _read_frame(self) -> Frame:
-        basis = (self.basis_codes.to(self.dtype) - 128) * self.basis_scales.unsqueeze(1)
-        means = (self.mean_codes.to(self.dtype) - 128) * self.mean_scales.unsqueeze(1)
+        codes = self.basis_codes
+        if self.basis_bits < 8:
+            codes = unpack_bits(codes, self.basis_bits, self.rank * self.dim, torch.uint8).view(self.rank, self.dim)
+        basis = from_integers(codes, self.basis_scales, self.basis_bits)
+        means = from_integers(self.mean_codes, self.mean_scales)
         scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
         starts = dict(zip(self.widths, accumulate(map(table_size, self.widths), initial=0), strict=False))
         offsets = [[starts[bits] for bits, count in runs for _ in range(count)] for runs in self.segments]
@@ -361,13 +369,13 @@ class StoredCodes(RowBlocks[ConfigT]):
             self.level_bytes, self._byte_levels = self.level_bytes.new_empty(0), None
 
     def _store_frame(self, basis: Tensor, means: Tensor, scales: Tensor) -> None:
-        """Round what codes stand on: basis and means to 8 bits, and `[Σ rank]` scales to steps of their logarithms."""
+        """Round basis and means to integers, and `[Σ rank]` scales to steps of their logarithms."""
         self.scale_unit.fill_(max([0.0, *scales.tolist()]))
         steps = torch.log2(scales.double().cpu().clamp(min=1e-300) / self.scale_unit.double().cpu().clamp(min=1e-300))
         self.scale_codes.copy_((-SCALE_STEPS * steps).round().clamp(0, 255).to(torch.uint8))
-        for name, values in (("basis", basis), ("mean", means)):
-            rounded, units = byte_codes(values)
-            getattr(self, f"{name}_codes").copy_(rounded)
+        for name, values, bits in (("basis", basis, self.basis_bits), ("mean", means, 8)):
+            codes, units = integer_codes(values, bits)
+            getattr(self, f"{name}_codes").copy_(codes if bits == 8 else pack_bits(codes.flatten(), bits))
             getattr(self, f"{name}_scales").copy_(units)
 
     @torch.no_grad()

@@ -63,8 +63,11 @@ def turned(
     kept = lost < 1
     level = ((left * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)).clamp(min=1e-300).unsqueeze(1)
 
+    # Where widths are what they are, so is the part that is lost; else it follows the energy.
+    is_fixed = keeps or len(widths.bits) == 2
+
     def value(energies: Tensor) -> Valued:
-        if budget.is_exact:
+        if is_fixed:
             order = energies.sum(dim=0).argsort(descending=True, stable=True)
         else:
             rate = sizes.double() @ (energies / level).clamp(min=1).log()
@@ -77,8 +80,7 @@ def turned(
             part = torch.ones_like(offered)
             part[:, : found.widths.shape[1]] = distortions[found.widths]
         parts = torch.empty_like(energies)
-        # A component that is worth a bit more than another of the same width is to be told from it.
-        parts[:, order] = part if budget.is_exact else (level / falling_rows(offered).clamp(min=1e-300)).clamp(max=1)
+        parts[:, order] = part if is_fixed else (level / falling_rows(offered).clamp(min=1e-300)).clamp(max=1)
         return Valued(float((offered * part).sum()), parts, order)
 
     table.turn(lambda: common_basis(moments, value))

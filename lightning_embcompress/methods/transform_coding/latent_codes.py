@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
 from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks
 from lightning_embcompress.methods.shared_basis.layout import (
+    BASIS_BITS,
     SCALE_STEPS,
     as_stored,
     checked_segments,
@@ -158,8 +160,8 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
 
     def _read(self, sparse: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         basis, means = (
-            straight_through(materialize(own, sparse) * unit, as_stored)
-            for unit, own in zip(self.units, (self.basis, self.means), strict=True)
+            straight_through(materialize(own, sparse) * unit, partial(as_stored, bits=bits))
+            for unit, own, bits in zip(self.units, (self.basis, self.means), (BASIS_BITS, 8), strict=True)
         )
         return basis, means, []
 

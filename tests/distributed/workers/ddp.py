@@ -25,7 +25,7 @@ from toys import LanguageModel, adam, loaders, quiet_trainer
 
 
 def momentum(module: LanguageModel) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
+    return torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9)
 
 
 class Compare(Callback):
