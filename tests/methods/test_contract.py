@@ -223,6 +223,7 @@ _STRUCTURES: list[dict[str, Any]] = [
         "segments": [[[4, 1], [-2, 3]], [[-3, 2]]],
         "is_coded": True,
         "window": 6,
+        "basis_bits": 6,
     },
     {"kind": "latent_codes", "sizes": [6, 4], "rank": 4, "segments": [[[-2, 4]], [[2, 1]]], "window": 8},
     {"kind": "tensor_train", "shape": [2, 2], "ranks": [1, 1, 1]},
@@ -249,6 +250,7 @@ _IMPOSSIBLE: dict[str, list[Any]] = {
         *([[[4, 4]], [["-2", 1]]], [[[4, 4]], [[-2.0, 1]]], [[[4, 4]], [[-2, -1]]], [[4], [2]]),
     ],
     "window": [0, 3, 17, -6, 6.0, "6", None, True],
+    "basis_bits": [0, 1, 9, -6, 6.0, "6", None, True],
     "is_coded": [1, False],
 }
 

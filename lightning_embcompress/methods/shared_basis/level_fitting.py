@@ -103,8 +103,8 @@ def widened(
     beyond = table.beyond(blocks, means, factors * largest * scales)
     for width, part in lost.items():
         own = bits == width
-        # Of all components together, that is what is lost beyond the levels; the rest is lost between them.
-        typical = float(beyond[0][own].sum() / energies[own].sum().clamp(min=1e-300))
+        # In most components that is what is lost beyond the levels; the rest is lost between them.
+        typical = float((beyond[0][own] / energies[own].clamp(min=1e-300)).median())
         between[own] = max(0.0, part - typical) * energies[own]
     # Between the levels errors grow with the square of the scale.
     costs = factors.square() * between + beyond
