@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 # Steps, at most, and the part of the loss that one has to gain for the next to be taken.
-_STEPS, _TOLERANCE = 16, 1e-3
+_STEPS, _TOLERANCE = 12, 1e-3
 # Of the curvature: so much of the energies is added, and no two directions turn by more than this, in radians.
-_RIDGE, _LARGEST_TURN = 1e-3, 0.5
+_RIDGE, _LARGEST_TURN = 1e-2, 0.5
 _SHORTEST_STEP = 1e-2
 
 
@@ -43,7 +43,8 @@ def common_basis(moments: Tensor, value: Callable[[Tensor], Valued]) -> Tensor:
     """Directions in which blocks lose the least together.
 
     Args:
-        moments: `[blocks, dim, dim]` second moments in the directions to begin with; float32 or float64.
+        moments: `[blocks, dim, dim]` second moments in the directions to begin with, float32 or float64, which are
+            turned in place.
         value: Called with `[blocks, dim]` float64 energies, half the diagonals, what is lost of them.
 
     Returns:
@@ -60,21 +61,20 @@ def common_basis(moments: Tensor, value: Callable[[Tensor], Valued]) -> Tensor:
                 [0., 1.]], dtype=torch.float64)
     """
     basis = torch.eye(moments.shape[1], dtype=torch.float64)
-    seen, step = moments, 1.0
-    now = value(_energies(seen))
+    step = 1.0
+    now = value(_energies(moments))
     best, found = now.loss, basis[:, now.order]
     for _ in range(_STEPS):
-        direction, lost = _direction(seen, now.parts), _lost(seen, now.parts)
-        while True:
-            turn = _rotation(step * direction)
-            turned = turn.T.to(seen) @ seen @ turn.to(seen)
-            if _lost(turned, now.parts) < lost:
-                break
+        direction, lost = _direction(moments, now.parts), _lost(moments, now.parts)
+        turn = _turn(moments, step * direction)
+        while _lost(moments, now.parts) >= lost:
+            _turn(moments, -step * direction)
             step /= 2
             if step < _SHORTEST_STEP:
                 return found
-        basis, seen, step = basis @ turn, turned, min(1.0, 2 * step)
-        now = value(_energies(seen))
+            turn = _turn(moments, step * direction)
+        basis, step = basis @ turn, min(1.0, 2 * step)
+        now = value(_energies(moments))
         if now.loss >= best:
             break
         gain, best, found = 1 - now.loss / best, now.loss, basis[:, now.order]
@@ -96,19 +96,21 @@ def _direction(moments: Tensor, parts: Tensor) -> Tensor:
     """`[dim, dim]` antisymmetric: angles by which pairs of directions turn, gradient over curvature."""
     diagonals = 2 * _energies(moments)
     # Σ_b D_bk (G_b)_kl, and Σ_b D_bk (G_b)_ll.
-    summed = torch.zeros_like(moments[0])
+    products = torch.zeros_like(moments[0])
     for moment, part in zip(moments, parts.to(moments), strict=True):
-        summed.addcmul_(part.unsqueeze(1), moment)
-    products = summed.cpu().double()
+        products.addcmul_(part.unsqueeze(1), moment)
+    angles = (products - products.T).cpu().double()
     crossed, own = parts.T @ diagonals, (parts * diagonals).sum(dim=0)
     both = crossed + crossed.T
-    curvature = (both - own.unsqueeze(1) - own).clamp(min=0) + _RIDGE * both
-    angles = (products - products.T) / curvature.clamp(min=1e-300)
-    return angles.clamp(-_LARGEST_TURN, _LARGEST_TURN)
+    curvature = (both - own.unsqueeze(1)).sub_(own).clamp_(min=0).add_(both, alpha=_RIDGE)
+    return angles.div_(curvature.clamp_(min=1e-300)).clamp_(-_LARGEST_TURN, _LARGEST_TURN)
 
 
-def _rotation(angles: Tensor) -> Tensor:
-    """The rotation by antisymmetric angles, by Cayley's transform."""
+def _turn(moments: Tensor, angles: Tensor) -> Tensor:
+    """Turn moments in place by antisymmetric angles (their negative turns back): Cayley's transform, the rotation."""
     identity = torch.eye(len(angles), dtype=angles.dtype)
     rotation: Tensor = torch.linalg.solve(identity - angles / 2, identity + angles / 2)
+    turn = rotation.to(moments)
+    for moment in moments:
+        torch.mm(turn.T, moment @ turn, out=moment)
     return rotation

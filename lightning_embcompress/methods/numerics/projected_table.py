@@ -98,18 +98,9 @@ class ProjectedTable:
         self.q = q.clamp(min=max(_LEAST_WEIGHT * float(q.mean()), 1e-30))
         self.units = row_units(vocab_size, dim)
         self.center = torch.zeros(dim, dtype=torch.float64)
-        self.axes = (torch.zeros(dim, dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
-        """The basis: `projector` and `inverse`."""
-
-    @property
-    def projector(self) -> Tensor:
-        """`[dim, dim]`: coefficients are `(w − center) projector`."""
-        return self.axes[0]
-
-    @property
-    def inverse(self) -> Tensor:
-        """`[dim, dim]`: rows are `center + coefficients inverse`."""
-        return self.axes[1]
+        self.projector = torch.zeros(dim, dim, dtype=torch.float64)
+        """Coefficients are `(w − center) projector`."""
+        self.inverse = torch.zeros(dim, dim, dtype=torch.float64)
 
     def equal_groups(self, groups: int) -> Tensor:
         """Groups of equal numbers of words, those of the highest weight first; of equal weight, the longest first."""
@@ -149,8 +140,6 @@ class ProjectedTable:
         total = torch.stack(sums).sum(dim=0)
         mass, first = total[:, 0].clamp(min=1e-300), total[:, 1:]
 
-        projector, inverse = torch.zeros_like(self.projector), torch.zeros_like(self.inverse)
-
         def decompose(_: int) -> None:
             root = self.metric.root.to(gram)
             moment = gram - (first.T @ (first / mass.unsqueeze(1))).to(gram)
@@ -163,13 +152,12 @@ class ProjectedTable:
                 left = _eigenvectors(rest @ seen.cpu() @ rest)[:, : len(vectors) - len(given)]
                 vectors, signs = torch.linalg.qr(torch.cat([given.T, left], dim=1))
                 vectors = vectors * torch.where(signs.diagonal() < 0, -1.0, 1.0)
-            projector.copy_(self.metric.root @ vectors)
-            inverse.copy_(vectors.T @ self.metric.inverse_root)
+            self.projector.copy_(self.metric.root @ vectors)
+            self.inverse.copy_(vectors.T @ self.metric.inverse_root)
             self.center.copy_(first.sum(dim=0) / mass.sum())
 
         # One process decomposes it: rounding may differ between processors.
-        deal([[projector, inverse, self.center]], [1.0], decompose)
-        self.axes = (projector, inverse)
+        deal([[self.projector, self.inverse, self.center]], [1.0], decompose)
 
     def moments(self, blocks: Tensor, sums: BlockSums, group_of_block: Tensor, groups: int) -> Tensor:
         """Second moments of the coefficients around the means of their blocks, added up over groups of blocks.
@@ -205,16 +193,14 @@ class ProjectedTable:
         Args:
             rotation: Gives `[dim, dim]` orthonormal columns, the new directions in the old.
         """
-        projector, inverse = torch.empty_like(self.projector), torch.empty_like(self.inverse)
 
         def turn(_: int) -> None:
             turned = rotation()
-            projector.copy_(self.projector @ turned)
-            inverse.copy_(turned.T @ self.inverse)
+            self.projector.copy_(self.projector @ turned)
+            self.inverse.copy_(turned.T @ self.inverse)
 
         # One process finds it: rounding may differ between processors.
-        deal([[projector, inverse]], [1.0], turn)
-        self.axes = (projector, inverse)
+        deal([[self.projector, self.inverse]], [1.0], turn)
 
     def _selector(self, blocks: Tensor, q: Tensor, groups: int) -> Tensor:
         """`[groups, rows]`: weights of the rows of each group, 0 elsewhere; sums over groups are products with it."""

@@ -17,7 +17,7 @@ from lightning_embcompress.utils.division import agree, deal
 # Coefficients to which levels are fitted.
 _POOLED = 2**18
 # Times the root mean square that the scale of a component may be.
-_WIDER = (1.0, 2**0.25, 2**0.5, 2.0, 2**1.5, 4.0, 8.0)
+_WIDER = (1.0, 2**0.25, 2**0.5, 2.0, 4.0)
 # Windows that fit into a row, at least, where a trellis is worth it.
 _LONG = 3
 

@@ -36,8 +36,6 @@ from lightning_embcompress.utils.division import agree
 _AUTOMATIC_GROUPS = (1, 2, 4, 8, 16, 32)
 # Refinement has converged when a round lowers the loss by less than this part.
 _TOLERANCE = 2e-3
-# Rounds after which the basis is turned, the start among them.
-_TURNS = 2
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class SharedBasis:
         scales: `[blocks, rank]` float64 weighted root mean squares of the coefficients around these means.
         levels: For every width that is used, `[2^bits]` float64 levels of coefficients over their scale, or of a
             trellis `[1]`, what a number of it stands for; none where coefficients are kept as floats.
-        losses: Predicted growth of the loss in nats, before refinement and after each round; of codes, with what
-            quantizers lose in the blocks to begin with.
+        losses: Predicted growth of the loss in nats: in the basis to begin with, in the one that suits the blocks, and
+            after each round of refinement; of codes, with what quantizers lose in the blocks to begin with.
         loss: Predicted growth of the loss in nats; of codes, with what the levels lose.
     """
 
@@ -133,28 +131,29 @@ def shared_basis(
     options = [(count, table.merged(sums, finest // count)) for count in fitting]
     allocated = [(_allocated(some, widths, budget), some, count) for count, some in options]
     rates, sums, count = min(allocated, key=lambda option: option[0].loss)
-    blocks = start_blocks = blocks // (finest // count)
     losses = [rates.loss]
-    best = (rates, sums, blocks, table.axes)
+    blocks = start_blocks = blocks // (finest // count)
+    sums = turned(table, blocks, sums, rates, widths, budget)
+    rates = _allocated(sums, widths, budget)
+    losses.append(rates.loss)
+    advance(step)
+    best = (rates, sums, blocks)
     looked_at = 0
-    for done in range(refine_rounds + 1):
-        if done:
-            # Components that no block keeps, nor is going to, need not be computed.
-            looked_at = max(looked_at, rates.widths.shape[1] + rates.widths.shape[1] // 4 + 16)
-            blocks, sums = table.move(sums, rates, widths, min(looked_at, weight.shape[1]))
-        if done < _TURNS:
-            sums = table.sum_blocks(blocks, count) if done else sums
-            sums = turned(table, blocks, sums, _allocated(sums, widths, budget), widths, budget)
+    for done in range(refine_rounds):
+        # Components that no block keeps, nor is going to, need not be computed.
+        looked_at = max(looked_at, rates.widths.shape[1] + rates.widths.shape[1] // 4 + 16)
+        blocks, sums = table.move(sums, rates, widths, min(looked_at, weight.shape[1]))
         rates = _allocated(sums, widths, budget)
         losses.append(rates.loss)
         advance(step)
-        gain = 1 - rates.loss / max(best[0].loss, 1e-300)
-        if done == 0 or gain > 0:
-            best = (rates, sums, blocks, table.axes)
-        if done and gain < _TOLERANCE:
-            advance(step * (refine_rounds - done))
-            break
-    rates, sums, blocks, table.axes = best
+        if rates.loss < best[0].loss:
+            gain = 1 - rates.loss / best[0].loss
+            best = (rates, sums, blocks)
+            if gain >= _TOLERANCE:
+                continue
+        advance(step * (refine_rounds - done - 1))
+        break
+    rates, sums, blocks = best
     if not budget.is_exact and blocks is not start_blocks:
         # Rows of a block are more alike than they were, and lose less.
         widths = fit_widths(table, blocks, sums, budget)

@@ -11,8 +11,9 @@ from lightning_embcompress.methods.numerics.rate_allocation import RateCurve, Ra
 from lightning_embcompress.methods.shared_basis.budget import BitBudget
 from lightning_embcompress.utils.division import agree
 
-# Rows per column for every group of blocks that is looked at.
-_ROWS_A_COLUMN = 4
+# Rows per column for every group of blocks, so that turning takes about as long as some passes over the table: fewer
+# where what comes after it takes longer.
+_ROWS_A_COLUMN, _ROWS_A_COLUMN_OF_CODES = 16, 6
 
 
 def turned(
@@ -42,8 +43,8 @@ def turned(
     if len(present) < 2:
         return sums
     vocab_size, dim = table.weight.shape
-    # As many groups of blocks alike as can be turned in the time of some passes over the table.
-    groups = min(len(present), max(2, vocab_size // (_ROWS_A_COLUMN * dim)))
+    rows = (_ROWS_A_COLUMN if budget.is_exact else _ROWS_A_COLUMN_OF_CODES) * dim
+    groups = min(len(present), max(2, vocab_size // rows))
     order = (sums.energies.sum(dim=1) / sums.sizes.clamp(min=1))[present].argsort(stable=True)
     group_of_block = torch.zeros(len(sums.sizes), dtype=torch.long)
     group_of_block[present[order]] = torch.arange(len(present)) * groups // len(present)
