@@ -25,8 +25,8 @@ pytestmark = pytest.mark.timeout(3600)
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 # What does not grow with the vocabulary weighs more in a small one.
 _SIZES = [
-    pytest.param(100_000, 10, 0.40, id="100k"),
-    pytest.param(793_471, 6, 0.30, id="793k", marks=pytest.mark.full),
+    pytest.param(100_000, 12, 0.60, id="100k"),
+    pytest.param(793_471, 9, 0.30, id="793k", marks=pytest.mark.full),
 ]
 
 

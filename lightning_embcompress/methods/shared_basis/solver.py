@@ -123,9 +123,9 @@ def shared_basis(
     widths = fit_widths(table, blocks, sums, budget)
     advance(step)
     if keep is not None:
-        kept = _kept(keep, sums, widths)
-        sums = turned(table, blocks, sums, kept, widths, budget, keeps=True)
-        kept = _kept(keep, sums, widths)
+        bits = keep
+        kept = _kept(bits, sums, widths)
+        sums, kept = _turned(table, blocks, sums, kept, widths, budget, lambda some: _kept(bits, some, widths), True)
         advance(step * (refine_rounds + 2))
         return _solution(table, kept, sums, blocks, widths, [kept.loss], budget)
     options = [(count, table.merged(sums, finest // count)) for count in fitting]
@@ -133,8 +133,9 @@ def shared_basis(
     rates, sums, count = min(allocated, key=lambda option: option[0].loss)
     losses = [rates.loss]
     blocks = start_blocks = blocks // (finest // count)
-    sums = turned(table, blocks, sums, rates, widths, budget)
-    rates = _allocated(sums, widths, budget)
+    sums, rates = _turned(
+        table, blocks, sums, rates, widths, budget, lambda some: _allocated(some, widths, budget), False
+    )
     losses.append(rates.loss)
     advance(step)
     best = (rates, sums, blocks)
@@ -161,6 +162,26 @@ def shared_basis(
     solution = _solution(table, rates, sums, blocks, widths, losses, budget)
     advance(step)
     return solution
+
+
+def _turned(
+    table: ProjectedTable,
+    blocks: Tensor,
+    sums: BlockSums,
+    rates: Rates,
+    widths: Widths,
+    budget: BitBudget,
+    rated: Callable[[BlockSums], Rates],
+    keeps: bool,
+) -> tuple[BlockSums, Rates]:
+    """Sums and widths in the basis that suits the blocks, if they lose less in it; it is found for groups of blocks."""
+    projector, inverse = table.projector.clone(), table.inverse.clone()
+    found = turned(table, blocks, sums, rates, widths, budget, keeps)
+    other = rated(found)
+    if other.loss <= rates.loss:
+        return found, other
+    table.projector, table.inverse = projector, inverse
+    return sums, rates
 
 
 def _allocated(sums: BlockSums, widths: Widths, budget: BitBudget) -> Rates:

@@ -23,7 +23,7 @@ def turned(
     rates: Rates,
     widths: Widths,
     budget: BitBudget,
-    keeps: bool = False,
+    keeps: bool,
 ) -> BlockSums:
     """Turn the basis to what suits all blocks, which keep different amounts of it.
 
@@ -44,7 +44,7 @@ def turned(
         return sums
     vocab_size, dim = table.weight.shape
     rows = (_ROWS_A_COLUMN if budget.is_exact else _ROWS_A_COLUMN_OF_CODES) * dim
-    groups = min(len(present), max(2, vocab_size // rows))
+    groups = min(len(present), max(8, vocab_size // rows))
     order = (sums.energies.sum(dim=1) / sums.sizes.clamp(min=1))[present].argsort(stable=True)
     group_of_block = torch.zeros(len(sums.sizes), dtype=torch.long)
     group_of_block[present[order]] = torch.arange(len(present)) * groups // len(present)

@@ -99,7 +99,8 @@ def test_refinement_never_makes_it_worse(groups: int | None, coded: bool) -> Non
     after = shared_basis(table, metric, budget, groups, refine_rounds=6)
     # Before and after the basis is turned.
     assert before.losses == after.losses[:2]
-    assert before.losses[1] < before.losses[0]
+    assert before.losses[1] <= before.losses[0]
+    assert groups == 2 or before.losses[1] < 0.99 * before.losses[0]
     assert after.loss <= before.loss
     if groups == 8:
         assert after.loss < 0.97 * before.loss
