@@ -35,8 +35,8 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
 
     Components are the leading ones of one basis for all blocks, so a table needs one small product with it whatever the
     number of blocks. Coefficients are floats, or codes of `bits` bits of a level, times a scale for each block and
-    component; then the basis is stored in 6 bits and means in 8. What is trained are the coefficients, the basis and the
-    means, or, of codes, the levels. A block without components is its mean, not zero: a softmax word that never
+    component; then the basis is stored in 6 bits and means in 8. What is trained are the coefficients, the basis and
+    the means, or, of codes, the levels. A block without components is its mean, not zero: a softmax word that never
     occurs has strongly negative logits, and zero would flood the distribution.
 
     Args:
