@@ -35,8 +35,8 @@ class LatentCodes(SharedBasisStorage[TransformCodingConfig]):
 
     Behind every code stands a number, and the nearest level is read in its place; behind basis and means, which are
     stored in few bits, and scales, in steps of `2^{1/16}`, too. All of these numbers are about as large as 1, so that
-    one learning rate suits them. Gradients go straight through the rounding (Bengio et al. 2013), so that codes change when
-    their numbers have come nearer to another level. Of an embedding only the rows that are asked for are rounded.
+    one learning rate suits them. Gradients go straight through the rounding (Bengio et al. 2013), so that codes change
+    when their numbers have come nearer to another level. Of an embedding only the rows that are asked for are rounded.
 
     Args:
         vocab_size: Rows of the table.
