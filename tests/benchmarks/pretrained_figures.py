@@ -43,6 +43,8 @@ _RUINED = 1.0
 # Methods and sizes, in the order in which they are measured.
 _STAGES: tuple[tuple[Sequence[str], Sequence[float]], ...] = (
     (("transform_coding",), (4.5, 3, 2, 3.5, 2.5, 1.5, 1)),
+    (("transform_coding:codes=trellis,effort=12",), (2, 3, 1.5, 1)),
+    (("transform_coding:codes=trellis,effort=10", "transform_coding:codes=trellis,effort=8"), (2, 3, 1.5, 1)),
     (("shared_basis",), (4.5, 3, 2, 1)),
     (("tensor_train:max_rank=4", "tensor_train:max_rank=1"), (4.5,)),
     (("product_quantization",), (4.5, 3, 2, 1)),

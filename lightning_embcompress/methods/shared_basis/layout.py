@@ -221,12 +221,17 @@ def nearest_codes(
     parts = torch.split(values, [count for _, count in runs], dim=1) if runs else []
     pairs = list(zip(parts, runs, strict=True))
     codes = [nearest_level(part.contiguous(), tables[bits]) for part, (bits, _) in pairs if bits > 0]
-    # Where a number stands for nothing, all codes are as good.
-    targets = [part / unit_of(tables[bits]).clamp(min=1e-30) for part, (bits, _) in pairs if bits < 0]
+    targets = [part / _nonzero(unit_of(tables[bits])) for part, (bits, _) in pairs if bits < 0]
     if targets:
         bits = trellis_bits(runs)
         codes.append(encode(torch.cat(targets, dim=1), bits, costs[-len(bits) :], window).long())
     return torch.cat([values.new_empty(len(values), 0, dtype=torch.long), *codes], dim=1)
+
+
+def _nonzero(unit: Tensor) -> Tensor:
+    """A unit of either sign, as training leaves it, to divide by; where it is nothing, all codes are as good."""
+    tiny = torch.finfo(unit.dtype).tiny
+    return torch.where(unit.abs() < tiny, tiny, unit)
 
 
 def projectors(basis: Tensor, metric: Metric) -> Callable[[int], Tensor]:

@@ -14,6 +14,7 @@ from lightning_embcompress.compression.plan import compress
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.registry import SharedBasisBlocks, TransformCodingConfig, factorization_from_spec
+from lightning_embcompress.methods.shared_basis.layout import from_windows, nearest_codes
 from toys import falling_counts, gpt2, normal
 
 ROWS, DIM = 1200, 48
@@ -111,6 +112,21 @@ def test_numbers_behind_codes_become_the_same_codes_again() -> None:
     turned = latent.converted().materialize() - shift
     change = turned + (coded.materialize() - shift)
     assert float(change.norm()) < 0.5 * float(turned.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_unit_that_training_has_turned_or_emptied(dtype: torch.dtype) -> None:
+    values, runs = normal(64, 16, seed=3).to(dtype), [(-2, 16)]
+    codes, lost = {}, {}
+    for unit in (0.02, -0.02, 0.0):
+        tables = {-2: (torch.arange(-128, 128) * unit).to(dtype)}
+        codes[unit] = nearest_codes(values, runs, tables, torch.ones(16, dtype=torch.float64), window=6)
+        read = tables[-2][from_windows(codes[unit], runs, 6)]
+        lost[unit] = float((values - read).float().square().mean())
+    assert lost[-0.02] == pytest.approx(lost[0.02], rel=0.1)
+    assert lost[-0.02] < 0.3 * lost[0.0]
+    assert int(codes[0.0].min()) >= 0
+    assert int(codes[0.0].max()) < 4
 
 
 def test_refinement_goes_on_with_the_trellis() -> None:
