@@ -5,6 +5,7 @@ apart from how it is computed with. Points are kept as soon as they are known; t
 
     python tests/benchmarks/pretrained_figures.py measure MODEL FOLDER STATISTICS
     python tests/benchmarks/pretrained_figures.py table FOLDER
+    python tests/benchmarks/pretrained_figures.py plot MODEL FOLDER STATISTICS PICTURE
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bound import gaussian_bound
 from formats import FORMATS, store_as
 from jsonargparse import CLI
 from torch import Tensor, nn
 
+from lightning_embcompress.calibration.loss_metric import metric_of
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.cli.sweep import Measured, checksum, sweep
 from lightning_embcompress.cli.sweep_record import SWEEP_FILE, Point
 from lightning_embcompress.layers.sizes import compressed_tables
+from lightning_embcompress.methods.registry import SharedBasisBlocks, TransformCodingConfig
 from lightning_embcompress.metrics.perplexity import token_negative_log_likelihood
 from lightning_embcompress.tables.finding import find_tables
 
@@ -58,6 +62,12 @@ _STAGES: tuple[tuple[Sequence[str], Sequence[float]], ...] = (
         (4.5, 3, 2, 1),
     ),
     (("tensor_train_matrix", "tensor_train_matrix:num_cores=2"), (4.5, 3, 2, 1)),
+)
+
+# Methods of the plot, their names and colors.
+_DRAWN = (
+    ("transform_coding", "single codes (lloyd)", "tab:blue"),
+    ("transform_coding:codes=trellis,effort=12", "trellis, effort 12", "tab:orange"),
 )
 
 
@@ -162,6 +172,49 @@ def table(folder: Path) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
+def plot(model: str, folder: Path, statistics: Path, picture: Path) -> None:
+    """Draw what single codes and a trellis lose, as measured and as predicted, and the least that any code could.
+
+    Args:
+        model: The directory that was measured.
+        folder: Where the points are.
+        statistics: Those of the points.
+        picture: File to be written.
+    """
+    import matplotlib
+    from transformers import AutoModelForCausalLM
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = Statistics.load(statistics)
+    (own,) = find_tables(dense)
+    weight, metric = own.weight.detach(), metric_of(dense, own, found, found.token_counts)
+    points = _points(folder)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    sizes: list[float] = []
+    for method, name, color in _DRAWN:
+        drawn = sorted((one.bits_per_weight or 0, one) for one in points if one.method == method)
+        sizes = sizes or [size for size, _ in drawn]
+        (line,) = axes.plot([s for s, _ in drawn], [one.predicted_loss for _, one in drawn], color=color, label=name)
+        changes = [(size, *one.change(points[0], _TEXTS[0][0])) for size, one in drawn]
+        shown = [change for change in changes if change[1] > 2 * change[2]]
+        x, y, error = zip(*shown, strict=True)
+        axes.errorbar(x, y, error, fmt="o", color=line.get_color(), markersize=4, capsize=3)
+    config = TransformCodingConfig()
+    solved = SharedBasisBlocks.decompose(weight, int(weight.numel() * 2 / 8), found.token_counts, config, metric=metric)
+    bound = gaussian_bound(weight, metric, solved, sizes)
+    for size, nats in zip(sizes, bound, strict=True):
+        print(f"{size:.2f} {nats:.4f}")
+    axes.plot(sizes, bound, "k--", label="rate-distortion bound")
+    axes.set(yscale="log", xlabel="bits per weight, all that is stored", ylabel="loss above dense, nats per token")
+    axes.set_title("SmolLM2-135M: predicted (lines), measured on WikiText-2 (points)", fontsize=10)
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)
+
+
 def _shown(point: Point, dense: Point, text: str, change: float, error: float) -> str:
     """Perplexity on a text, and how much that is above the dense one; a star where only its beginning was measured."""
     few = "" if len(point.losses[text]) == len(dense.losses[text]) else "*"
@@ -211,4 +264,4 @@ def _mean_change(losses: Sequence[float], dense: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    CLI([measure, table])
+    CLI([measure, table, plot])
