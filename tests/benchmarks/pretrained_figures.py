@@ -193,23 +193,25 @@ def plot(model: str, folder: Path, statistics: Path, picture: Path) -> None:
     weight, metric = own.weight.detach(), metric_of(dense, own, found, found.token_counts)
     points = _points(folder)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    sizes: list[float] = []
+    text = _TEXTS[0][0]
     for method, name, color in _DRAWN:
-        drawn = sorted((one.bits_per_weight or 0, one) for one in points if one.method == method)
-        sizes = sizes or [size for size, _ in drawn]
-        (line,) = axes.plot([s for s, _ in drawn], [one.predicted_loss for _, one in drawn], color=color, label=name)
-        changes = [(size, *one.change(points[0], _TEXTS[0][0])) for size, one in drawn]
-        shown = [change for change in changes if change[1] > 2 * change[2]]
-        x, y, error = zip(*shown, strict=True)
-        axes.errorbar(x, y, error, fmt="o", color=line.get_color(), markersize=4, capsize=3)
+        drawn = sorted((one for one in points if one.method == method), key=lambda one: one.bits_per_weight or 0)
+        axes.plot(
+            [one.bits_per_weight for one in drawn], [one.predicted_loss for one in drawn], color=color, label=name
+        )
+        changes = [(one.bits_per_weight, *one.change(points[0], text)) for one in drawn]
+        # What is not clearly above zero has no place on a logarithmic axis.
+        x, y, error = zip(*(change for change in changes if change[1] > 2 * change[2]), strict=True)
+        axes.errorbar(x, y, error, fmt="o", color=color, markersize=4, capsize=3)
     config = TransformCodingConfig()
     solved = SharedBasisBlocks.decompose(weight, int(weight.numel() * 2 / 8), found.token_counts, config, metric=metric)
+    sizes = sorted(one.bits_per_weight or 0 for one in points if one.method == _DRAWN[0][0])
     bound = gaussian_bound(weight, metric, solved, sizes)
     for size, nats in zip(sizes, bound, strict=True):
         print(f"{size:.2f} {nats:.4f}")
     axes.plot(sizes, bound, "k--", label="rate-distortion bound")
     axes.set(yscale="log", xlabel="bits per weight, all that is stored", ylabel="loss above dense, nats per token")
-    axes.set_title("SmolLM2-135M: predicted (lines), measured on WikiText-2 (points)", fontsize=10)
+    axes.set_title(f"Predicted (lines), measured on {text} (points)", fontsize=10)
     axes.grid(which="both", alpha=0.2)
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=120)
