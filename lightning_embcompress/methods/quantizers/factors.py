@@ -11,7 +11,7 @@ is read as a whole has all of its rows: small as these are, all factors of a tab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_embcompress.methods.numerics.gram import row_chunks
-from lightning_embcompress.methods.quantizers.gradients import rounded_to, straight_through, with_sparse_gradient
+from lightning_embcompress.methods.quantizers.gradients import rounded_to, with_sparse_gradient
 from lightning_embcompress.methods.quantizers.integer_quantizer import (
     fake_quantize,
     group_scales,
@@ -30,6 +30,7 @@ from lightning_embcompress.methods.quantizers.integer_quantizer import (
 from lightning_embcompress.methods.quantizers.packed_rows import multiply_packed, pack_rows, read_packed_rows
 from lightning_embcompress.methods.quantizers.packing import packed_bytes
 from lightning_embcompress.methods.quantizers.quantization import HALVES, Quantization, Storage, matrix_shape
+from lightning_embcompress.methods.quantizers.rounded_factor import RoundedFactor
 
 
 @torch.no_grad()
@@ -327,36 +328,6 @@ class PackedFactor(Unpacker):
         """`[*, rows]`, the product of `[*, columns]` with all rows, of which a few at a time are unpacked."""
         of = self.storage
         return multiply_packed(hidden, self.codes, self.group_scales(), of.bits, self.matrix[1], of.group_size)
-
-
-class RoundedFactor:
-    """A matrix that is trained, and read by a rounding of its own, times a scale a column.
-
-    Args:
-        weight: `[n, columns]`.
-        rounded: What is read in the place of some rows; the gradient goes straight through.
-        scale: `[columns]`.
-    """
-
-    def __init__(self, weight: Tensor, rounded: Callable[[Tensor], Tensor], scale: Tensor) -> None:
-        """Keep them."""
-        self.weight, self.rounded, self.scale = weight, rounded, scale
-
-    def _read(self, numbers: Tensor) -> Tensor:
-        return straight_through(numbers, self.rounded) if numbers.numel() else numbers
-
-    def rows(self, place: Tensor, sparse: bool = False) -> Tensor:
-        """`[*, columns]` rows; no others are rounded."""
-        numbers = F.embedding(place.reshape(-1), self.weight, sparse=sparse)
-        return self._read(numbers).view(*place.shape, len(self.scale)) * self.scale
-
-    def materialize(self, sparse: bool = False) -> Tensor:
-        """All of it."""
-        return self._read(materialize(self.weight, sparse)) * self.scale
-
-    def multiply(self, hidden: Tensor) -> Tensor:
-        """`[*, n]`, the product of `[*, columns]` with all rows."""
-        return F.linear(hidden * self.scale, self._read(self.weight))
 
 
 Factor: TypeAlias = Tensor | FakeQuantizedFactor | PackedFactor | RoundedFactor

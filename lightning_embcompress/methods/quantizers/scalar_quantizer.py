@@ -53,9 +53,10 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
 
     Args:
         values: `[*]` numbers.
-        levels: `[count]` ascending.
+        levels: `[count]` in any order: training may move one past another.
     """
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+    ascending, order = levels.sort(stable=True)
+    return order[torch.bucketize(values, (ascending[1:] + ascending[:-1]) / 2)]
 
 
 def distortion(values: Tensor, weights: Tensor, levels: Tensor) -> float:

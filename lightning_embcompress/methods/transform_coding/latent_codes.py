@@ -12,9 +12,10 @@ from typing_extensions import Self
 
 from lightning_embcompress.methods.base import Factorization, Problem
 from lightning_embcompress.methods.numerics.gram import row_chunks
-from lightning_embcompress.methods.quantizers.factors import RoundedFactor, materialize
+from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.gradients import straight_through
 from lightning_embcompress.methods.quantizers.quantization import Quantization
+from lightning_embcompress.methods.quantizers.rounded_factor import RoundedFactor
 from lightning_embcompress.methods.quantizers.scalar_quantizer import nearest_level
 from lightning_embcompress.methods.shared_basis.factorization import SharedBasisBlocks
 from lightning_embcompress.methods.shared_basis.layout import (

@@ -61,6 +61,12 @@ def test_nearest_level_is_the_nearest() -> None:
     assert torch.equal(nearest_level(values, levels), wanted)
 
 
+def test_nearest_level_of_levels_that_training_has_crossed() -> None:
+    values, levels = _normal(300), torch.tensor([-1.0, 0.5, 0.2, 1.0])
+    wanted = (values.unsqueeze(1) - levels).abs().argmin(dim=1)
+    assert torch.equal(nearest_level(values, levels), wanted)
+
+
 def test_draws_stand_for_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = 1 / (1 + torch.randperm(5000, generator=generator).double())
