@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from bound import gaussian_bound
+from carvq import CARVQ
 from formats import FORMATS, store_as
 from jsonargparse import CLI
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ _STAGES: tuple[tuple[Sequence[str], Sequence[float]], ...] = (
     (("transform_coding",), (4.5, 3, 2, 3.5, 2.5, 1.5, 1)),
     (("transform_coding:codes=trellis,effort=12",), (2, 3, 1.5, 1)),
     (("transform_coding:codes=trellis,effort=10", "transform_coding:codes=trellis,effort=8"), (2, 3, 1.5, 1)),
-    (("shared_basis",), (4.5, 3, 2, 1)),
+    (("shared_basis", "shared_basis:groups=1,refine_rounds=0"), (4.5, 3, 2, 1)),
     (("tensor_train:max_rank=4", "tensor_train:max_rank=1"), (4.5,)),
     (("product_quantization",), (4.5, 3, 2, 1)),
     (("weighted_low_rank", "low_rank"), (4.5, 3, 2, 1)),
@@ -145,7 +146,7 @@ def measure(
         "on_point": say,
     }
     if others:
-        stores = {name: store_as(form) for name, form in FORMATS.items()}
+        stores = {name: store_as(form) for name, form in {**FORMATS, **CARVQ}.items()}
         sweep(dense, evaluate, folder, (), bits=(), stores=stores, **common)
     for stage in range(len(_STAGES)) if stages is None else stages:
         methods, sizes = _STAGES[stage]

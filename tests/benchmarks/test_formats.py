@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from carvq import carvq
 from formats import FORMATS, NF4_LEVELS, iq4_nl, nf4, rounded
 
 BITS = {
@@ -46,3 +47,15 @@ def test_iq4_nl_loses_less_than_q4_0() -> None:
     table = torch.randn(600, 64, generator=torch.Generator().manual_seed(0))
     errors = [float((form(table)[0] - table).square().sum()) for form in (iq4_nl, FORMATS["Q4_0 (llama.cpp)"])]
     assert errors[0] < 0.85 * errors[1]
+
+
+def test_carvq_gains_by_every_stage_and_by_its_network() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Rows of which 16 numbers tell a part, and vectors that fill no whole group.
+    table = torch.randn(700, 16, generator=generator) @ torch.randn(16, 64, generator=generator) / 4
+    table += torch.randn(700, 64, generator=generator)
+    (first, few), (second, more) = (carvq(stages)(table) for stages in (1, 2))
+    network = 2 * (700 * 16 + 17 * 384 + 385 * 64)
+    assert (few, more) == tuple(stages * (700 * 64 // 16 + 6 * 256) + network for stages in (1, 2))
+    errors = [float((one - table).square().sum()) for one in (first, second)]
+    assert errors[1] < 0.7 * errors[0] < 0.5 * float(table.square().sum())
