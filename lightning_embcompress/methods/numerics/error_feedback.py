@@ -1,9 +1,8 @@
 """Rounding to integers in the metric of the loss: what one component loses, the next ones make up for.
 
 Rows of a product `U B` are read through the metric `M` of `numerics.metric`, so that errors `e_i` of the coefficients
-cost `½ Σ_i q_i e_iᵀ H e_i` with one `H = B M Bᵀ` for all rows. Columns are rounded one after the other, and the rest of
-a row is moved to where it costs least with what has been lost so far (GPTQ, Frantar et al. 2022, there for the inputs
-of a layer; Babai's nearest plane). The weights of rows play no part: every row is solved by itself.
+cost `½ Σ_i q_i e_iᵀ H e_i` with one `H = B M Bᵀ` for all rows: columns are rounded as in `numerics.feedback`. The
+weights of rows play no part: every row is solved by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.methods.numerics.balance import balanced_factors
+from lightning_embcompress.methods.numerics.feedback import DAMPING, carry_errors, feedback_factor
 from lightning_embcompress.methods.numerics.gram import compute_dtype, project, row_units, run_of
 from lightning_embcompress.methods.quantizers.integer_quantizer import (
     check_scales,
@@ -27,10 +27,6 @@ from lightning_embcompress.methods.quantizers.integer_quantizer import (
 )
 from lightning_embcompress.utils.division import deal
 
-# Added to the diagonal of `H`, relative to its mean: directions that cost nothing must have an inverse.
-_DAMPING = 1e-6
-# Columns whose errors reach the columns behind them in one product.
-_COLUMNS = 32
 # Of the balance before feedback, see `balanced_factors`.
 _EXPONENT = 0.7
 
@@ -70,7 +66,7 @@ def round_with_feedback(weight: Tensor, scales: Tensor, cost: Tensor, bits: int,
     order = cost.diagonal().argsort(descending=True, stable=True).to(weight.device)
     dtype = compute_dtype(weight.dtype)
     ordered = cost.double().cpu()[order.cpu()][:, order.cpu()]
-    factor, seen = (part.to(weight.device, dtype) for part in (_feedback_factor(ordered), ordered))
+    factor, seen = (part.to(weight.device, dtype) for part in (feedback_factor(ordered), ordered))
     # A process does the same whichever rows are its own: scales are looked up by row.
     scales = scales.to(dtype)
     group_rows = 1 if scales.shape[0] == n else group_shape(columns, group_size)[0]
@@ -81,42 +77,22 @@ def round_with_feedback(weight: Tensor, scales: Tensor, cost: Tensor, bits: int,
             rows = torch.arange(chunk.start, chunk.stop, device=weight.device) // group_rows
             expanded = expand_scales(scales[rows], len(rows), columns, group_size)[:, order]
             part = weight[chunk][:, order].to(dtype)
-            found, nearest = _rounded(part, expanded, factor, bits), integers_of(part, expanded, bits)
-            lost, before = (((e @ seen) * e).sum(dim=1) for e in (found * expanded - part, nearest * expanded - part))
-            found = torch.where((lost < before).unsqueeze(1), found, nearest)
-            codes[chunk, order] = (found + 2 ** (bits - 1)).to(torch.uint8)
+            steps = expanded.T.contiguous()
+
+            def nearest(column: int, wanted: Tensor, steps: Tensor = steps) -> Tensor:
+                return integers_of(wanted, steps[column], bits) * steps[column]
+
+            # Columns as rows: each step reads and writes what lies together. A copy, also of a matrix of one column.
+            columnwise = part.T.clone(memory_format=torch.contiguous_format)
+            found = carry_errors(columnwise, nearest, factor).T
+            plain = integers_of(part, expanded, bits) * expanded
+            lost, before = (((e @ seen) * e).sum(dim=1) for e in (found - part, plain - part))
+            found = torch.where((lost < before).unsqueeze(1), found, plain)
+            codes[chunk, order] = (integers_of(found, expanded, bits) + 2 ** (bits - 1)).to(torch.uint8)
 
     runs = [run_of(chunks) for chunks in units]
     deal([[codes[run]] for run in runs], [run.stop - run.start for run in runs], compute)
     return codes
-
-
-def _feedback_factor(cost: Tensor) -> Tensor:
-    """Upper triangle `R` with `H⁻¹ = Rᵀ R`: an error of column `k` over `R_kk`, times row `k`, is what others move."""
-    size = len(cost)
-    mean = float(cost.diagonal().mean()) if size else 0.0
-    if mean <= 0:
-        return torch.eye(size, dtype=cost.dtype)
-    damped = (cost + cost.T) / 2 + _DAMPING * mean * torch.eye(size, dtype=cost.dtype)
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    return factor
-
-
-def _rounded(weight: Tensor, expanded: Tensor, factor: Tensor, bits: int) -> Tensor:
-    """Integers of some rows, column after column."""
-    columns = weight.shape[1]
-    # Columns as rows: each step reads and writes what lies together. A copy, also of a matrix of one column.
-    weight, expanded = weight.T.clone(memory_format=torch.contiguous_format), expanded.T.contiguous()
-    for start in range(0, columns, _COLUMNS):
-        stop = min(start + _COLUMNS, columns)
-        errors = torch.empty(stop - start, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        for k in range(start, stop):
-            wanted = weight[k].clone()
-            weight[k] = integers_of(wanted, expanded[k], bits)
-            errors[k - start] = (wanted - weight[k] * expanded[k]) / factor[k, k]
-            weight[k + 1 : stop].addr_(factor[k, k + 1 : stop], errors[k - start], alpha=-1)
-        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return weight.T
 
 
 @dataclass(frozen=True)
@@ -193,7 +169,7 @@ def _fit(shared: Tensor, cost: Tensor) -> Tensor:
     """What to multiply coefficients with in the basis as it is stored, `B M B̂ᵀ (B̂ M B̂ᵀ)⁻¹`."""
     if not len(cost):
         return cost
-    damping = _DAMPING * cost.diagonal().mean() * torch.eye(len(cost), dtype=cost.dtype)
+    damping = DAMPING * cost.diagonal().mean() * torch.eye(len(cost), dtype=cost.dtype)
     # A basis of zeros, as it is before training, fits nothing.
     if not bool(cost.diagonal().mean() > 0):
         return torch.eye(len(cost), dtype=cost.dtype)
