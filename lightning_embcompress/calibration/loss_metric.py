@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,18 @@ def metric_of(
     Raises:
         ValueError: If the statistics are of another model or vocabulary.
     """
+    biased = {path for path in table.modules if path in statistics.hidden and bias_of(model, path) is not None}
+    return metric_of_moments(table, statistics, biased, token_counts, unseen_weight)
+
+
+def metric_of_moments(
+    table: Table,
+    statistics: Statistics,
+    biased: Collection[str] = (),
+    token_counts: Tensor | None = None,
+    unseen_weight: float | None = None,
+) -> Metric:
+    """The same where there is no model: as `metric_of`, with the paths of heads that have a bias."""
     statistics.check([table])
     counts = statistics.counts_of(table.modules)
     weighed = counts if token_counts is None else token_counts
@@ -63,7 +75,7 @@ def metric_of(
     ways = []
     for path in (path for path in table.modules if path in statistics.hidden):
         moment = statistics.hidden[path]
-        if bias_of(model, path) is not None:
+        if path in biased:
             mean = statistics.hidden_mean[path]
             moment = moment - torch.outer(mean, mean)
         ways.append((moment, _information(statistics, path, frequencies, is_unseen)))
