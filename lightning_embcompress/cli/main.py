@@ -31,6 +31,7 @@ Commands:
   compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model
   inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
   densify PATH TARGET    make a compressed model in files an ordinary one again
+  export gguf IN OUT     write the tables of a GGUF file of llama.cpp anew, in few bits and in the metric of the loss
   sweep SOURCE FOLDER    measure perplexity against stored bytes over many ratios and bit widths; resumable
   list                   show the shipped recipes and the compression methods
 
@@ -98,6 +99,20 @@ def _dispatch(arguments: list[str]) -> int:
 
         parse(COMMANDS[command], arguments[1:]).run()
         return 0
+    if command == "export":
+        from lightning_embcompress.cli.export_commands import EXPORTS
+        from lightning_embcompress.cli.parsing import parse
+
+        name = arguments[1] if len(arguments) > 1 else ""
+        if name in ("-h", "--help"):
+            sys.stdout.write(
+                f"Usage: embcompress export FORMAT ...\n\nFormats, each with --help: {', '.join(EXPORTS)}\n"
+            )
+            return 0
+        if name not in EXPORTS:
+            raise UsageError(f"`export` needs a format, one of {', '.join(EXPORTS)}: embcompress export gguf --help")
+        parse(EXPORTS[name], arguments[2:], f"export {name}").run()
+        return 0
     if command not in _TRAINER_COMMANDS:
         raise UsageError(_unknown_command(command))
 
@@ -136,7 +151,7 @@ def _resolve_configs(options: list[str]) -> list[str]:
 
 
 def _unknown_command(command: str) -> str:
-    commands = (*_TRAINER_COMMANDS, *_FILE_COMMANDS, "list")
+    commands = (*_TRAINER_COMMANDS, *_FILE_COMMANDS, "export", "list")
     if Path(command).suffix in (".yaml", ".yml") or command in available_recipes():
         return f"{command} is a recipe: embcompress run {command}"
     if Path(command).suffix == ".ckpt" or (Path(command) / "config.json").is_file():

@@ -61,13 +61,14 @@ class _Parser(ArgumentParser):
         raise UsageError(f"{' '.join(message.split())} ({self.prog} --help)")
 
 
-def parse(command: type[CommandT], words: Sequence[str]) -> CommandT:
+def parse(command: type[CommandT], words: Sequence[str], name: str = "") -> CommandT:
     """Read a command line.
 
     Args:
         command: What to read.
         words: What follows the command's name. Names may be written with dashes, lists as several words, and a bare
             name says yes.
+        name: What messages call the command; by default by its class.
 
     Raises:
         UsageError: If the command line is wrong.
@@ -92,7 +93,7 @@ def parse(command: type[CommandT], words: Sequence[str]) -> CommandT:
     words = [re.sub(r"^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
     own = {one.name: str(one.type) for one in fields(command) if one.name != "options"}
     parser = _Parser(
-        prog=f"embcompress {command.__name__.lower()}",
+        prog=f"embcompress {name or command.__name__.lower()}",
         # The docstring up to its attributes.
         description=(inspect.getdoc(command) or "").partition("\n\nAttributes:")[0],
         epilog=command.examples,

@@ -12,6 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_embcompress.integrations.export.gguf import GRIDS
+from lightning_embcompress.methods.numerics.grid_rounding import fit_grid
+
 Format: TypeAlias = Callable[[Tensor], tuple[Tensor, int]]
 
 # Levels of IQ4_NL (llama.cpp, `kvalues_iq4nl`).
@@ -103,6 +106,30 @@ def rounded(bits: int, group_size: int = 32) -> Format:
     return store
 
 
+def symmetric(table: Tensor, group_size: int = 32) -> tuple[Tensor, int]:
+    """Round to nearest integers from -8 to 7, as compressed-tensors: the range of a float16 scale covers all values."""
+    groups = table.float().reshape(-1, group_size)
+    scale = (groups.abs().amax(1, keepdim=True) / 7.5).half().float()
+    codes = (groups / scale.clamp(min=torch.finfo(torch.float16).tiny)).round().clamp(-8, 7)
+    return (codes * scale).reshape(table.shape), (groups.numel() * 4 + groups.shape[0] * 16) // 8
+
+
+def in_metric(kind: str, matrix: Tensor) -> Format:
+    """A type of llama.cpp as `embcompress export gguf` finds it.
+
+    Args:
+        kind: Of `GRIDS`.
+        matrix: `[dim, dim]` second moment of the metric of the loss.
+    """
+
+    def store(table: Tensor) -> tuple[Tensor, int]:
+        found = fit_grid(table, GRIDS[kind], matrix)
+        groups = found.scales.numel() * (2 if found.minimums is None else 4)
+        return found.materialize(), (found.codes.numel() * (len(found.grid.levels) - 1).bit_length()) // 8 + groups
+
+    return store
+
+
 def nf4(table: Tensor, group_size: int = 64) -> tuple[Tensor, int]:
     """NormalFloat of 4 bits, as bitsandbytes: the largest magnitude of 64 values, in float32, times 16 levels."""
     groups = table.float().reshape(-1, group_size)
@@ -129,9 +156,12 @@ def hqq(table: Tensor, group_size: int = 64) -> tuple[Tensor, int]:
 
 FORMATS: dict[str, Format] = {
     "Q8_0 (llama.cpp)": gguf_blocks("Q8_0"),
+    "Q5_1 (llama.cpp)": gguf_blocks("Q5_1"),
     "Q5_0 (llama.cpp)": gguf_blocks("Q5_0"),
+    "Q4_1 (llama.cpp)": gguf_blocks("Q4_1"),
     "Q4_0 (llama.cpp)": gguf_blocks("Q4_0"),
     "IQ4_NL (llama.cpp)": iq4_nl,
+    "int4, symmetric (round to nearest)": symmetric,
     "NF4 (bitsandbytes)": nf4,
     "int4, HQQ (torchao)": hqq,
     **{f"int{bits}, zero points (round to nearest)": rounded(bits) for bits in (4, 3, 2)},

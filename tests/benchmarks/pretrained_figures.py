@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from bound import gaussian_bound
 from carvq import CARVQ
-from formats import FORMATS, store_as
+from formats import FORMATS, GRIDS, in_metric, store_as
 from jsonargparse import CLI
 from torch import Tensor, nn
 
@@ -146,7 +146,10 @@ def measure(
         "on_point": say,
     }
     if others:
-        stores = {name: store_as(form) for name, form in {**FORMATS, **CARVQ}.items()}
+        (own,) = find_tables(dense)
+        matrix = metric_of(dense, own, found, found.token_counts).matrix
+        ours = {f"{kind}, in the metric of the loss": in_metric(kind, matrix) for kind in GRIDS}
+        stores = {name: store_as(form) for name, form in {**FORMATS, **ours, **CARVQ}.items()}
         sweep(dense, evaluate, folder, (), bits=(), stores=stores, **common)
     for stage in range(len(_STAGES)) if stages is None else stages:
         methods, sizes = _STAGES[stage]

@@ -9,9 +9,12 @@ from formats import FORMATS, NF4_LEVELS, iq4_nl, nf4, rounded
 
 BITS = {
     "Q8_0 (llama.cpp)": 8.5,
+    "Q5_1 (llama.cpp)": 6,
     "Q5_0 (llama.cpp)": 5.5,
+    "Q4_1 (llama.cpp)": 5,
     "Q4_0 (llama.cpp)": 4.5,
     "IQ4_NL (llama.cpp)": 4.5,
+    "int4, symmetric (round to nearest)": 4.5,
     "NF4 (bitsandbytes)": 4.5,
     "int4, HQQ (torchao)": 4.5,
     **{f"int{bits}, zero points (round to nearest)": bits + (16 + bits) / 32 for bits in (4, 3, 2)},

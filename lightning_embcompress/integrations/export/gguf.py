@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_embcompress.calibration.loss_metric import metric_of_moments
 from lightning_embcompress.calibration.statistics import Statistics
+from lightning_embcompress.compression.budget import parse_perplexity_increase
 from lightning_embcompress.integrations.export.gguf_file import GgufFile
 from lightning_embcompress.methods.numerics.grid_rounding import GridCodes, fit_grid
 from lightning_embcompress.methods.numerics.metric import Metric
@@ -71,7 +72,7 @@ def export_gguf(
     *,
     tables: Mapping[str, Tensor] | None = None,
     token_counts: Tensor | None = None,
-    max_perplexity_increase: float | None = None,
+    max_perplexity_increase: str | float | None = None,
 ) -> list[WrittenTable]:
     """Write a GGUF file with its token table and output table in another type, found in the metric of the loss.
 
@@ -89,7 +90,7 @@ def export_gguf(
         tables: Values by the name of a tensor, from a better source than the file, such as the model before it was
             quantized.
         token_counts: `[vocab_size]` by which rows count in the prediction; None for those of the statistics.
-        max_perplexity_increase: For `auto`: 0.01 for one percent.
+        max_perplexity_increase: For `auto`: `"1%"` or 0.01.
 
     Raises:
         ValueError: If the file is none, is damaged or cannot be read, a table does not fit the type, the statistics or
@@ -105,12 +106,13 @@ def export_gguf(
             "elsewhere, or the file is a part of a model"
         )
     kinds = _wanted_types(type, statistics, max_perplexity_increase)
+    limit = math.inf if max_perplexity_increase is None else parse_perplexity_increase(max_perplexity_increase)
     found = [
         _Table.read(file, name, len(names) == 1, statistics, (tables or {}).get(name), token_counts) for name in names
     ]
     for table in found:
         table.check(kinds)
-    written, packed = _fit(found, kinds, max_perplexity_increase)
+    written, packed = _fit(found, kinds, limit)
     file.write(Path(target), packed)
     return written
 
@@ -237,11 +239,11 @@ def _paths(statistics: Statistics, name: str, is_tied: bool, shape: tuple[int, i
     return found
 
 
-def _wanted_types(type: str, statistics: Statistics | None, limit: float | None) -> list[str]:
+def _wanted_types(type: str, statistics: Statistics | None, limit: str | float | None) -> list[str]:
     """The types to try, in turn."""
     if type == "auto":
-        if limit is None or not 0 < limit < math.inf:
-            raise ValueError(f"max_perplexity_increase must be above 0 for type 'auto', it is {limit}")
+        if limit is None:
+            raise ValueError("max_perplexity_increase is missing: type 'auto' is the smallest within it")
         if statistics is None:
             raise ValueError("statistics are needed for type 'auto': without them nothing is predicted")
         return list(GRIDS)
@@ -253,9 +255,9 @@ def _wanted_types(type: str, statistics: Statistics | None, limit: float | None)
 
 
 def _fit(
-    tables: Sequence[_Table], kinds: Sequence[str], limit: float | None
+    tables: Sequence[_Table], kinds: Sequence[str], limit: float
 ) -> tuple[list[WrittenTable], dict[str, tuple[str, np.ndarray[Any, Any]]]]:
-    """Tables in the first type that is within a limit, and their bytes."""
+    """Tables in the first type that is predicted to lose no more nats than a limit, and their bytes."""
     said = ""
     for kind in kinds:
         written, packed = [], {}
@@ -266,10 +268,10 @@ def _fit(
             packed[table.name] = (kind, pack(codes, kind))
             written.append(_written(table, kind, codes, packed[table.name][1].nbytes))
         lost = sum(one.predicted_loss or 0.0 for one in written)
-        if limit is None or lost <= math.log1p(limit):
+        if lost <= limit:
             return written, packed
         said = f"{kind} is predicted to take {math.expm1(lost):.2%}"
-    raise ValueError(f"max_perplexity_increase {limit:.2%} is below what the widest type needs: {said}")
+    raise ValueError(f"max_perplexity_increase {math.expm1(limit):.2%} is below what the widest type needs: {said}")
 
 
 def _written(table: _Table, kind: str, codes: GridCodes, nbytes: int) -> WrittenTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,16 +45,24 @@ class Grid:
 
     def place(self, ratios: Tensor) -> Tensor:
         """Codes of the levels nearest to values over their scales, `[*]` int64."""
+        first, last = self.levels[0], self.levels[-1]
         if self.is_uniform:
-            return (ratios - self.levels[0]).round().clamp(0, len(self.levels) - 1).long()
-        levels = self.table(ratios)
-        return torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2)
+            return (ratios - first).round().clamp(0, last - first).long()
+        # Between whole numbers and their halves nothing changes.
+        return self._steps(ratios.device)[(ratios * 2).floor().clamp(2 * first, 2 * last).long() - 2 * first]
 
     def nearest(self, ratios: Tensor) -> Tensor:
         """The levels nearest to values over their scales, `[*]`."""
         if self.is_uniform:
             return ratios.round().clamp(self.levels[0], self.levels[-1])
         return self.table(ratios)[self.place(ratios)]
+
+    @cache  # noqa: B019 - grids are few and stay
+    def _steps(self, device: torch.device) -> Tensor:
+        """Codes of all multiples of a half from the first level to the last."""
+        levels = torch.tensor(self.levels, dtype=torch.float64)
+        halves = torch.arange(2 * self.levels[0], 2 * self.levels[-1] + 1, dtype=torch.float64) / 2
+        return torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2, right=True).to(device)
 
     def stored(self, values: Tensor) -> Tensor:
         """Scales or minimums as they are once they were stored, in the dtype that they have."""
