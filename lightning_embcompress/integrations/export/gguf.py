@@ -112,7 +112,7 @@ def export_gguf(
     ]
     for table in found:
         table.check(kinds)
-    written, packed = _fit(found, kinds, limit)
+    written, packed = _fit(file, found, kinds, limit)
     file.write(Path(target), packed)
     return written
 
@@ -153,12 +153,14 @@ class _Table:
         name: Of the tensor.
         before: Type that it has.
         values: `[vocab_size, dim]` float32.
+        is_given: Whether they are from another source than the file.
         metric: What an error costs; None without statistics.
     """
 
     name: str
     before: str
     values: Tensor
+    is_given: bool
     metric: Metric | None
 
     @classmethod
@@ -181,14 +183,14 @@ class _Table:
         if not bool(values.isfinite().all()):
             raise ValueError(f"{name!r} has values that are not finite, and cannot be quantized")
         if statistics is None:
-            return cls(name, before, values, None)
+            return cls(name, before, values, given is not None, None)
         metric = metric_of_moments(
             Table(_paths(statistics, name, is_tied, (rows, columns)), values),
             statistics,
             {path for path in statistics.hidden if "output.bias" in file.tensors},
             token_counts,
         )
-        return cls(name, before, values, metric)
+        return cls(name, before, values, given is not None, metric)
 
     def check(self, kinds: Sequence[str]) -> None:
         """Check that the table has a place in some types."""
@@ -255,16 +257,25 @@ def _wanted_types(type: str, statistics: Statistics | None, limit: str | float |
 
 
 def _fit(
-    tables: Sequence[_Table], kinds: Sequence[str], limit: float
+    file: GgufFile, tables: Sequence[_Table], kinds: Sequence[str], limit: float
 ) -> tuple[list[WrittenTable], dict[str, tuple[str, np.ndarray[Any, Any]]]]:
     """Tables in the first type that is predicted to lose no more nats than a limit, and their bytes."""
     said = ""
     for kind in kinds:
         written, packed = [], {}
         for table in tables:
+            if table.before == kind and not table.is_given:
+                # Nothing is lost by what is there.
+                predicted = None if table.metric is None else 0.0
+                bits = 8 * file.tensors[table.name].n_bytes / table.values.numel()
+                written.append(WrittenTable(table.name, file.shape_of(table.name), kind, kind, bits, predicted, 0.0))
+                continue
             matrix = None if table.metric is None else table.metric.matrix
             with progress_bar(f"{table.name} to {kind}", total=len(table.values), unit="rows") as advance:
-                codes = fit_grid(table.values, GRIDS[kind], matrix, advance)
+                try:
+                    codes = fit_grid(table.values, GRIDS[kind], matrix, advance)
+                except ValueError as error:
+                    raise ValueError(f"{table.name!r}: {error}") from error
             packed[table.name] = (kind, pack(codes, kind))
             written.append(_written(table, kind, codes, packed[table.name][1].nbytes))
         lost = sum(one.predicted_loss or 0.0 for one in written)

@@ -44,7 +44,7 @@ class GridCodes:
         """What rows are read as, `[rows, columns]` float32."""
         scales = self.scales[rows].float().unsqueeze(2)
         levels = self.grid.table(scales)[self.codes[rows].long()]
-        values = levels.view(len(levels), -1, self.grid.group_size) * scales
+        values = levels.view(*scales.shape[:2], self.grid.group_size) * scales
         if self.minimums is not None:
             values += self.minimums[rows].float().unsqueeze(2)
         return values.flatten(1)
@@ -96,9 +96,9 @@ def fit_grid(
         part = weight[chunk].to(dtype)
         if not bool(part.isfinite().all()):
             raise ValueError("a value of the table is not finite, and cannot be quantized")
+        if part.numel() and float(part.abs().max()) > grid.largest:
+            raise ValueError(f"a value of the table is too large for scales in {grid.dtype}: {float(part.abs().max())}")
         codes[chunk], scales[chunk], minimums[chunk] = solver.solve(part)
-        if not bool(scales[chunk].isfinite().all() and minimums[chunk].isfinite().all()):
-            raise ValueError(f"a value of the table is too large for scales in {grid.dtype}")
         advance(chunk.stop - chunk.start)
     return GridCodes(grid, codes, scales, minimums if grid.has_minimum else None)
 
@@ -125,7 +125,7 @@ class _Solver:
         """Codes, scales and minimums of rows."""
         size = self.grid.group_size
         weights = self.made_up.view(-1, size)
-        scales, minimums = self.grid.search(part.reshape(len(part), -1, size), weights)
+        scales, minimums = self.grid.search(part.reshape(len(part), len(weights), size), weights)
         # Columns as rows: each step reads and writes what lies together.
         wanted = part.T.contiguous()
         scales, minimums = scales.T.contiguous(), minimums.T.contiguous()

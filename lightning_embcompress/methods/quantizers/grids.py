@@ -39,6 +39,12 @@ class Grid:
         """Whether levels are whole numbers without gaps."""
         return self.levels == tuple(range(self.levels[0], self.levels[0] + len(self.levels)))
 
+    @property
+    def largest(self) -> float:
+        """Above it values have no place."""
+        reach = 1 if self.has_minimum else max(-self.levels[0], self.levels[-1])
+        return reach * torch.finfo(self.dtype).max / 2
+
     def table(self, like: Tensor) -> Tensor:
         """`[levels]` levels in the dtype and on the device of a tensor."""
         return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
@@ -109,16 +115,19 @@ class Grid:
     def _fitted(self, groups: Tensor, weights: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and minimums of least squared error at the levels that some give, as they are stored."""
         levels = self.nearest(over(groups - minimum.unsqueeze(2), scale.unsqueeze(2)))
-        weighted = weights * levels
-        squares, shared = (weighted * levels).sum(dim=2), (weighted * groups).sum(dim=2)
         if not self.has_minimum:
+            weighted = weights * levels
+            squares, shared = (weighted * levels).sum(dim=2), (weighted * groups).sum(dim=2)
             return self.stored(torch.where(squares > 0, over(shared, squares), scale)), minimum
-        total, sums, values = weights.sum(dim=1), weighted.sum(dim=2), (weights * groups).sum(dim=2)
-        spread = squares * total - sums.square()
+        total = weights.sum(dim=1).clamp(min=1e-30)
+        mean_level, mean_value = ((weights * one).sum(dim=2) / total for one in (levels, groups))
+        centered = levels - mean_level.unsqueeze(2)
+        weighted = weights * centered
+        squares = (weighted * centered).sum(dim=2)
+        shared = (weighted * (groups - mean_value.unsqueeze(2))).sum(dim=2)
         # Of equal levels nothing but the minimum follows.
-        is_spread = spread > 1e-6 * squares * total
-        fitted = self.stored(torch.where(is_spread, over(shared * total - values * sums, spread), scale))
-        return fitted, self.stored(over(values - fitted * sums, total.expand_as(values)))
+        fitted = self.stored(torch.where(squares > 0, over(shared, squares), scale))
+        return fitted, self.stored(mean_value - fitted * mean_level)
 
 
 def over(values: Tensor, scales: Tensor) -> Tensor:
