@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lightning_embcompress.cli.parsing import Command
+from lightning_embcompress.cli.targets import check_target
 from lightning_embcompress.cli.usage import UsageError
+from lightning_embcompress.integrations.sources import find_source
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,64 @@ embcompress export gguf model-Q8_0.gguf model-small.gguf --max_perplexity_increa
         run_gguf(self, source, target)
 
 
-EXPORTS: dict[str, type[Command]] = {"gguf": GGUF}
+@dataclass(frozen=True)
+class CompressedTensors(Command):
+    """Write a Hugging Face directory with embedding and head in packed integers, in the metric of the loss.
+
+    Of the format pack-quantized of compressed-tensors, which AutoModelForCausalLM.from_pretrained loads where that
+    package is there, and vLLM serves.
+
+    Attributes:
+        source: A directory that save_pretrained has written, or the name of a model on the Hugging Face hub.
+        target: The directory to make; must not exist, or be empty.
+        bits: Of an integer, 4 or 8.
+        group_size: Columns that share a scale.
+        tie: Whether a table that embedding and head share is stored once; untie for vLLM, which reads two.
+        text: Plain text in UTF-8, files or glob patterns: its first nine tenths say what errors cost, its last tenth is
+            for the perplexity before and after.
+        statistics: What errors in the tables cost, as Statistics.save has written it; if there is no such file, it is
+            written from text.
+        tokenizer: Directory or hub name; by default the files in source.
+        dtype: Of all other weights; by default that of source.
+        device: Where the model is called; auto takes a GPU where there is one.
+        batch_tokens: Tokens that the model gets at once; by default what the memory has room for.
+        max_tokens: Tokens that the perplexity is measured on; by default 16,384 on a CPU and 262,144 on a GPU.
+        overwrite: Whether target is replaced if it is a model already; it stays as it is until the new one is complete.
+    """
+
+    examples: ClassVar[str] = """\
+embcompress export compressed-tensors my_model my_model-int4 --text novels/*.txt
+embcompress export compressed-tensors my_model my_model-int4 --tie untie --statistics my.statistics
+"""
+    source: str
+    target: str
+    bits: int = 4
+    group_size: int = 32
+    tie: Literal["keep", "untie"] = "keep"
+    text: list[str] | None = None
+    statistics: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    batch_tokens: int | None = None
+    max_tokens: int | None = None
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Export."""
+        if self.bits not in (4, 8):
+            raise UsageError(f"--bits {self.bits}: must be 4 or 8")
+        source, target = find_source(self.source), Path(self.target).expanduser()
+        if source.kind != "pretrained":
+            raise UsageError(f"SOURCE {self.source!r} must be a directory that save_pretrained has written")
+        if problem := check_target(target, source, self.overwrite):
+            raise UsageError(problem)
+        from lightning_embcompress.cli.exporting import run_compressed_tensors
+
+        run_compressed_tensors(self, source, target)
+
+
+EXPORTS: dict[str, type[Command]] = {"gguf": GGUF, "compressed-tensors": CompressedTensors}
 """By the name of the format."""
 
 

@@ -4,78 +4,99 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.cli.memory import default_max_tokens, named_device, what_to_lower
 from lightning_embcompress.cli.statistics import WantedStatistics
-from lightning_embcompress.cli.text import TokenizedText, check_perplexity, read_text, vocab_size_of
+from lightning_embcompress.cli.text import (
+    TokenizedText,
+    check_measurable,
+    check_perplexity,
+    read_text,
+    tokenizer_of,
+    vocab_size_of,
+)
 from lightning_embcompress.cli.usage import UsageError
 from lightning_embcompress.compression.budget import parse_perplexity_increase
 from lightning_embcompress.compression.report import say
-from lightning_embcompress.integrations.export.gguf import OUTPUT_TABLE, TOKEN_TABLE, WrittenTable, export_gguf
+from lightning_embcompress.integrations.contents import model_class, quiet_transformers
+from lightning_embcompress.integrations.export.compressed_tensors import export_compressed_tensors
+from lightning_embcompress.integrations.export.gguf import OUTPUT_TABLE, TOKEN_TABLE, export_gguf
 from lightning_embcompress.integrations.export.gguf_file import GgufFile
+from lightning_embcompress.integrations.export.written import WrittenTable
 from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.integrations.placement import Placement
-from lightning_embcompress.integrations.sources import find_source
+from lightning_embcompress.integrations.sources import Source, find_source
 from lightning_embcompress.utils.devices import explaining_out_of_memory
 
 if TYPE_CHECKING:
-    from lightning_embcompress.cli.export_commands import GGUF
+    from lightning_embcompress.cli.export_commands import GGUF, CompressedTensors
 
 # Part of the tokens in which a tokenizer may differ from that of the file: names of unused ones do.
 _RENAMED = 0.02
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A model of transformers that reads the text.
+class _Known:
+    """What errors cost, and what the model says of a text before and after, as far as a command line asks for it.
+
+    Args:
+        given: The command line.
+        wanted: Where statistics are from, as `_wanted` says.
+        model: A causal language model of transformers; None where nothing is to be called.
+        tokenizer: Its directory or name.
 
     Attributes:
-        model: A causal language model.
-        text: To count, and to measure.
-        placement: On its device.
+        statistics: None without a text and a file.
     """
 
-    model: Any
-    text: TokenizedText
-    placement: Placement
+    def __init__(
+        self, given: GGUF | CompressedTensors, wanted: WantedStatistics | None, model: Any, tokenizer: str
+    ) -> None:
+        """Measure and collect."""
+        self.statistics = None
+        self._text: TokenizedText | None = None
+        device = named_device(given.device)
+        counts = None
+        if given.text is not None:
+            text = read_text(given.text, tokenizer).placed(device, given.batch_tokens)
+            vocab_size = vocab_size_of(model)
+            text.check_ids(vocab_size, tokenizer)
+            self._block_size = text.block_size_of(model.eval())
+            text.check_length(self._block_size)
+            self._text = text.limited(default_max_tokens(device) if given.max_tokens is None else given.max_tokens)
+            self._placement = Placement(model, device, text.workspace(self._block_size, vocab_size))
+            self._before = self._perplexity("before")
+            check_perplexity(self._before, vocab_size, tokenizer)
+            counts = text.counts(vocab_size)
+        if wanted is None:
+            say("No --text and no --statistics: all columns count the same, and errors cost more than they have to")
+            return
+        with nullcontext() if wanted.is_there else self._placement.running():
+            self.statistics = wanted.find(model, self._text, counts, "auto")
+        if model is not None:
+            model.to("cpu")
 
-    @classmethod
-    def of(cls, given: GGUF, model: Any, tokenizer: str, device: torch.device) -> _Reader:
-        assert given.text is not None
-        text = read_text(given.text, tokenizer).placed(device, given.batch_tokens)
-        text.check_ids(vocab_size_of(model), tokenizer)
-        text.check_length(text.block_size_of(model))
-        most = default_max_tokens(device) if given.max_tokens is None else given.max_tokens
-        workspace = text.workspace(text.block_size_of(model), vocab_size_of(model))
-        return cls(model.eval(), text.limited(most), Placement(model, device, workspace))
+    def _perplexity(self, name: str) -> float:
+        assert self._text is not None
+        with self._placement.running():
+            return self._text.perplexity(self._placement.model, self._block_size, f"Perplexity, {name}")
 
-    def statistics(self, wanted: WantedStatistics) -> Statistics:
-        """What errors cost, from the part to count."""
-        counts = self.text.counts(vocab_size_of(self.model))
-        with self.placement.running():
-            return wanted.find(self.model, self.text, counts, "auto")
-
-    def perplexity(self, name: str) -> float:
-        """Of the part to measure."""
-        with self.placement.running():
-            return self.text.perplexity(self.model, self.text.block_size_of(self.model), f"Perplexity, {name}")
-
-    @torch.no_grad()
-    def replace(self, tables: dict[str, Tensor]) -> None:
-        """Put values into embedding and head."""
-        self.model.to("cpu")
-        for name, layer in _layers(self.model).items():
-            if name in tables:
-                layer.weight.copy_(tables[name])
+    def say_perplexity(self, model: Any) -> None:
+        """Say the perplexity of a model before and after, if there is a text."""
+        if self._text is None:
+            return
+        self._placement = Placement(model.eval(), self._placement.device, self._placement.workspace)
+        after = self._perplexity("after")
+        say(
+            f"Perplexity on the last tenth of the text, {self._text.num_measured:,} tokens: {self._before:.2f} before, "
+            f"{after:.2f} after ({after / self._before - 1:+.1%})"
+        )
 
 
 def run_gguf(given: GGUF, source: Path, target: Path) -> None:
@@ -96,47 +117,72 @@ def run_gguf(given: GGUF, source: Path, target: Path) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     wanted = _wanted(given)
-    device = named_device(given.device)
     file = GgufFile.open(source)
     say(f"{source}: {file.architecture}, {source.stat().st_size / 1e6:,.3f} MB")
-    with (
-        explaining_out_of_memory(device, what_to_lower(given.batch_tokens)),
-        _opened(given, file) as (model, tokenizer),
-    ):
+    with _explaining(given), _opened(given, file) as (model, tokenizer):
         tables = None
         if given.model is not None:
             _check_tokens(file, tokenizer)
-            tables = {name: layer.weight.detach() for name, layer in _layers(model).items() if name in file.tensors}
-        reader = None if given.text is None else _Reader.of(given, model, tokenizer, device)
-        before = None
-        if reader is not None:
-            before = reader.perplexity("before")
-            check_perplexity(before, vocab_size_of(model), tokenizer)
-        statistics = None
-        if wanted is None:
-            say("No --text and no --statistics: all columns count the same, and errors cost more than they have to")
-        elif wanted.is_there:
-            assert wanted.file is not None
-            statistics = Statistics.load(wanted.file)
-        else:
-            assert reader is not None
-            statistics = reader.statistics(wanted)
+            # Copies: the model is going to read other values.
+            layers = _layers(model)
+            tables = {name: layers[name].weight.detach().clone() for name in layers if name in file.tensors}
+        known = _Known(given, wanted, model, tokenizer)
         limit = given.max_perplexity_increase
-        written = export_gguf(source, target, given.type, statistics, tables=tables, max_perplexity_increase=limit)
-        for one in written:
-            _say_written(one)
-        if reader is not None:
-            reader.replace({one.name: torch.from_numpy(GgufFile.open(target).values(one.name)) for one in written})
-            after = reader.perplexity("after")
-            assert before is not None
-            say(
-                f"Perplexity on the last tenth of the text, {reader.text.num_measured:,} tokens: {before:.2f} before, "
-                f"{after:.2f} after ({after / before - 1:+.1%})"
-            )
+        written = export_gguf(
+            source, target, given.type, known.statistics, tables=tables, max_perplexity_increase=limit
+        )
+        _say_written(written)
+        if given.text is not None:
+            made, layers = GgufFile.open(target), _layers(model)
+            with torch.no_grad():
+                for one in written:
+                    layers[one.name].weight.copy_(torch.from_numpy(made.values(one.name)))
+            known.say_perplexity(model)
     say(f"Written: {target}, {target.stat().st_size / 1e6:,.3f} MB")
 
 
-def _wanted(given: GGUF) -> WantedStatistics | None:
+def run_compressed_tensors(given: CompressedTensors, source: Source, target: Path) -> None:
+    """Export to compressed-tensors.
+
+    Args:
+        given: The command line.
+        source: The model.
+        target: What is made, which can be written.
+
+    Raises:
+        ValueError: If the request cannot be met. Nothing has been written then.
+    """
+    wanted = _wanted(given)
+    tokenizer = ""
+    if given.text is not None:
+        check_measurable(source)
+        tokenizer = tokenizer_of(source, given.tokenizer)
+    with _explaining(given):
+        opened = open_model(source, given.dtype)
+        known = _Known(given, wanted, opened.model, tokenizer)
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        written = export_compressed_tensors(
+            opened.model,
+            target,
+            4 if given.bits == 4 else 8,
+            known.statistics,
+            group_size=given.group_size,
+            tie=given.tie,
+            files=opened.beside(),
+        )
+        _say_written(written)
+        if given.text is not None and find_spec("compressed_tensors") is not None:
+            with quiet_transformers():
+                made = model_class(source).from_pretrained(target)
+            known.say_perplexity(made)
+    say(f"Written: {target}")
+
+
+def _explaining(given: GGUF | CompressedTensors) -> AbstractContextManager[None]:
+    return explaining_out_of_memory(named_device(given.device), what_to_lower(given.batch_tokens))
+
+
+def _wanted(given: GGUF | CompressedTensors) -> WantedStatistics | None:
     """Where statistics are from; None for none."""
     if given.statistics is None:
         return None if given.text is None else WantedStatistics(None)
@@ -205,10 +251,11 @@ def _check_tokens(file: GgufFile, tokenizer: str) -> None:
         )
 
 
-def _say_written(one: WrittenTable) -> None:
-    rows, columns = one.shape
-    predicted = "" if one.predicted_loss is None else f", predicted {math.expm1(one.predicted_loss):+.2%} of perplexity"
-    say(
-        f"{one.name} [{rows:,} x {columns:,}]: {one.before} became {one.type}, {one.bits_per_weight:.2f} bits per "
-        f"weight{predicted}"
-    )
+def _say_written(tables: Sequence[WrittenTable]) -> None:
+    for one in tables:
+        rows, columns = one.shape
+        said = f"{one.name} [{rows:,} x {columns:,}]: {one.before} became {one.type}, "
+        said += f"{one.bits_per_weight:.2f} bits per weight"
+        if one.predicted_loss is not None:
+            said += f", predicted {math.expm1(one.predicted_loss):+.2%} of perplexity"
+        say(said)

@@ -31,7 +31,7 @@ Commands:
   compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model
   inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
   densify PATH TARGET    make a compressed model in files an ordinary one again
-  export gguf IN OUT     write the tables of a GGUF file of llama.cpp anew, in few bits and in the metric of the loss
+  export FORMAT IN OUT   write embedding and head for llama.cpp (gguf) or vLLM (compressed-tensors), in few bits
   sweep SOURCE FOLDER    measure perplexity against stored bytes over many ratios and bit widths; resumable
   list                   show the shipped recipes and the compression methods
 
@@ -196,7 +196,7 @@ def _is_message(error: Exception) -> bool:
     """
     if isinstance(error, UsageError):
         return True
-    kinds: tuple[type[Exception], ...] = (ValueError, OSError)
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
     if "lightning" in sys.modules:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +109,6 @@ class OpenedModel:
 
     def _write_directory(self, path: Path) -> None:
         model: Any = self.model
-        copied = {name: self.source.path / name for name in self._beside[0]}
         if self.source.kind == "saved":
             save_compressed(model, path)
         else:
@@ -123,12 +123,14 @@ class OpenedModel:
                 }
             with quiet_transformers():
                 model.save_pretrained(path, **arguments)
+        copy_beside(self.beside(), path)
+
+    def beside(self) -> dict[str, Path]:
+        """Files that are not of the model, by their places in the directory."""
+        found = {name: self.source.path / name for name in self._beside[0]}
         if self.tokenizer is not None and not self.source.has_tokenizer:
-            copied |= {file.name: file for pattern in _TOKENIZER_FILES for file in self.tokenizer.glob(pattern)}
-        for name, file in copied.items():
-            if file.is_file() and not (path / name).exists():
-                (path / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, path / name)
+            found |= {file.name: file for pattern in _TOKENIZER_FILES for file in self.tokenizer.glob(pattern)}
+        return found
 
     @cached_property
     def _beside(self) -> tuple[list[str], list[str]]:
@@ -172,6 +174,19 @@ class OpenedModel:
             state._metadata = old._metadata  # type: ignore[attr-defined]
         checkpoint["state_dict"] = state
         torch.save(checkpoint, path)
+
+
+def copy_beside(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files into a directory, but for those that it has.
+
+    Args:
+        files: By their places in it.
+        folder: The directory.
+    """
+    for name, file in files.items():
+        if file.is_file() and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
 
 
 def open_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,24 @@ def test_a_model_that_transformers_does_not_read(shell: Any, text: Path) -> None
     Path("strange.gguf").write_bytes(content.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0strng"))
     words = ("export", "gguf", "strange.gguf", "out.gguf", "--type", "Q4_0", "--text", text)
     shell.refuses(*words, says="transformers cannot read the architecture 'strng'")
+
+
+def test_to_compressed_tensors(shell: Any, tmp_path: Path, text: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    from toys import save_byte_tokenizer
+
+    GPT2LMHeadModel(shell.config(n_embd=64)).save_pretrained("model")
+    save_byte_tokenizer(Path("model"), shell.sentences)
+    words = ("export", "compressed-tensors", "model", "out", "--text", text, "--statistics", "my.statistics")
+    assert shell(*words) == 0
+    printed = shell.printed()
+    assert "transformer.wte [300 x 64]: float32 became int4, 4.50 bits per weight, predicted +" in printed
+    if find_spec("compressed_tensors") is not None:
+        assert "Perplexity on the last tenth of the text" in printed
+    assert Path("out/tokenizer.json").read_bytes() == Path("model/tokenizer.json").read_bytes()
+    shell.refuses(*words, says="TARGET 'out' is not empty", code=2)
+    words = ("export", "compressed-tensors", "model", "other")
+    shell.refuses(*words, "--bits", 3, says="--bits 3: must be 4 or 8", code=2)
+    shell.refuses(*words, "--group_size", 48, says="group_size must be a multiple of 8", code=1)
+    shell.refuses("export", "compressed-tensors", "absent/model", "other", says="there is no file or directory")

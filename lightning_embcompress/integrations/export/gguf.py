@@ -17,11 +17,11 @@ from lightning_embcompress.calibration.loss_metric import metric_of_moments
 from lightning_embcompress.calibration.statistics import Statistics
 from lightning_embcompress.compression.budget import parse_perplexity_increase
 from lightning_embcompress.integrations.export.gguf_file import GgufFile
-from lightning_embcompress.methods.numerics.grid_rounding import GridCodes, fit_grid
+from lightning_embcompress.integrations.export.written import WrittenTable, fit_table
+from lightning_embcompress.methods.numerics.grid_rounding import GridCodes
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.quantizers.grids import Grid
 from lightning_embcompress.tables.finding import Table
-from lightning_embcompress.utils.progress import progress_bar
 
 _BLOCK = 32
 # As ggml-common.h has them.
@@ -39,29 +39,6 @@ TOKEN_TABLE, OUTPUT_TABLE = "token_embd.weight", "output.weight"
 _TABLES = (TOKEN_TABLE, OUTPUT_TABLE)
 # Part of the squared values in which a table of the same model may differ: those of 3 bits do in less.
 _SAME = 0.3
-
-
-@dataclass(frozen=True)
-class WrittenTable:
-    """What has become of a table.
-
-    Attributes:
-        name: Of the tensor.
-        shape: `(vocab_size, dim)`.
-        before: Type that it had.
-        type: Type that it has.
-        bits_per_weight: With scales and minimums.
-        predicted_loss: Nats that the mean loss grows by, against the table that was there; None without statistics.
-        plain_error: Squared error over the squared values.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    before: str
-    type: str
-    bits_per_weight: float
-    predicted_loss: float | None
-    plain_error: float
 
 
 def export_gguf(
@@ -270,28 +247,11 @@ def _fit(
                 bits = 8 * file.tensors[table.name].n_bytes / table.values.numel()
                 written.append(WrittenTable(table.name, file.shape_of(table.name), kind, kind, bits, predicted, 0.0))
                 continue
-            matrix = None if table.metric is None else table.metric.matrix
-            with progress_bar(f"{table.name} to {kind}", total=len(table.values), unit="rows") as advance:
-                try:
-                    codes = fit_grid(table.values, GRIDS[kind], matrix, advance)
-                except ValueError as error:
-                    raise ValueError(f"{table.name!r}: {error}") from error
+            one, codes = fit_table(table.name, table.values, table.before, kind, GRIDS[kind], table.metric)
+            written.append(one)
             packed[table.name] = (kind, pack(codes, kind))
-            written.append(_written(table, kind, codes, packed[table.name][1].nbytes))
         lost = sum(one.predicted_loss or 0.0 for one in written)
         if lost <= limit:
             return written, packed
         said = f"{kind} is predicted to take {math.expm1(lost):.2%}"
     raise ValueError(f"max_perplexity_increase {math.expm1(limit):.2%} is below what the widest type needs: {said}")
-
-
-def _written(table: _Table, kind: str, codes: GridCodes, nbytes: int) -> WrittenTable:
-    rows, columns = table.values.shape
-    predicted = None if table.metric is None else table.metric.loss(table.values, codes.materialize)
-    lost = sum(
-        float((codes.materialize(chunk) - table.values[chunk]).square().sum().double())
-        for chunk in (slice(start, start + 4096) for start in range(0, rows, 4096))
-    )
-    share = lost / max(1e-300, float(table.values.square().sum().double()))
-    bits = 8 * nbytes / table.values.numel()
-    return WrittenTable(table.name, (rows, columns), table.before, kind, bits, predicted, share)

@@ -47,14 +47,15 @@ def small(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", GRIDS)
 def test_gguf_reads_what_was_found(kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write_gguf(tmp_path / "in.gguf", tied), tmp_path / "out.gguf"
-    found = {}
-    fit = exporting.fit_grid
+    found = []
+    fit = exporting.fit_table
 
-    def remembered(weight: Tensor, *arguments: Any) -> Any:
-        found[len(found)] = fit(weight, *arguments)
-        return found[len(found) - 1]
+    def remembered(*arguments: Any) -> Any:
+        one, codes = fit(*arguments)
+        found.append(codes)
+        return one, codes
 
-    monkeypatch.setattr(exporting, "fit_grid", remembered)
+    monkeypatch.setattr(exporting, "fit_table", remembered)
     written = export_gguf(source, target, kind, _statistics())
     names = [TOKEN_TABLE] if tied else [TOKEN_TABLE, OUTPUT_TABLE]
     assert [one.name for one in written] == names
