@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLinear, head_tiles
 from lightning_embcompress.layers.full_softmax import head_softmax_loss
 from lightning_embcompress.layers.fused_loss import fused_cross_entropy
-from lightning_embcompress.methods.registry import METHODS, Quantization
-from toys import compressed_head
+from lightning_embcompress.methods.registry import METHODS, Quantization, factorization_from_spec
+from toys import compressed_head, factors_of
 
 VOCAB_SIZE, DIM, TOKENS = 70, 8, 23
 
@@ -109,3 +109,22 @@ def test_sparse_gradients_are_the_dense_ones(method: str, given: dict[str, Any])
             assert {gradient.is_sparse for gradient in gradients} == {sparse}
             found.append([gradient.to_dense() if sparse else gradient for gradient in gradients])
         torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_whatever_the_default_dtype_is(method: str, default: torch.dtype) -> None:
+    # Serving frameworks build and load models under the dtype that they compute in.
+    found = factors_of(method)
+    ids, hidden = torch.arange(found.vocab_size), torch.randn(3, found.dim, generator=torch.Generator().manual_seed(0))
+    rows, logits = found.read(ids), found.logits(hidden)
+    torch.set_default_dtype(default)
+    try:
+        empty = factorization_from_spec(found.spec(), found.dtype)
+        empty.load_state_dict(found.state_dict())
+        for _ in range(2):
+            torch.testing.assert_close(empty.read(ids), rows)
+            torch.testing.assert_close(empty.logits(hidden), logits)
+            empty.lay_out()
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -126,7 +126,11 @@ class ByteTiles:
         """All bytes 0, in new memory if there is none."""
         tiles = cls(shape, torch.empty(shape.nbytes, dtype=torch.uint8) if data is None else data)
         tiles.data.zero_()
-        tail = torch.tensor([[1.0, -_ZERO], [_LOWER, -_ZERO * _LOWER]]).view(torch.uint8).to(tiles.data.device)
+        tail = (
+            torch.tensor([[1.0, -_ZERO], [_LOWER, -_ZERO * _LOWER]], dtype=torch.float32)
+            .view(torch.uint8)
+            .to(tiles.data.device)
+        )
         tiles.data[:, : shape.components, shape.width :] = tail[0]
         tiles.data[:, shape.components :, shape.width :] = tail[1]
         return tiles

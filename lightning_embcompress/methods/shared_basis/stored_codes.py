@@ -336,7 +336,7 @@ class StoredCodes(RowBlocks[ConfigT]):
     @torch.no_grad()
     def lay_out(self) -> bool:
         """See `Factorization.lay_out`: bytes take the place of all codes, until a gradient is wanted."""
-        fits = self.rank and self.codes.device.type == "cpu" and self.dtype != torch.float64
+        fits = self.is_coded and self.rank and self.codes.device.type == "cpu" and self.dtype != torch.float64
         if self._byte_levels is None and fits:
             levels = ByteLevels.of(self._level_tables(), exact=False)
             with torch.inference_mode(mode=False):
