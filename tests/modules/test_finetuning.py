@@ -32,7 +32,7 @@ from lightning_embcompress.layers.distillation import Distillation, teacher_scor
 from lightning_embcompress.methods.registry import Quantization
 from lightning_embcompress.modules import CompressedLanguageModel, LSTMLanguageModel
 from lightning_embcompress.modules.finetuning.reconstruction import Reconstruction
-from lightning_embcompress.quantization.aware import prepare_qat, quantize_tables
+from lightning_embcompress.quantization.aware import convert_qat, prepare_qat, quantize_tables
 from lightning_embcompress.tables.finding import find_tables
 from toys import Losses, quiet_trainer
 
@@ -253,7 +253,7 @@ def test_reconstruction_is_what_the_metric_says() -> None:
     assert tuned.teacher.reconstruction(tuned.model, [torch.arange(30)], None, 0) > 0
 
 
-@pytest.mark.parametrize("freeze", ["backbone", "factors"])
+@pytest.mark.parametrize("freeze", ["backbone", "factors", "rows"])
 def test_freezing_and_learning_rates_with_a_schedule(start: SimpleNamespace, freeze: str) -> None:
     model = _tuned(
         start,
@@ -269,10 +269,33 @@ def test_freezing_and_learning_rates_with_a_schedule(start: SimpleNamespace, fre
     after = _state(model.model)
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     tables = {name for name in before if not name.startswith("lstm.")}
-    assert changed == (tables if freeze == "backbone" else before.keys() - tables)
+    shared = {name for name in tables if "coefficients" not in name}
+    assert shared < tables
+    assert changed == {"backbone": tables, "factors": before.keys() - tables, "rows": shared}[freeze]
     (optimizer,) = trainer.optimizers
     assert [group["lr"] for group in optimizer.param_groups] == [0.2 * 0.25, 0.3 * 0.25]
     assert [len(group["params"]) for group in optimizer.param_groups] == [4, 5]
+
+
+@pytest.mark.parametrize("codes", ["lloyd", "trellis"])
+def test_what_rows_share_is_trained_and_codes_stay(tmp_path: Path, codes: Any) -> None:
+    torch.manual_seed(0)
+    dense = LSTMLanguageModel(vocab_size=2000, embedding_dim=32, hidden_size=32)
+    model = copy.deepcopy(dense)
+    options: dict[str, Any] = {"codes": codes, **({"effort": 6} if codes == "trellis" else {})}
+    compress(model, "transform_coding", bits_per_weight=4, token_counts=1 / torch.arange(1.0, 2001), **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepare_qat(model, Quantization(8))
+    arguments: dict[str, Any] = {"freeze": "rows", "distillation_weight": 1.0, "optimizer": _sgd}
+    tuned = CompressedLanguageModel(model, teacher=dense, **arguments)
+    words = torch.randint(2000, (4, 3, 11))
+    _trainer(tmp_path, max_epochs=2).fit(tuned, DataLoader([(w[:, :-1], w[:, 1:]) for w in words], batch_size=None))
+    convert_qat(model)
+    after = model.state_dict()
+    moved = {name.rpartition(".")[2] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {"bias", "scale_unit", "basis_scales"} <= moved
+    for name in (name for name in before if name.endswith("packed_codes")):
+        assert float((before[name] != after[name]).double().mean()) < 0.02
 
 
 def test_what_was_frozen_before_is_trained_again(start: SimpleNamespace, tmp_path: Path) -> None:

@@ -86,9 +86,10 @@ class CompressedLanguageModel(VocabularyModule):
         reconstruction_rows: Rows of each table that are drawn at every step for the reconstruction; None for those of
             the tokens in the batch.
         statistics: Of the model, or the file that ``Statistics.save`` has written; None for the plain relative error.
-        freeze: ``backbone`` to train the tables alone (with the biases of their layers), ``factors`` to train all but
-            them, None for both. What an earlier fine-tuning has frozen is trained again; other parameters of a module
-            that are frozen stay so.
+        freeze: ``backbone`` to train the tables alone (with the biases of their layers), ``rows`` to train nothing of
+            them but what all rows share (bases, means and scales), so that codes stay what they are and little text is
+            enough, ``factors`` to train all but them, None for both. What an earlier fine-tuning has frozen is trained
+            again; other parameters of a module that are frozen stay so.
         factor_learning_rate: Of the tables; None for the optimizer's.
         backbone_learning_rate: Of everything else; None for the optimizer's. Schedulers scale each from its own start.
         tables: ``auto``, or names of the modules that are the tables, see
@@ -365,14 +366,14 @@ def _check_parts(freeze: str | None, rates: tuple[float | None, float | None], t
     for name, rate in zip(("backbone_learning_rate", "factor_learning_rate"), rates, strict=True):
         if rate is not None and not 0 <= rate < math.inf:
             raise ValueError(f"{name}={rate} must be 0 or more; leave it out for that of the optimizer.")
-    if freeze not in (None, "backbone", "factors"):
-        raise ValueError(f"freeze={freeze!r} must be 'backbone', 'factors' or None.")
+    if freeze not in (None, "backbone", "factors", "rows"):
+        raise ValueError(f"freeze={freeze!r} must be 'backbone', 'factors', 'rows' or None.")
     if terms.reconstruction and freeze == "factors":
         raise ValueError(
             "reconstruction_weight trains factors, but freeze='factors' leaves them as they are: set one of them to"
             " 0 or None."
         )
-    if shares and freeze != "backbone":
+    if shares and freeze not in ("backbone", "rows"):
         raise ValueError(
             f"teacher_shares_backbone=True with freeze={freeze!r}: the teacher is the dense tables over the model's own"
             " backbone, and if that is trained the teacher moves with its student, to where both agree and neither is"

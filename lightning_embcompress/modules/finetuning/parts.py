@@ -22,8 +22,8 @@ from lightning_embcompress.layers.sizes import table_shape
 from lightning_embcompress.methods.quantizers.factors import FakeQuantizer
 from lightning_embcompress.tables.automatic import is_one_vocabulary
 
-Freeze: TypeAlias = Literal["backbone", "factors"]
-"""The part of a model that is not trained: everything but its tables, or its tables."""
+Freeze: TypeAlias = Literal["backbone", "factors", "rows"]
+"""The part of a model that is not trained: everything but its tables, its tables, or all but what their rows share."""
 
 
 # A model's names of what a fine-tuning has frozen in it, under which it keeps them itself: also in a copy.
@@ -81,7 +81,15 @@ class Parts:
     def members(self, model: nn.Module, part: Freeze | None) -> set[int]:
         """Identities of the parameters of a part; none of no part."""
         backbone, factors = self.split(model)
-        return {id(parameter) for parameter in {"backbone": backbone, "factors": factors}.get(str(part), [])}
+        layers = [model.get_submodule(path) for path in self.paths] if part == "rows" else []
+        own = [
+            parameter
+            for layer in layers
+            for name, parameter in layer.named_parameters()
+            if not isinstance(layer, CompressedLayer) or "coefficients" in name
+        ]
+        parts = {"backbone": backbone, "factors": factors, "rows": [*backbone, *own]}
+        return {id(parameter) for parameter in parts.get(str(part), [])}
 
     def freeze(self, model: nn.Module, part: Freeze | None) -> None:
         """Stop training a part of a model.
@@ -105,9 +113,9 @@ class Parts:
         tables = [layer.factorization if isinstance(layer, CompressedLayer) else layer for layer in layers]
         if not any(parameter.requires_grad for table in tables for parameter in table.parameters()):
             raise ValueError(
-                f"The tables {', '.join(map(repr, self.paths))} have no parameters that can be trained, as is so once"
-                " they are packed. Fine-tune the model as it was before it was converted, or set freeze='factors' to"
-                " train the backbone alone."
+                f"The tables {', '.join(map(repr, self.paths))} have no parameters that can be trained with"
+                f" freeze={part!r}, as is so once they are packed. Fine-tune the model as it was before it was"
+                " converted, or set freeze='factors' to train the backbone alone."
             )
 
     def groups(
