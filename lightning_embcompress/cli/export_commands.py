@@ -128,7 +128,39 @@ embcompress export compressed-tensors my_model my_model-int4 --tie untie --stati
         run_compressed_tensors(self, source, target)
 
 
-EXPORTS: dict[str, type[Command]] = {"gguf": GGUF, "compressed-tensors": CompressedTensors}
+@dataclass(frozen=True)
+class ONNX(Command):
+    """Write a causal language model, compressed or not, as a graph of ids to logits for ONNX Runtime.
+
+    Tables stay about as small in the graph as on disk: what embcompress compress has made of them is read by operators
+    of ONNX Runtime, and not unfolded.
+
+    Attributes:
+        source: A directory that save_pretrained or embcompress compress has written.
+        target: The file to write; must not exist. Weights above 2 GB are in TARGET.data beside it.
+        overwrite: Whether target is replaced if it is there.
+    """
+
+    examples: ClassVar[str] = """\
+embcompress compress my_model my_model-3bit --bits_per_weight 3 --text novels/*.txt
+embcompress export onnx my_model-3bit my_model.onnx
+"""
+    source: str
+    target: str
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Export."""
+        source, target = find_source(self.source), Path(self.target).expanduser()
+        if source.kind != "pretrained":
+            raise UsageError(f"SOURCE {self.source!r} must be a directory that save_pretrained has written")
+        check_file(target, source.path, self.overwrite)
+        from lightning_embcompress.cli.exporting import run_onnx
+
+        run_onnx(source, target)
+
+
+EXPORTS: dict[str, type[Command]] = {"gguf": GGUF, "compressed-tensors": CompressedTensors, "onnx": ONNX}
 """By the name of the format."""
 
 

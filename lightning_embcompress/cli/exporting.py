@@ -29,6 +29,7 @@ from lightning_embcompress.integrations.contents import model_class, quiet_trans
 from lightning_embcompress.integrations.export.compressed_tensors import export_compressed_tensors
 from lightning_embcompress.integrations.export.gguf import OUTPUT_TABLE, TOKEN_TABLE, export_gguf
 from lightning_embcompress.integrations.export.gguf_file import GgufFile
+from lightning_embcompress.integrations.export.onnx import export_onnx
 from lightning_embcompress.integrations.export.written import WrittenTable
 from lightning_embcompress.integrations.opening import open_model
 from lightning_embcompress.integrations.placement import Placement
@@ -176,6 +177,21 @@ def run_compressed_tensors(given: CompressedTensors, source: Source, target: Pat
                 made = model_class(source).from_pretrained(target)
             known.say_perplexity(made)
     say(f"Written: {target}")
+
+
+def run_onnx(source: Source, target: Path) -> None:
+    """Export to ONNX.
+
+    Args:
+        source: The model.
+        target: What is made, which can be written.
+
+    Raises:
+        ValueError: If it cannot be read, or made a graph. Nothing has been written then.
+    """
+    check_measurable(source)
+    export_onnx(open_model(source, "float32").model, target)
+    say(f"Written: {target}, {target.stat().st_size / 1e6:,.3f} MB")
 
 
 def _explaining(given: GGUF | CompressedTensors) -> AbstractContextManager[None]:

@@ -31,7 +31,7 @@ Commands:
   compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model
   inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
   densify PATH TARGET    make a compressed model in files an ordinary one again
-  export FORMAT IN OUT   write embedding and head for llama.cpp (gguf) or vLLM (compressed-tensors), in few bits
+  export FORMAT IN OUT   write a model for llama.cpp (gguf), ONNX Runtime (onnx) or vLLM (compressed-tensors)
   sweep SOURCE FOLDER    measure perplexity against stored bytes over many ratios and bit widths; resumable
   list                   show the shipped recipes and the compression methods
 

@@ -13,9 +13,9 @@ from lightning_embcompress.layers.offloading import with_offloaded_factors
 from lightning_embcompress.layers.scaled_embeddings import Scale
 from lightning_embcompress.layers.state_entry import table_entry, what_does_not_fit
 from lightning_embcompress.layers.table_weight import TableWeight, table_weight
-from lightning_embcompress.methods.base import is_exporting
 from lightning_embcompress.methods.registry import Factorization
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
+from lightning_embcompress.utils.graphs import is_exporting
 from lightning_embcompress.utils.storage import holds_views, is_sharded
 
 

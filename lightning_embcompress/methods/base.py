@@ -352,10 +352,3 @@ class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
     def extra_repr(self) -> str:
         """Shape for `print(module)`."""
         return f"vocab_size={self.vocab_size}, dim={self.dim}"
-
-
-def is_exporting() -> bool:
-    """Whether a graph is being made that must not depend on values: distinct ids cannot be told from others there."""
-    # Older versions of torch tell no difference between exporting and compiling.
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return bool(exporting())

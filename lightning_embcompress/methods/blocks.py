@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_embcompress.methods.base import ConfigT, Factorization, is_exporting
+from lightning_embcompress.methods.base import ConfigT, Factorization
 from lightning_embcompress.methods.kernels.choice import uncompiled
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.specs import integers
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
+from lightning_embcompress.utils.graphs import is_exporting
 
 # Every block has factors of its own.
 MOST_BLOCKS = 2**16

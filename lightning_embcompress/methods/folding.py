@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Problem, is_exporting
+from lightning_embcompress.methods.base import Problem
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.numerics.shapes import balanced_shape, fold
 from lightning_embcompress.methods.sized import SizedFactorization
 from lightning_embcompress.methods.specs import integer, integers, positive_integers
+from lightning_embcompress.utils.graphs import is_exporting
 
 # Elements of what is computed on the way to the logits of some states at once: 16 MiB of float32.
 _STATES_ELEMENTS = 2**22

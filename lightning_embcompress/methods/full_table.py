@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Factorization, Problem, is_exporting
+from lightning_embcompress.methods.base import Factorization, Problem
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.quantizers.factors import multiply, read_rows
 from lightning_embcompress.methods.specs import dense_bytes, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
+from lightning_embcompress.utils.graphs import is_exporting
 
 
 class FullTable(Factorization[MethodConfig]):

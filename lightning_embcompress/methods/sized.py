@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import ConfigT, Factorization, Problem, is_exporting
+from lightning_embcompress.methods.base import ConfigT, Factorization, Problem
 from lightning_embcompress.methods.quantizers.factors import Factor, PackedFactor, pieces
 from lightning_embcompress.methods.specs import stored_bytes
+from lightning_embcompress.utils.graphs import is_exporting
 
 # Elements of a piece of the table that is built on the way to the logits: 2 MiB of float32 stay in a core's cache.
 _PIECE_ELEMENTS = 2**19

@@ -110,3 +110,15 @@ def test_to_compressed_tensors(shell: Any, tmp_path: Path, text: Path) -> None:
     shell.refuses(*words, "--bits", 3, says="--bits 3: must be 4 or 8", code=2)
     shell.refuses(*words, "--group_size", 48, says="group_size must be a multiple of 8", code=1)
     shell.refuses("export", "compressed-tensors", "absent/model", "other", says="there is no file or directory")
+
+
+def test_to_onnx(shell: Any, gpt2: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
+    assert shell("compress", gpt2, "small", "--method", "low_rank", "--ratio", 2) == 0
+    assert shell("export", "onnx", "small", "small.onnx") == 0
+    assert "Written: small.onnx, " in shell.printed()
+    session = runtime.InferenceSession("small.onnx", providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_inputs()] == ["input_ids"]
+    shell.refuses("export", "onnx", "small", "small.onnx", says="'small.onnx' exists: choose another", code=2)
+    shell.refuses("export", "onnx", "absent/model", "out.onnx", says="there is no file or directory")

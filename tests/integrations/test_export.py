@@ -55,7 +55,8 @@ def test_onnx_runtime_gives_the_same(method: str, tmp_path: Path) -> None:
     constants = program.model.graph.initializers.values()
     assert max(value.const_value.nbytes for value in constants) < VOCAB_SIZE * DIM * 4
     dense = sum(parameter.nbytes for name, parameter in model.named_parameters() if "factorization" not in name)
-    assert sum(value.const_value.nbytes for value in constants) < dense + plan.stored_bytes + 16 * VOCAB_SIZE
+    # And some numbers of a token, and where the codes of a component are.
+    assert sum(value.const_value.nbytes for value in constants) < dense + plan.stored_bytes + 16 * VOCAB_SIZE + 2**13
     session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for shape in ((2, 5), (1, 1), (3, 7)):
         other = torch.randint(VOCAB_SIZE, shape)

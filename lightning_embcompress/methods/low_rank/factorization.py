@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Problem, is_exporting
+from lightning_embcompress.methods.base import Problem
 from lightning_embcompress.methods.low_rank.config import LowRankConfig, WeightedLowRankConfig
 from lightning_embcompress.methods.low_rank.solver import low_rank_in_metric, weighted_low_rank
 from lightning_embcompress.methods.numerics.alignment import alignment
@@ -22,6 +22,7 @@ from lightning_embcompress.methods.sized import SizedFactorization, Sizes
 from lightning_embcompress.methods.specs import integer, positive_integers
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
 from lightning_embcompress.utils.division import agree
+from lightning_embcompress.utils.graphs import is_exporting
 
 
 class LowRank(SizedFactorization[LowRankConfig]):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Problem, is_exporting
+from lightning_embcompress.methods.base import Problem
 from lightning_embcompress.methods.numerics.gram import row_weights
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.product_quantization.config import ProductQuantizationConfig
@@ -22,6 +22,7 @@ from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.sized import SizedFactorization, Sizes
 from lightning_embcompress.methods.specs import positive_integers
+from lightning_embcompress.utils.graphs import is_exporting
 
 # Codes looked up for logits at a time.
 _CODES = 2**18

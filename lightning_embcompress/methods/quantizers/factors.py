@@ -27,6 +27,7 @@ from lightning_embcompress.methods.quantizers.integer_quantizer import (
     scales_shape,
     to_codes,
 )
+from lightning_embcompress.methods.quantizers.onnx_blocks import OnnxBlocks, is_for_onnx, numbers_of_bytes
 from lightning_embcompress.methods.quantizers.packed_rows import multiply_packed, pack_rows, read_packed_rows
 from lightning_embcompress.methods.quantizers.packing import packed_bytes
 from lightning_embcompress.methods.quantizers.quantization import HALVES, Quantization, Storage, matrix_shape
@@ -256,7 +257,7 @@ class Unpacker(StoredParameter):
     def forward(self, *parts: Tensor) -> Tensor:
         """All of the numbers."""
         if not isinstance(self.storage, Quantization):
-            return parts[0].view(HALVES[self.storage]).to(self.dtype).view(self.shape)
+            return _as_numbers(parts[0], HALVES[self.storage]).to(self.dtype).view(self.shape)
         places = torch.arange(self.matrix[0], device=parts[0].device)
         return self._rows(places, *parts).view(self.shape)
 
@@ -318,7 +319,11 @@ class PackedFactor(Unpacker):
 
     def rows(self, place: Tensor, sparse: bool = False) -> Tensor:
         """`[*, columns]` rows; no others are unpacked."""
-        return self._rows(place, self.codes, self.scales)
+        if is_for_onnx() and not self.codes.numel():
+            # Graphs of ONNX get no arithmetic with nothing.
+            return self.unit.new_zeros(*place.shape, self.matrix[1])
+        blocks = self._for_onnx()
+        return self._rows(place, self.codes, self.scales) if blocks is None else blocks.rows(place)
 
     def materialize(self, sparse: bool = False) -> Tensor:
         """All of it."""
@@ -326,8 +331,18 @@ class PackedFactor(Unpacker):
 
     def multiply(self, hidden: Tensor) -> Tensor:
         """`[*, rows]`, the product of `[*, columns]` with all rows, of which a few at a time are unpacked."""
-        of = self.storage
+        if is_for_onnx() and not self.codes.numel():
+            return hidden.new_zeros(*hidden.shape[:-1], self.matrix[0])
+        blocks, of = self._for_onnx(), self.storage
+        if blocks is not None:
+            return blocks.multiply(hidden)
         return multiply_packed(hidden, self.codes, self.group_scales(), of.bits, self.matrix[1], of.group_size)
+
+    def _for_onnx(self) -> OnnxBlocks | None:
+        """What operators of ONNX Runtime read, where a graph for it is being made; float32 alone."""
+        if not is_for_onnx() or self.dtype != torch.float32:
+            return None
+        return OnnxBlocks.of(self.codes, self.scales, self.storage, self.matrix)
 
 
 Factor: TypeAlias = Tensor | FakeQuantizedFactor | PackedFactor | RoundedFactor
@@ -380,4 +395,4 @@ def _as_numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
     if not data.numel():
         # Of no columns: bytes of no strides cannot be seen as others.
         return data.new_empty(data.shape[0], data.shape[1] // 2, dtype=dtype)
-    return data.view(dtype)
+    return numbers_of_bytes(data, dtype) if is_for_onnx() else data.view(dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks
+from lightning_embcompress.utils.graphs import is_exporting
 
 # Scales that are tried for a group, as parts of the one that covers its largest magnitude. Above 1 the largest value is
 # met exactly instead of clipped by half a step; two bits want the least (Max 1960, for normal values).
@@ -93,9 +94,7 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
         values: Any floats, without a gradient.
         dtype: A floating dtype.
     """
-    # Older versions of torch tell no difference between exporting, where all operations must be known, and compiling.
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    if torch.compiler.is_compiling() and not exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         found: Tensor = _narrowed(values, dtype)
         return found
     return values.to(dtype)

@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import ConfigT, is_exporting
+from lightning_embcompress.methods.base import ConfigT
 from lightning_embcompress.methods.block_products import BlockProducts
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.products import balance_product, store_product
 from lightning_embcompress.methods.quantizers.factors import Factor, materialize, read_rows
+from lightning_embcompress.methods.quantizers.onnx_blocks import is_for_onnx
 from lightning_embcompress.methods.quantizers.quantization import Quantization, State
+from lightning_embcompress.methods.shared_basis import onnx_codes
 from lightning_embcompress.methods.shared_basis.code_views import looked_up
 from lightning_embcompress.methods.shared_basis.layout import BASIS_BITS, checked_segments
 from lightning_embcompress.methods.shared_basis.stored_codes import StoredCodes
 from lightning_embcompress.methods.specs import integer, integers, positive_integers
 from lightning_embcompress.methods.tiles import Tiles
+from lightning_embcompress.utils.graphs import is_exporting
 
 
 class SharedBasisStorage(StoredCodes[ConfigT]):
@@ -97,6 +100,8 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
 
     def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is computed once."""
+        if self._is_read_by_onnx():
+            return onnx_codes.rows(self, ids)
         if not self.is_coded or is_exporting():
             return super().rows(ids, sparse)
         laid = self._rows_as_bytes()
@@ -127,7 +132,13 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
 
     def logits_in_storage_order(self, hidden: Tensor) -> Tensor:
         """See `Factorization.logits_in_storage_order`: one product with the basis, then one a block."""
+        if self._is_read_by_onnx():
+            return onnx_codes.logits(self, hidden)
         return self._code_logits(hidden) if self.is_coded else self._products(hidden).logits()
+
+    def _is_read_by_onnx(self) -> bool:
+        """Whether codes are read from their bytes by a graph of ONNX; those of a trellis are read as they are."""
+        return self.is_coded and not self.window and is_for_onnx() and self.dtype == torch.float32 and self.rank > 0
 
     def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
         maker = self._code_tiles(hidden, tile_rows) if self.is_coded else self._products(hidden).tiles(tile_rows)

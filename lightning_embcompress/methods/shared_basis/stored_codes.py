@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_embcompress.methods.base import ConfigT, is_exporting
+from lightning_embcompress.methods.base import ConfigT
 from lightning_embcompress.methods.blocks import RowBlocks
 from lightning_embcompress.methods.kernels.choice import uncompiled
 from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles
 from lightning_embcompress.methods.quantizers.factors import materialize
+from lightning_embcompress.methods.quantizers.onnx_blocks import is_for_onnx
 from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.methods.shared_basis import onnx_codes
 from lightning_embcompress.methods.shared_basis.code_views import (
     Frame,
     LaidOut,
@@ -39,6 +41,7 @@ from lightning_embcompress.methods.shared_basis.layout import (
 from lightning_embcompress.methods.shared_basis.level_bytes import ByteLevels
 from lightning_embcompress.methods.shared_basis.level_fitting import num_levels
 from lightning_embcompress.methods.tiles import TileMaker
+from lightning_embcompress.utils.graphs import is_exporting
 from lightning_embcompress.utils.kept import Kept
 
 # Coefficients that are looked up at a time on the way to the logits: 1 MiB of float32.
@@ -184,21 +187,19 @@ class StoredCodes(RowBlocks[ConfigT]):
         return _frames.of([*read, self.scale_codes, self.scale_unit], self._read_frame)
 
     def _read_frame(self) -> Frame:
-        codes = self.basis_codes
-        if self.basis_bits < 8:
-            codes = unpack_bits(codes, self.basis_bits, self.rank * self.dim, torch.uint8).view(self.rank, self.dim)
-        basis = from_integers(codes, self.basis_scales, self.basis_bits)
+        if is_for_onnx():
+            basis, scales = onnx_codes.basis_values(self), onnx_codes.scale_values(self)
+        else:
+            codes, rank, dim = self.basis_codes, self.rank, self.dim
+            if self.basis_bits < 8:
+                codes = unpack_bits(codes, self.basis_bits, rank * dim, torch.uint8).view(rank, dim)
+            basis = from_integers(codes, self.basis_scales, self.basis_bits)
+            scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
         means = from_integers(self.mean_codes, self.mean_scales)
-        scales = torch.exp2(self.scale_codes.float() / -SCALE_STEPS).to(self.dtype) * self.scale_unit
         starts = dict(zip(self.widths, accumulate(map(table_size, self.widths), initial=0), strict=False))
         offsets = [[starts[bits] for bits, count in runs for _ in range(count)] for runs in self.segments]
-        device = self.scale_codes.device
-        return Frame(
-            basis,
-            means,
-            list(torch.split(scales, self.ranks)),
-            [torch.tensor(one, dtype=torch.int32, device=device) for one in offsets],
-        )
+        places = [torch.tensor(one, dtype=torch.int32, device=self.scale_codes.device) for one in offsets]
+        return Frame(basis, means, list(torch.split(scales, self.ranks)), places)
 
     def _place_codes(self) -> Places:
         device, frame = self.scale_codes.device, self._frame()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lightning_embcompress.methods.base import Problem, is_exporting
+from lightning_embcompress.methods.base import Problem
 from lightning_embcompress.methods.quantizers.factors import materialize, pieces, read_rows
 from lightning_embcompress.methods.sized import SizedFactorization, Sizes
 from lightning_embcompress.methods.specs import integers, positive_integers
@@ -25,6 +25,7 @@ from lightning_embcompress.methods.tensor_train.solver import (
 )
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
 from lightning_embcompress.utils.division import deal
+from lightning_embcompress.utils.graphs import is_exporting
 
 # Tokens whose cores are solved or read at once: their intermediate products stay in a core's cache.
 _CHUNK_TOKENS = 1024
