@@ -161,12 +161,9 @@ class _Table:
             raise ValueError(f"{name!r} has values that are not finite, and cannot be quantized")
         if statistics is None:
             return cls(name, before, values, given is not None, None)
-        metric = metric_of_moments(
-            Table(_paths(statistics, name, is_tied, (rows, columns)), values),
-            statistics,
-            {path for path in statistics.hidden if "output.bias" in file.tensors},
-            token_counts,
-        )
+        # A bias stays what it is, and does not make up for errors at the mean state.
+        table = Table(_paths(statistics, name, is_tied, (rows, columns)), values)
+        metric = metric_of_moments(table, statistics, token_counts=token_counts)
         return cls(name, before, values, given is not None, metric)
 
     def check(self, kinds: Sequence[str]) -> None:

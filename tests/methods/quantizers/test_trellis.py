@@ -117,3 +117,12 @@ def test_rows_of_zeros_and_values_that_are_far_off() -> None:
 def test_bits_that_fill_no_window_are_refused(bits: list[int], window: int) -> None:
     with pytest.raises(ValueError, match=f"window of {window}"):
         encode(torch.zeros(1, len(bits)), bits, torch.ones(len(bits)), window)
+
+
+def test_a_million_rows() -> None:
+    targets = torch.randn(1_000_000, 8, generator=torch.Generator().manual_seed(0)) * spread()
+    codes = encode(targets, [2] * 8, torch.ones(8), window=4)
+    numbers = decode(codes, [2] * 8, window=4)
+    assert float((numbers - targets).square().mean()) < 0.15 * float(targets.square().mean())
+    some = torch.tensor([0, 499_999, 999_999])
+    assert torch.equal(encode(targets[some], [2] * 8, torch.ones(8), window=4), codes[some])
