@@ -222,6 +222,8 @@ def _opened(given: GGUF, file: GgufFile) -> Iterator[tuple[Any, str]]:
     if given.text is None:
         yield None, ""
         return
+    if find_spec("accelerate") is None:
+        raise ImportError("transformers reads GGUF with accelerate: pip install 'lightning-embcompress[export]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(file.path.absolute().parent), file.path.name

@@ -36,6 +36,12 @@ def test_from_a_text(shell: Any, small: Path, text: Path) -> None:
     assert shell(*words, "--overwrite") == 0
 
 
+def test_without_a_package_of_others(shell: Any, small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_embcompress.cli.exporting.find_spec", lambda _: None)
+    words = ("export", "gguf", small, "out.gguf", "--type", "Q4_1", "--text", text)
+    shell.refuses(*words, says="pip install 'lightning-embcompress[export]'")
+
+
 def test_without_a_text_it_is_said(shell: Any, small: Path) -> None:
     assert shell("export", "gguf", small, "out.gguf", "--type", "Q8_0") == 0
     printed = shell.printed()
