@@ -70,6 +70,10 @@ class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
     """Attributes that the structure records beside kind and shape."""
     divides: ClassVar[bool] = False
     """Whether its solver divides a table's work over processes, see `utils.division`."""
+    streams: ClassVar[bool] = False
+    """Whether it can be found in memory that does not grow with the rows but for a few bytes each, see `outline`."""
+    window_multiple: int = 1
+    """Of how many rows windows are to be multiples that are filled, see `filling`."""
     weight_of_layers: Any = None
     """What layers that read it answer with as their weight, once it was asked for; see `layers.table_weight`."""
 
@@ -197,6 +201,32 @@ class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
     @abstractmethod
     def _decompose(cls, problem: Problem[ConfigT]) -> Self:
         """What `decompose` returns."""
+
+    @classmethod
+    def outline(cls, problem: Problem[ConfigT]) -> Self:
+        """Solve a table but for what there is for every row: tensors that hold that are on the meta device.
+
+        For methods that stream. The table may be one in a file, see `utils.tensor_files`: it is read a few rows at a
+        time. What `decompose` finds is this, filled.
+
+        Args:
+            problem: As of `decompose`.
+
+        Raises:
+            ValueError: As `decompose`.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not stream")
+
+    def filling(self, problem: Problem[ConfigT]) -> Callable[[slice], None]:
+        """Gives what fills tensors that were on the meta device, and now have memory of zeros, from rows of the table.
+
+        Args:
+            problem: As of `outline`.
+
+        Returns:
+            Called with windows of rows, one after the other from the first; the last one may be filled once more.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not stream")
 
     @torch.no_grad()
     def refined(

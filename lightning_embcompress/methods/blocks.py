@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from reprlib import repr as shortened
 from typing import Any, cast
 
@@ -88,6 +88,21 @@ class RowBlocks(Factorization[ConfigT]):
             return
         # The factors may not be loaded yet, and still be on the meta device.
         self._index(block_of_row, block_of_row.device)
+
+    def runs_of(self, window: slice) -> Iterator[tuple[int, slice, Tensor]]:
+        """Neighbouring rows of the table by blocks: the block, where they are in it one after the other, and their ids.
+
+        Rows of a block are in the order of the table, so that those of a window are neighbours there too.
+        """
+        positions, order = self.position[window].sort()
+        ends = torch.tensor(self.sizes, device=positions.device).cumsum(0)
+        stops = torch.searchsorted(positions, ends).tolist()
+        start = first = 0
+        for block, (stop, size) in enumerate(zip(stops, self.sizes, strict=True)):
+            if stop > start:
+                place = int(positions[start]) - first
+                yield block, slice(place, place + stop - start), order[start:stop] + window.start
+            start, first = stop, first + size
 
     @classmethod
     def checked_sizes(cls, spec: dict[str, Any]) -> list[int]:

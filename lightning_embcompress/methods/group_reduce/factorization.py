@@ -18,7 +18,7 @@ from lightning_embcompress.methods.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.methods.group_reduce.config import GroupReduceConfig
 from lightning_embcompress.methods.group_reduce.solver import BlockSolution, group_reduce
 from lightning_embcompress.methods.numerics.alignment import aligned_bases
-from lightning_embcompress.methods.numerics.gram import project, row_units, row_weights, run_of
+from lightning_embcompress.methods.numerics.gram import compute_dtype, project, row_units, row_weights, run_of
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rank_allocation import is_dense, smallest_elements
 from lightning_embcompress.methods.products import balance_product, store_product
@@ -29,6 +29,7 @@ from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.specs import integers, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import Tiles
 from lightning_embcompress.utils.division import deal
+from lightning_embcompress.utils.tensor_files import Rows
 
 
 class BlockLowRank(RowBlocks[GroupReduceConfig]):
@@ -59,6 +60,7 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
     config_class = GroupReduceConfig
     entries = ("sizes", "ranks")
     divides = True
+    streams = True
     shared_factors = ("basis",)
 
     def __init__(
@@ -243,32 +245,76 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
     @classmethod
     def _from_solution(cls, weight: Tensor, solution: BlockSolution, reference: BlockLowRank | None = None) -> Self:
         """Coefficients of all rows in the bases of a solution, turned towards those of a reference of equal ranks."""
+        factorization = cls._outlined(weight, solution, reference)
+        bases = factorization._computing_bases(weight.dtype)
+        units: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts = zip(
+            torch.split(factorization.order, factorization.sizes), factorization.coefficients, bases, strict=True
+        )
+        for rows, coefficients, basis in parts:
+            if basis is None:
+                coefficients.copy_(weight[rows])
+                continue
+            runs = [run_of(chunks) for chunks in row_units(rows.numel(), weight.shape[1])]
+            units += [(coefficients[run], rows[run], basis) for run in runs]
+
+        def compute(unit: int) -> None:
+            coefficients, rows, basis = units[unit]
+            coefficients.copy_(project(weight, basis, rows))
+
+        # Processes share the rows of all blocks.
+        deal([[unit[0]] for unit in units], [rows.numel() * basis.shape[0] for _, rows, basis in units], compute)
+        return factorization
+
+    @classmethod
+    def _outlined(
+        cls,
+        weight: Rows,
+        solution: BlockSolution,
+        reference: BlockLowRank | None = None,
+        device: torch.device | None = None,
+    ) -> Self:
         vocab_size, dim = weight.shape
         sizes = torch.bincount(solution.block_of_row, minlength=len(solution.ranks)).tolist()
-        factorization = cls(vocab_size, dim, sizes, solution.ranks, weight.dtype, weight.device)
-        factorization._index(solution.block_of_row)
+        factorization = cls(vocab_size, dim, sizes, solution.ranks, weight.dtype, device or weight.device)
+        factorization._index(solution.block_of_row, weight.device)
+        if factorization.basis.is_meta:
+            factorization.basis = nn.Parameter(torch.zeros_like(factorization.basis, device=weight.device))
         bases = solution.bases
         if reference is not None and reference.basis_ranks == factorization.basis_ranks:
             bases = aligned_bases(bases, reference.bases())
-        units: list[tuple[Tensor, Tensor, Tensor]] = []
-        for rows, coefficients, basis, solved in zip(
-            torch.split(factorization.order, sizes),
-            factorization.coefficients,
-            factorization.bases(),
-            bases,
-            strict=True,
-        ):
-            if solved is None:
-                coefficients.copy_(weight[rows])
-                continue
-            basis.copy_(solved)
-            runs = [run_of(chunks) for chunks in row_units(rows.numel(), dim)]
-            units += [(coefficients[run], rows[run], solved) for run in runs]
-
-        def compute(unit: int) -> None:
-            coefficients, rows, solved = units[unit]
-            coefficients.copy_(project(weight, solved, rows))
-
-        # Processes share the rows of all blocks.
-        deal([[unit[0]] for unit in units], [rows.numel() * solved.shape[0] for _, rows, solved in units], compute)
+        for basis, solved in zip(factorization.bases(), bases, strict=True):
+            if solved is not None:
+                basis.detach().copy_(solved)
         return factorization
+
+    def _computing_bases(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """Bases of all blocks as they are stored; None for those that are kept as their rows."""
+        wide = compute_dtype(dtype)
+        return [
+            None if dense else basis.detach().to(wide)
+            for basis, dense in zip(self.bases(), self.dense_blocks, strict=True)
+        ]
+
+    @classmethod
+    @torch.no_grad()
+    def outline(cls, problem: Problem[GroupReduceConfig]) -> Self:
+        """See `Factorization.outline`."""
+        weight, config = problem.weight, problem.config
+        weights = row_weights(problem.token_counts, weight.shape[0], weight.device)
+        groups = config.groups_for(weight.shape[0])
+        solution = cls._solve(problem, weights, config.start(weights), groups, problem.advance)
+        return cls._outlined(weight, solution, device=torch.device("meta"))
+
+    @torch.no_grad()
+    def filling(self, problem: Problem[GroupReduceConfig]) -> Callable[[slice], None]:
+        """See `Factorization.filling`."""
+        weight, bases = problem.weight, self._computing_bases(problem.weight.dtype)
+
+        def fill(window: slice) -> None:
+            rows = weight[window]
+            for block, place, ids in self.runs_of(window):
+                own, basis = rows[ids - window.start], bases[block]
+                self.coefficients[block].data[place] = own if basis is None else project(own, basis)
+
+        return fill

@@ -24,6 +24,7 @@ from lightning_embcompress.methods.numerics.gram import (
 )
 from lightning_embcompress.methods.numerics.rank_allocation import is_dense, proportional_ranks
 from lightning_embcompress.utils.division import agree, deal
+from lightning_embcompress.utils.tensor_files import Rows
 
 # Refinement has converged when a round would move no more words than this (GroupReduce, algorithm 1).
 _FEW_MOVES = 5
@@ -67,7 +68,7 @@ def equal_frequency_groups(weights: Tensor, groups: int) -> Tensor:
 
 
 def group_reduce(
-    weight: Tensor,
+    weight: Rows,
     weights: Tensor,
     max_elements: int,
     groups: int = 5,
@@ -140,7 +141,7 @@ def group_reduce(
 class _Moments:
     """Sizes, weights and second moments of all blocks, kept up to date while rows move."""
 
-    def __init__(self, weight: Tensor, weights: Tensor, block_of_row: Tensor, groups: int) -> None:
+    def __init__(self, weight: Rows, weights: Tensor, block_of_row: Tensor, groups: int) -> None:
         self.weight = weight
         self.weights = weights
         self.block_of_row = block_of_row
@@ -236,7 +237,7 @@ class _Moments:
 
 
 def _choose_moves(
-    weight: Tensor,
+    weight: Rows,
     weights: Tensor,
     block_of_row: Tensor,
     ranks: list[int],
@@ -264,7 +265,7 @@ def _choose_moves(
     return (rows, best_block[rows]) if rows.numel() > _FEW_MOVES else None
 
 
-def _score(weight: Tensor, block_of_row: Tensor, bases: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+def _score(weight: Rows, block_of_row: Tensor, bases: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Lowest unweighted error of every row in any block, and that block (eq. 5).
 
     The error under an orthonormal basis is `‖w_i‖² − ‖w_i Bᵀ‖²`: one product of the table with all bases side by side.
@@ -276,7 +277,9 @@ def _score(weight: Tensor, block_of_row: Tensor, bases: list[Tensor | None]) -> 
     best_block = torch.empty_like(block_of_row)
     dense = [block for block, basis in enumerate(bases) if basis is None]
     factored = [block for block, basis in enumerate(bases) if basis is not None]
-    stacked = torch.cat([basis for basis in bases if basis is not None] or [weight.new_zeros(0, dim, dtype=dtype)]).T
+    stacked = torch.cat(
+        [basis for basis in bases if basis is not None] or [torch.zeros(0, dim, dtype=dtype, device=weight.device)]
+    ).T
     widths = [basis.shape[0] for basis in bases if basis is not None]
     units = row_units(num_rows, dim + stacked.shape[1])
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.utils.division import deal, deal_lists
+from lightning_embcompress.utils.tensor_files import Rows
 
 # About 4 MiB of float32 a chunk: large enough for full matrix-product speed, small enough to stay out of the way.
 _CHUNK_ELEMENTS = 2**20
+# As many times that are read at once where the rows of all blocks are filled: of each there are then some hundreds.
+_WINDOW_CHUNKS = 8
 
 # Most parts into which rows or columns are cut for processes to share: enough to be shared evenly by many, few enough
 # for the exchange of one to be a small part of computing it.
@@ -49,6 +52,13 @@ def row_units(num_rows: int, dim: int) -> list[list[slice]]:
     return [chunks[first : first + step] for first in range(0, len(chunks), step)]
 
 
+def row_windows(num_rows: int, dim: int, multiple: int = 1) -> Iterator[slice]:
+    """Cut rows into slices that are some times as long as those of `row_chunks`, of a multiple of so many rows."""
+    step = max(1, _WINDOW_CHUNKS * _CHUNK_ELEMENTS // max(1, dim) // multiple) * multiple
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
 def run_of(chunks: Sequence[slice]) -> slice:
     """The rows of neighbouring slices."""
     return slice(chunks[0].start, chunks[-1].stop)
@@ -76,7 +86,7 @@ def row_weights(token_counts: Tensor | None, vocab_size: int, device: torch.devi
     return weights * (vocab_size / weights.sum())
 
 
-def gram_matrix(weight: Tensor, weights: Tensor, rows: Tensor | None = None) -> Tensor:
+def gram_matrix(weight: Rows, weights: Tensor, rows: Tensor | None = None) -> Tensor:
     """Weighted second moment `S = Σ_i q_i w_i w_iᵀ` over all rows of a table, or over some.
 
     Products run in the table's compute dtype, chunk by chunk, and are summed in float64. Of a large matrix over all
@@ -113,7 +123,7 @@ def gram_matrix(weight: Tensor, weights: Tensor, rows: Tensor | None = None) -> 
 
 
 def add_gram(
-    total: Tensor, weight: Tensor, weights: Tensor, rows: Tensor | None = None, sign: Literal[1, -1] = 1
+    total: Tensor, weight: Rows, weights: Tensor, rows: Tensor | None = None, sign: Literal[1, -1] = 1
 ) -> None:
     """Add the weighted second moment of rows to a matrix in place, or subtract it; arguments as `gram_matrix`."""
     product = total.new_empty(total.shape, dtype=compute_dtype(weight.dtype))
@@ -121,7 +131,7 @@ def add_gram(
         total.add_(torch.mm(part.T, part, out=product), alpha=sign)
 
 
-def _weighted_chunks(weight: Tensor, weights: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
+def _weighted_chunks(weight: Rows, weights: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
     """Rows times the roots of their weights, in the compute dtype: the product of a chunk with itself is symmetric."""
     dtype = compute_dtype(weight.dtype)
     for chunk in row_chunks(weight.shape[0] if rows is None else rows.numel(), weight.shape[1]):
@@ -129,7 +139,7 @@ def _weighted_chunks(weight: Tensor, weights: Tensor, rows: Tensor | None) -> It
         yield weight[ids].to(dtype) * weights[ids].sqrt().to(dtype).unsqueeze(1)
 
 
-def project(weight: Tensor, basis: Tensor, rows: Tensor | None = None) -> Tensor:
+def project(weight: Rows, basis: Tensor, rows: Tensor | None = None) -> Tensor:
     """Coefficients `w_i Bᵀ` of a table's rows in an orthonormal basis.
 
     Args:
@@ -143,7 +153,7 @@ def project(weight: Tensor, basis: Tensor, rows: Tensor | None = None) -> Tensor
     num_rows = weight.shape[0] if rows is None else rows.numel()
     dtype = compute_dtype(weight.dtype)
     right = basis.to(dtype).T
-    out = weight.new_empty(num_rows, basis.shape[0])
+    out = torch.empty(num_rows, basis.shape[0], dtype=weight.dtype, device=weight.device)
     units = row_units(num_rows, weight.shape[1])
 
     def compute(unit: int) -> None:

@@ -13,6 +13,7 @@ from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rate_allocation import Rates, Widths
 from lightning_embcompress.methods.numerics.sampling import draw
 from lightning_embcompress.utils.division import deal
+from lightning_embcompress.utils.tensor_files import Rows
 
 # Rows, and coefficients, that are looked at to see what quantizers lose.
 _SAMPLED_ROWS, _SAMPLED = 2**14, 2**21
@@ -81,7 +82,7 @@ class ProjectedTable:
         ValueError: If the metric is of another table.
     """
 
-    def __init__(self, weight: Tensor, metric: Metric, stored_means: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, weight: Rows, metric: Metric, stored_means: Callable[[Tensor], Tensor]) -> None:
         """Without a basis."""
         vocab_size, dim = weight.shape
         if metric.matrix.shape != (dim, dim) or metric.weights.shape != (vocab_size,):

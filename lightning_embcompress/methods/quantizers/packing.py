@@ -49,6 +49,29 @@ def pack_bits(values: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     return packed
 
 
+def pack_into(packed: Tensor, start: int, values: Tensor, bits: int) -> None:
+    """Put values behind the first ones of what is packed, those behind them being nothing yet.
+
+    Args:
+        packed: uint8, of all values; written in place.
+        start: How many values there are already.
+        values: `[count]` integers.
+        bits: Bits a value.
+
+    Example:
+        >>> packed = torch.zeros(3, dtype=torch.uint8)
+        >>> pack_into(packed, 0, torch.tensor([5, 0, 7]), 3)
+        >>> pack_into(packed, 3, torch.tensor([1, 6]), 3)
+        >>> unpack_bits(packed, 3, 5)
+        tensor([5, 0, 7, 1, 6])
+    """
+    # Of eight values the last byte is full.
+    first = start // 8 * 8
+    before = unpack_bits(packed[first * bits // 8 : packed_bytes(start, bits)], bits, start - first)
+    place = slice(first * bits // 8, packed_bytes(start + len(values), bits))
+    pack_bits(torch.cat([before.to(values), values]) if len(before) else values, bits, packed[place])
+
+
 def unpack_bits(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.long) -> Tensor:
     """Read back what `pack_bits` packed.
 

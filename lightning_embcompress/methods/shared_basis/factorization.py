@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_embcompress.methods.base import Factorization, Problem
-from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_units, run_of
+from lightning_embcompress.methods.numerics.gram import compute_dtype, row_chunks, row_windows
 from lightning_embcompress.methods.numerics.metric import Metric, smoothed_frequencies
 from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.shared_basis.config import SharedBasisConfig
@@ -21,10 +21,11 @@ from lightning_embcompress.methods.shared_basis.layout import (
     projectors,
     segments_of,
 )
-from lightning_embcompress.methods.shared_basis.solver import SharedBasis, shared_basis
+from lightning_embcompress.methods.shared_basis.solver import shared_basis
 from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage
 from lightning_embcompress.methods.transform_coding.config import TransformCodingConfig
 from lightning_embcompress.utils.division import agree, deal
+from lightning_embcompress.utils.tensor_files import Rows
 
 # Refinement changes the structure if that leaves less than this part of the loss.
 _CLEARLY = 0.85
@@ -62,6 +63,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     kind = KIND
     config_class = TransformCodingConfig
     divides = True
+    streams = True
     latent_codes: ClassVar[Callable[[Any], Factorization[Any]]]
     """Makes the numbers behind the codes of a table; registered by `LatentCodes`, which is built on this class."""
 
@@ -97,7 +99,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         Without a metric all directions count the same, and rows by their counts.
         """
         config = problem.config
-        metric = problem.metric or plain_metric(problem.weight, problem.token_counts, config.unseen_weight)
+        metric = _metric_of(problem)
         return cls.solve(
             problem.weight,
             problem.max_bytes,
@@ -109,10 +111,21 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
             advance=problem.advance,
         )
 
+    @classmethod
+    def _check_bytes(cls, weight: Rows, max_bytes: int, groups: Any, widths: tuple[int, ...], window: int) -> None:
+        vocab_size, dim = weight.shape
+        least = cls.least_bytes(vocab_size, dim, weight.element_size(), groups, widths, window)
+        if max_bytes < least:
+            count = groups if isinstance(groups, int) else 1
+            raise ValueError(
+                f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} in {count} blocks of a mean each, "
+                f"which takes {least}; allow more bytes or use fewer groups"
+            )
+
     def _refine(self, problem: Problem[SharedBasisConfig]) -> Self:
         """Solve again from the blocks as they are, and afresh, and take the better."""
         target, max_bytes, config, advance = problem.weight, problem.max_bytes, problem.config, problem.advance
-        metric = problem.metric or plain_metric(target, problem.token_counts, config.unseen_weight)
+        metric = _metric_of(problem)
         widths, window = config.widths, config.window
         now = self.block_of_row.to(target.device)
         arguments = (target, max_bytes, metric, config.groups, config.refine_rounds, widths, window)
@@ -193,73 +206,147 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         Raises:
             ValueError: If the bytes do not cover the means of the blocks.
         """
-        vocab_size, dim = weight.shape
-        count = groups if isinstance(groups, int) else None
-        least = cls.least_bytes(vocab_size, dim, weight.element_size(), groups, widths, window)
-        if max_bytes < least and keep is None:
-            raise ValueError(
-                f"{max_bytes} bytes do not hold a table of {vocab_size} x {dim} in {count or 1} blocks of a mean each, "
-                f"which takes {least}; allow more bytes or use fewer groups"
-            )
-        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths, window)
-        solution = shared_basis(
-            weight, metric, budget, count, refine_rounds, start, keep, basis, lambda part: advance(0.8 * part)
+        if keep is None:
+            cls._check_bytes(weight, max_bytes, groups, widths, window)
+        solved = cls.outlined(
+            weight,
+            max_bytes,
+            metric,
+            groups,
+            refine_rounds,
+            widths,
+            window,
+            start,
+            keep,
+            basis,
+            advance=lambda part: advance(0.8 * part),
         )
+        solved._fill_all(weight, metric, lambda part: advance(0.2 * part))
+        return solved
+
+    @classmethod
+    def outlined(
+        cls,
+        weight: Rows,
+        max_bytes: int,
+        metric: Metric,
+        groups: Any,
+        refine_rounds: int,
+        widths: tuple[int, ...],
+        window: int = 0,
+        start: Tensor | None = None,
+        keep: Tensor | None = None,
+        basis: Tensor | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+        device: torch.device | None = None,
+    ) -> Self:
+        """As `solve`, but for the coefficients.
+
+        Args:
+            device: Of the coefficients; None for that of the table. On the meta device nothing else is there.
+        """
+        vocab_size, dim = weight.shape
+        budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths, window)
+        count = groups if isinstance(groups, int) else None
+        solution = shared_basis(weight, metric, budget, count, refine_rounds, start, keep, basis, advance)
         is_coded = bool(widths)
         segments = [segments_of(row, is_coded) for row in solution.bits.tolist()]
         sizes = torch.bincount(solution.block_of_row, minlength=len(segments)).tolist()
         rank = solution.bits.shape[1]
-        solved = cls(vocab_size, dim, rank, sizes, segments, is_coded, weight.dtype, weight.device, window)
-        solved._index(solution.block_of_row)
-        solved._fill(weight, solution, metric, lambda part: advance(0.2 * part))
+        solved = cls(vocab_size, dim, rank, sizes, segments, is_coded, weight.dtype, device or weight.device, window)
         solved.predicted_loss = solution.loss
+        solved._index(solution.block_of_row, weight.device)
+        solved.allocate_frame(weight.device)
+        if not is_coded:
+            solved.basis.copy_(solution.basis)
+            solved.means.copy_(solution.means)
+            return solved
+        scales = torch.cat([row[:own] for row, own in zip(solution.scales, solved.ranks, strict=True)])
+        solved.levels.copy_(torch.cat([solved.levels[:0].cpu(), *(solution.levels[bits] for bits in solved.widths)]))
+        solved._store_frame(solution.basis, solution.means, scales)
+        # Rounded logarithms may differ between processors.
+        agree(solved.scale_codes)
         return solved
 
-    def _fill(self, weight: Tensor, solution: SharedBasis, metric: Metric, advance: Callable[[float], None]) -> None:
-        """Coefficients of all rows, in the basis and around the means as they are stored."""
-        device = weight.device
-        if self.is_coded:
-            scales = torch.cat([row[:rank] for row, rank in zip(solution.scales, self.ranks, strict=True)])
-            self.levels.copy_(torch.cat([self.levels[:0].cpu(), *(solution.levels[bits] for bits in self.widths)]))
-            self._store_frame(solution.basis, solution.means, scales)
-            # Rounded logarithms may differ between processors.
-            agree(self.scale_codes)
-        else:
-            self.basis.copy_(solution.basis)
-            self.means.copy_(solution.means)
+    @classmethod
+    def outline(cls, problem: Problem[SharedBasisConfig]) -> Self:
+        """See `Factorization.outline`."""
+        weight, config = problem.weight, problem.config
+        cls._check_bytes(weight, problem.max_bytes, config.groups, config.widths, config.window)
+        arguments = (config.groups, config.refine_rounds, config.widths, config.window)
+        return cls.outlined(
+            weight,
+            problem.max_bytes,
+            _metric_of(problem),
+            *arguments,
+            advance=problem.advance,
+            device=torch.device("meta"),
+        )
+
+    @torch.no_grad()
+    def filling(self, problem: Problem[SharedBasisConfig]) -> Callable[[slice], None]:
+        """See `Factorization.filling`."""
+        weight, metric = problem.weight, _metric_of(problem)
+        # As many projectors as take 256 MB, in float32.
+        encode = self._encoder(weight, metric, kept=max(1, 2**26 // max(1, self.dim**2)))
+
+        def fill(window: slice) -> None:
+            rows = weight[window]
+            for block, place, ids in self.runs_of(window):
+                for chunk in row_chunks(len(ids), self.dim):
+                    values, start = encode(rows[ids[chunk] - window.start], block), place.start + chunk.start
+                    if self.is_coded:
+                        self.pack_codes(block, start, values)
+                    else:
+                        self.coefficients[block].data[start : start + len(values)] = values
+
+        return fill
+
+    def _encoder(self, weight: Rows, metric: Metric, kept: int) -> Callable[[Tensor, int], Tensor]:
+        """Gives the coefficients of rows of a block, in the basis and around the means as they are stored."""
+        device, dtype = weight.device, compute_dtype(weight.dtype)
         basis, means, stored = self._read()
-        projector_of = projectors(basis, metric)
-        dtype = compute_dtype(weight.dtype)
+        projector_of = projectors(basis, metric, kept, dtype, device)
         levels = {bits: own.to(dtype) for bits, own in self._level_tables().items()} if self.is_coded else {}
         costs = (basis.double().cpu() @ metric.root).square().sum(dim=1).to(device)
+
+        def encode(rows: Tensor, block: int) -> Tensor:
+            projector = projector_of(self.ranks[block])
+            values = rows.to(dtype) @ projector - means[block].to(dtype) @ projector
+            if not self.is_coded:
+                return values
+            values /= stored[block].to(dtype).clamp(min=1e-30)
+            own = costs[: self.ranks[block]] * stored[block].double().square()
+            return nearest_codes(values, self.segments[block], levels, own, self.window)
+
+        return encode
+
+    def _fill_all(self, weight: Tensor, metric: Metric, advance: Callable[[float], None]) -> None:
+        """Coefficients of all rows; processes share them."""
+        encode = self._encoder(weight, metric, kept=1)
         # In place: the coefficients of all rows are as large as the result.
         found = self._block_codes() if self.is_coded else [one.detach() for one in self.coefficients]
-        parts = [
-            (block, run_of(chunks), rows)
-            for block, rows in enumerate(torch.split(self.order, self.sizes))
-            for chunks in row_units(rows.numel(), self.dim)
-        ]
+        windows = row_windows(self.vocab_size, self.dim)
+        # Block by block, of which each has a projector.
+        parts = sorted((part for window in windows for part in self.runs_of(window)), key=lambda part: part[0])
 
         def compute(unit: int) -> None:
-            block, run, rows = parts[unit]
-            projector = projector_of(self.ranks[block]).to(device, dtype)
-            shift = means[block].to(dtype) @ projector
-            for chunk in row_chunks(run.stop - run.start, self.dim):
-                place = slice(run.start + chunk.start, run.start + chunk.stop)
-                values = weight[rows[place]].to(dtype) @ projector - shift
-                if self.is_coded:
-                    values /= stored[block].to(dtype).clamp(min=1e-30)
-                    own = costs[: self.ranks[block]] * stored[block].double().square()
-                    values = nearest_codes(values, self.segments[block], levels, own, self.window)
-                found[block][place] = values.to(found[block].dtype)
-            advance((run.stop - run.start) / self.vocab_size)
+            block, place, ids = parts[unit]
+            for chunk in row_chunks(len(ids), self.dim):
+                values = encode(weight[ids[chunk]], block)
+                found[block][place.start + chunk.start : place.start + chunk.stop] = values.to(found[block].dtype)
+            advance(len(ids) / self.vocab_size)
 
-        results = [[found[block][run]] for block, run, _ in parts]
-        deal(results, [(run.stop - run.start) * (1.0 + self.ranks[block]) for block, run, _ in parts], compute)
+        results = [[found[block][place]] for block, place, _ in parts]
+        deal(results, [len(ids) * (1.0 + self.ranks[block]) for block, _, ids in parts], compute)
         if self.is_coded:
             self._packed(found, out=self.packed_codes)
         if self.window:
             self._unpack()
+
+
+def _metric_of(problem: Problem[SharedBasisConfig]) -> Metric:
+    return problem.metric or plain_metric(problem.weight, problem.token_counts, problem.config.unseen_weight)
 
 
 def plain_metric(weight: Tensor, token_counts: Tensor | None, unseen_weight: float | None = None) -> Metric:

@@ -234,7 +234,9 @@ def _nonzero(unit: Tensor) -> Tensor:
     return torch.where(unit.abs() < tiny, tiny, unit)
 
 
-def projectors(basis: Tensor, metric: Metric) -> Callable[[int], Tensor]:
+def projectors(
+    basis: Tensor, metric: Metric, kept: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[int], Tensor]:
     """Coefficients of least loss in the first rows of a basis that storing it has changed.
 
     They are `M Bᵀ (B M Bᵀ)⁻¹`; of the Cholesky factor the first rows and columns are that of the first rows of `B`.
@@ -242,6 +244,9 @@ def projectors(basis: Tensor, metric: Metric) -> Callable[[int], Tensor]:
     Args:
         basis: `[rank, dim]`.
         metric: What an error costs.
+        kept: How many of them are kept: those of all blocks can be larger than the table.
+        dtype: Of what is returned.
+        device: Of what is returned.
 
     Returns:
         Called with a number of rows, `[dim, rank]` of these.
@@ -254,11 +259,10 @@ def projectors(basis: Tensor, metric: Metric) -> Callable[[int], Tensor]:
     inverse = torch.linalg.inv(torch.linalg.cholesky(moment))
     turned = metric.root @ (seen.T @ inverse.T)
 
-    # The last one alone: those of all blocks can be larger than the table.
-    @lru_cache(maxsize=1)
+    @lru_cache(maxsize=kept)
     def projector(rank: int) -> Tensor:
         projected: Tensor = turned[:, :rank] @ (inverse[:rank, :rank] / lengths[:rank].T)
-        return projected
+        return projected.to(device, dtype)
 
     return projector
 

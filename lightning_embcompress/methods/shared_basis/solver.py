@@ -31,6 +31,7 @@ from lightning_embcompress.methods.shared_basis.level_fitting import (
 )
 from lightning_embcompress.methods.shared_basis.turning import turned
 from lightning_embcompress.utils.division import agree
+from lightning_embcompress.utils.tensor_files import Rows
 
 # Numbers of blocks to choose from where none is given: each is made of neighbours of the next.
 _AUTOMATIC_GROUPS = (1, 2, 4, 8, 16, 32)
@@ -69,7 +70,7 @@ class SharedBasis:
 
 
 def shared_basis(
-    weight: Tensor,
+    weight: Rows,
     metric: Metric,
     budget: BitBudget,
     groups: int | None = None,

@@ -19,7 +19,7 @@ from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles
 from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.onnx_blocks import is_for_onnx
-from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
+from lightning_embcompress.methods.quantizers.packing import pack_bits, pack_into, packed_bytes, unpack_bits
 from lightning_embcompress.methods.shared_basis import onnx_codes
 from lightning_embcompress.methods.shared_basis.code_views import (
     Frame,
@@ -148,6 +148,31 @@ class StoredCodes(RowBlocks[ConfigT]):
                 pack_bits(block[:, start : start + count].flatten(), abs(bits), packed[begin : begin + length])
                 start, begin = start + count, begin + length
         return packed
+
+    def allocate_frame(self, device: torch.device) -> None:
+        """Give all that is on the meta device memory, but for what there is for every row."""
+        for tensors in (self._parameters, self._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta and name not in ("packed_codes", "codes"):
+                    empty = torch.zeros_like(tensor, device=device)
+                    tensors[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+
+    def pack_codes(self, block: int, start: int, codes: Tensor) -> None:
+        """Pack `[n, rank]` codes of a block behind those of its first rows, which are there already."""
+        begin, component = self._packed_begins()[block], 0
+        for bits, count in self.segments[block]:
+            length = packed_bytes(self.sizes[block] * count, abs(bits))
+            own = codes[:, component : component + count].flatten()
+            pack_into(self.packed_codes[begin : begin + length], start * count, own, abs(bits))
+            begin, component = begin + length, component + count
+
+    def _packed_begins(self) -> list[int]:
+        """Where the packed codes of every block begin."""
+        lengths = [
+            sum(packed_bytes(size * count, abs(bits)) for bits, count in runs)
+            for size, runs in zip(self.sizes, self.segments, strict=True)
+        ]
+        return list(accumulate(lengths, initial=0))
 
     def _unpack(self) -> None:
         """Read the codes of all blocks from what is packed."""
