@@ -1,4 +1,4 @@
-"""The commands for models in files: `compress`, `inspect`, `densify` and `sweep`. Imports nothing heavy."""
+"""The commands for models in files, from `compress` to `sweep`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -91,6 +91,65 @@ embcompress compress my_model my_model-1% --method auto --max_perplexity_increas
         from lightning_embcompress.cli.compressing import run_compress
 
         run_compress(self, source, target)
+
+
+@dataclass(frozen=True)
+class CompressTable(Command):
+    """Compress tables of any size from file to file, without a model, in memory that does not grow with their rows.
+
+    The table is read a few rows at a time, some times over, and what is made of it is written a few rows at a time. A
+    run that was interrupted goes on where it was when it is started again with the same arguments.
+
+    Attributes:
+        file: FILE or FILE:TENSOR, where FILE is a file of safetensors, the directory of a model or the index of its
+            shards, or an array of NumPy (.npy). TENSOR may be left out where there is one matrix.
+        target: The directory to make, for load_compressed; must not exist, or be empty.
+        more: Further tables, as FILE or FILE:TENSOR; each gets the size that is asked for.
+        method: One that streams: transform_coding, shared_basis or group_reduce. Its options are shown by `--method
+            NAME --help`.
+        ratio: Dense bytes over stored bytes.
+        bits_per_weight: In place of a ratio, stored bits over the numbers of the table.
+        integers: In place of a method and a size, bits of the integers that the numbers themselves become, 2 to 8.
+        group_size: Numbers that share a scale, of integers.
+        counts: How often every row occurs, a file for each table: an array of NumPy (.npy), or a file of safetensors
+            with one vector.
+        names: What the tables are called in the target, the paths of the modules that read them; by default by their
+            tensors.
+        overwrite: Whether target is replaced if it is a model already; it stays as it is until the new one is complete.
+        options: Of the method.
+    """
+
+    examples: ClassVar[str] = """\
+embcompress compress-table model.safetensors:model.embed_tokens.weight small --bits_per_weight 3 --counts counts.npy
+embcompress compress-table items.npy small --integers 4
+"""
+    file: str
+    target: str
+    more: list[str] | None = None
+    method: str = "transform_coding"
+    ratio: float | None = None
+    bits_per_weight: float | None = None
+    integers: int | None = None
+    group_size: int = 32
+    counts: list[str] | None = None
+    names: list[str] | None = None
+    overwrite: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Compress."""
+        files = [self.file, *(self.more or [])]
+        for name, given in (("counts", self.counts), ("names", self.names)):
+            if given is not None and len(given) != len(files):
+                raise UsageError(f"--{name} names {len(given)}, there must be one for each of {len(files)} tables")
+        if self.integers is not None and (self.ratio or self.bits_per_weight or self.options):
+            raise UsageError("--integers says the size itself: leave out --ratio, --bits_per_weight and options")
+        target = Path(os.path.expanduser(self.target))
+        if problem := check_target(target, Source(self.file, Path(self.file), "saved"), self.overwrite):
+            raise UsageError(problem)
+        from lightning_embcompress.cli.compressing_tables import run_compress_table
+
+        run_compress_table(self, files, target)
 
 
 @dataclass(frozen=True)
@@ -218,7 +277,13 @@ embcompress sweep my_model points --text all.txt --bits_per_weight 3 2 --methods
         run_sweep(self, source, folder)
 
 
-COMMANDS: dict[str, type[Command]] = {one.__name__.lower(): one for one in (Compress, Inspect, Densify, Sweep)}
+COMMANDS: dict[str, type[Command]] = {
+    "compress": Compress,
+    "compress-table": CompressTable,
+    "inspect": Inspect,
+    "densify": Densify,
+    "sweep": Sweep,
+}
 
 
 def _check_numbers(batch_tokens: int | None, max_tokens: int | None) -> None:

@@ -29,6 +29,8 @@ Commands:
   test                   one pass over the test set        (--config RECIPE.yaml|NAME --ckpt_path FILE)
   predict                one pass of prediction            (--config RECIPE.yaml|NAME --ckpt_path FILE)
   compress SOURCE TARGET compress the tables of a Hugging Face directory, Lightning checkpoint or saved model
+  compress-table FILE OUT
+                         compress one table of any size from file to file, without its model
   inspect PATH           show tables, methods, ranks, bytes and ratios of a model in files
   densify PATH TARGET    make a compressed model in files an ordinary one again
   export FORMAT IN OUT   write a model for llama.cpp (gguf), ONNX Runtime (onnx) or vLLM (compressed-tensors)
@@ -53,7 +55,7 @@ one line; EMBCOMPRESS_TRACEBACK=1 shows where it was found.
 """
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "run")
-_FILE_COMMANDS = ("compress", "inspect", "densify", "sweep")
+_FILE_COMMANDS = ("compress", "compress-table", "inspect", "densify", "sweep")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -97,7 +99,7 @@ def _dispatch(arguments: list[str]) -> int:
         from lightning_embcompress.cli.commands import COMMANDS
         from lightning_embcompress.cli.parsing import parse
 
-        parse(COMMANDS[command], arguments[1:]).run()
+        parse(COMMANDS[command], arguments[1:], command).run()
         return 0
     if command == "export":
         from lightning_embcompress.cli.export_commands import EXPORTS

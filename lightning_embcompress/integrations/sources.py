@@ -15,6 +15,7 @@ from lightning_embcompress.utils.files import read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 REPORT_FILE = "report.json"
 """What the shell's commands write beside a model."""
 SAVED_FORMAT = "lightning-embcompress"
@@ -29,7 +30,7 @@ INSTANTIATORS = {
 """What compressed checkpoints name to be built with, by what those of dense modules name."""
 
 # In the order in which transformers looks for them.
-_WEIGHTS = (WEIGHTS_FILE, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml", ".yml")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")

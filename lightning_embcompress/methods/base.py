@@ -72,8 +72,6 @@ class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
     """Whether its solver divides a table's work over processes, see `utils.division`."""
     streams: ClassVar[bool] = False
     """Whether it can be found in memory that does not grow with the rows but for a few bytes each, see `outline`."""
-    window_multiple: int = 1
-    """Of how many rows windows are to be multiples that are filled, see `filling`."""
     weight_of_layers: Any = None
     """What layers that read it answer with as their weight, once it was asked for; see `layers.table_weight`."""
 
@@ -227,6 +225,11 @@ class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
             Called with windows of rows, one after the other from the first; the last one may be filled once more.
         """
         raise NotImplementedError(f"{type(self).__name__} does not stream")
+
+    @property
+    def window_multiple(self) -> int:
+        """Of how many rows windows are to be multiples that are filled, see `filling`."""
+        return 1
 
     @torch.no_grad()
     def refined(

@@ -89,6 +89,11 @@ class RowBlocks(Factorization[ConfigT]):
         # The factors may not be loaded yet, and still be on the meta device.
         self._index(block_of_row, block_of_row.device)
 
+    def find_places(self) -> None:
+        """Find where every row is, if that is not known yet: by the block index alone."""
+        if self.position.is_meta:
+            self._index(self.block_of_row)
+
     def runs_of(self, window: slice) -> Iterator[tuple[int, slice, Tensor]]:
         """Neighbouring rows of the table by blocks: the block, where they are in it one after the other, and their ids.
 

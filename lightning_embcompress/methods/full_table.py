@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from typing_extensions import Self
 
 from lightning_embcompress.methods.base import Factorization, Problem
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.quantizers.factors import multiply, read_rows
+from lightning_embcompress.methods.quantizers.factors import PackedFactor, multiply, read_rows
+from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
 from lightning_embcompress.methods.specs import dense_bytes, positive_integers, stored_bytes
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
 from lightning_embcompress.utils.graphs import is_exporting
@@ -36,6 +38,7 @@ class FullTable(Factorization[MethodConfig]):
 
     kind = "full_table"
     config_class = MethodConfig
+    streams = True
 
     def __init__(
         self, vocab_size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -50,6 +53,16 @@ class FullTable(Factorization[MethodConfig]):
         table = cls(weight.shape[0], weight.shape[1], weight.dtype, torch.device("meta"))
         table.weight = weight
         return table
+
+    def filling(self, problem: Problem[MethodConfig]) -> Callable[[slice], None]:
+        """See `Factorization.filling`; of one that is packed."""
+        factor, weight = cast(PackedFactor, self.weight), problem.weight
+        return lambda window: factor.fill_rows(window.start, weight[window])
+
+    @property
+    def window_multiple(self) -> int:
+        """Rows that share a scale."""
+        return group_shape(self.dim, self.quantization.group_size)[0] if self.quantization else 1
 
     def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the table, see `Factorization.rows`; every distinct id is read once."""

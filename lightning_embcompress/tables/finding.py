@@ -17,6 +17,7 @@ from lightning_embcompress.methods.registry import nearest
 from lightning_embcompress.tables.attachments import check_attachments, kept_tensors
 from lightning_embcompress.tables.automatic import choose_tables, large_beside
 from lightning_embcompress.tables.transformers_models import ends_of_texts, reads_numbers
+from lightning_embcompress.utils.tensor_files import Rows
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,25 @@ def check_finite(table: Table) -> None:
             f"table {table.name!r} is on the meta device and has no values to compress: build it, or load its weights, "
             "on a real device before"
         )
+    check_rows_finite(table.name, table.weight.detach())
+
+
+def check_rows_finite(name: str, weight: Rows) -> None:
+    """Refuse a table that holds NaN or infinite values.
+
+    Raises:
+        ValueError: Naming the first such rows.
+    """
     bad = [
-        ids[~torch.isfinite(table.weight.detach()[chunk]).all(dim=1).cpu()]
-        for chunk in row_chunks(*table.shape)
+        ids[~torch.isfinite(weight[chunk]).all(dim=1).cpu()]
+        for chunk in row_chunks(*weight.shape)
         for ids in [torch.arange(chunk.start, chunk.stop)]
     ]
     rows = torch.cat(bad).tolist()
     if rows:
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise ValueError(
-            f"table {table.name!r} has NaN or infinite values in {len(rows)} of its {table.shape[0]} rows "
+            f"table {name!r} has NaN or infinite values in {len(rows)} of its {weight.shape[0]} rows "
             f"(rows {shown}); the training diverged or the checkpoint is damaged: nothing was compressed"
         )
 

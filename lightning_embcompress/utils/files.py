@@ -58,13 +58,19 @@ def replacing(path: str | os.PathLike[str], directory: bool = False) -> Iterator
         yield temporary
         # On the disk before it has the name: after a power cut the name must not stand for an empty file.
         synchronize(temporary)
-        _put_in_place(target, temporary)
+        put_in_place(target, temporary)
         synchronize(target.parent)
     finally:
         _remove(temporary)
 
 
-def _put_in_place(target: Path, temporary: Path) -> None:
+def put_in_place(target: Path, temporary: Path) -> None:
+    """Give a file or a directory that is whole its name, in the place of what has it.
+
+    Args:
+        target: The name.
+        temporary: What is to have it, beside it.
+    """
     if not target.is_dir() or not any(target.iterdir()):
         os.replace(temporary, target)
         return

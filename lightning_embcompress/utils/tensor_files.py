@@ -154,7 +154,7 @@ class TensorFile:
         """
         out = torch.empty(stop - start, dtype=torch.uint8)
         self.check_unchanged()
-        self._read_into(memoryview(out.numpy()), start)
+        self._read_into(_memory(out), start)
         return out
 
     def pieces(self, starts: Tensor, length: int) -> Tensor:
@@ -164,7 +164,7 @@ class TensorFile:
             return out
         self.check_unchanged()
         ends = torch.cat([(starts.diff() > length + _GAP).nonzero().squeeze(1) + 1, torch.tensor([len(starts)])])
-        flat = memoryview(out.view(-1).numpy())
+        flat = _memory(out.view(-1))
         places, first = starts.tolist(), 0
         for last in ends.tolist():
             while first < last:
@@ -175,7 +175,7 @@ class TensorFile:
                     self._read_into(flat[first * length : stop * length], places[first])
                 else:
                     span = torch.empty(places[stop - 1] + length - places[first], dtype=torch.uint8)
-                    self._read_into(memoryview(span.numpy()), places[first])
+                    self._read_into(_memory(span), places[first])
                     # Windows of the span, which overlap.
                     windows = span.as_strided((len(span) - length + 1, length), (1, 1))
                     torch.index_select(windows, 0, starts[first:stop] - places[first], out=out[first:stop])
@@ -312,3 +312,8 @@ class TensorOnDisk:
         out = torch.empty_like(found)
         out[order] = found
         return out.view(*rows.shape, *self.shape[1:])
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array)

@@ -309,6 +309,7 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
     @torch.no_grad()
     def filling(self, problem: Problem[GroupReduceConfig]) -> Callable[[slice], None]:
         """See `Factorization.filling`."""
+        self.find_places()
         weight, bases = problem.weight, self._computing_bases(problem.weight.dtype)
 
         def fill(window: slice) -> None:

@@ -313,6 +313,13 @@ class PackedFactor(Unpacker):
         of, matrix = self.storage, numbers.detach().reshape(self.matrix)
         self.keep(*self.encode(matrix, group_scales(matrix, of.bits, of.group_size, of.scales, search=True)))
 
+    def fill_rows(self, start: int, numbers: Tensor) -> None:
+        """Keep the nearest integers of neighbouring rows, which begin and, but for the last ones, end with a group."""
+        codes, scales = PackedFactor(numbers.shape, self.storage, numbers.dtype, numbers.device).encode(numbers)
+        group = start // group_shape(self.matrix[1], self.storage.group_size)[0]
+        self.codes[start : start + len(codes)] = codes
+        self.scales[group : group + len(scales)] = scales
+
     def group_scales(self) -> Tensor:
         """Scales of all groups, in their dtype of 16 bits."""
         return _as_numbers(self.scales, self.storage.scales)

@@ -225,6 +225,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         return solved
 
     @classmethod
+    @torch.no_grad()
     def outlined(
         cls,
         weight: Rows,
@@ -240,11 +241,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         advance: Callable[[float], None] = lambda _: None,
         device: torch.device | None = None,
     ) -> Self:
-        """As `solve`, but for the coefficients.
-
-        Args:
-            device: Of the coefficients; None for that of the table. On the meta device nothing else is there.
-        """
+        """As `solve`, but for the coefficients: on the meta device, if that is given, they take no memory."""
         vocab_size, dim = weight.shape
         budget, _ = bit_budget(vocab_size, dim, weight.element_size(), max_bytes, widths, window)
         count = groups if isinstance(groups, int) else None
@@ -286,6 +283,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
     @torch.no_grad()
     def filling(self, problem: Problem[SharedBasisConfig]) -> Callable[[slice], None]:
         """See `Factorization.filling`."""
+        self.find_places()
         weight, metric = problem.weight, _metric_of(problem)
         # As many projectors as take 256 MB, in float32.
         encode = self._encoder(weight, metric, kept=max(1, 2**26 // max(1, self.dim**2)))

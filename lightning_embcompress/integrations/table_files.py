@@ -1,0 +1,433 @@
+"""Tables in files that are larger than the memory, compressed from file to file without a model."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcompress.compression.budget import Budget
+from lightning_embcompress.compression.plan import PLAN_VERSION, Plan, TablePlan
+from lightning_embcompress.compression.records import check_tables
+from lightning_embcompress.integrations.contents import sha256
+from lightning_embcompress.integrations.sources import CONFIG_FILE, INDEX_FILE, SAVED_FORMAT, WEIGHTS_FILE
+from lightning_embcompress.methods.base import Problem
+from lightning_embcompress.methods.config import MethodConfig
+from lightning_embcompress.methods.numerics.gram import row_windows
+from lightning_embcompress.methods.registry import (
+    METHODS,
+    Factorization,
+    FullTable,
+    Quantization,
+    factorization_from_spec,
+    get_method,
+)
+from lightning_embcompress.methods.specs import dense_bytes
+from lightning_embcompress.tables.finding import check_rows_finite
+from lightning_embcompress.utils.chunk_sums import SUFFIX, ChunkSums
+from lightning_embcompress.utils.files import explaining_failure, put_in_place, read_json, synchronize
+from lightning_embcompress.utils.progress import progress_bar, say_line
+from lightning_embcompress.utils.tensor_files import NAMES, TensorFile, TensorOnDisk
+
+_JOURNAL = "journal.json"
+# Between two notes of how far it is.
+_SECONDS_BETWEEN_NOTES = 2.0
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """A table in a file.
+
+    Attributes:
+        name: What it is called where it goes: the path of the module whose weight it is.
+        table: Its numbers.
+        counts: `[rows]` how often each occurs; None for equally often.
+    """
+
+    name: str
+    table: TensorOnDisk
+    counts: Tensor | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Which it is, and as of when, as JSON."""
+        file = self.table.file
+        found = os.stat(file.path)
+        counts = None if self.counts is None else [len(self.counts), float(self.counts.double().sum())]
+        place = [str(file.path.resolve()), found.st_size, found.st_mtime_ns, self.table.entry.start]
+        return {"name": self.name, "file": place, "counts": counts}
+
+
+def find_table(said: str) -> TensorOnDisk:
+    """Find a table by `FILE` or `FILE:TENSOR`.
+
+    Args:
+        said: A file of safetensors, the index of a model in several (`model.safetensors.index.json`) or its directory,
+            or an array of NumPy; and, where there is more than one matrix, which tensor.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, has no such tensor, or several that may be meant.
+    """
+    place, _, name = (said, "", "") if Path(said).expanduser().exists() else said.rpartition(":")
+    path = Path(place or said).expanduser()
+    if path.is_dir():
+        path = next((path / one for one in (WEIGHTS_FILE, INDEX_FILE) if (path / one).is_file()), path / WEIGHTS_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}: name it as FILE or FILE:TENSOR")
+    if path.name.endswith(".index.json"):
+        return _in_shards(path, name)
+    if path.suffix not in (".safetensors", ".npy"):
+        raise ValueError(
+            f"{str(path)!r} can only be read as a whole: give a file of safetensors (.safetensors) or an array of "
+            "NumPy (.npy), as safetensors.torch.save_file and numpy.save write them"
+        )
+    file = TensorFile(path)
+    return _checked(file[name or _only_matrix(str(path), {one: e.shape for one, e in file.entries.items()})], said)
+
+
+def _in_shards(index: Path, name: str) -> TensorOnDisk:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{str(index)!r} is damaged: 'weight_map' is {str(shards)[:60]!r}")
+    if not name:
+        files = {file: TensorFile(index.parent / str(file)) for file in sorted(set(shards.values()))}
+        name = _only_matrix(str(index), {one: files[shards[one]].entries[one].shape for one in shards})
+    if name not in shards:
+        raise ValueError(f"{str(index)!r} has no tensor {name!r}; it has {', '.join(map(repr, list(shards)[:6]))}")
+    return _checked(TensorFile(index.parent / str(shards[name]))[name], f"{index}:{name}")
+
+
+def _only_matrix(where: str, shapes: Mapping[str, torch.Size]) -> str:
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    if len(matrices) == 1:
+        return next(iter(matrices))
+    largest = sorted(matrices, key=lambda name: -matrices[name].numel())[:4]
+    listed = ", ".join(f"{name!r} {tuple(matrices[name])}" for name in largest) or "none"
+    raise ValueError(f"{where!r} has {len(matrices)} matrices ({listed}): name one of them, as FILE:TENSOR")
+
+
+def _checked(table: TensorOnDisk, said: str) -> TensorOnDisk:
+    if len(table.shape) != 2 or 0 in table.shape or not table.dtype.is_floating_point:
+        raise ValueError(f"{said!r} is {table.dtype} of shape {tuple(table.shape)}: a table is a matrix of floats")
+    return table
+
+
+def compress_tables(
+    sources: Sequence[TableSource],
+    out: Path,
+    config: MethodConfig | Quantization,
+    budget: Budget | None,
+) -> Plan:
+    """Compress tables from file to file, in memory that does not grow with their rows but for some 40 bytes each.
+
+    What is written is a directory as of `save_compressed`, with the tables alone, and the checksums by which their rows
+    are read from disk; `load_compressed` reads it. It has its name when it is whole. Interrupted, and started again
+    with the same arguments, it goes on where it was, with the last windows of rows that were written.
+
+    Args:
+        sources: The tables.
+        out: A directory that does not exist, or is empty; or is replaced when it is whole.
+        config: Of a method that streams, or how the numbers themselves are quantized.
+        budget: How small each table is to become; None for a quantization, which says it.
+
+    Returns:
+        The plan of the tables.
+
+    Raises:
+        ValueError: If a table cannot be compressed so. Nothing has been written then.
+        OSError: If a file cannot be written.
+    """
+    if isinstance(config, MethodConfig) and not get_method(config.method).factorization.streams:
+        streaming = [name for name, one in METHODS.items() if one.factorization.streams]
+        raise ValueError(
+            f"method {config.method!r} needs the whole table in memory: take one of {', '.join(streaming)}, or integers"
+        )
+    for source in sources:
+        _check_counts(source)
+        with progress_bar(f"Reading {source.name}", total=None):
+            check_rows_finite(source.name, source.table)
+    work = out.absolute().with_name(f".{out.absolute().name}.unfinished")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process is writing {str(out)!r}: wait for it, or choose another") from error
+        with explaining_failure(out):
+            plan = _write_all(sources, work, config, budget)
+            _finish(plan, work, len(sources))
+            (work / "lock").unlink()
+            put_in_place(out.absolute(), work)
+            synchronize(out.absolute().parent)
+    return plan
+
+
+def _write_all(
+    sources: Sequence[TableSource], work: Path, config: MethodConfig | Quantization, budget: Budget | None
+) -> Plan:
+    request = {
+        "tables": [source.record() for source in sources],
+        "config": repr(config),
+        "budget": None if budget is None else budget.given,
+    }
+    journal = _Journal.read(work, request)
+    total = sum(source.table.entry.nbytes for source in sources)
+    tables = []
+    for index, source in enumerate(sources):
+        file = work / _shard(index, len(sources))
+        noted = journal.tables.get(source.name)
+        if noted is None:
+            start = 0
+            factors = _outlined(source, config, budget, total)
+            written = _WrittenTable.create(file, source.name, factors)
+            noted = {"spec": factors.spec(), "filled": 0, "plan": _plan_of(source, factors, config)}
+            journal.note(source.name, noted)
+        else:
+            start = noted["filled"]
+            say_line(f"Going on with {source.name} at row {start:,} of {source.table.shape[0]:,}")
+            empty = factorization_from_spec(noted["spec"], source.table.dtype, torch.device("meta"))
+            factors, written = empty, _WrittenTable.open(file, source.name, empty)
+        if start < source.table.shape[0]:
+            fill = factors.filling(_problem(source, config, budget, total))
+            _fill(source, factors, fill, written, start, partial(journal.filled, source.name))
+        written.close()
+        tables.append(TablePlan(**{**noted["plan"], "modules": tuple(noted["plan"]["modules"])}))
+    return Plan(tuple(tables))
+
+
+def _problem(
+    source: TableSource,
+    config: MethodConfig | Quantization,
+    budget: Budget | None,
+    total: int,
+    advance: Callable[[float], None] = lambda _: None,
+) -> Problem[Any]:
+    table = source.table
+    # Solvers that stream read it by rows alone, as they would a tensor.
+    weight = cast(Tensor, table)
+    if isinstance(config, Quantization) or budget is None:
+        return Problem(weight, 0, source.counts, MethodConfig(), advance, None)
+    dense = dense_bytes(table.shape[0], table.shape[1], table.element_size())
+    most = budget.bytes_of(dense, table.shape.numel(), total)
+    return Problem(weight, most, source.counts, config, advance, None)
+
+
+def _outlined(
+    source: TableSource, config: MethodConfig | Quantization, budget: Budget | None, total: int
+) -> Factorization[Any]:
+    rows, columns = source.table.shape
+    if isinstance(config, Quantization):
+        packed = FullTable(rows, columns, source.table.dtype, torch.device("meta"))
+        packed.hold(config, "packed")
+        return packed
+    with progress_bar(f"Solving {source.name} ({rows:,} x {columns})", total=1.0) as advance:
+        return get_method(config.method).factorization.outline(_problem(source, config, budget, total, advance))
+
+
+def _fill(
+    source: TableSource,
+    factors: Factorization[Any],
+    fill: Callable[[slice], None],
+    written: _WrittenTable,
+    start: int,
+    note: Callable[[int], None],
+) -> None:
+    rows, columns = source.table.shape
+    noted = time.monotonic()
+    with progress_bar(f"Writing {source.name}", total=float(rows), unit="rows") as advance:
+        advance(start)
+        for window in row_windows(rows, columns, factors.window_multiple):
+            if window.stop <= start:
+                continue
+            fill(window)
+            written.release()
+            advance(window.stop - window.start)
+            if window.stop == rows or time.monotonic() - noted > _SECONDS_BETWEEN_NOTES:
+                # On the disk before it is noted that it is there.
+                written.flush()
+                note(window.stop)
+                noted = time.monotonic()
+
+
+def _plan_of(source: TableSource, factors: Factorization[Any], config: MethodConfig | Quantization) -> dict[str, Any]:
+    method, options = (config.method, config.options) if isinstance(config, MethodConfig) else (factors.kind, {})
+    return {
+        "modules": [source.name],
+        "method": method,
+        "options": options,
+        "spec": factors.spec(),
+        "dtype": str(factors.dtype).removeprefix("torch."),
+        "stored_bytes": factors.stored_bytes(),
+        "weighted_error": None,
+    }
+
+
+def _finish(plan: Plan, work: Path, shards: int) -> None:
+    """Write what goes with the tables."""
+    files = [_shard(index, shards) for index in range(shards)]
+    for file in files:
+        with progress_bar(f"Checksums of {file}", total=None):
+            ChunkSums.of(work / file).save(work / f"{file}{SUFFIX}")
+    if shards > 1:
+        named = {name: file for file in files for name in TensorFile(work / file).entries}
+        (work / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": named}), encoding="utf-8")
+    record = {
+        "format": SAVED_FORMAT,
+        "plan": plan.to_dict(),
+        "aliases": {},
+        "has_tables_only": True,
+        "sha256": {file: sha256(work / file) for file in files},
+    }
+    (work / CONFIG_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (work / _JOURNAL).unlink()
+    for path in (*work.iterdir(), work):
+        synchronize(path)
+
+
+def _shard(index: int, count: int) -> str:
+    return WEIGHTS_FILE if count == 1 else f"model-{index + 1:05}-of-{count:05}.safetensors"
+
+
+def _check_counts(source: TableSource) -> None:
+    counts, rows = source.counts, source.table.shape[0]
+    if counts is None:
+        return
+    if counts.shape != (rows,):
+        raise ValueError(f"counts of {source.name!r} have the shape {tuple(counts.shape)}, the table has {rows} rows")
+    if not bool((counts >= 0).all()) or not bool(counts.double().isfinite().all()):
+        raise ValueError(f"counts of {source.name!r} must be numbers that are not negative")
+
+
+class _Journal:
+    """What was written of the tables so far, for the same request to go on from."""
+
+    def __init__(self, file: Path, request: Mapping[str, Any], tables: dict[str, Any]) -> None:
+        self.file, self.request, self.tables = file, request, tables
+
+    @classmethod
+    def read(cls, work: Path, request: dict[str, Any]) -> _Journal:
+        """Go on from what there is of the same request; else begin, without what there is."""
+        file = work / _JOURNAL
+        request = json.loads(json.dumps({**request, "version": PLAN_VERSION}))
+        with suppress(OSError, ValueError):
+            found = read_json(file)
+            if found.get("request") == request:
+                check_tables(
+                    [{**one["plan"], "untied": None, "predicted_loss": None} for one in found["tables"].values()]
+                )
+                return cls(file, request, found["tables"])
+            say_line("What was written before was of other tables or arguments, and is begun anew")
+        for old in work.iterdir():
+            if old.name != "lock":
+                old.unlink()
+        return cls(file, request, {})
+
+    def note(self, name: str, what: dict[str, Any]) -> None:
+        """Note a table whose structure is on the disk."""
+        self.tables[name] = what
+        self._write()
+
+    def filled(self, name: str, rows: int) -> None:
+        """Note how many rows of a table are on the disk."""
+        self.tables[name]["filled"] = rows
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"request": self.request, "tables": self.tables}), encoding="utf-8")
+        synchronize(temporary)
+        os.replace(temporary, self.file)
+
+
+class _WrittenTable:
+    """A file of safetensors in which the tensors of a factorization have their memory while they are computed."""
+
+    def __init__(self, path: Path, name: str, factors: Factorization[Any]) -> None:
+        entries = TensorFile(path).entries
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        self._bytes: Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
+        for own, tensor in factors.state_dict(keep_vars=True).items():
+            entry = entries[f"{name}.factorization.{own}"]
+            memory = self._bytes[entry.start : entry.start + entry.nbytes].view(entry.dtype).view(entry.shape)
+            if not tensor.is_meta:
+                memory.copy_(tensor.detach())
+            _set(factors, own, memory)
+        for part in factors.modules():
+            for own, buffer in part._buffers.items():
+                # What follows from the others, and is in no file.
+                if buffer is not None and buffer.is_meta and own == "unit":
+                    part._buffers[own] = torch.empty_like(buffer, device="cpu")
+
+    @classmethod
+    def create(cls, path: Path, name: str, factors: Factorization[Any]) -> _WrittenTable:
+        """Make the file, with room for all of it on the disk, and what of it is known."""
+        state = factors.state_dict()
+        # Those of the widest numbers first, so that all of them begin at a multiple of their size.
+        order = sorted(state, key=lambda own: (-state[own].dtype.itemsize, own))
+        header: dict[str, Any] = {}
+        place = 0
+        for own in order:
+            tensor, stop = state[own], place + state[own].numel() * state[own].dtype.itemsize
+            header[f"{name}.factorization.{own}"] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [place, stop],
+            }
+            place = stop
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "w+b") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.flush()
+            size = 8 + len(text) + place
+            # A page of a map that finds no room on the disk would end the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        written = cls(path, name, factors)
+        written.flush()
+        return written
+
+    @classmethod
+    def open(cls, path: Path, name: str, factors: Factorization[Any]) -> _WrittenTable:
+        """Go on with a file that `create` has made."""
+        return cls(path, name, factors)
+
+    def release(self) -> None:
+        """Let go of the pages, which stay in the system's cache until they are on the disk."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def flush(self) -> None:
+        """Wait until all of it is on the disk."""
+        self._map.flush()
+
+    def close(self) -> None:
+        """Wait until it is on the disk, and let go of it."""
+        self.flush()
+        self.release()
+
+
+def _set(factors: Factorization[Any], name: str, value: Tensor) -> None:
+    """Put a tensor in the place of another one of the state dict."""
+    path, _, own = name.rpartition(".")
+    module = factors.get_submodule(path)
+    if own in module._parameters:
+        module._parameters[own] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[own] = value
