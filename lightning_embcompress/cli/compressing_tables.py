@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lightning_embcompress.cli.usage import UsageError, in_shell_terms
@@ -63,4 +64,6 @@ def _counts(file: str) -> Tensor:
     vectors = [name for name, entry in tensors.entries.items() if len(entry.shape) == 1]
     if len(vectors) != 1:
         raise UsageError(f"--counts {file!r} must hold one vector, it has {len(vectors)}")
-    return tensors[vectors[0]].read()
+    counts = tensors[vectors[0]].read()
+    # Held all the time, beside tables that are larger than memory.
+    return counts.int() if counts.dtype == torch.int64 and int(counts.max()) < 2**31 else counts

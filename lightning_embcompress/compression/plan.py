@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -26,7 +27,7 @@ from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
 from lightning_embcompress.layers.sizes import compressed_tables, table_shape
 from lightning_embcompress.methods.config import MethodConfig
-from lightning_embcompress.methods.registry import DEFAULT_METHOD, factorization_from_spec, get_config
+from lightning_embcompress.methods.registry import DEFAULT_METHOD, Factorization, factorization_from_spec, get_config
 from lightning_embcompress.methods.specs import dense_bytes
 from lightning_embcompress.tables.finding import all_modules, large_and_dense
 from lightning_embcompress.tables.replacement import check_replaceable, replace_table, restore_dense
@@ -333,7 +334,7 @@ def densify(model: nn.Module) -> None:
 
 
 @outside_inference_mode
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+def apply_plan(model: nn.Module, plan: Plan, loaded: Mapping[str, Factorization[Any]] = MappingProxyType({})) -> None:
     """Give a model the structure of a plan, empty and ready to be loaded into.
 
     Layers that are compressed otherwise, or that the plan leaves dense, are rebuilt too: afterwards the model has the
@@ -343,6 +344,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     Args:
         model: The model that the plan was made for, of ordinary layers or compressed already.
         plan: The plan.
+        loaded: Factorizations that are not empty, but there already, by the names of their tables.
 
     Raises:
         ValueError: If the plan does not fit the model. The model is as it was.
@@ -350,8 +352,11 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     check_plan(model, plan)
     check_replaceable(model, (path for table in plan.tables for path in table.modules))
     named = all_modules(model)
-    factorizations = []
+    factorizations: list[Factorization[Any]] = []
     for table in plan.tables:
+        if table.name in loaded:
+            factorizations.append(loaded[table.name])
+            continue
         layer: Any = named[table.name]
         place = layer.factorization if isinstance(layer, CompressedLayer) else layer.weight
         factorizations.append(factorization_from_spec(table.spec, place.dtype, place.device))

@@ -63,8 +63,7 @@ def read_contents(source: Source, trust: bool = False) -> Contents:
         tensors = {name: one for name, one in plain.items() if one.layout is torch.strided and not one.is_quantized}
         return Contents(tensors, read_plan(checkpoint.get(RECORD_KEY), repr(source.name)), checkpoint)
     is_saved = source.kind == "saved"
-    record = source.config.get("plan", {}) if is_saved else source.config.get("quantization_config")
-    plan = read_plan(record, repr(source.name))
+    plan = read_plan_of(source)
     if is_saved:
         _check_sums(source)
     tensors = {}
@@ -78,6 +77,16 @@ def read_contents(source: Source, trust: bool = False) -> Contents:
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is damaged or cut short: {one_line(error)}") from error
     return Contents(_with_aliases(tensors, source) if is_saved else tensors, plan)
+
+
+def read_plan_of(source: Source) -> Plan:
+    """The plan of a directory.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    record = source.config.get("plan", {}) if source.kind == "saved" else source.config.get("quantization_config")
+    return read_plan(record, repr(source.name))
 
 
 def load_pretrained(source: Source, dtype: torch.dtype | None = None) -> nn.Module:

@@ -62,12 +62,16 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         check_plan(model, self.plan)
         self.known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(self.known or ()), *_entries([*plan.tables, *self.plan.tables])}
+        self.on_disk = self._rows_in_files(model)
         for table in self.plan.tables:
-            empty = _empty(table, model.get_submodule(table.name).weight.dtype).to("meta")
+            empty = self.on_disk.get(table.name)
+            if empty is None:
+                empty = _empty(table, model.get_submodule(table.name).weight.dtype).to("meta")
             replace_table(model, table.modules, empty)
             # A tensor with two names is read from the file under one of them; transformers would take the other for
             # missing, and overwrite what was read. So only the first layer lists the factors while they are loaded.
-            for path in table.modules[1:]:
+            # Of rows that stay in files nothing is to be loaded.
+            for path in table.modules[table.name not in self.on_disk :]:
                 layer = model.get_submodule(path)
                 del layer.factorization
                 layer.__dict__["factorization"] = empty
@@ -77,6 +81,16 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         for part in pretrained_models(model).values():
             part.__dict__["_init_weights"] = _initializing(part._init_weights)
 
+    def _rows_in_files(self, model: Any) -> dict[str, Factorization[Any]]:
+        """Tables whose rows are to stay in their files, see `rows_on_disk`."""
+        from lightning_embcompress.integrations.row_files import rows_of_model
+
+        dtypes = {table.name: model.get_submodule(table.name).weight.dtype for table in self.plan.tables}
+        found = rows_of_model(model, self.plan, self.stored, dtypes)
+        ignored = {rf"(^|\.){re.escape(self.stored[name])}\.factorization\." for name in found}
+        model._keys_to_ignore_on_load_unexpected |= ignored
+        return found
+
     def get_weight_conversions(self) -> list[Any]:
         """Factors that are stored under the name of a layer that this model does not have, or has beside another."""
         from transformers.core_model_loading import WeightRenaming
@@ -84,7 +98,7 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         return [
             WeightRenaming(rf"^{re.escape(stored)}\.factorization\.", f"{path}.factorization.")
             for stored, path in self.stored.items()
-            if stored != path
+            if stored != path and path not in self.on_disk
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -98,7 +112,9 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         from lightning_embcompress.tables.transformers_models import pretrained_models
 
         for table in self.plan.tables:
-            factorization = _loaded(table, model.get_submodule(table.name).factorization)
+            factorization = self.on_disk.get(table.name)
+            if factorization is None:
+                factorization = _loaded(table, model.get_submodule(table.name).factorization)
             for path in table.modules:
                 model.get_submodule(path).factorization = factorization
         model._keys_to_ignore_on_load_unexpected = self.known

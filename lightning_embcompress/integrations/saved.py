@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_embcompress.compression.backbone_files import backbone_shapes, check_backbone_tensors
 from lightning_embcompress.compression.plan import Plan, apply_plan, check_plan, plan_of
 from lightning_embcompress.compression.records import check_factors
-from lightning_embcompress.integrations.contents import load_pretrained, read_contents, sha256
-from lightning_embcompress.integrations.sources import CONFIG_FILE, SAVED_FORMAT, WEIGHTS_FILE, find_directory
-from lightning_embcompress.layers.compressed import CompressedLayer
+from lightning_embcompress.integrations.contents import load_pretrained, read_contents, read_plan_of, sha256
+from lightning_embcompress.integrations.row_files import DEFAULT_CACHE, RowFiles, rows_on_disk, tables_on_disk
+from lightning_embcompress.integrations.skeleton import build_skeleton, put_at
+from lightning_embcompress.integrations.sources import CONFIG_FILE, SAVED_FORMAT, WEIGHTS_FILE, Source, find_directory
+from lightning_embcompress.layers.bags import AnyEmbedding
+from lightning_embcompress.layers.compressed import CompressedEmbedding, CompressedLayer
 from lightning_embcompress.quantization.aware import converted
 from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.transformers_models import only_model
 from lightning_embcompress.utils.files import explaining_failure, replacing, synchronize
 from lightning_embcompress.utils.inference import outside_inference_mode
 from lightning_embcompress.utils.storage import allocate, check_in_memory, check_plain, check_whole, identity_of
+
+Rows: TypeAlias = Literal["memory", "mmap"]
+"""Where the rows of tables are that are looked up alone."""
 
 
 def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -97,15 +106,25 @@ def _is_ours(file: Path) -> bool:
 
 
 @overload
-def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> Plan: ...
+def load_compressed(
+    path: str | os.PathLike[str], model: nn.Module, *, rows: Rows = "memory", row_cache: str | int = DEFAULT_CACHE
+) -> Plan: ...
 
 
 @overload
-def load_compressed(path: str | os.PathLike[str], model: None = None) -> nn.Module: ...
+def load_compressed(
+    path: str | os.PathLike[str], model: None = None, *, rows: Rows = "memory", row_cache: str | int = DEFAULT_CACHE
+) -> nn.Module: ...
 
 
 @outside_inference_mode
-def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None) -> Plan | nn.Module:
+def load_compressed(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    rows: Rows = "memory",
+    row_cache: str | int = DEFAULT_CACHE,
+) -> Plan | nn.Module:
     """Load what `save_compressed`, or `save_pretrained` of a compressed model of transformers, wrote.
 
     Args:
@@ -113,7 +132,12 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None
         model: A module of the same architecture, dense or compressed in whatever way: its tables are replaced, in
             place; it keeps its dtype, and its device unless that is the meta device. It may hold the model of
             transformers that was saved. Without it the model is built as the directory says, which only one that
-            `save_pretrained` wrote does.
+            `save_pretrained` wrote does; of tables alone, as `embcompress compress-table` writes them, it has their
+            layers at their paths.
+        rows: `memory`, or `mmap`: tables that are looked up alone, embeddings that no softmax shares, stay in their
+            file, and a lookup reads the rows that it needs. They do not train.
+        row_cache: Of rows that stay in the file, most bytes that are kept decoded, the last ones asked for, of every
+            table; in bytes or as `"64MB"`.
 
     Returns:
         The plan of the model that was given, or the model that was built.
@@ -136,32 +160,78 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None
         >>> torch.equal(model(ids), fresh(ids))
         True
     """
+    if rows not in get_args(Rows):
+        raise ValueError(f"rows must be one of {', '.join(map(repr, get_args(Rows)))}, it is {rows!r}")
     source = find_directory(Path(path))
     is_saved = source.kind == "saved"
     if not is_saved and "quantization_config" not in source.config:
         raise ValueError(
             f"{source.name!r} was not written by save_compressed, nor by save_pretrained of a compressed model"
         )
+    files = RowFiles.of(source, row_cache) if rows == "mmap" and is_saved else None
+    if model is None and source.config.get("has_tables_only"):
+        return _tables_alone(source, files)
     if model is None and is_saved:
         raise ValueError(
             f"{source.name!r} was written by save_compressed and does not say what kind of model it is: build one "
             "as it was before compression and pass it, as in load_compressed(path, model)"
         )
     if model is None:
-        return load_pretrained(source)
+        with rows_on_disk(row_cache) if rows == "mmap" else nullcontext():
+            return load_pretrained(source)
     # A LightningModule, say, around the model that was saved.
     model = model if is_saved else only_model(model) or model
-    contents = read_contents(source)
-    plan, tensors = contents.plan, contents.tensors
+    plan, on_disk = read_plan_of(source), {}
     check_plan(model, plan)
+    if rows == "mmap":
+        files = files or RowFiles.of(source, row_cache)
+        on_disk = tables_on_disk(plan, model, files)
+        tensors = _beside(files, plan, on_disk, source)
+    else:
+        tensors = read_contents(source).tensors
+    in_memory = replace(plan, tables=tuple(table for table in plan.tables if table.name not in on_disk))
     if not is_saved:
-        tensors |= {name: tensors[stored] for name, stored in _aliases(model, plan, tensors).items()}
-    _check_tensors(repr(source.name), model, plan, tensors)
+        tensors |= {name: tensors[stored] for name, stored in _aliases(model, in_memory, tensors).items()}
+    stays = {path for table in plan.tables if table.name in on_disk for path in table.modules}
+    _check_tensors(repr(source.name), model, in_memory, tensors, stays, bool(source.config.get("has_tables_only")))
     check_in_memory(model, "the model")
+    for path in stays:
+        layer = model.get_submodule(path)
+        if isinstance(layer, AnyEmbedding) and layer.weight.is_meta:
+            # No memory for what is on disk: one number stands for all.
+            layer.weight = nn.Parameter(torch.empty((), dtype=layer.weight.dtype).expand(layer.weight.shape))
     allocate(model)
-    apply_plan(model, plan)
-    model.load_state_dict(tensors)
+    apply_plan(model, plan, on_disk)
+    model.load_state_dict(tensors, strict=not stays and not source.config.get("has_tables_only"))
     return plan_of(model)
+
+
+def _tables_alone(source: Source, files: RowFiles | None) -> nn.Module:
+    """Layers of tables that were compressed without their model."""
+    if files is None:
+        contents = read_contents(source)
+        return build_skeleton(contents.tensors, contents.plan, repr(source.name))
+    model = nn.Module()
+    for table in read_plan_of(source).tables:
+        if (rows := files.table(table)) is None:
+            raise ValueError(f"table {table.name!r} has nothing to be read by rows: load it with rows='memory'")
+        for path in table.modules:
+            put_at(model, path, CompressedEmbedding(rows))
+    return model
+
+
+def _beside(files: RowFiles, plan: Plan, on_disk: Mapping[str, Any], source: Source) -> dict[str, Tensor]:
+    """Tensors beside tables whose rows stay in files, by all their names."""
+    stays = tuple(
+        f"{path}.{own}"
+        for table in plan.tables
+        if table.name in on_disk
+        for path in table.modules
+        for own in ("factorization.", "weight")
+    )
+    tensors = {name: tensor.read() for name, tensor in files.tensors.items() if not name.startswith(stays)}
+    aliases = source.config.get("aliases", {})
+    return tensors | {name: tensors[stored] for name, stored in aliases.items() if stored in tensors}
 
 
 def _aliases(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -180,8 +250,13 @@ def _aliases(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dic
     }
 
 
-def _check_tensors(where: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Compare tensors with what a model will have once it is compressed as planned, before it is changed."""
+def _check_tensors(
+    where: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], stays: Collection[str], tables_only: bool
+) -> None:
+    """Compare tensors with what a model will have once it is compressed as planned, before it is changed.
+
+    Those of layers that stay on disk are not looked at; nor what a model has beside tables, where there are no others.
+    """
     check_factors(plan.tables, tensors, where)
     check_backbone_tensors(plan.backbone, tensors, where)
     layers = {path: layer for path, layer in all_modules(model).items() if isinstance(layer, CompressedLayer)}
@@ -191,8 +266,8 @@ def _check_tensors(where: str, model: nn.Module, plan: Plan, tensors: Mapping[st
         expected[f"{path}.weight"] = (layer.factorization.vocab_size, layer.factorization.dim)
     expected = backbone_shapes(model, plan.backbone, expected)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    tables = {path for table in plan.tables for path in table.modules}
-    for name in sorted(expected.keys() | found.keys()):
+    tables = {path for table in plan.tables for path in table.modules} | set(stays)
+    for name in sorted(found if tables_only else expected.keys() | found.keys()):
         if _table_of(name) not in tables and expected.get(name) != found.get(name):
             raise ValueError(
                 f"{where} does not fit the model: {name!r} is {found.get(name, 'missing')} in the file and "

@@ -69,13 +69,13 @@ def build_skeleton(state: Mapping[str, Tensor], plan: Plan, where: str, dtype: t
         tensors.pop(f"{path}.weight", None)
         shared = sharing[identity_of(weight)]
         is_last = len(shared) > 1 and shared[-1] == path and not biases.keys() & set(shared)
-        _put(skeleton, path, _layer(parameters[identity_of(weight)], biases.get(path), is_last))
+        put_at(skeleton, path, _layer(parameters[identity_of(weight)], biases.get(path), is_last))
     for name, tensor in tensors.items():
-        _put(skeleton, name, tensor)
+        put_at(skeleton, name, tensor)
     if plan.backbone is not None:
         number = next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.empty(()))
         for name, shape in plan.backbone.weights.items():
-            _put(skeleton, name, nn.Parameter(torch.empty(shape, dtype=number.dtype)))
+            put_at(skeleton, name, nn.Parameter(torch.empty(shape, dtype=number.dtype)))
     apply_plan(skeleton, plan)
     # Assigned: what was cast since the plan was made keeps its dtype, and nothing is copied.
     beside |= {name for name in state if _owner(name, compressed)}
@@ -129,7 +129,7 @@ def choose_tables(skeleton: nn.Module) -> list[str]:
     return list(largest)
 
 
-def _put(skeleton: nn.Module, name: str, value: Tensor | nn.Module) -> None:
+def put_at(skeleton: nn.Module, name: str, value: Tensor | nn.Module) -> None:
     """Put something where its name says, which was checked when the model was built that it is a part of."""
     node = skeleton
     path, _, leaf = name.rpartition(".")

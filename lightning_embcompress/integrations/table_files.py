@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_embcompress.compression.budget import Budget
 from lightning_embcompress.compression.plan import PLAN_VERSION, Plan, TablePlan
@@ -39,6 +39,7 @@ from lightning_embcompress.tables.finding import check_rows_finite
 from lightning_embcompress.utils.chunk_sums import SUFFIX, ChunkSums
 from lightning_embcompress.utils.files import explaining_failure, put_in_place, read_json, synchronize
 from lightning_embcompress.utils.progress import progress_bar, say_line
+from lightning_embcompress.utils.storage import set_tensor
 from lightning_embcompress.utils.tensor_files import NAMES, TensorFile, TensorOnDisk
 
 _JOURNAL = "journal.json"
@@ -365,7 +366,7 @@ class _WrittenTable:
             memory = self._bytes[entry.start : entry.start + entry.nbytes].view(entry.dtype).view(entry.shape)
             if not tensor.is_meta:
                 memory.copy_(tensor.detach())
-            _set(factors, own, memory)
+            set_tensor(factors, own, memory)
         for part in factors.modules():
             for own, buffer in part._buffers.items():
                 # What follows from the others, and is in no file.
@@ -421,13 +422,3 @@ class _WrittenTable:
         """Wait until it is on the disk, and let go of it."""
         self.flush()
         self.release()
-
-
-def _set(factors: Factorization[Any], name: str, value: Tensor) -> None:
-    """Put a tensor in the place of another one of the state dict."""
-    path, _, own = name.rpartition(".")
-    module = factors.get_submodule(path)
-    if own in module._parameters:
-        module._parameters[own] = nn.Parameter(value, requires_grad=False)
-    else:
-        module._buffers[own] = value

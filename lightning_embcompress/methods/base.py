@@ -72,6 +72,8 @@ class Factorization(ConstantRows, QuantizationStates, ABC, Generic[ConfigT]):
     """Whether its solver divides a table's work over processes, see `utils.division`."""
     streams: ClassVar[bool] = False
     """Whether it can be found in memory that does not grow with the rows but for a few bytes each, see `outline`."""
+    row_factors: ClassVar[tuple[str, ...]] = ()
+    """What of it is read by rows, and may stay in a file, see `methods.on_disk`."""
     weight_of_layers: Any = None
     """What layers that read it answer with as their weight, once it was asked for; see `layers.table_weight`."""
 

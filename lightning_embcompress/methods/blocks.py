@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_embcompress.methods.base import ConfigT, Factorization
 from lightning_embcompress.methods.kernels.choice import uncompiled
+from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.quantizers.packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.specs import integers
 from lightning_embcompress.methods.tiles import TileMaker, Tiles
@@ -67,10 +68,12 @@ class RowBlocks(Factorization[ConfigT]):
     def _index(self, block_of_row: Tensor, device: torch.device | None = None) -> None:
         """Set which row is in which block, and the permutations that follow; None for the device of the index."""
         device = device or self.packed_block_index.device
-        # Stable: within a block rows are in vocabulary order, so that the block index alone is enough.
-        order = torch.argsort(block_of_row, stable=True)
+        # Stable: within a block rows are in vocabulary order, so that the block index alone is enough. Narrow, as
+        # sorting takes a copy.
+        order = torch.argsort(block_of_row.to(torch.int32), stable=True)
         position = torch.empty_like(order)
-        position[order] = torch.arange(self.vocab_size, device=order.device)
+        for chunk in row_chunks(self.vocab_size, 1):
+            position[order[chunk]] = torch.arange(chunk.start, chunk.stop, device=order.device)
         self.in_order = bool((order[1:] > order[:-1]).all())
         self.packed_block_index = pack_bits(block_of_row, bit_width(len(self.sizes))).to(device)
         self.order, self.position = order.to(device), position.to(device)
@@ -140,11 +143,15 @@ class RowBlocks(Factorization[ConfigT]):
     @uncompiled
     def _distinct_rows(self, ids: Tensor, sparse: bool) -> Tensor:
         distinct, inverse = torch.unique(ids, return_inverse=True)
-        positions, by_position = self.position.index_select(0, distinct).sort()
+        return F.embedding(inverse, self.rows_at(self.position.index_select(0, distinct), sparse))
+
+    def rows_at(self, position: Tensor, sparse: bool = False) -> Tensor:
+        """`[n, dim]` rows by `[n]` positions in the order of blocks."""
+        positions, by_position = position.sort()
         ends = torch.tensor(self.sizes, device=positions.device).cumsum(0)
         counts = torch.diff(torch.searchsorted(positions, ends), prepend=ends.new_zeros(1)).tolist()
         # In training blocks without an id too: all factors get a gradient, if of zeros, as DDP insists.
-        every_block = torch.is_grad_enabled() or not ids.numel()
+        every_block = torch.is_grad_enabled() or not position.numel()
         places: list[Tensor | None] = []
         start = 0
         for piece, size in zip(torch.split(positions, counts), self.sizes, strict=True):
@@ -152,7 +159,7 @@ class RowBlocks(Factorization[ConfigT]):
             start += size
         place = torch.empty_like(by_position)
         place[by_position] = torch.arange(by_position.numel(), device=place.device)
-        return F.embedding(place[inverse], torch.cat(self.rows_of_blocks(places, sparse)))
+        return F.embedding(place, torch.cat(self.rows_of_blocks(places, sparse)))
 
     def _exported_rows(self, ids: Tensor) -> Tensor:
         """Rows in a graph whose shapes do not depend on the ids: every id is looked up in every block."""

@@ -39,6 +39,7 @@ class FullTable(Factorization[MethodConfig]):
     kind = "full_table"
     config_class = MethodConfig
     streams = True
+    row_factors = ("weight",)
 
     def __init__(
         self, vocab_size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None

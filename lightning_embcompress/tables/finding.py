@@ -146,12 +146,11 @@ def check_rows_finite(name: str, weight: Rows) -> None:
     Raises:
         ValueError: Naming the first such rows.
     """
-    bad = [
-        ids[~torch.isfinite(weight[chunk]).all(dim=1).cpu()]
-        for chunk in row_chunks(*weight.shape)
-        for ids in [torch.arange(chunk.start, chunk.stop)]
-    ]
-    rows = torch.cat(bad).tolist()
+    rows: list[int] = []
+    for chunk in row_chunks(*weight.shape):
+        is_finite = torch.isfinite(weight[chunk]).all(dim=1)
+        if not bool(is_finite.all()):
+            rows += (chunk.start + (~is_finite).nonzero().squeeze(1)).tolist()
     if rows:
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise ValueError(

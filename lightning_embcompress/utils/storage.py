@@ -151,3 +151,19 @@ def allocate(module: nn.Module) -> None:
                     trains = tensor.requires_grad
                     made[tensor] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
                 tensors[name] = made[tensor]  # type: ignore[assignment]
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of one of a module's state dict, a parameter that does not train or a buffer.
+
+    Args:
+        module: The module.
+        name: Of the tensor there.
+        value: What takes its place; nothing is copied.
+    """
+    path, _, own = name.rpartition(".")
+    part = module.get_submodule(path)
+    if own in part._parameters:
+        part._parameters[own] = nn.Parameter(value, requires_grad=False)
+    else:
+        part._buffers[own] = value

@@ -19,8 +19,8 @@ from lightning_embcompress.utils.chunk_sums import ChunkSums
 
 # Bytes between two pieces up to which both are read at once: those of a page are read anyway.
 _GAP = 2**12
-# Bytes that are read at once.
-_SPAN = 2**24
+# Most bytes that are read at once.
+_AT_ONCE = 2**25
 _LONGEST_HEADER = 100 * 2**20
 _DTYPES = {
     "F64": torch.float64,
@@ -157,30 +157,41 @@ class TensorFile:
         self._read_into(_memory(out), start)
         return out
 
-    def pieces(self, starts: Tensor, length: int) -> Tensor:
-        """`[n, length]` bytes that begin at `[n]` ascending places; what is near to each other is read at once."""
-        out = torch.empty(len(starts), length, dtype=torch.uint8)
-        if not out.numel():
-            return out
+    def ranges(self, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Read ranges of bytes in the order in which they are in the file; what is near to each other at once.
+
+        Args:
+            starts: `[*]` int64 first bytes.
+            lengths: `[*]` int64 numbers of bytes; nothing is read of those of none.
+
+        Returns:
+            uint8, what was read, and `[*]` where each range begins in it.
+
+        Raises:
+            ValueError: As `read`.
+        """
         self.check_unchanged()
-        ends = torch.cat([(starts.diff() > length + _GAP).nonzero().squeeze(1) + 1, torch.tensor([len(starts)])])
-        flat = _memory(out.view(-1))
-        places, first = starts.tolist(), 0
-        for last in ends.tolist():
-            while first < last:
-                stop = last
-                if places[stop - 1] - places[first] > _SPAN:
-                    stop = first + int(torch.searchsorted(starts[first:last], places[first] + _SPAN)) or first + 1
-                if stop == first + 1:
-                    self._read_into(flat[first * length : stop * length], places[first])
-                else:
-                    span = torch.empty(places[stop - 1] + length - places[first], dtype=torch.uint8)
-                    self._read_into(_memory(span), places[first])
-                    # Windows of the span, which overlap.
-                    windows = span.as_strided((len(span) - length + 1, length), (1, 1))
-                    torch.index_select(windows, 0, starts[first:stop] - places[first], out=out[first:stop])
-                first = stop
-        return out
+        begin, order = starts.reshape(-1).sort()
+        end = begin + lengths.reshape(-1)[order]
+        offsets = torch.zeros_like(begin)
+        is_wanted = end > begin
+        begin, end, order = begin[is_wanted], end[is_wanted], order[is_wanted]
+        if not len(begin):
+            return torch.empty(0, dtype=torch.uint8), offsets.view(starts.shape)
+        reached = end.cummax(0).values
+        is_first = torch.ones(len(begin), dtype=torch.bool)
+        is_first[1:] = begin[1:] > reached[:-1] + _GAP
+        firsts = is_first.nonzero().squeeze(1)
+        span_begin = begin[firsts]
+        span_length = reached[torch.cat([firsts[1:], firsts.new_tensor([len(begin)])]) - 1] - span_begin
+        span_place = span_length.cumsum(0) - span_length
+        content = torch.empty(int(span_length.sum()), dtype=torch.uint8)
+        memory = _memory(content)
+        for place, first, length in zip(span_place.tolist(), span_begin.tolist(), span_length.tolist(), strict=True):
+            self._read_into(memory[place : place + length], first)
+        span = is_first.cumsum(0) - 1
+        offsets[order] = span_place[span] + begin - span_begin[span]
+        return content, offsets.view(starts.shape)
 
     def check_unchanged(self) -> None:
         """Refuse a file that was written to since it was opened.
@@ -305,13 +316,17 @@ class TensorOnDisk:
             last = max(first, last)
             found = self.file.read(begin + first * length, begin + last * length)
             return found.view(self.dtype).view(last - first, *self.shape[1:])
-        ids, order = rows.reshape(-1).sort()
-        if len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= self.shape[0]):
-            raise IndexError(f"row {int(ids[0] if ids[0] < 0 else ids[-1])} is not one of {self.shape[0]}")
-        found = self.file.pieces(begin + ids * length, length).view(self.dtype)
-        out = torch.empty_like(found)
-        out[order] = found
-        return out.view(*rows.shape, *self.shape[1:])
+        ids = rows.reshape(-1)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
+            raise IndexError(f"rows {int(ids.min())} to {int(ids.max())} are not all of {self.shape[0]}")
+        out = torch.empty(len(ids), length, dtype=torch.uint8)
+        # A few at a time: what lies between them is read too.
+        for some in torch.split(torch.arange(len(ids)), max(1, _AT_ONCE // (length + _GAP))):
+            content, offsets = self.file.ranges(begin + ids[some] * length, torch.full_like(some, length))
+            if len(content) and length:
+                windows = content.as_strided((len(content) - length + 1, length), (1, 1))
+                torch.index_select(windows, 0, offsets, out=out[some[0] : some[-1] + 1])
+        return out.view(self.dtype).view(*rows.shape, *self.shape[1:])
 
 
 def _memory(tensor: Tensor) -> memoryview:

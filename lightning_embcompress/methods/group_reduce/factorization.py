@@ -62,6 +62,7 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
     divides = True
     streams = True
     shared_factors = ("basis",)
+    row_factors = ("coefficients",)
 
     def __init__(
         self,

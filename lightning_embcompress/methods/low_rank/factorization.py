@@ -50,6 +50,7 @@ class LowRank(SizedFactorization[LowRankConfig]):
     entries = ("rank",)
     divides = True
     shared_factors = ("basis",)
+    row_factors = ("coefficients",)
 
     def __init__(
         self,

@@ -96,7 +96,8 @@ class ProjectedTable:
         self.dtype = compute_dtype(weight.dtype)
         q = metric.weights.to(weight.device, torch.float64)
         # A row of no weight still has a say in where the mean of its block is.
-        self.q = q.clamp(min=max(_LEAST_WEIGHT * float(q.mean()), 1e-30))
+        least = max(_LEAST_WEIGHT * float(q.mean()), 1e-30)
+        self.q = q if float(q.min()) >= least else q.clamp(min=least)
         self.units = row_units(vocab_size, dim)
         self.center = torch.zeros(dim, dtype=torch.float64)
         self.projector = torch.zeros(dim, dim, dtype=torch.float64)
@@ -105,6 +106,14 @@ class ProjectedTable:
 
     def equal_groups(self, groups: int) -> Tensor:
         """Groups of equal numbers of words, those of the highest weight first; of equal weight, the longest first."""
+        order = torch.argsort(self._norms(), descending=True, stable=True)
+        order = order[torch.argsort(self.q[order], descending=True, stable=True)]
+        # In place of what is no longer needed: of all rows every number takes much memory.
+        groups_in_order = torch.arange(order.numel(), device=order.device).mul_(groups)
+        return torch.empty_like(order).scatter_(0, order, groups_in_order.div_(order.numel(), rounding_mode="floor"))
+
+    def _norms(self) -> Tensor:
+        """`[vocab_size]` squared lengths of rows."""
         norms = torch.empty(self.weight.shape[0], dtype=self.dtype, device=self.weight.device)
 
         def compute(unit: int) -> None:
@@ -113,11 +122,7 @@ class ProjectedTable:
 
         runs = [run_of(chunks) for chunks in self.units]
         deal([[norms[run]] for run in runs], [run.stop - run.start for run in runs], compute)
-        order = torch.argsort(norms, descending=True, stable=True)
-        order = order[torch.argsort(self.q[order], descending=True, stable=True)]
-        blocks = torch.empty_like(order)
-        blocks[order] = torch.arange(order.numel(), device=order.device) * groups // order.numel()
-        return blocks
+        return norms
 
     def choose_basis(self, blocks: Tensor, groups: int, begin: Tensor | None = None) -> None:
         """Eigenvectors of the weighted moment around the means of blocks, seen through the metric.
@@ -357,7 +362,7 @@ class ProjectedTable:
         groups, rank = means.shape
         sizes = torch.bincount(blocks, minlength=groups)
         mass = torch.zeros(groups, dtype=torch.float64, device=blocks.device).index_add_(0, blocks, self.q)
-        share = self.q * (sizes / mass.clamp(min=1e-300))[blocks]
+        share = (sizes / mass.clamp(min=1e-300))[blocks].mul_(self.q)
         rows, weights = draw(share, min(_SAMPLED_ROWS, max(256, _SAMPLED // max(1, rank))))
         inside = blocks[rows].cpu()
         values = self.coefficients(rows, rank)

@@ -25,11 +25,13 @@ def draw(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
         >>> draw(torch.tensor([1.0, 8.0, 1.0, 1.0, 1.0]), 3)
         (tensor([1, 0, 3]), tensor([8., 2., 2.]))
     """
-    order = weights.argsort(descending=True, stable=True)
-    once = torch.ones_like(weights)
-    chance = chances(weights, once, count)[order]
-    drawn, _ = at_equal_steps(chance, once)
-    return order[drawn], weights[order][drawn] / chance[drawn]
+    if count >= len(weights):
+        return weights.argsort(descending=True, stable=True), weights.sort(descending=True).values
+    # In place, as there may be more items than memory for many numbers of each.
+    ordered, order = weights.sort(descending=True, stable=True)
+    chance = _chances_in_order(ordered, None, count)
+    drawn, _ = at_equal_steps(chance, None)
+    return order[drawn], ordered[drawn] / chance[drawn]
 
 
 def chances(weights: Tensor, copies: Tensor, count: int) -> Tensor:
@@ -50,23 +52,34 @@ def chances(weights: Tensor, copies: Tensor, count: int) -> Tensor:
     if count >= float(copies.sum()):
         return torch.ones_like(weights)
     weights, order = weights.sort(descending=True, stable=True)
-    copies = copies[order].to(weights)
-    rest = (weights * copies).flip(0).cumsum(0).flip(0)
-    left = count - (copies.cumsum(0) - copies)
-    # Items are certain while they weigh at least what one of those that are left to draw stands for.
-    certain = int((weights * left >= rest).int().cumprod(0).sum())
-    found = torch.ones_like(weights)
-    if certain < weights.numel():
-        found[certain:] = weights[certain:] * (left[certain] / rest[certain])
+    found = _chances_in_order(weights, copies[order].to(weights), count)
     return torch.empty_like(found).scatter_(0, order, found)
 
 
-def at_equal_steps(chance: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+def _chances_in_order(weights: Tensor, copies: Tensor | None, count: int) -> Tensor:
+    """As `chances`, of items in the order of their weights; no copies for one of each."""
+    mass = weights if copies is None else weights * copies
+    # Items that are certain are drawn, so that they are among the first.
+    first = weights[:count]
+    own = torch.ones_like(first) if copies is None else copies[:count]
+    rest = mass[count:].sum() + mass[:count].flip(0).cumsum(0).flip(0)
+    left = count - (own.cumsum(0) - own)
+    # They are certain while they weigh at least what one of those that are left to draw stands for.
+    certain = int((first * left >= rest).int().cumprod(0).sum())
+    if certain == len(weights):
+        return torch.ones_like(weights)
+    behind = left[certain] / rest[certain] if certain < len(left) else torch.zeros_like(rest[0])
+    found = weights * behind
+    found[:certain] = 1
+    return found
+
+
+def at_equal_steps(chance: Tensor, copies: Tensor | None) -> tuple[Tensor, Tensor]:
     """The items, and which of their copies, at which the sum of the chances so far passes a whole number.
 
     Args:
         chance: `[items]` from 0 to 1.
-        copies: `[items]` how many times each is there, one after the other.
+        copies: `[items]` how many times each is there, one after the other; None for once.
 
     Returns:
         `[drawn]` ids of items and `[drawn]` which copy of each, from 0.
@@ -76,10 +89,12 @@ def at_equal_steps(chance: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([0, 1, 1]), tensor([0, 0, 2]))
     """
     chance = chance.double()
-    mass = chance * copies
-    sums = mass.cumsum(0)
+    sums = (chance if copies is None else chance * copies).cumsum(0)
     # Half a step off, so that rounding of the sums decides nothing.
     steps = torch.arange(math.floor(float(sums[-1]) + 0.5), dtype=torch.float64, device=chance.device) + 0.5
     item = torch.searchsorted(sums, steps)
-    copy = ((steps - (sums - mass)[item]) / chance[item]).ceil().long() - 1
+    if copies is None:
+        return item, torch.zeros_like(item)
+    before = sums[item] - chance[item] * copies[item]
+    copy = ((steps - before) / chance[item]).ceil().long() - 1
     return item, torch.minimum(copy.clamp(min=0), copies[item].long() - 1)

@@ -156,7 +156,9 @@ def shared_basis(
         advance(step * (refine_rounds - done - 1))
         break
     rates, sums, blocks = best
-    if not budget.is_exact and blocks is not start_blocks:
+    has_moved = blocks is not start_blocks
+    del start_blocks, best
+    if not budget.is_exact and has_moved:
         # Rows of a block are more alike than they were, and lose less.
         widths = fit_widths(table, blocks, sums, budget)
         rates = _allocated(sums, widths, budget)
@@ -235,8 +237,10 @@ def _solution(
 ) -> SharedBasis:
     """What was found, without empty blocks."""
     present = (sums.sizes > 0).nonzero().squeeze(1)
-    number = torch.full((len(sums.sizes),), -1, dtype=torch.long)
-    number[present] = torch.arange(len(present))
+    if len(present) < len(sums.sizes):
+        number = torch.full((len(sums.sizes),), -1, dtype=torch.long)
+        number[present] = torch.arange(len(present))
+        blocks = number.to(blocks.device)[blocks]
     rank = rates.widths.shape[1]
     bits = coded_by_trellis(torch.tensor(widths.bits)[rates.widths[present]], budget.window)
     scales = sums.scales[present, :rank]
@@ -244,7 +248,7 @@ def _solution(
     # unit, and have a place in every dtype.
     lengths = table.inverse[:rank].norm(dim=1)
     solution = SharedBasis(
-        number.to(blocks.device)[blocks],
+        blocks,
         bits,
         sums.stored[present],
         table.projector[:, :rank] * lengths,

@@ -49,6 +49,7 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
 
     entries: ClassVar[tuple[str, ...]] = ("rank", "sizes", "segments", "is_coded")
     shared_factors = ("basis", "means")
+    row_factors = ("packed_codes", "coefficients")
 
     def __init__(
         self,

@@ -244,8 +244,24 @@ class StoredCodes(RowBlocks[ConfigT]):
         begin = first_code + (position.unsqueeze(1) - first_row) * rank
         component = torch.arange(self.rank, device=ids.device)
         codes = looked_up(self.codes, torch.where(component < rank, begin + component, 0))
+        return self._rows_by_codes(codes, block, places, frame, sparse)
+
+    def _rows_by_codes(self, codes: Tensor, block: Tensor, places: Places, frame: Frame, sparse: bool) -> Tensor:
         values = looked_up(self._level_values(sparse), codes.int() + places.offsets[block])
         return (values * places.scales[block]) @ frame.basis + frame.means[block]
+
+    def rows_of_places(self, positions: Tensor) -> Tensor:
+        """`[n, dim]` rows by their positions in the order of blocks, of codes that are read from a file."""
+        stored: Any = self._modules["packed_codes"]
+        frame, places = self._frame(), _places.of([self.codes, self.scale_codes, self.scale_unit], self._place_codes)
+        positions = positions.to(places.ends.device)
+        block = torch.searchsorted(places.ends, positions, right=True)
+        within = positions - places.numbers[block, 0]
+        codes = stored.read(block.cpu(), within.cpu()).to(block.device)
+        for one in torch.unique(block).tolist() if self.window else ():
+            own, rank = (block == one).nonzero().squeeze(1), self.ranks[one]
+            codes[own, :rank] = from_windows(codes[own, :rank], self.segments[one], self.window)
+        return self._rows_by_codes(codes, block, places, frame, sparse=False)
 
     @uncompiled
     def _rows_of_bytes(self, ids: Tensor, laid: LaidOut) -> Tensor:
