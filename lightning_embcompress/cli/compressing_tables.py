@@ -37,9 +37,11 @@ def run_compress_table(command: CompressTable, files: list[str], target: Path) -
         raise UsageError(in_shell_terms(str(error))) from error
     sources = []
     for index, said in enumerate(files):
-        table = find_table(said)
+        tensor, table = find_table(said)
         counts = None if command.counts is None else _counts(command.counts[index])
-        name = _name(said) if command.names is None else command.names[index]
+        # The path of the module that reads it, as far as its tensor says it.
+        own = tensor.removesuffix("weight").removesuffix(".") or "table"
+        name = own if command.names is None else command.names[index]
         sources.append(TableSource(name, table, counts))
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
@@ -51,12 +53,6 @@ def run_compress_table(command: CompressTable, files: list[str], target: Path) -
         say(f"{found.name} ({shape}): {size}, {found.bits_per_weight:.3f} bits per weight ({found.ratio:.2f}x)")
     say(f"Written: {target}")
     say(f"Rows are read from the file by lightning_embcompress.load_compressed({str(target)!r}, rows='mmap')")
-
-
-def _name(said: str) -> str:
-    """The path of the module that reads a table, as far as its tensor says it."""
-    tensor = "" if Path(said).expanduser().exists() else said.rpartition(":")[2]
-    return tensor.removesuffix("weight").removesuffix(".") or "table"
 
 
 def _counts(file: str) -> Tensor:

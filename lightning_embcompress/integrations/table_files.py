@@ -70,12 +70,15 @@ class TableSource:
         return {"name": self.name, "file": place, "counts": counts}
 
 
-def find_table(said: str) -> TensorOnDisk:
+def find_table(said: str) -> tuple[str, TensorOnDisk]:
     """Find a table by `FILE` or `FILE:TENSOR`.
 
     Args:
         said: A file of safetensors, the index of a model in several (`model.safetensors.index.json`) or its directory,
             or an array of NumPy; and, where there is more than one matrix, which tensor.
+
+    Returns:
+        The name of the tensor, none of an array, and the table.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -95,10 +98,11 @@ def find_table(said: str) -> TensorOnDisk:
             "NumPy (.npy), as safetensors.torch.save_file and numpy.save write them"
         )
     file = TensorFile(path)
-    return _checked(file[name or _only_matrix(str(path), {one: e.shape for one, e in file.entries.items()})], said)
+    name = name or _only_matrix(str(path), {own: entry.shape for own, entry in file.entries.items()})
+    return name, _checked(file[name], said)
 
 
-def _in_shards(index: Path, name: str) -> TensorOnDisk:
+def _in_shards(index: Path, name: str) -> tuple[str, TensorOnDisk]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{str(index)!r} is damaged: 'weight_map' is {str(shards)[:60]!r}")
@@ -107,7 +111,7 @@ def _in_shards(index: Path, name: str) -> TensorOnDisk:
         name = _only_matrix(str(index), {one: files[shards[one]].entries[one].shape for one in shards})
     if name not in shards:
         raise ValueError(f"{str(index)!r} has no tensor {name!r}; it has {', '.join(map(repr, list(shards)[:6]))}")
-    return _checked(TensorFile(index.parent / str(shards[name]))[name], f"{index}:{name}")
+    return name, _checked(TensorFile(index.parent / str(shards[name]))[name], f"{index}:{name}")
 
 
 def _only_matrix(where: str, shapes: Mapping[str, torch.Size]) -> str:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_embcompress.layers.bags import AnyEmbedding
 from lightning_embcompress.layers.compressed import CompressedLayer
-from lightning_embcompress.tables.transformers_models import pretrained_models, vocabulary_layers
+from lightning_embcompress.tables.transformers_models import is_second_table, pretrained_models, vocabulary_layers
 
 # A vocabulary is small, and not looked at, if its tables have less than this part of the weights of the largest.
 _LARGE = 0.1
@@ -129,8 +129,15 @@ def choose_tables(named: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
         readers = _readers(named)
         heads = [one for one in heads if one.is_projection and not readers[one.rows].difference(one.layers)]
         certain += heads if len(heads) == 1 else []
+    # Looked up beside the words, and worth it.
+    least = _LARGE * max((one.size for one in certain), default=0)
+    second = [
+        one
+        for one in candidates
+        if one not in certain and one.size >= least and inside.issuperset(one.layers) and is_second_table(one.path)
+    ]
     outside = [one for one in candidates if one not in certain and not inside.intersection(one.layers)]
-    chosen = certain + _by_shape(outside, certain, named, only_pairs=bool(compressed))
+    chosen = certain + second + _by_shape(outside, certain, named, only_pairs=bool(compressed))
     if any(isinstance(layer, CompressedLayer) for layer in layers) or (compressed and not chosen):
         raise ValueError(
             f"the model's tables {', '.join(map(repr, compressed))} are compressed already: restore them with "

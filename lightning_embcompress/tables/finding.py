@@ -58,7 +58,8 @@ def find_tables(model: nn.Module, tables: str | Sequence[str] = "auto") -> list[
 
     1. Of a model of transformers it takes what `get_input_embeddings` and `get_output_embeddings` name, of the model
        and of all models within it (where that is no softmax, the projection of as many rows), and other embeddings
-       that share their weight with a projection. Nothing else: not positions, a pooler or an MLP.
+       that share their weight with a projection; and second tables that are known, `embed_tokens_per_layer` (Gemma 3n
+       and 4) and `entity_embeddings` (LUKE). Nothing else: not positions, a pooler or an MLP.
     2. Of other modules it takes embeddings (`nn.Embedding`, `nn.EmbeddingBag`) together with the projection that is
        tied to them or has as many rows, up to a tenth of padding. What another layer reads is hidden, no softmax.
     3. It takes an embedding without such a softmax if it has more rows than all that have one, and its name does not

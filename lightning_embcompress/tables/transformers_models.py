@@ -14,6 +14,19 @@ from lightning_embcompress.layers.compressed import CompressedLayer
 
 # Of transformers: joins the numbers of its `decoder` with those of another weight before it multiplies.
 _READ_AS_NUMBERS = ("MobileBertLMPredictionHead",)
+# Of transformers: embeddings that are looked up beside those of the words, one a layer (Gemma 3n, Gemma 4) or of
+# entities (LUKE). Nothing else of a model says what they are.
+_SECOND_TABLES = ("embed_tokens_per_layer", "entity_embeddings")
+
+
+def is_second_table(path: str) -> bool:
+    """Whether an embedding within a model of transformers is a table beside that of its words, by its name.
+
+    Example:
+        >>> is_second_table("model.embed_tokens_per_layer"), is_second_table("model.embed_tokens")
+        (True, False)
+    """
+    return path.rpartition(".")[2] in _SECOND_TABLES
 
 
 def reads_numbers(module: nn.Module) -> bool:

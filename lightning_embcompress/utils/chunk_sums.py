@@ -35,18 +35,25 @@ class ChunkSums:
         if digests.shape != (-(-size // CHUNK_BYTES), _DIGEST_BYTES):
             raise ValueError(f"there are sums of {len(digests)} chunks, and not of {size} bytes")
         self.size, self.digests = size, digests
-        self._is_read = bytearray(len(digests))
+        self._is_read = torch.zeros(len(digests), dtype=torch.bool, device="cpu")
 
-    def unread(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Chunks of a range of bytes that were not compared yet: their numbers, where they begin and end."""
-        for chunk in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
-            if not self._is_read[chunk]:
-                yield chunk, chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, self.size)
+    def unread(self, starts: Tensor, stops: Tensor) -> Iterator[tuple[int, int, int]]:
+        """Chunks of `[n]` ranges of bytes that were not compared yet: their numbers, where they begin and end."""
+        first, last = starts // CHUNK_BYTES, (stops - 1) // CHUNK_BYTES
+        # Most ranges are short: within a chunk, or across the border of two.
+        ends = torch.cat([first, last])
+        if bool(self._is_read[ends].all()) and bool((last - first <= 1).all()):
+            return
+        for start, stop in zip(first.tolist(), last.tolist(), strict=True):
+            for chunk in range(start, stop + 1):
+                if not self._is_read[chunk]:
+                    yield chunk, chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, self.size)
 
     def holds(self, chunk: int, content: bytes | bytearray) -> bool:
         """Whether a chunk is what it was; it is not looked at again then."""
-        self._is_read[chunk] = _digest(content) == bytes(self.digests[chunk].tolist())
-        return bool(self._is_read[chunk])
+        is_same = _digest(content) == bytes(self.digests[chunk].tolist())
+        self._is_read[chunk] = is_same
+        return is_same
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> ChunkSums:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ def find_device(name: str) -> torch.device:
         usable = ", ".join(kind for kind, is_there in there.items() if is_there)
         raise ValueError(f"device {name!r} is not there: {reason}; take auto or {usable}")
     return torch.device(name)
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Make tensors on the CPU, whatever the default device: a mode of torch, only where that is another one."""
+    return torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext()
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -152,9 +152,10 @@ class TensorFile:
         Raises:
             ValueError: If they are not what was written, or the file was written to since it was opened.
         """
-        out = torch.empty(stop - start, dtype=torch.uint8)
+        out = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
         self.check_unchanged()
-        self._read_into(_memory(out), start)
+        self._check_sums(torch.tensor([start], device="cpu"), torch.tensor([stop], device="cpu"))
+        self._fill(_memory(out), start)
         return out
 
     def ranges(self, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,9 +187,12 @@ class TensorFile:
         span_length = reached[torch.cat([firsts[1:], firsts.new_tensor([len(begin)])]) - 1] - span_begin
         span_place = span_length.cumsum(0) - span_length
         content = torch.empty(int(span_length.sum()), dtype=torch.uint8)
-        memory = _memory(content)
+        self._check_sums(span_begin, span_begin + span_length)
+        memory, descriptor, preadv = _memory(content), self._descriptor, os.preadv
+        # Nothing but the call: there may be thousands.
         for place, first, length in zip(span_place.tolist(), span_begin.tolist(), span_length.tolist(), strict=True):
-            self._read_into(memory[place : place + length], first)
+            if preadv(descriptor, (memory[place : place + length],), first) != length:
+                self._fill(memory[place : place + length], first)
         span = is_first.cumsum(0) - 1
         offsets[order] = span_place[span] + begin - span_begin[span]
         return content, offsets.view(starts.shape)
@@ -209,14 +213,15 @@ class TensorFile:
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
 
-    def _read_into(self, place: memoryview, start: int) -> None:
-        if self.sums is not None:
-            for chunk, first, stop in self.sums.unread(start, start + len(place)):
-                content = bytearray(stop - first)
-                self._fill(memoryview(content), first)
-                if not self.sums.holds(chunk, content):
-                    raise self._damaged(f"bytes {first} to {stop} are not those that were written")
-        self._fill(place, start)
+    def _check_sums(self, starts: Tensor, stops: Tensor) -> None:
+        """Compare the chunks of `[n]` ranges with their sums, those that were not compared yet."""
+        if self.sums is None:
+            return
+        for chunk, first, stop in self.sums.unread(starts, stops):
+            content = bytearray(stop - first)
+            self._fill(memoryview(content), first)
+            if not self.sums.holds(chunk, content):
+                raise self._damaged(f"bytes {first} to {stop} are not those that were written")
 
     def _fill(self, place: memoryview, start: int) -> None:
         done = 0
@@ -319,11 +324,14 @@ class TensorOnDisk:
         ids = rows.reshape(-1)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
             raise IndexError(f"rows {int(ids.min())} to {int(ids.max())} are not all of {self.shape[0]}")
+        if not length:
+            # Of bytes without a stride no other numbers can be seen.
+            return torch.empty(*rows.shape, *self.shape[1:], dtype=self.dtype)
         out = torch.empty(len(ids), length, dtype=torch.uint8)
         # A few at a time: what lies between them is read too.
         for some in torch.split(torch.arange(len(ids)), max(1, _AT_ONCE // (length + _GAP))):
             content, offsets = self.file.ranges(begin + ids[some] * length, torch.full_like(some, length))
-            if len(content) and length:
+            if len(content):
                 windows = content.as_strided((len(content) - length + 1, length), (1, 1))
                 torch.index_select(windows, 0, offsets, out=out[some[0] : some[-1] + 1])
         return out.view(self.dtype).view(*rows.shape, *self.shape[1:])

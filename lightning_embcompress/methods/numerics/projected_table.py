@@ -362,8 +362,8 @@ class ProjectedTable:
         groups, rank = means.shape
         sizes = torch.bincount(blocks, minlength=groups)
         mass = torch.zeros(groups, dtype=torch.float64, device=blocks.device).index_add_(0, blocks, self.q)
-        share = (sizes / mass.clamp(min=1e-300))[blocks].mul_(self.q)
-        rows, weights = draw(share, min(_SAMPLED_ROWS, max(256, _SAMPLED // max(1, rank))))
+        count = min(_SAMPLED_ROWS, max(256, _SAMPLED // max(1, rank)))
+        rows, weights = draw((sizes / mass.clamp(min=1e-300))[blocks].mul_(self.q), count)
         inside = blocks[rows].cpu()
         values = self.coefficients(rows, rank)
         # In place: of many rows they are as large as the table that they are of.

@@ -27,11 +27,18 @@ def draw(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     if count >= len(weights):
         return weights.argsort(descending=True, stable=True), weights.sort(descending=True).values
-    # In place, as there may be more items than memory for many numbers of each.
     ordered, order = weights.sort(descending=True, stable=True)
-    chance = _chances_in_order(ordered, None, count)
-    drawn, _ = at_equal_steps(chance, None)
-    return order[drawn], ordered[drawn] / chance[drawn]
+    del weights
+    certain, behind = _certain(ordered, None, count)
+    # In place: of very many items every number takes much memory.
+    heaviest = ordered[:certain].clone()
+    sums = ordered.mul_(behind)
+    sums[:certain] = 1
+    drawn, _ = _at_equal_steps(sums.cumsum_(0))
+    stands_for = torch.full((len(drawn),), 1 / behind if behind else 1.0, dtype=sums.dtype, device=sums.device)
+    is_certain = drawn < certain
+    stands_for[is_certain] = heaviest[drawn[is_certain]]
+    return order[drawn], stands_for
 
 
 def chances(weights: Tensor, copies: Tensor, count: int) -> Tensor:
@@ -52,12 +59,20 @@ def chances(weights: Tensor, copies: Tensor, count: int) -> Tensor:
     if count >= float(copies.sum()):
         return torch.ones_like(weights)
     weights, order = weights.sort(descending=True, stable=True)
-    found = _chances_in_order(weights, copies[order].to(weights), count)
+    certain, behind = _certain(weights, copies[order].to(weights), count)
+    found = weights * behind
+    found[:certain] = 1
     return torch.empty_like(found).scatter_(0, order, found)
 
 
-def _chances_in_order(weights: Tensor, copies: Tensor | None, count: int) -> Tensor:
-    """As `chances`, of items in the order of their weights; no copies for one of each."""
+def _certain(weights: Tensor, copies: Tensor | None, count: int) -> tuple[int, float]:
+    """How many of the heaviest items are drawn for certain, and the chance of the others over their weight.
+
+    Args:
+        weights: `[items]`, the heaviest first.
+        copies: `[items]` how many times each is there; None for once.
+        count: How many are to be drawn.
+    """
     mass = weights if copies is None else weights * copies
     # Items that are certain are drawn, so that they are among the first.
     first = weights[:count]
@@ -66,20 +81,15 @@ def _chances_in_order(weights: Tensor, copies: Tensor | None, count: int) -> Ten
     left = count - (own.cumsum(0) - own)
     # They are certain while they weigh at least what one of those that are left to draw stands for.
     certain = int((first * left >= rest).int().cumprod(0).sum())
-    if certain == len(weights):
-        return torch.ones_like(weights)
-    behind = left[certain] / rest[certain] if certain < len(left) else torch.zeros_like(rest[0])
-    found = weights * behind
-    found[:certain] = 1
-    return found
+    return certain, float(left[certain] / rest[certain]) if certain < len(left) else 0.0
 
 
-def at_equal_steps(chance: Tensor, copies: Tensor | None) -> tuple[Tensor, Tensor]:
+def at_equal_steps(chance: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
     """The items, and which of their copies, at which the sum of the chances so far passes a whole number.
 
     Args:
         chance: `[items]` from 0 to 1.
-        copies: `[items]` how many times each is there, one after the other; None for once.
+        copies: `[items]` how many times each is there, one after the other.
 
     Returns:
         `[drawn]` ids of items and `[drawn]` which copy of each, from 0.
@@ -89,12 +99,15 @@ def at_equal_steps(chance: Tensor, copies: Tensor | None) -> tuple[Tensor, Tenso
         (tensor([0, 1, 1]), tensor([0, 0, 2]))
     """
     chance = chance.double()
-    sums = (chance if copies is None else chance * copies).cumsum(0)
-    # Half a step off, so that rounding of the sums decides nothing.
-    steps = torch.arange(math.floor(float(sums[-1]) + 0.5), dtype=torch.float64, device=chance.device) + 0.5
-    item = torch.searchsorted(sums, steps)
-    if copies is None:
-        return item, torch.zeros_like(item)
-    before = sums[item] - chance[item] * copies[item]
-    copy = ((steps - before) / chance[item]).ceil().long() - 1
+    mass = chance * copies
+    sums = mass.cumsum(0)
+    item, steps = _at_equal_steps(sums)
+    copy = ((steps - (sums - mass)[item]) / chance[item]).ceil().long() - 1
     return item, torch.minimum(copy.clamp(min=0), copies[item].long() - 1)
+
+
+def _at_equal_steps(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Items at which sums pass a whole number, and the numbers."""
+    # Half a step off, so that rounding of the sums decides nothing.
+    steps = torch.arange(math.floor(float(sums[-1]) + 0.5), dtype=torch.float64, device=sums.device) + 0.5
+    return torch.searchsorted(sums.double(), steps), steps

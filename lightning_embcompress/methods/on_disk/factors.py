@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_embcompress.methods.quantizers.factors import PackedFactor
+from lightning_embcompress.methods.quantizers.factors import PackedFactor, as_numbers
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
 from lightning_embcompress.methods.quantizers.packed_rows import read_packed_rows
 from lightning_embcompress.methods.quantizers.packing import packed_bytes
@@ -81,9 +81,9 @@ class PackedFactorOnDisk(PackedFactor):
         """`[*, columns]` rows, read from the file."""
         of, columns, flat = self.storage, self.matrix[1], place.reshape(-1).cpu()
         group_rows, _ = group_shape(columns, of.group_size)
-        scales = self.scales_on_disk[flat // group_rows].view(of.scales)
+        scales = as_numbers(self.scales_on_disk[flat // group_rows], of.scales)
         # Each comes with its own scales, those that share them too.
-        group_size = of.group_size if group_rows == 1 else columns
+        group_size = of.group_size if group_rows == 1 else max(1, columns)
         found = read_packed_rows(
             self.codes_on_disk[flat], scales, torch.arange(len(flat)), of.bits, columns, group_size, self.dtype
         )

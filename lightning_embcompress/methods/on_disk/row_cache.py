@@ -49,9 +49,10 @@ class RowCache:
         """Copies and pickles begin empty."""
         return RowCache, (self.read, self.capacity)
 
-    def clear(self) -> None:
-        """Forget all rows."""
+    def clear(self, capacity: int) -> None:
+        """Forget all rows, and keep as many as that from now on."""
         with self._lock:
+            self.capacity = capacity
             self._slots.clear()
             self._kept = None
 
@@ -66,10 +67,12 @@ class RowCache:
         distinct, inverse = torch.unique(ids, return_inverse=True)
         wanted = distinct.tolist()
         with self._lock:
-            slots = [self._slots.get(one, -1) for one in wanted]
-            for one, slot in zip(wanted, slots, strict=True):
+            find, touch = self._slots.get, self._slots.move_to_end
+            slots = []
+            for one in wanted:
+                slots.append(slot := find(one, -1))
                 if slot >= 0:
-                    self._slots.move_to_end(one)
+                    touch(one)
             places = torch.tensor(slots, dtype=torch.long)
             missing = (places < 0).nonzero().squeeze(1)
             self.lookups += len(wanted)

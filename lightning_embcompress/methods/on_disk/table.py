@@ -21,6 +21,7 @@ from lightning_embcompress.methods.quantizers.factors import PackedFactor
 from lightning_embcompress.methods.quantizers.quantization import Quantization
 from lightning_embcompress.methods.registry import factorization_from_spec
 from lightning_embcompress.methods.shared_basis.storage import SharedBasisStorage
+from lightning_embcompress.utils.devices import on_cpu
 from lightning_embcompress.utils.storage import set_tensor
 from lightning_embcompress.utils.tensor_files import TensorOnDisk
 
@@ -48,15 +49,18 @@ class RowsOnDisk(Factorization[MethodConfig]):
         if not can_stay_on_disk(table):
             raise ValueError(f"{type(table).__name__} has no factor that is read by rows: load it to memory")
         self._bytes, self._spec = table.stored_bytes(), table.spec()
-        row_bytes = max(1, table.dim * table.dtype.itemsize)
         # Whatever the default device.
-        with torch.device("cpu"):
+        with on_cpu():
             self._by_rows(table, tensors)
         self.table = table.requires_grad_(False)
         self.keep_padding(table.padding_ids, table.padding_rows)
-        self._buffers.pop("padding_rows") if self.padding_rows is None else None
-        self.cache = RowCache(self._read, min(table.vocab_size, cache_bytes // row_bytes))
+        self._cache_bytes = cache_bytes
+        self.cache = RowCache(self._read, self._capacity())
         self._kept_as = (self.dtype, self.device)
+
+    def _capacity(self) -> int:
+        """Rows that the cache has room for."""
+        return min(self.vocab_size, self._cache_bytes // max(1, self.dim * self.dtype.itemsize))
 
     def _by_rows(self, table: Any, tensors: Mapping[str, TensorOnDisk]) -> None:
         """Let what is read by rows stay in the file, and read all else."""
@@ -99,12 +103,22 @@ class RowsOnDisk(Factorization[MethodConfig]):
 
     @torch.no_grad()
     def rows(self, ids: Tensor, sparse: bool = False) -> Tensor:
-        """See `Factorization.rows`; without a gradient."""
+        """See `Factorization.rows`; without a gradient.
+
+        Raises:
+            IndexError: If an id is out of range.
+            ValueError: If the file is not what was written.
+        """
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise IndexError(
+                f"ids are from {int(ids.min())} to {int(ids.max())}, the table has {self.vocab_size} rows: is the "
+                "vocabulary another one?"
+            )
         if self._kept_as != (now := (self.dtype, self.device)):
             # The model was cast.
-            self.cache.clear()
+            self.cache.clear(self._capacity())
             self._kept_as = now
-        with torch.device("cpu"):
+        with on_cpu():
             return self.cache.rows(ids.cpu()).to(ids.device)
 
     def prefetch(self, ids: Tensor) -> None:
@@ -125,7 +139,7 @@ class RowsOnDisk(Factorization[MethodConfig]):
 
     def _all_rows(self) -> Any:
         for chunk in row_chunks(self.vocab_size, self.dim):
-            with torch.device("cpu"):
+            with on_cpu():
                 rows = self._read(torch.arange(chunk.start, chunk.stop))
             yield rows
 

@@ -257,13 +257,13 @@ class Unpacker(StoredParameter):
     def forward(self, *parts: Tensor) -> Tensor:
         """All of the numbers."""
         if not isinstance(self.storage, Quantization):
-            return _as_numbers(parts[0], HALVES[self.storage]).to(self.dtype).view(self.shape)
+            return as_numbers(parts[0], HALVES[self.storage]).to(self.dtype).view(self.shape)
         places = torch.arange(self.matrix[0], device=parts[0].device)
         return self._rows(places, *parts).view(self.shape)
 
     def _rows(self, places: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         of = cast(Quantization, self.storage)
-        numbers = _as_numbers(scales, of.scales)
+        numbers = as_numbers(scales, of.scales)
         return read_packed_rows(codes, numbers, places, of.bits, self.matrix[1], of.group_size, self.dtype)
 
 
@@ -322,7 +322,7 @@ class PackedFactor(Unpacker):
 
     def group_scales(self) -> Tensor:
         """Scales of all groups, in their dtype of 16 bits."""
-        return _as_numbers(self.scales, self.storage.scales)
+        return as_numbers(self.scales, self.storage.scales)
 
     def rows(self, place: Tensor, sparse: bool = False) -> Tensor:
         """`[*, columns]` rows; no others are unpacked."""
@@ -398,7 +398,8 @@ def _as_bytes(scales: Tensor) -> Tensor:
     return scales.contiguous().view(torch.uint8).reshape(scales.shape[0], 2 * scales.shape[1])
 
 
-def _as_numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
+def as_numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of 16 bits that `[rows, bytes]` uint8 are."""
     if not data.numel():
         # Of no columns: bytes of no strides cannot be seen as others.
         return data.new_empty(data.shape[0], data.shape[1] // 2, dtype=dtype)
