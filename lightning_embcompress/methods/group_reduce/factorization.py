@@ -18,7 +18,7 @@ from lightning_embcompress.methods.blocks import MOST_BLOCKS, RowBlocks
 from lightning_embcompress.methods.group_reduce.config import GroupReduceConfig
 from lightning_embcompress.methods.group_reduce.solver import BlockSolution, group_reduce
 from lightning_embcompress.methods.numerics.alignment import aligned_bases
-from lightning_embcompress.methods.numerics.gram import compute_dtype, project, row_units, row_weights, run_of
+from lightning_embcompress.methods.numerics.gram import compute_dtype, project, row_weights, row_windows
 from lightning_embcompress.methods.numerics.metric import Metric
 from lightning_embcompress.methods.numerics.rank_allocation import is_dense, smallest_elements
 from lightning_embcompress.methods.products import balance_product, store_product
@@ -248,23 +248,17 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         """Coefficients of all rows in the bases of a solution, turned towards those of a reference of equal ranks."""
         factorization = cls._outlined(weight, solution, reference)
         bases = factorization._computing_bases(weight.dtype)
-        units: list[tuple[Tensor, Tensor, Tensor]] = []
-        parts = zip(
-            torch.split(factorization.order, factorization.sizes), factorization.coefficients, bases, strict=True
-        )
-        for rows, coefficients, basis in parts:
-            if basis is None:
-                coefficients.copy_(weight[rows])
-                continue
-            runs = [run_of(chunks) for chunks in row_units(rows.numel(), weight.shape[1])]
-            units += [(coefficients[run], rows[run], basis) for run in runs]
+        windows = row_windows(*weight.shape)
+        parts = [part for window in windows for part in factorization.runs_of(window)]
+        results = [[factorization.coefficients[block].detach()[place]] for block, place, _ in parts]
 
         def compute(unit: int) -> None:
-            coefficients, rows, basis = units[unit]
-            coefficients.copy_(project(weight, basis, rows))
+            block, _, ids = parts[unit]
+            basis = bases[block]
+            results[unit][0].copy_(weight[ids] if basis is None else project(weight, basis, ids))
 
         # Processes share the rows of all blocks.
-        deal([[unit[0]] for unit in units], [rows.numel() * basis.shape[0] for _, rows, basis in units], compute)
+        deal(results, [len(ids) * (1.0 + factorization.ranks[block]) for block, _, ids in parts], compute)
         return factorization
 
     @classmethod

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_embcompress.methods.quantizers.packing import bit_width, packed_bytes, unpack_bits
 
-# Rows of which the blocks are counted: as many are looked at to find one.
-_STEP = 256
+# Fewest rows of which the blocks are counted: as many are looked at to find one.
+_STEP = 64
 # Steps that are looked at at a time.
 _STEPS = 2**12
 
@@ -18,8 +18,8 @@ _STEPS = 2**12
 class BlockPlaces:
     """Finds where a row is in its block: as many before it as there are earlier rows of that block.
 
-    A permutation takes 8 bytes a row and has to be sorted; counts of every 256th row take one, or less, and are there
-    at once.
+    A permutation takes 8 bytes a row and has to be sorted; counts before every 64th row take two, or less, and are
+    there at once.
 
     Args:
         packed: The packed block index.
@@ -39,14 +39,17 @@ class BlockPlaces:
         """Count."""
         self.packed, self.bits, self.rows = packed, bit_width(len(sizes)), sum(sizes)
         self.starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
-        steps, blocks = -(-self.rows // _STEP), len(sizes)
+        blocks = len(sizes)
+        # Of many blocks more rows, so that counts take no more than 2 bytes a row; whole bytes of the index.
+        self.step = max(_STEP, 8 * -(-blocks // 4))
+        steps = -(-self.rows // self.step)
         counts = torch.zeros(steps + 1, blocks, dtype=torch.int32)
         for first in range(0, steps, _STEPS):
-            own = self._blocks(first * _STEP, min(self.rows, (first + _STEPS) * _STEP)).long()
+            own = self._blocks(first * self.step, min(self.rows, (first + _STEPS) * self.step)).long()
             if own.numel() and int(own.max()) >= blocks:
                 raise ValueError("the block index is damaged: it has blocks that do not exist")
-            number = torch.arange(len(own)) // _STEP * blocks
-            found = torch.bincount(number + own, minlength=-(-len(own) // _STEP) * blocks).view(-1, blocks)
+            number = torch.arange(len(own)) // self.step * blocks
+            found = torch.bincount(number + own, minlength=-(-len(own) // self.step) * blocks).view(-1, blocks)
             counts[first + 1 : first + 1 + len(found)] = found
         self.counts = counts.cumsum(0, dtype=torch.int32)
         if self.counts[-1].tolist() != list(sizes):
@@ -54,12 +57,12 @@ class BlockPlaces:
 
     def of(self, ids: Tensor) -> Tensor:
         """`[n]` positions of `[n]` ids in the order of blocks."""
-        step = ids // _STEP
-        around = (step * _STEP).unsqueeze(1) + torch.arange(_STEP)
+        step = ids // self.step
+        around = (step * self.step).unsqueeze(1) + torch.arange(self.step)
         blocks = self._looked_up(around)
-        place = ids - step * _STEP
+        place = ids - step * self.step
         own = blocks.gather(1, place.unsqueeze(1))
-        before = ((blocks == own) & (torch.arange(_STEP) < place.unsqueeze(1))).sum(dim=1)
+        before = ((blocks == own) & (torch.arange(self.step) < place.unsqueeze(1))).sum(dim=1)
         block = own.squeeze(1).long()
         return self.starts[block] + self.counts[step, block] + before
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_embcompress.methods.quantizers.factors import PackedFactor, as_numbers
 from lightning_embcompress.methods.quantizers.integer_quantizer import group_shape
 from lightning_embcompress.methods.quantizers.packed_rows import read_packed_rows
 from lightning_embcompress.methods.quantizers.packing import packed_bytes
+from lightning_embcompress.methods.shared_basis.packed_layout import PackedLayout
 from lightning_embcompress.utils.tensor_files import TensorOnDisk
 
 
@@ -95,41 +96,44 @@ class CodesOnDisk(OnDisk):
 
     Args:
         tensor: Where they are.
-        sizes: Rows of every block.
-        segments: Runs `[bits, components]` of every block.
+        layout: How they are packed.
     """
 
-    def __init__(
-        self, tensor: TensorOnDisk, sizes: Sequence[int], segments: Sequence[Sequence[tuple[int, int]]]
-    ) -> None:
+    def __init__(self, tensor: TensorOnDisk, layout: PackedLayout) -> None:
         """Find where the codes of every block and component are."""
         super().__init__(tensor)
-        blocks, most = len(sizes), max(1, *(len(runs) for runs in segments))
-        rank = max(sum(count for _, count in runs) for runs in segments)
-        # Of every run: the first byte, bits of a row. Of every component: its run, its first bit there, its bits.
-        self.begins = torch.zeros(blocks, most, dtype=torch.long)
-        self.row_bits = torch.zeros(blocks, most, dtype=torch.long)
-        self.components = torch.zeros(3, blocks, rank, dtype=torch.long)
-        begin = tensor.entry.start
-        for block, (size, runs) in enumerate(zip(sizes, segments, strict=True)):
-            start = 0
-            for run, (bits, count) in enumerate((abs(bits), count) for bits, count in runs):
-                self.begins[block, run], self.row_bits[block, run] = begin, count * bits
+        parts = [torch.tensor(rows, dtype=torch.long) for rows in layout.parts]
+        self.row_bits = pad_sequence(parts, batch_first=True)
+        """`[blocks, parts]` bits of a row."""
+        self.begins = torch.zeros_like(self.row_bits)
+        """`[blocks, parts]` first byte."""
+        rank = max(sum(count for _, count in runs) for runs in layout.segments)
+        self.components = torch.zeros(3, len(parts), rank, dtype=torch.long)
+        """`[3, blocks, rank]`: of every component the part, the first bit in a row of it, and its bits."""
+        for block, (size, runs) in enumerate(zip(layout.sizes, layout.segments, strict=True)):
+            begin = tensor.entry.start + layout.begins[block]
+            for part, row in enumerate(layout.parts[block]):
+                self.begins[block, part] = begin
+                begin += packed_bytes(size, row)
+            start = first = 0
+            for run, (bits, count) in enumerate(runs):
                 own = self.components[:, block, start : start + count]
-                own[0], own[1], own[2] = run, torch.arange(count) * bits, bits
-                start, begin = start + count, begin + packed_bytes(size * count, bits)
+                own[0], own[1], own[2] = 0 if layout.by_rows else run, first + torch.arange(count) * bits, bits
+                start, first = start + count, first + bits * count if layout.by_rows else 0
 
     def read(self, blocks: Tensor, places: Tensor) -> Tensor:
         """`[n, rank]` uint8 codes of `[n]` rows by their blocks and places there; 0 where a block has no component."""
         row_bits = self.row_bits[blocks]
         first_bit = places.unsqueeze(1) * row_bits
         starts = self.begins[blocks] + (first_bit >> 3)
-        lengths = torch.where(row_bits > 0, ((first_bit & 7) + row_bits + 7) >> 3, 0)
+        lengths = ((first_bit & 7) + row_bits + 7) >> 3
+        lengths[row_bits == 0] = 0
         content, offsets = self.tensor.file.ranges(starts, lengths)
         run, within, bits = self.components[:, blocks]
         # Bits in what was read, of every code.
-        bit = (offsets * 8 + (first_bit & 7)).gather(1, run) + within
-        byte, wide = bit >> 3, content.int()
-        values = (wide[byte] | (wide[(byte + 1).clamp(max=len(wide) - 1)] << 8)) >> (bit & 7).int()
-        codes: Tensor = (values & ((1 << bits.int()) - 1)).to(torch.uint8)
-        return codes
+        bit = (offsets * 8 + (first_bit & 7)).gather(1, run).add_(within)
+        # The two bytes from every one on, in which a code ends wherever it begins.
+        pairs = torch.cat([content, content.new_zeros(2)]).int()
+        pairs = pairs[:-1] | (pairs[1:] << 8)
+        values = pairs.take(bit >> 3).bitwise_right_shift_((bit & 7).int())
+        return values.bitwise_and_((1 << bits.int()) - 1).to(torch.uint8)

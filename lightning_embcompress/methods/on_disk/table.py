@@ -72,7 +72,7 @@ class RowsOnDisk(Factorization[MethodConfig]):
                 )
         if codes is not None:
             del table._buffers["packed_codes"]
-            table.packed_codes = CodesOnDisk(codes, table.sizes, table.segments)
+            table.packed_codes = CodesOnDisk(codes, table.layout)
         for name in table.row_factors:
             factor = table._modules.get(name, table._parameters.get(name))
             if isinstance(factor, nn.ParameterList | nn.ModuleList):

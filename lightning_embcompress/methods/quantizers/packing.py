@@ -40,6 +40,10 @@ def pack_bits(values: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
         return packed.copy_(values)
     shifts = torch.arange(bits, device=values.device)
     places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=values.device)
+    if bits == 1 and values.dtype == torch.uint8:
+        # Digits are there already.
+        digits = torch.nn.functional.pad(values, (0, -count % 8)).view(-1, 8)
+        return torch.sum(digits * places, dim=1, dtype=torch.uint8, out=packed)
     for start in range(0, count, _PIECE):
         piece = values[start : start + _PIECE]
         digits = ((piece.long().unsqueeze(1) >> shifts) & 1).flatten().to(torch.uint8)
@@ -87,6 +91,9 @@ def unpack_bits(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torc
     if bits == 8:
         return packed[:count].to(dtype)
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    if bits == 1:
+        digits = (packed[: packed_bytes(count, 1)].unsqueeze(1) >> places) & 1
+        return digits.flatten()[:count].to(dtype)
     shifts = torch.arange(bits, device=packed.device)
     values = torch.empty(count, dtype=dtype, device=packed.device)
     for start in range(0, count, _PIECE):

@@ -250,7 +250,9 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         segments = [segments_of(row, is_coded) for row in solution.bits.tolist()]
         sizes = torch.bincount(solution.block_of_row, minlength=len(segments)).tolist()
         rank = solution.bits.shape[1]
-        solved = cls(vocab_size, dim, rank, sizes, segments, is_coded, weight.dtype, device or weight.device, window)
+        structure = (vocab_size, dim, rank, sizes, segments, is_coded, weight.dtype, device or weight.device, window)
+        # Of a table that is filled in its file rows are read from there.
+        solved = cls(*structure, by_rows=is_coded and device is not None)
         solved.predicted_loss = solution.loss
         solved._index(solution.block_of_row, weight.device)
         solved.allocate_frame(weight.device)
@@ -287,6 +289,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
         weight, metric = problem.weight, _metric_of(problem)
         # As many projectors as take 256 MB, in float32.
         encode = self._encoder(weight, metric, kept=max(1, 2**26 // max(1, self.dim**2)))
+        layout = self.layout
 
         def fill(window: slice) -> None:
             rows = weight[window]
@@ -294,7 +297,7 @@ class SharedBasisBlocks(SharedBasisStorage[SharedBasisConfig]):
                 for chunk in row_chunks(len(ids), self.dim):
                     values, start = encode(rows[ids[chunk] - window.start], block), place.start + chunk.start
                     if self.is_coded:
-                        self.pack_codes(block, start, values)
+                        layout.put(self.packed_codes, block, start, values)
                     else:
                         self.coefficients[block].data[start : start + len(values)] = values
 

@@ -65,7 +65,8 @@ def bit_budget(
     Returns:
         The budget of what depends on the solution, and the bytes of the rest.
     """
-    spec = structure(vocab_size, dim, dim, [], [], bool(widths), window)
+    # Of codes with room to say that they are packed row by row, whether they are or not: they stay the same.
+    spec = structure(vocab_size, dim, dim, [], [], bool(widths), window) | ({"by_rows": True} if widths else {})
     # What a block adds to the structure, as text, and to the last bytes of its segments.
     said = len(str(vocab_size)) + 4 + len(f"[{-8},{dim}],") * max(1, len(widths))
     if widths:

@@ -42,6 +42,7 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         device: Device of the factors.
         window: Bits of the windows of a trellis, which has the segments of bits below 0; 0 for none.
         basis_bits: Bits of a number of the basis, of codes.
+        by_rows: Whether codes are packed row by row, see `PackedLayout`.
 
     Raises:
         ValueError: If the structure is not possible.
@@ -63,10 +64,11 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         device: torch.device | None = None,
         window: int = 0,
         basis_bits: int = BASIS_BITS,
+        by_rows: bool = False,
     ) -> None:
         """Build it empty."""
         super().__init__(vocab_size, dim, sizes, device)
-        self.rank, self.window, self.basis_bits = rank, window, basis_bits
+        self.rank, self.window, self.basis_bits, self.by_rows = rank, window, basis_bits, by_rows
         checked = checked_segments(dim, rank, len(self.sizes), segments, is_coded, window)
         self.segments, self.ranks, self.widths = checked
         self.is_coded = is_coded
@@ -138,8 +140,14 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         return self._code_logits(hidden) if self.is_coded else self._products(hidden).logits()
 
     def _is_read_by_onnx(self) -> bool:
-        """Whether codes are read from their bytes by a graph of ONNX; those of a trellis are read as they are."""
-        return self.is_coded and not self.window and is_for_onnx() and self.dtype == torch.float32 and self.rank > 0
+        """Whether a graph of ONNX reads codes from their bytes; it gets those of a trellis, or by rows, as they are."""
+        return (
+            self.is_coded
+            and not (self.window or self.by_rows)
+            and is_for_onnx()
+            and self.dtype == torch.float32
+            and self.rank > 0
+        )
 
     def _tiles(self, hidden: Tensor, tile_rows: int) -> Tiles:
         maker = self._code_tiles(hidden, tile_rows) if self.is_coded else self._products(hidden).tiles(tile_rows)
@@ -163,13 +171,18 @@ class SharedBasisStorage(StoredCodes[ConfigT]):
         if not 2 <= basis_bits <= 8:
             raise ValueError(f"the structure's 'basis_bits' must be from 2 to 8, not {basis_bits}")
         shape = (vocab_size, dim, integer(spec, "rank"), *blocks, spec["is_coded"])
-        return cls(*shape, dtype, device, window_of(spec), basis_bits)
+        by_rows = spec.get("by_rows", False)
+        if not isinstance(by_rows, bool):
+            raise ValueError("the structure's 'by_rows' must be true or false")
+        return cls(*shape, dtype, device, window_of(spec), basis_bits, by_rows)
 
     def structure(self) -> dict[str, Any]:
         """See `Factorization.structure`; with the windows of a trellis where there is one."""
         more = {"window": self.window} if self.window else {}
         if self.is_coded and self.basis_bits != 8:
             more["basis_bits"] = self.basis_bits
+        if self.is_coded and self.by_rows:
+            more["by_rows"] = True
         return super().structure() | more
 
     @classmethod

@@ -19,7 +19,7 @@ from lightning_embcompress.methods.numerics.gram import row_chunks
 from lightning_embcompress.methods.quantizers.byte_tiles import ByteTiles
 from lightning_embcompress.methods.quantizers.factors import materialize
 from lightning_embcompress.methods.quantizers.onnx_blocks import is_for_onnx
-from lightning_embcompress.methods.quantizers.packing import pack_bits, pack_into, packed_bytes, unpack_bits
+from lightning_embcompress.methods.quantizers.packing import pack_bits, packed_bytes, unpack_bits
 from lightning_embcompress.methods.shared_basis import onnx_codes
 from lightning_embcompress.methods.shared_basis.code_views import (
     Frame,
@@ -40,6 +40,7 @@ from lightning_embcompress.methods.shared_basis.layout import (
 )
 from lightning_embcompress.methods.shared_basis.level_bytes import ByteLevels
 from lightning_embcompress.methods.shared_basis.level_fitting import num_levels
+from lightning_embcompress.methods.shared_basis.packed_layout import PackedLayout
 from lightning_embcompress.methods.tiles import TileMaker
 from lightning_embcompress.utils.graphs import is_exporting
 from lightning_embcompress.utils.kept import Kept
@@ -69,6 +70,7 @@ class StoredCodes(RowBlocks[ConfigT]):
     widths: list[int]
     window: int
     basis_bits: int
+    by_rows: bool
     levels: Tensor
     packed_codes: Tensor
     codes: Tensor
@@ -95,7 +97,7 @@ class StoredCodes(RowBlocks[ConfigT]):
         buffer("scale_unit", 1 if self.rank else 0, dtype=dtype)
         buffer("basis_scales", self.rank, dtype=dtype)
         buffer("mean_scales", blocks, dtype=dtype)
-        buffer("packed_codes", self._num_packed())
+        buffer("packed_codes", self.layout.nbytes)
         buffer("scale_codes", sum(self.ranks))
         shape = (self.rank, self.dim)
         buffer(
@@ -105,11 +107,10 @@ class StoredCodes(RowBlocks[ConfigT]):
         buffer("codes", self._num_codes(), persistent=False)
         buffer("level_bytes", 0, persistent=False)
 
-    def _runs(self) -> Iterator[tuple[int, int, int]]:
-        """Rows, bits and components of every segment, in the order in which they are packed."""
-        for size, runs in zip(self.sizes, self.segments, strict=True):
-            for bits, count in runs:
-                yield size, abs(bits), count
+    @property
+    def layout(self) -> PackedLayout:
+        """Where the packed codes are."""
+        return PackedLayout(self.sizes, self.segments, self.by_rows)
 
     def _num_codes(self) -> int:
         """Codes of all blocks."""
@@ -122,10 +123,6 @@ class StoredCodes(RowBlocks[ConfigT]):
     def _level_tables(self) -> dict[int, Tensor]:
         """Levels of every width."""
         return level_tables(self._level_values(), self.widths)
-
-    def _num_packed(self) -> int:
-        """Bytes of all packed codes."""
-        return sum(packed_bytes(size * count, bits) for size, bits, count in self._runs())
 
     def _block_codes(self) -> list[Tensor]:
         """`[size, rank]` codes of every block."""
@@ -140,14 +137,8 @@ class StoredCodes(RowBlocks[ConfigT]):
 
     def _packed(self, codes: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """The codes of all blocks as they are stored, packed, in new memory if there is no other."""
-        packed, begin = self.packed_codes.new_empty(self._num_packed()) if out is None else out, 0
-        for block, runs in zip(codes, self.segments, strict=True):
-            start = 0
-            for bits, count in runs:
-                length = packed_bytes(block.shape[0] * count, abs(bits))
-                pack_bits(block[:, start : start + count].flatten(), abs(bits), packed[begin : begin + length])
-                start, begin = start + count, begin + length
-        return packed
+        layout = self.layout
+        return layout.pack(codes, self.packed_codes.new_empty(layout.nbytes) if out is None else out)
 
     def allocate_frame(self, device: torch.device) -> None:
         """Give all that is on the meta device memory, but for what there is for every row."""
@@ -157,40 +148,17 @@ class StoredCodes(RowBlocks[ConfigT]):
                     empty = torch.zeros_like(tensor, device=device)
                     tensors[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
 
-    def pack_codes(self, block: int, start: int, codes: Tensor) -> None:
-        """Pack `[n, rank]` codes of a block behind those of its first rows, which are there already."""
-        begin, component = self._packed_begins()[block], 0
-        for bits, count in self.segments[block]:
-            length = packed_bytes(self.sizes[block] * count, abs(bits))
-            own = codes[:, component : component + count].flatten()
-            pack_into(self.packed_codes[begin : begin + length], start * count, own, abs(bits))
-            begin, component = begin + length, component + count
-
-    def _packed_begins(self) -> list[int]:
-        """Where the packed codes of every block begin."""
-        lengths = [
-            sum(packed_bytes(size * count, abs(bits)) for bits, count in runs)
-            for size, runs in zip(self.sizes, self.segments, strict=True)
-        ]
-        return list(accumulate(lengths, initial=0))
-
     def _unpack(self) -> None:
         """Read the codes of all blocks from what is packed."""
         # The packed codes may have come to another device than that which is left.
         device = self.packed_codes.device
         self.codes = torch.empty_like(self.codes, device=device)
         self.level_bytes = torch.empty_like(self.level_bytes, device=device)
-        begin = 0
-        for block, runs in zip(self._block_codes(), self.segments, strict=True):
-            start = 0
-            for bits, count in runs:
-                number = block.shape[0] * count
-                length = packed_bytes(number, abs(bits))
-                codes = unpack_bits(self.packed_codes[begin : begin + length], abs(bits), number, torch.uint8)
-                block[:, start : start + count] = codes.view(-1, count)
-                start, begin = start + count, begin + length
+        codes = self._block_codes()
+        self.layout.unpack(self.packed_codes, codes)
+        for block, runs in zip(codes, self.segments, strict=True) if self.window else ():
             # A few rows at a time: windows take four bytes each.
-            for chunk in row_chunks(*block.shape) if self.window else ():
+            for chunk in row_chunks(*block.shape):
                 block[chunk] = from_windows(block[chunk], runs, self.window)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
