@@ -284,10 +284,13 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         return factorization
 
     def _computing_bases(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """Bases of all blocks as they are stored; None for those that are kept as their rows."""
+        """Bases of all blocks as they are stored; None for those that are kept as their rows.
+
+        Copies: products round by where in memory numbers are, and a file may have them anywhere.
+        """
         wide = compute_dtype(dtype)
         return [
-            None if dense else basis.detach().to(wide)
+            None if dense else basis.detach().to(wide, copy=True)
             for basis, dense in zip(self.bases(), self.dense_blocks, strict=True)
         ]
 
@@ -310,7 +313,9 @@ class BlockLowRank(RowBlocks[GroupReduceConfig]):
         def fill(window: slice) -> None:
             rows = weight[window]
             for block, place, ids in self.runs_of(window):
-                own, basis = rows[ids - window.start], bases[block]
-                self.coefficients[block].data[place] = own if basis is None else project(own, basis)
+                inside, basis = ids - window.start, bases[block]
+                # Of copies, as in `_from_solution`.
+                values = rows[inside] if basis is None else project(rows, basis, inside)
+                self.coefficients[block].data[place] = values
 
         return fill
