@@ -77,7 +77,7 @@ class RowFiles:
         empty = factorization_from_spec(plan.spec, dtype or dtype_of(plan.dtype), torch.device("meta"))
         if not can_stay_on_disk(empty):
             return None
-        prefix = f"{stored or plan.name}.factorization."
+        prefix = f"{self._stored(stored or plan.name)}.factorization."
         own = {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
         shapes = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in own.items()}
         check_layout(empty.state_dict(), shapes, prefix, self.name)
@@ -87,6 +87,12 @@ class RowFiles:
             raise ValueError(f"table {plan.name!r} of {self.name}: {error}") from error
         rows.provenance, rows.predicted_loss = plan.provenance, plan.predicted_loss
         return rows
+
+    def _stored(self, path: str) -> str:
+        """Under which path the factors of a layer are in the files: that, with the name of a base model or without."""
+        known = {name.partition(".factorization.")[0] for name in self.tensors if ".factorization." in name}
+        near = [one for one in known if one.endswith(f".{path}") or path.endswith(f".{one}")]
+        return near[0] if path not in known and len(near) == 1 else path
 
 
 def _sums_of(path: Path) -> ChunkSums:

@@ -26,6 +26,7 @@ from lightning_embcompress.layers.compressed import CompressedEmbedding, Compres
 from lightning_embcompress.quantization.aware import converted
 from lightning_embcompress.tables.finding import all_modules
 from lightning_embcompress.tables.transformers_models import only_model
+from lightning_embcompress.utils.chunk_sums import SUFFIX
 from lightning_embcompress.utils.files import explaining_failure, replacing, synchronize
 from lightning_embcompress.utils.inference import outside_inference_mode
 from lightning_embcompress.utils.storage import allocate, check_in_memory, check_plain, check_whole, identity_of
@@ -95,6 +96,8 @@ def _save(model: nn.Module, directory: Path) -> None:
         record.write_text(json.dumps(config, indent=1), encoding="utf-8")
         # Here already, so that little time is between the two names.
         synchronize(record)
+        # Of a file that was there before.
+        (directory / (WEIGHTS_FILE + SUFFIX)).unlink(missing_ok=True)
 
 
 def _is_ours(file: Path) -> bool:
