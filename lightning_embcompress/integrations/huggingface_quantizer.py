@@ -86,8 +86,12 @@ class EmbeddingCompressionQuantizer(HfQuantizer):
         from lightning_embcompress.integrations.row_files import rows_of_model
 
         dtypes = {table.name: model.get_submodule(table.name).weight.dtype for table in self.plan.tables}
-        found = rows_of_model(model, self.plan, self.stored, dtypes)
-        ignored = {rf"(^|\.){re.escape(self.stored[name])}\.factorization\." for name in found}
+        # Under which layers' names a table may be in the files, by the first one that reads it here.
+        stored = {
+            table.name: [path for path, name in self.stored.items() if name == table.name] for table in self.plan.tables
+        }
+        found = rows_of_model(model, self.plan, stored, dtypes)
+        ignored = {rf"(^|\.){re.escape(path)}\.factorization\." for name in found for path in (name, *stored[name])}
         model._keys_to_ignore_on_load_unexpected |= ignored
         return found
 

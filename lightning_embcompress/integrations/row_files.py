@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -63,13 +63,13 @@ class RowFiles:
             tensors |= {name: file[name] for name in file.entries}
         return cls(repr(source.name), tensors, _check_cache(cache))
 
-    def table(self, plan: TablePlan, dtype: torch.dtype | None = None, stored: str | None = None) -> RowsOnDisk | None:
+    def table(self, plan: TablePlan, dtype: torch.dtype | None = None, stored: Sequence[str] = ()) -> RowsOnDisk | None:
         """A table whose rows stay in the file; None if its method has nothing to be read by rows.
 
         Args:
             plan: What is recorded of it.
             dtype: Of its rows; None for that of the plan.
-            stored: Under the name of which layer it is in the file; None for that of the plan.
+            stored: Under the names of which layers it may be in the files; none for that of the plan.
 
         Raises:
             ValueError: If the file does not hold the table.
@@ -77,7 +77,7 @@ class RowFiles:
         empty = factorization_from_spec(plan.spec, dtype or dtype_of(plan.dtype), torch.device("meta"))
         if not can_stay_on_disk(empty):
             return None
-        prefix = f"{self._stored(stored or plan.name)}.factorization."
+        prefix = f"{self._stored([*stored, plan.name])}.factorization."
         own = {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
         shapes = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in own.items()}
         check_layout(empty.state_dict(), shapes, prefix, self.name)
@@ -88,11 +88,11 @@ class RowFiles:
         rows.provenance, rows.predicted_loss = plan.provenance, plan.predicted_loss
         return rows
 
-    def _stored(self, path: str) -> str:
-        """Under which path the factors of a layer are in the files: that, with the name of a base model or without."""
+    def _stored(self, paths: Sequence[str]) -> str:
+        """Under which of some paths factors are in the files, with the name of a base model or without."""
         known = {name.partition(".factorization.")[0] for name in self.tensors if ".factorization." in name}
-        near = [one for one in known if one.endswith(f".{path}") or path.endswith(f".{one}")]
-        return near[0] if path not in known and len(near) == 1 else path
+        near = [one for path in paths for one in known if one.endswith(f".{path}") or path.endswith(f".{one}")]
+        return next((path for path in (*paths, *near) if path in known), paths[0])
 
 
 def _sums_of(path: Path) -> ChunkSums:
@@ -107,7 +107,7 @@ def tables_on_disk(
     plan: Plan,
     model: nn.Module,
     files: RowFiles,
-    stored: Mapping[str, str] = MappingProxyType({}),
+    stored: Mapping[str, Sequence[str]] = MappingProxyType({}),
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> dict[str, RowsOnDisk]:
     """Tables whose rows stay in files, by their names: those that are looked up alone, and read by rows.
@@ -116,7 +116,7 @@ def tables_on_disk(
         plan: Of a model in files.
         model: That model, before or after it is compressed.
         files: Where it is.
-        stored: Under which layers' names tables are there; none for their own.
+        stored: Under which layers' names tables may be there; none for their own.
         dtypes: What their rows are cast to; none for those of the plan.
     """
     found: dict[str, RowsOnDisk] = {}
@@ -125,7 +125,7 @@ def tables_on_disk(
         layers = [model.get_submodule(path) for path in table.modules]
         if not all(isinstance(layer, AnyEmbedding | CompressedEmbedding) for layer in layers):
             stay.append(f"{table.name!r} (a softmax reads it)")
-        elif (rows := files.table(table, dtypes.get(table.name), stored.get(table.name))) is None:
+        elif (rows := files.table(table, dtypes.get(table.name), stored.get(table.name, ()))) is None:
             stay.append(f"{table.name!r} ({table.method} has nothing to be read by rows)")
         else:
             found[table.name] = rows
@@ -158,14 +158,14 @@ def rows_on_disk(cache: str | int = DEFAULT_CACHE) -> Iterator[None]:
 
 
 def rows_of_model(
-    model: Any, plan: Plan, stored: Mapping[str, str], dtypes: Mapping[str, torch.dtype]
+    model: Any, plan: Plan, stored: Mapping[str, Sequence[str]], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Factorization[Any]]:
     """Tables of a model of transformers that is being loaded whose rows are to stay in its files, by their names.
 
     Args:
         model: The model.
         plan: Fitted to it.
-        stored: Under which layers' names tables are in the files.
+        stored: Under which layers' names tables may be in the files.
         dtypes: What their rows are cast to.
 
     Raises:

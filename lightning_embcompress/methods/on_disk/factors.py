@@ -108,8 +108,8 @@ class CodesOnDisk(OnDisk):
         self.begins = torch.zeros_like(self.row_bits)
         """`[blocks, parts]` first byte."""
         rank = max(sum(count for _, count in runs) for runs in layout.segments)
-        self.components = torch.zeros(3, len(parts), rank, dtype=torch.long)
-        """`[3, blocks, rank]`: of every component the part, the first bit in a row of it, and its bits."""
+        self.components = torch.zeros(3, len(parts), rank, dtype=torch.int32)
+        """`[3, blocks, rank]`: of every component the first bit in a row of its part, the largest code, the part."""
         for block, (size, runs) in enumerate(zip(layout.sizes, layout.segments, strict=True)):
             begin = tensor.entry.start + layout.begins[block]
             for part, row in enumerate(layout.parts[block]):
@@ -118,7 +118,7 @@ class CodesOnDisk(OnDisk):
             start = first = 0
             for run, (bits, count) in enumerate(runs):
                 own = self.components[:, block, start : start + count]
-                own[0], own[1], own[2] = 0 if layout.by_rows else run, first + torch.arange(count) * bits, bits
+                own[0], own[1], own[2] = first + torch.arange(count) * bits, 2**bits - 1, 0 if layout.by_rows else run
                 start, first = start + count, first + bits * count if layout.by_rows else 0
 
     def read(self, blocks: Tensor, places: Tensor) -> Tensor:
@@ -129,11 +129,12 @@ class CodesOnDisk(OnDisk):
         lengths = ((first_bit & 7) + row_bits + 7) >> 3
         lengths[row_bits == 0] = 0
         content, offsets = self.tensor.file.ranges(starts, lengths)
-        run, within, bits = self.components[:, blocks]
-        # Bits in what was read, of every code.
-        bit = (offsets * 8 + (first_bit & 7)).gather(1, run).add_(within)
+        begin = offsets * 8 + (first_bit & 7)
+        if begin.shape[1] > 1:
+            begin = begin.gather(1, self.components[2, blocks].long())
+        bit = begin + self.components[0, blocks]
         # The two bytes from every one on, in which a code ends wherever it begins.
         pairs = torch.cat([content, content.new_zeros(2)]).int()
         pairs = pairs[:-1] | (pairs[1:] << 8)
-        values = pairs.take(bit >> 3).bitwise_right_shift_((bit & 7).int())
-        return values.bitwise_and_((1 << bits.int()) - 1).to(torch.uint8)
+        values = pairs.take(bit >> 3).bitwise_right_shift_(bit.bitwise_and_(7).int())
+        return values.bitwise_and_(self.components[1, blocks]).to(torch.uint8)

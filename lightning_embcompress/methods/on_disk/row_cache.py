@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -67,12 +68,10 @@ class RowCache:
         distinct, inverse = torch.unique(ids, return_inverse=True)
         wanted = distinct.tolist()
         with self._lock:
-            find, touch = self._slots.get, self._slots.move_to_end
-            slots = []
-            for one in wanted:
-                slots.append(slot := find(one, -1))
+            slots = list(map(self._slots.get, wanted, repeat(-1)))
+            for one, slot in zip(wanted, slots, strict=True):
                 if slot >= 0:
-                    touch(one)
+                    self._slots.move_to_end(one)
             places = torch.tensor(slots, dtype=torch.long)
             missing = (places < 0).nonzero().squeeze(1)
             self.lookups += len(wanted)
@@ -96,17 +95,13 @@ class RowCache:
         """Keep rows in the place of those that were asked for longest ago."""
         if not self.capacity:
             return
-        ids, rows = ids[-self.capacity :], rows[-self.capacity :]
         with self._lock:
             if self._kept is None:
                 # Pages of it are there once they are written to.
                 self._kept = rows.new_empty(self.capacity, rows.shape[1])
-            places = []
-            for one in ids:
-                slot = self._slots.pop(one, -1)
-                if slot < 0:
-                    is_full = len(self._slots) >= self.capacity
-                    slot = self._slots.popitem(last=False)[1] if is_full else len(self._slots)
-                self._slots[one] = slot
-                places.append(slot)
-            self._kept[torch.tensor(places)] = rows
+            # Another thread may have read some meanwhile.
+            new = [place for place, one in enumerate(ids) if one not in self._slots][-self.capacity :]
+            free = range(len(self._slots), min(self.capacity, len(self._slots) + len(new)))
+            slots = [*free, *(self._slots.popitem(last=False)[1] for _ in range(len(new) - len(free)))]
+            self._slots.update(zip((ids[place] for place in new), slots, strict=True))
+            self._kept[torch.tensor(slots, dtype=torch.long)] = rows[torch.tensor(new, dtype=torch.long)]
