@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
+from lightning_embcompress import collect_statistics, load_compressed
 from lightning_embcompress.compression.plan import compress
-from lightning_embcompress.tables.finding import find_tables, large_and_dense
+from lightning_embcompress.methods.on_disk.table import RowsOnDisk
+from lightning_embcompress.tables.finding import find_tables
 from small_models import VOCAB_SIZE, build
+from toys import falling_counts
 
 
 @pytest.mark.parametrize(
@@ -73,11 +78,70 @@ def test_an_embedding_that_is_tied_to_a_softmax_is_a_table_though_no_model_names
     sizes = {"entity_vocab_size": 90, "entity_emb_size": 8}
     found = find_tables(build("LukeForMaskedLM", **sizes))
     assert ("luke.entity_embeddings.entity_embeddings", "entity_predictions.decoder") in [one.modules for one in found]
-    # Without the softmax nothing tells it from positions: it is said.
-    base = build("LukeModel", **sizes)
-    [words] = find_tables(base)
-    assert words.name == "embeddings.word_embeddings"
-    assert "'entity_embeddings.entity_embeddings' (90, 8)" in large_and_dense(base, [words])
+
+
+def test_second_tables_that_are_known_are_compressed_with_the_words() -> None:
+    """Looked up alone, each by statistics of its own vocabulary."""
+    base = build("LukeModel", entity_vocab_size=90, entity_emb_size=8)
+    assert [table.name for table in find_tables(base)] == [
+        "embeddings.word_embeddings",
+        "entity_embeddings.entity_embeddings",
+    ]
+    small = build("LukeModel", entity_vocab_size=3, entity_emb_size=8)
+    assert [table.name for table in find_tables(small)] == ["embeddings.word_embeddings"]
+    model = gemma3n()
+    assert [table.modules for table in find_tables(model)] == [
+        ("model.embed_tokens", "lm_head"),
+        ("model.embed_tokens_per_layer",),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 80, (2, 16), generator=generator)} for _ in range(4)]
+    statistics = collect_statistics(model, batches)
+    counts = statistics.counts_of(("model.embed_tokens_per_layer",))
+    assert counts.shape == (90,)
+    assert torch.equal(counts[:80], statistics.counts_of(("model.embed_tokens", "lm_head"))[:80])
+    plan = compress(model, "transform_coding", bits_per_weight=6, statistics=statistics)
+    second = plan.tables[1]
+    assert (second.spec["vocab_size"], second.spec["dim"]) == (90, 48)
+    assert second.predicted_loss > 0
+
+
+def test_a_table_of_each_layer_stays_on_disk(tmp_path: Path) -> None:
+    model, ids = gemma3n(), torch.arange(24).view(2, 12)
+    compress(model, "group_reduce", ratio=2, groups=3, token_counts=counts_of_tables(model))
+    model.save_pretrained(tmp_path)
+    found = load_compressed(tmp_path, rows="mmap").eval()
+    assert isinstance(found.model.embed_tokens_per_layer.factorization, RowsOnDisk)
+    torch.testing.assert_close(found(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def gemma3n() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=100,
+        vocab_size_per_layer_input=90,
+        hidden_size=16,
+        hidden_size_per_layer_input=16,
+        num_hidden_layers=3,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        activation_sparsity_pattern=None,
+        layer_types=["full_attention"] * 3,
+    )
+    model = transformers.Gemma3nForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("correct_output_scale"):
+            # Zero in a new model, whose loss does not depend on the second table.
+            parameter.data.fill_(1.0)
+    return model
+
+
+def counts_of_tables(model: Any) -> dict[str, torch.Tensor]:
+    return {table.name: falling_counts(table.shape[0]) for table in find_tables(model)}
 
 
 def test_models_of_images_have_the_tables_of_the_text_within() -> None:
