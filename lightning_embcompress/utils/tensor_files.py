@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,16 @@ _DTYPES = {
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 """How safetensors calls dtypes."""
 _OF_NUMPY = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16, "<i8": torch.int64, "<i4": torch.int32}
+
+
+def _pread(descriptor: int, buffers: tuple[memoryview], offset: int) -> int:
+    found = os.pread(descriptor, len(buffers[0]), offset)
+    buffers[0][: len(found)] = found
+    return len(found)
+
+
+# Not every system reads into memory that is there.
+_pread_into: Callable[[int, tuple[memoryview], int], int] = getattr(os, "preadv", _pread)
 
 
 class Rows(Protocol):
@@ -188,10 +198,10 @@ class TensorFile:
         span_place = span_length.cumsum(0) - span_length
         content = torch.empty(int(span_length.sum()), dtype=torch.uint8)
         self._check_sums(span_begin, span_begin + span_length)
-        memory, descriptor, preadv = _memory(content), self._descriptor, os.preadv
+        memory, descriptor = _memory(content), self._descriptor
         # Nothing but the call: there may be thousands.
         for place, first, length in zip(span_place.tolist(), span_begin.tolist(), span_length.tolist(), strict=True):
-            if preadv(descriptor, (memory[place : place + length],), first) != length:
+            if _pread_into(descriptor, (memory[place : place + length],), first) != length:
                 self._fill(memory[place : place + length], first)
         span = is_first.cumsum(0) - 1
         offsets[order] = span_place[span] + begin - span_begin[span]
@@ -226,7 +236,7 @@ class TensorFile:
     def _fill(self, place: memoryview, start: int) -> None:
         done = 0
         while done < len(place):
-            count = os.preadv(self._descriptor, [place[done:]], start + done)
+            count = _pread_into(self._descriptor, (place[done:],), start + done)
             if not count:
                 raise self._damaged(f"it was cut short, and ends at byte {start + done}")
             done += count

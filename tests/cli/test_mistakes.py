@@ -170,7 +170,7 @@ def test_an_interruption_leaves_what_was_there(
         monkeypatch.setattr(OpenedModel, "write", half)
     else:
         places = {"solving": (compressing, "compress"), "reporting": (compressing, "write_report")}
-        module, name = places.get(when, (writing, "_put_in_place"))
+        module, name = places.get(when, (writing, "put_in_place"))
         monkeypatch.setattr(module, name, interrupted)
     words = ["compress", gpt2, "out", "--method=low_rank", "--rank=2", "--overwrite"]
     if error is KeyboardInterrupt:

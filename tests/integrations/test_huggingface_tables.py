@@ -95,14 +95,14 @@ def test_second_tables_that_are_known_are_compressed_with_the_words() -> None:
         ("model.embed_tokens_per_layer",),
     ]
     generator = torch.Generator().manual_seed(0)
-    batches = [{"input_ids": torch.randint(0, 80, (2, 16), generator=generator)} for _ in range(4)]
+    batches = [{"input_ids": torch.randint(0, 800, (2, 16), generator=generator)} for _ in range(4)]
     statistics = collect_statistics(model, batches)
     counts = statistics.counts_of(("model.embed_tokens_per_layer",))
-    assert counts.shape == (90,)
-    assert torch.equal(counts[:80], statistics.counts_of(("model.embed_tokens", "lm_head"))[:80])
-    plan = compress(model, "transform_coding", bits_per_weight=6, statistics=statistics)
+    assert counts.shape == (900,)
+    assert torch.equal(counts[:800], statistics.counts_of(("model.embed_tokens", "lm_head"))[:800])
+    plan = compress(model, "transform_coding", bits_per_weight=8, statistics=statistics)
     second = plan.tables[1]
-    assert (second.spec["vocab_size"], second.spec["dim"]) == (90, 48)
+    assert (second.spec["vocab_size"], second.spec["dim"]) == (900, 48)
     assert second.predicted_loss > 0
 
 
@@ -118,8 +118,8 @@ def test_a_table_of_each_layer_stays_on_disk(tmp_path: Path) -> None:
 def gemma3n() -> Any:
     torch.manual_seed(0)
     config = transformers.Gemma3nTextConfig(
-        vocab_size=100,
-        vocab_size_per_layer_input=90,
+        vocab_size=1000,
+        vocab_size_per_layer_input=900,
         hidden_size=16,
         hidden_size_per_layer_input=16,
         num_hidden_layers=3,
