@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
-import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lightning_embcompress.compression.budget import Budget
-from lightning_embcompress.compression.plan import PLAN_VERSION, Plan, TablePlan
-from lightning_embcompress.compression.records import check_tables
+from lightning_embcompress.compression.plan import Plan, TablePlan
 from lightning_embcompress.integrations.contents import sha256
 from lightning_embcompress.integrations.sources import CONFIG_FILE, INDEX_FILE, SAVED_FORMAT, WEIGHTS_FILE
+from lightning_embcompress.integrations.written_tables import JOURNAL, Journal, WrittenTable
 from lightning_embcompress.methods.base import Problem
 from lightning_embcompress.methods.config import MethodConfig
 from lightning_embcompress.methods.numerics.gram import row_windows
@@ -39,10 +36,8 @@ from lightning_embcompress.tables.finding import check_rows_finite
 from lightning_embcompress.utils.chunk_sums import SUFFIX, ChunkSums
 from lightning_embcompress.utils.files import explaining_failure, put_in_place, read_json, synchronize
 from lightning_embcompress.utils.progress import progress_bar, say_line
-from lightning_embcompress.utils.storage import set_tensor
-from lightning_embcompress.utils.tensor_files import NAMES, TensorFile, TensorOnDisk
+from lightning_embcompress.utils.tensor_files import TensorFile, TensorOnDisk
 
-_JOURNAL = "journal.json"
 # Between two notes of how far it is.
 _SECONDS_BETWEEN_NOTES = 2.0
 
@@ -188,7 +183,7 @@ def _write_all(
         "config": repr(config),
         "budget": None if budget is None else budget.given,
     }
-    journal = _Journal.read(work, request)
+    journal = Journal.read(work, request)
     total = sum(source.table.entry.nbytes for source in sources)
     tables = []
     for index, source in enumerate(sources):
@@ -197,14 +192,14 @@ def _write_all(
         if noted is None:
             start = 0
             factors = _outlined(source, config, budget, total)
-            written = _WrittenTable.create(file, source.name, factors)
+            written = WrittenTable.create(file, source.name, factors)
             noted = {"spec": factors.spec(), "filled": 0, "plan": _plan_of(source, factors, config)}
             journal.note(source.name, noted)
         else:
             start = noted["filled"]
             say_line(f"Going on with {source.name} at row {start:,} of {source.table.shape[0]:,}")
             empty = factorization_from_spec(noted["spec"], source.table.dtype, torch.device("meta"))
-            factors, written = empty, _WrittenTable.open(file, source.name, empty)
+            factors, written = empty, WrittenTable.open(file, source.name, empty)
         if start < source.table.shape[0]:
             fill = factors.filling(_problem(source, config, budget, total))
             _fill(source, factors, fill, written, start, partial(journal.filled, source.name))
@@ -246,7 +241,7 @@ def _fill(
     source: TableSource,
     factors: Factorization[Any],
     fill: Callable[[slice], None],
-    written: _WrittenTable,
+    written: WrittenTable,
     start: int,
     note: Callable[[int], None],
 ) -> None:
@@ -297,7 +292,7 @@ def _finish(plan: Plan, work: Path, shards: int) -> None:
         "sha256": {file: sha256(work / file) for file in files},
     }
     (work / CONFIG_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    (work / _JOURNAL).unlink()
+    (work / JOURNAL).unlink()
     for path in (*work.iterdir(), work):
         synchronize(path)
 
@@ -314,115 +309,3 @@ def _check_counts(source: TableSource) -> None:
         raise ValueError(f"counts of {source.name!r} have the shape {tuple(counts.shape)}, the table has {rows} rows")
     if not bool((counts >= 0).all()) or not bool(counts.double().isfinite().all()):
         raise ValueError(f"counts of {source.name!r} must be numbers that are not negative")
-
-
-class _Journal:
-    """What was written of the tables so far, for the same request to go on from."""
-
-    def __init__(self, file: Path, request: Mapping[str, Any], tables: dict[str, Any]) -> None:
-        self.file, self.request, self.tables = file, request, tables
-
-    @classmethod
-    def read(cls, work: Path, request: dict[str, Any]) -> _Journal:
-        """Go on from what there is of the same request; else begin, without what there is."""
-        file = work / _JOURNAL
-        request = json.loads(json.dumps({**request, "version": PLAN_VERSION}))
-        with suppress(OSError, ValueError):
-            found = read_json(file)
-            if found.get("request") == request:
-                check_tables(
-                    [{**one["plan"], "untied": None, "predicted_loss": None} for one in found["tables"].values()]
-                )
-                return cls(file, request, found["tables"])
-            say_line("What was written before was of other tables or arguments, and is begun anew")
-        for old in work.iterdir():
-            if old.name != "lock":
-                old.unlink()
-        return cls(file, request, {})
-
-    def note(self, name: str, what: dict[str, Any]) -> None:
-        """Note a table whose structure is on the disk."""
-        self.tables[name] = what
-        self._write()
-
-    def filled(self, name: str, rows: int) -> None:
-        """Note how many rows of a table are on the disk."""
-        self.tables[name]["filled"] = rows
-        self._write()
-
-    def _write(self) -> None:
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"request": self.request, "tables": self.tables}), encoding="utf-8")
-        synchronize(temporary)
-        os.replace(temporary, self.file)
-
-
-class _WrittenTable:
-    """A file of safetensors in which the tensors of a factorization have their memory while they are computed."""
-
-    def __init__(self, path: Path, name: str, factors: Factorization[Any]) -> None:
-        entries = TensorFile(path).entries
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
-        self._bytes: Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
-        for own, tensor in factors.state_dict(keep_vars=True).items():
-            entry = entries[f"{name}.factorization.{own}"]
-            memory = self._bytes[entry.start : entry.start + entry.nbytes].view(entry.dtype).view(entry.shape)
-            if not tensor.is_meta:
-                memory.copy_(tensor.detach())
-            set_tensor(factors, own, memory)
-        for part in factors.modules():
-            for own, buffer in part._buffers.items():
-                # What follows from the others, and is in no file.
-                if buffer is not None and buffer.is_meta and own == "unit":
-                    part._buffers[own] = torch.empty_like(buffer, device="cpu")
-
-    @classmethod
-    def create(cls, path: Path, name: str, factors: Factorization[Any]) -> _WrittenTable:
-        """Make the file, with room for all of it on the disk, and what of it is known."""
-        state = factors.state_dict()
-        # Those of the widest numbers first, so that all of them begin at a multiple of their size.
-        order = sorted(state, key=lambda own: (-state[own].dtype.itemsize, own))
-        header: dict[str, Any] = {}
-        place = 0
-        for own in order:
-            tensor, stop = state[own], place + state[own].numel() * state[own].dtype.itemsize
-            header[f"{name}.factorization.{own}"] = {
-                "dtype": NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [place, stop],
-            }
-            place = stop
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(path, "w+b") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.flush()
-            size = 8 + len(text) + place
-            # A page of a map that finds no room on the disk would end the process.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        written = cls(path, name, factors)
-        written.flush()
-        return written
-
-    @classmethod
-    def open(cls, path: Path, name: str, factors: Factorization[Any]) -> _WrittenTable:
-        """Go on with a file that `create` has made."""
-        return cls(path, name, factors)
-
-    def release(self) -> None:
-        """Let go of the pages, which stay in the system's cache until they are on the disk."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def flush(self) -> None:
-        """Wait until all of it is on the disk."""
-        self._map.flush()
-
-    def close(self) -> None:
-        """Wait until it is on the disk, and let go of it."""
-        self.flush()
-        self.release()

@@ -282,7 +282,10 @@ def test_own_classes_are_found_by_their_short_names(toys: ModuleType, capsys: py
     [
         ("run quikstart", "no recipe 'quikstart'; did you mean quickstart? Shipped recipes, run by name: obw, quick"),
         ("run --trainer.max_epochs=1", "`run` needs a recipe"),
-        ("fitt", "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, compress, compress-table, inspect"),
+        (
+            "fitt",
+            "no command 'fitt'; did you mean fit? Commands: fit, validate, test, predict, run, compress, compress",
+        ),
         ("quickstart", "quickstart is a recipe: embcompress run quickstart"),
         ("last.ckpt", "last.ckpt is a model: embcompress inspect last.ckpt, or compress or densify"),
     ],

@@ -122,7 +122,7 @@ def encode(targets: Tensor, bits: Sequence[int], weights: Tensor, window: int) -
         ValueError: If the bits do not fill a window, or there are too many for a component.
 
     Example:
-        >>> targets = torch.randn(4, 64) * spread()
+        >>> targets = torch.randn(100, 64) * spread()
         >>> codes = encode(targets, [2] * 64, torch.ones(64), window=8)
         >>> bool((decode(codes, [2] * 64, 8) - targets).square().mean() < 0.1 * targets.square().mean())
         True
